@@ -1,0 +1,294 @@
+"""The native checkpoint: a folder with `config.json`, `tokenizer.json` and the weights as an Orbax tree.
+
+Parameters are named by network and module path, `transformer.layers.self_attn.to_q.kernel`; each is stored whole
+and read back straight onto its device or its part of a mesh.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+from tokenizers import Tokenizer
+
+from acestep_jax.config import (
+    AudioTokenDetokenizerConfig,
+    AudioTokenizerConfig,
+    AutoencoderConfig,
+    ConditionEncoderConfig,
+    NetworkConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    check_dtype,
+)
+from acestep_jax.errors import InputError
+from acestep_jax.models.audio_tokenizer import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer
+from acestep_jax.models.autoencoder import AutoencoderOobleck
+from acestep_jax.models.condition_encoder import AceStepConditionEncoder
+from acestep_jax.models.text_encoder import Qwen3Model
+from acestep_jax.models.transformer import AceStepTransformer1DModel
+from acestep_jax.sharding import variable_sharding
+
+# Every network of a checkpoint: its module and its config, under the names of diffusers' folders.
+NETWORKS: dict[str, tuple[type[nnx.Module], type[NetworkConfig]]] = {
+    "transformer": (AceStepTransformer1DModel, TransformerConfig),
+    "condition_encoder": (AceStepConditionEncoder, ConditionEncoderConfig),
+    "text_encoder": (Qwen3Model, TextEncoderConfig),
+    "vae": (AutoencoderOobleck, AutoencoderConfig),
+    "audio_tokenizer": (AceStepAudioTokenizer, AudioTokenizerConfig),
+    "audio_token_detokenizer": (AceStepAudioTokenDetokenizer, AudioTokenDetokenizerConfig),
+}
+OPTIONAL_NETWORKS = ("audio_tokenizer", "audio_token_detokenizer")
+
+FORMAT, FORMAT_VERSION = "acestep-jax", 1
+CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "weights"
+
+BATCH_BYTES = 256 * 2**20  # written at once by `save`
+
+# Orbax names every file it touches at INFO; that is for its own developers.
+logging.getLogger("absl").setLevel(logging.WARNING)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What `config.json` says."""
+
+    configs: dict[str, NetworkConfig]
+    tokenizer_config: dict[str, Any]  # of the PyTorch tokenizer folder, kept for the way back
+
+
+def abstract(name: str, config: NetworkConfig) -> nnx.Module:
+    """The network called `name` with shapes and dtypes in place of arrays; nothing is allocated."""
+    network, _ = NETWORKS[name]
+    return nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
+
+
+def leaves(module: nnx.Module) -> dict[str, nnx.Variable]:
+    """The parameters and buffers of a module by dotted path, in order."""
+    flat = nnx.to_flat_state(nnx.state(module))
+    return {".".join(map(str, path)): variable for path, variable in flat}
+
+
+def assemble(module: nnx.Module, arrays: dict[str, jax.Array]) -> nnx.Module:
+    """The abstract `module` with `arrays` (by dotted path) as its leaves; all of them, no others."""
+    graphdef, state = nnx.split(module)
+    flat = nnx.to_flat_state(state)
+    names = {".".join(map(str, path)) for path, _ in flat}
+    if names != arrays.keys():
+        raise KeyError(f"leaves differ: {sorted(names ^ arrays.keys())}")
+    filled = [(path, variable.replace(arrays[".".join(map(str, path))])) for path, variable in flat]
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def publish(path: Path) -> "_Publish":
+    """A context that gives a temporary folder beside `path` and moves it there if all went well.
+
+    Raises:
+        InputError: if `path` exists or the folder it should be in does not.
+    """
+    return _Publish(Path(path))
+
+
+class _Publish:
+    def __init__(self, path: Path):
+        self.path = path
+        if path.exists():
+            raise InputError(f"{path}: already exists; remove it or choose another name")
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"{path}: the folder {path.absolute().parent} does not exist; create it first")
+
+    def __enter__(self) -> Path:
+        self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.path.name}-", dir=self.path.absolute().parent))
+        return self.temporary
+
+    def __exit__(self, kind, error, traceback):
+        if kind is None:
+            self.temporary.chmod(0o755)
+            self.temporary.rename(self.path)
+        else:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def save(
+    path: str | Path,
+    configs: dict[str, NetworkConfig],
+    arrays: Iterable[tuple[str, np.ndarray | jax.Array]],
+    tokenizer: str,
+    tokenizer_config: dict[str, Any],
+    extra_files: dict[str, Any] | None = None,
+) -> None:
+    """Writes a checkpoint, whole or not at all, some arrays at a time: not all of them need be in memory.
+
+    Args:
+        configs: by the names of `NETWORKS`.
+        arrays: pairs of dotted name (network first) and value, every leaf once.
+        tokenizer: the text of `tokenizer.json`.
+        tokenizer_config: see `Manifest`.
+        extra_files: name to a function that writes the file of that name, given its path.
+
+    Raises:
+        InputError: if `path` exists already, or if its parent does not.
+        OSError: if the disk is full, with nothing left behind.
+    """
+    with publish(Path(path)) as folder:
+        wanted = {f"{name}.{leaf}" for name, config in configs.items() for leaf in leaves(abstract(name, config))}
+        weights = (folder / WEIGHTS).absolute()
+        for batch in _batches(arrays):
+            wanted -= batch.keys()
+            ocp.partial.save(weights, _nest(batch))
+        if wanted:
+            raise KeyError(f"no value for {sorted(wanted)}")
+        ocp.partial.finalize(weights)
+        (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
+        for name, write in (extra_files or {}).items():
+            write(folder / name)
+        values = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            **{name: dataclasses.asdict(config) for name, config in configs.items()},
+            "tokenizer_config": tokenizer_config,
+        }
+        (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Reads `config.json`; raises InputError if `path` holds no checkpoint of this library."""
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; expected an acestep-jax checkpoint")
+    convert = f"if this is a PyTorch checkpoint, convert it: python -m convert from-torch {path} DST"
+    try:
+        values = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no {CONFIG} here, so this is no acestep-jax checkpoint; {convert}") from None
+    except ValueError as error:
+        raise InputError(f"{path / CONFIG}: not valid JSON ({error})") from None
+    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+        raise InputError(f"{path / CONFIG}: not of an acestep-jax checkpoint; {convert}")
+    if (version := values.pop("format_version", None)) != FORMAT_VERSION:
+        raise InputError(
+            f"{path / CONFIG}: format_version {version}, but this version of acestep-jax reads {FORMAT_VERSION}; "
+            "update the package or convert the checkpoint again"
+        )
+    tokenizer_config = values.pop("tokenizer_config", {})
+    if unknown := sorted(values.keys() - NETWORKS.keys()):
+        raise InputError(f"{path / CONFIG}: unknown network(s) {', '.join(unknown)}")
+    if missing := sorted(NETWORKS.keys() - set(OPTIONAL_NETWORKS) - values.keys()):
+        raise InputError(f"{path / CONFIG}: the network(s) {', '.join(missing)} are missing")
+    configs = {}
+    for name, (_, config) in NETWORKS.items():
+        if name in values:
+            known = {field.name for field in dataclasses.fields(config)}
+            if unknown := sorted(values[name].keys() - known):
+                raise InputError(f"{path / CONFIG}: {name}: unknown key(s) {', '.join(unknown)}")
+            configs[name] = config(**values[name])
+    return Manifest(configs, tokenizer_config)
+
+
+def load(
+    path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None, names: Iterable[str] | None = None
+) -> dict[str, nnx.Module]:
+    """Loads networks, each array straight onto its device or its part of `mesh`.
+
+    Args:
+        path: the folder of a checkpoint.
+        dtype: of weights and computation, one of `config.DTYPES`; None: as stored.
+        mesh: from `sharding.make_mesh`; None: all on the first device.
+        names: which networks; None: all that the checkpoint has.
+
+    Raises:
+        InputError: if the checkpoint is absent, incomplete or of other shapes than its config.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    stored = stored_leaves(path)
+    networks = {}
+    for name in names if names is not None else manifest.configs:
+        config = manifest.configs[name]
+        if dtype is not None:
+            check_dtype(dtype)
+            config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+        module = abstract(name, config)
+        targets = {}
+        for leaf, variable in leaves(module).items():
+            found = stored.get(f"{name}.{leaf}")
+            if found is None or found.shape != variable.shape:
+                what = "is missing" if found is None else f"has shape {found.shape}, expected {variable.shape}"
+                raise InputError(f"{path / WEIGHTS}: {name}.{leaf} {what}; convert the checkpoint again")
+            kind = jnp.dtype(dtype) if dtype is not None else found.dtype
+            targets[leaf] = jax.ShapeDtypeStruct(found.shape, kind, sharding=variable_sharding(variable, mesh))
+        networks[name] = assemble(module, load_leaves(path, name, targets))
+    return networks
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint; raises InputError if it cannot be read."""
+    file = Path(path) / TOKENIZER
+    if not file.is_file():
+        raise InputError(f"{file}: missing; convert the checkpoint again")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{file}: not a tokenizer ({error})") from None
+
+
+def stored_leaves(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every stored array by dotted name; raises InputError if the weights are unreadable."""
+    weights = (path / WEIGHTS).absolute()
+    try:
+        tree = ocp.metadata(weights).metadata
+    except Exception as error:  # Orbax raises many kinds, depending on what is broken
+        raise InputError(f"{weights}: the weights are missing or damaged ({error}); convert the checkpoint again") from None
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _flatten(tree)}
+
+
+def load_leaves(path: Path, name: str, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Some arrays of the network `name`, by dotted path, as the shapes, dtypes and shardings of `targets` say."""
+    tree = _nest({f"{name}.{leaf}": target for leaf, target in targets.items()})
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        loaded = ocp.load((path / WEIGHTS).absolute(), tree)
+    return {leaf.removeprefix(f"{name}."): value for leaf, value in _flatten(loaded)}
+
+
+def _batches(arrays: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Groups arrays up to `BATCH_BYTES`: the time that Orbax takes to join partial saves grows with their number."""
+    batch, size = {}, 0
+    for name, value in arrays:
+        if batch and size + value.nbytes > BATCH_BYTES:
+            yield batch
+            batch, size = {}, 0
+        batch[name] = value
+        size += value.nbytes
+    yield batch
+
+
+def _nest(flat: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `_flatten`."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, last = name.split(".")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return tree
+
+
+def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

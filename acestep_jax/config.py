@@ -1,0 +1,238 @@
+"""Configurations, one frozen dataclass for each network.
+
+Fields carry the names, meanings and defaults of the `config.json` that diffusers and transformers write beside
+the weights. The fields of `NetworkConfig` are JAX's own and never appear there.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from acestep_jax.errors import InputError
+
+DTYPES = ("float32", "bfloat16", "float16")
+LAYER_TYPES = ("sliding_attention", "full_attention")
+REMAT = ("none", "dots", "full")
+
+
+def check_dtype(name: str, argument: str = "dtype") -> str:
+    """Returns `name` if it is one of `DTYPES`; raises InputError otherwise."""
+    if name not in DTYPES:
+        raise InputError(f"{argument}: {name!r} is no dtype of this library; use one of {', '.join(DTYPES)}")
+    return name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """What every network has.
+
+    dtype: of activations and matrix products. Norm statistics, softmax, sinusoids and FSQ stay in float32.
+    param_dtype: of the weights in memory.
+    remat: what the backward pass recomputes: nothing ("none"), all but matrix products ("dots") or all ("full").
+    """
+
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "none"
+
+    # Keys of a foreign config.json that do not change the network's function.
+    ignored: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self):
+        name = type(self).__name__
+        for field in dataclasses.fields(self):
+            if isinstance(value := getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(value))
+            elif field.type is int and (not isinstance(value, int) or value < 1):
+                raise InputError(f"{name}.{field.name}: expected a positive integer, found {value!r}")
+        check_dtype(self.dtype, f"{name}.dtype")
+        check_dtype(self.param_dtype, f"{name}.param_dtype")
+        if self.remat not in REMAT:
+            raise InputError(f"{name}.remat: expected one of {', '.join(REMAT)}, found {self.remat!r}")
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any], source: str = "config.json") -> Self:
+        """Reads the dictionary of a PyTorch `config.json`; raises InputError on a key it does not know.
+
+        Keys that begin with an underscore are notes of diffusers about itself and are skipped.
+        """
+        own = {field.name for field in dataclasses.fields(NetworkConfig)}
+        known = {field.name for field in dataclasses.fields(cls)} - own
+        given = {key: value for key, value in values.items() if not key.startswith("_") and key not in cls.ignored}
+        if unknown := sorted(given.keys() - known):
+            raise InputError(
+                f"{source}: unknown key(s) {', '.join(unknown)}; {cls.__name__} knows {', '.join(sorted(known))}. "
+                "The checkpoint may be of another model or of a newer version"
+            )
+        return cls(**given)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The inverse of `from_hf`: a dictionary ready for JSON, without JAX's own fields."""
+        own = {field.name for field in dataclasses.fields(NetworkConfig)}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig(NetworkConfig):
+    """What every network made of attention layers has."""
+
+    hidden_size: int = 2048
+    intermediate_size: int = 6144
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rope_theta: float = 1000000.0
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    rms_norm_eps: float = 1e-6
+    sliding_window: int = 128  # tokens to either side, inclusive
+    layer_types: tuple[str, ...] | None = None  # None: sliding and full in turn, sliding first
+
+    def __post_init__(self):
+        super().__post_init__()
+        name = type(self).__name__
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"{name}: num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"{name}.head_dim: expected an even number (rotary embedding), found {self.head_dim}")
+        for kind in self.layer_types or ():
+            if kind not in LAYER_TYPES:
+                raise InputError(f"{name}.layer_types: expected {' or '.join(LAYER_TYPES)}, found {kind!r}")
+
+    def windows(self, num_layers: int) -> tuple[int | None, ...]:
+        """The sliding window of each layer, None for a full one; raises InputError if `layer_types` is too short."""
+        kinds = self.layer_types or tuple(LAYER_TYPES[i % 2] for i in range(num_layers))
+        if len(kinds) < num_layers:
+            raise InputError(
+                f"{type(self).__name__}.layer_types: {num_layers} layers need as many entries, found {len(kinds)}"
+            )
+        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in kinds[:num_layers])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(AttentionConfig):
+    """The diffusion transformer. The defaults are the 2B model."""
+
+    num_hidden_layers: int = 24
+    in_channels: int = 192  # source latents, chunk mask and noisy latents
+    audio_acoustic_hidden_dim: int = 64  # channels of a latent frame
+    patch_size: int = 2  # latent frames in a token
+    encoder_hidden_size: int | None = None  # width of the condition tokens; None: hidden_size
+    is_turbo: bool = False
+    model_version: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.windows(self.num_hidden_layers)
+
+    @property
+    def turbo(self) -> bool:
+        """Whether guidance is distilled into the weights: few steps, no guidance."""
+        return self.is_turbo or self.model_version == "turbo"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConditionEncoderConfig(AttentionConfig):
+    """Lyric, timbre and text encoders. `layer_types` is the lyric encoder's; the timbre encoder alternates."""
+
+    text_hidden_dim: int = 1024
+    timbre_hidden_dim: int = 64
+    num_lyric_encoder_hidden_layers: int = 8
+    num_timbre_encoder_hidden_layers: int = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AudioTokenizerConfig(AttentionConfig):
+    """25 Hz latents to 5 Hz codes."""
+
+    audio_acoustic_hidden_dim: int = 64
+    pool_window_size: int = 5  # latent frames in a code
+    fsq_dim: int = 2048
+    fsq_input_levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
+    fsq_input_num_quantizers: int = 1
+    num_attention_pooler_hidden_layers: int = 2
+
+    def __post_init__(self):
+        if self.fsq_input_levels is None:
+            object.__setattr__(self, "fsq_input_levels", (8, 8, 8, 5, 5, 5))
+        super().__post_init__()
+        if self.fsq_dim != self.hidden_size:
+            raise InputError(
+                f"AudioTokenizerConfig.fsq_dim: the quantizer reads the pooler's output, so it must equal "
+                f"hidden_size ({self.hidden_size}), found {self.fsq_dim}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AudioTokenDetokenizerConfig(AttentionConfig):
+    """5 Hz codes to 25 Hz latents."""
+
+    audio_acoustic_hidden_dim: int = 64
+    pool_window_size: int = 5
+    num_attention_pooler_hidden_layers: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextEncoderConfig(AttentionConfig):
+    """Qwen3, as a text encoder. The defaults are Qwen3-Embedding-0.6B."""
+
+    vocab_size: int = 151669
+    hidden_size: int = 1024
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 28
+
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        "architectures attn_implementation bos_token_id dtype eos_token_id initializer_range max_position_embeddings "
+        "max_window_layers model_type output_attentions output_hidden_states pad_token_id return_dict "
+        "sliding_window tie_word_embeddings torch_dtype transformers_version use_cache use_sliding_window".split()
+    )
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any], source: str = "config.json") -> Self:
+        values = dict(values)
+        # transformers 5 groups what transformers 4 wrote as two keys.
+        rope = values.pop("rope_parameters", None) or {}
+        scaling = values.pop("rope_scaling", None)
+        if rope.get("rope_type", "default") != "default" or scaling is not None:
+            raise InputError(f"{source}: scaled rotary embeddings are not supported, found {scaling or rope}")
+        if "rope_theta" in rope:
+            values["rope_theta"] = rope["rope_theta"]
+        if (activation := values.pop("hidden_act", "silu")) != "silu":
+            raise InputError(f"{source}: hidden_act: expected 'silu', found {activation!r}")
+        if values.get("use_sliding_window"):
+            raise InputError(f"{source}: use_sliding_window: the text encoder attends to all earlier tokens only")
+        if "sliding_attention" in (values.pop("layer_types", None) or ()):
+            raise InputError(f"{source}: layer_types: the text encoder has full attention only")
+        return super().from_hf(values, source)
+
+    def to_hf(self) -> dict[str, Any]:
+        values = super().to_hf()
+        del values["sliding_window"], values["layer_types"]
+        return values | {"architectures": ["Qwen3Model"], "model_type": "qwen3", "hidden_act": "silu"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig(NetworkConfig):
+    """Oobleck, from waveform to latents and back. The defaults are ACE-Step's: 48 kHz stereo, 25 frames a second."""
+
+    encoder_hidden_size: int = 128
+    downsampling_ratios: tuple[int, ...] = (2, 4, 4, 6, 10)
+    channel_multiples: tuple[int, ...] = (1, 2, 4, 8, 16)
+    decoder_channels: int = 128
+    decoder_input_channels: int = 64
+    audio_channels: int = 2
+    sampling_rate: int = 48000  # Hz
+
+    def __post_init__(self):
+        super().__post_init__()
+        if odd := [ratio for ratio in self.downsampling_ratios if ratio % 2]:
+            raise InputError(f"AutoencoderConfig.downsampling_ratios: expected even numbers, found {odd}")
+        if len(self.channel_multiples) != len(self.downsampling_ratios):
+            raise InputError(
+                "AutoencoderConfig: channel_multiples and downsampling_ratios must be of one length, found "
+                f"{self.channel_multiples} and {self.downsampling_ratios}"
+            )

@@ -1,0 +1,291 @@
+"""Oobleck: a convolutional variational autoencoder between 48 kHz stereo audio and 25 Hz latents.
+
+Inside, arrays are [B, time, channels]; audio enters and leaves as [B, channels, samples].
+Source: diffusers `AutoencoderOobleck`. Weight norm is folded into the kernels when a checkpoint is converted.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from acestep_jax.config import AutoencoderConfig
+from acestep_jax.errors import InputError
+from acestep_jax.models.layers import parameter
+
+# Latent frames that are encoded or decoded at once (20.5 s): what bounds the memory of a long song.
+TILE_FRAMES = 512
+
+
+class Snake(nnx.Module):
+    """y = x + sin^2(a x) / (b + 1e-9) with a = exp(alpha), b = exp(beta) for each channel."""
+
+    def __init__(self, channels: int, config: AutoencoderConfig):
+        self.alpha = parameter(jnp.zeros((channels,), config.param_dtype), "channels")
+        self.beta = parameter(jnp.zeros((channels,), config.param_dtype), "channels")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        a, b = (jnp.exp(p[...].astype(jnp.float32)) for p in (self.alpha, self.beta))
+        f = x.astype(jnp.float32)
+        return (f + jnp.square(jnp.sin(a * f)) / (b + 1e-9)).astype(x.dtype)
+
+
+class Conv(nnx.Module):
+    """Convolution over time, kernel [size, in, out]."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        config: AutoencoderConfig,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        padding: int = 0,
+        use_bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        self.stride, self.dilation, self.padding = stride, dilation, padding
+        self.kernel = _kernel((size, inputs, outputs), config, rngs)
+        self.bias = parameter(jnp.zeros((outputs,), config.param_dtype), "channels") if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = _convolve(x, self.kernel[...], self.stride, self.dilation, self.padding)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class UpsampleConv(nnx.Module):
+    """Transposed convolution of kernel 2 * stride and padding stride / 2: each input frame becomes `stride` samples.
+
+    Sample r of frame j sees inputs j - 1, j and, after the crop, j + 1. So it is an ordinary convolution of size two
+    with `stride` times the channels, kernel [2, in, stride, out], whose output is read row by row.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        init = nnx.initializers.lecun_normal(in_axis=(0, 1), out_axis=(2, 3))
+        value = init(rngs.params(), (2, inputs, stride, outputs), jnp.dtype(config.param_dtype))
+        self.kernel = parameter(value, None, "channels", None, "channels")
+        self.bias = parameter(jnp.zeros((outputs,), config.param_dtype), "channels")
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, in] -> [B, T * stride, out]
+        size, inputs, stride, outputs = self.kernel.shape
+        y = _convolve(x, self.kernel[...].reshape(size, inputs, stride * outputs), padding=1)
+        y = y.reshape(x.shape[0], -1, outputs)  # [B, (T + 1) * stride, out]
+        crop = stride // 2
+        return y[:, crop : y.shape[1] - crop] + self.bias[...].astype(x.dtype)
+
+
+class OobleckResidualUnit(nnx.Module):
+    """x + conv1x1(snake(conv7(snake(x))))."""
+
+    def __init__(self, channels: int, dilation: int, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        self.snake1 = Snake(channels, config)
+        self.conv1 = Conv(channels, channels, 7, config, dilation=dilation, padding=3 * dilation, rngs=rngs)
+        self.snake2 = Snake(channels, config)
+        self.conv2 = Conv(channels, channels, 1, config, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + self.conv2(self.snake2(self.conv1(self.snake1(x))))
+
+
+class OobleckEncoderBlock(nnx.Module):
+    """Three residual units of growing dilation, then a convolution that divides time by `stride`."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        self.res_unit1 = OobleckResidualUnit(inputs, 1, config, rngs=rngs)
+        self.res_unit2 = OobleckResidualUnit(inputs, 3, config, rngs=rngs)
+        self.res_unit3 = OobleckResidualUnit(inputs, 9, config, rngs=rngs)
+        self.snake1 = Snake(inputs, config)
+        self.conv1 = Conv(inputs, outputs, 2 * stride, config, stride=stride, padding=stride // 2, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.res_unit3(self.res_unit2(self.res_unit1(x)))
+        return self.conv1(self.snake1(x))
+
+
+class OobleckDecoderBlock(nnx.Module):
+    """A transposed convolution that multiplies time by `stride`, then three residual units."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        self.snake1 = Snake(inputs, config)
+        self.conv_t1 = UpsampleConv(inputs, outputs, stride, config, rngs=rngs)
+        self.res_unit1 = OobleckResidualUnit(outputs, 1, config, rngs=rngs)
+        self.res_unit2 = OobleckResidualUnit(outputs, 3, config, rngs=rngs)
+        self.res_unit3 = OobleckResidualUnit(outputs, 9, config, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv_t1(self.snake1(x))
+        return self.res_unit3(self.res_unit2(self.res_unit1(x)))
+
+
+class OobleckEncoder(nnx.Module):
+    """[B, samples, audio channels] -> [B, samples / 1920, 2 * 64]."""
+
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        channels = [config.encoder_hidden_size * m for m in (1, *config.channel_multiples)]
+        self.conv1 = Conv(config.audio_channels, channels[0], 7, config, padding=3, rngs=rngs)
+        self.block = nnx.List(
+            OobleckEncoderBlock(channels[i], channels[i + 1], stride, config, rngs=rngs)
+            for i, stride in enumerate(config.downsampling_ratios)
+        )
+        self.snake1 = Snake(channels[-1], config)
+        self.conv2 = Conv(channels[-1], config.encoder_hidden_size, 3, config, padding=1, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv1(x)
+        for block in self.block:
+            x = block(x)
+        return self.conv2(self.snake1(x))
+
+
+class OobleckDecoder(nnx.Module):
+    """[B, frames, 64] -> [B, frames * 1920, audio channels]."""
+
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        channels = [config.decoder_channels * m for m in (1, *config.channel_multiples)][::-1]
+        self.conv1 = Conv(config.decoder_input_channels, channels[0], 7, config, padding=3, rngs=rngs)
+        self.block = nnx.List(
+            OobleckDecoderBlock(channels[i], channels[i + 1], stride, config, rngs=rngs)
+            for i, stride in enumerate(config.downsampling_ratios[::-1])
+        )
+        self.snake1 = Snake(channels[-1], config)
+        self.conv2 = Conv(channels[-1], config.audio_channels, 7, config, padding=3, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv1(x)
+        for block in self.block:
+            x = block(x)
+        return self.conv2(self.snake1(x))
+
+
+class DiagonalGaussian(NamedTuple):
+    """The posterior of an encoded waveform."""
+
+    mean: jax.Array  # [B, T, 64]
+    std: jax.Array  # [B, T, 64]
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """[B, T, 64]: mean + std * noise."""
+        return self.mean + self.std * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+
+
+class AutoencoderOobleck(nnx.Module):
+    """Waveform <-> latents. Long inputs are cut into overlapping tiles; the result is that of one piece."""
+
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.hop_length = math.prod(config.downsampling_ratios)  # samples in a latent frame
+        self.encoder = OobleckEncoder(config, rngs=rngs)
+        self.decoder = OobleckDecoder(config, rngs=rngs)
+
+    def encode(self, audio: jax.Array, *, tile_frames: int = TILE_FRAMES) -> DiagonalGaussian:
+        """[B, channels, samples] in [-1, 1] -> posterior over [B, samples // hop_length, 64].
+
+        As in the torch model, samples beyond the last whole frame only lend context to it.
+
+        Raises:
+            InputError: if the audio is shorter than one frame.
+        """
+        hop = self.hop_length
+        frames = audio.shape[-1] // hop
+        if frames < 1:
+            raise InputError(f"audio: {audio.shape[-1]} samples are less than one latent frame of {hop}")
+        x = jnp.moveaxis(audio, 1, 2).astype(self.config.dtype)
+        overlap = math.ceil(_encoder_reach(self.config) / hop)
+        if frames <= tile_frames:
+            y = self.encoder(x)
+        else:
+            # The samples beyond the last frame stay with the last tile, so every tile carries as many.
+            y = _tiled(self.encoder, x, frames, tile_frames, overlap, extra=audio.shape[-1] - frames * hop, read=hop)
+        mean, scale = jnp.split(y, 2, axis=-1)
+        return DiagonalGaussian(mean, jax.nn.softplus(scale) + 1e-4)
+
+    def decode(self, latents: jax.Array, *, tile_frames: int = TILE_FRAMES) -> jax.Array:
+        """[B, frames, 64] -> audio [B, channels, frames * hop_length], not limited to [-1, 1]."""
+        x = latents.astype(self.config.dtype)
+        frames = x.shape[1]
+        if frames <= tile_frames:
+            y = self.decoder(x)
+        else:
+            overlap = _decoder_reach(self.config)
+            y = _tiled(self.decoder, x, frames, tile_frames, overlap, write=self.hop_length)
+        return jnp.moveaxis(y, 1, 2)
+
+
+def _kernel(shape: tuple[int, int, int], config: AutoencoderConfig, rngs: nnx.Rngs) -> nnx.Param:
+    init = nnx.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
+    return parameter(init(rngs.params(), shape, jnp.dtype(config.param_dtype)), None, "channels", "channels")
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1, padding: int = 0) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        window_strides=(stride,),
+        padding=[(padding, padding)],
+        rhs_dilation=(dilation,),
+        dimension_numbers=("NWC", "WIO", "NWC"),
+    )
+
+
+_UNIT_REACH = 3 * (1 + 3 + 9)  # samples to either side that three residual units read
+
+
+def _decoder_reach(config: AutoencoderConfig) -> int:
+    """Latent frames to either side of a frame that its samples depend on."""
+    reach = 3
+    for stride in config.downsampling_ratios:
+        reach = math.ceil((reach + _UNIT_REACH) / stride) + 1
+    return reach + 3
+
+
+def _encoder_reach(config: AutoencoderConfig) -> int:
+    """Samples to either side of a frame that its latents depend on."""
+    reach, rate = 3, 1
+    for stride in config.downsampling_ratios:
+        reach += (_UNIT_REACH + 2 * stride) * rate
+        rate *= stride
+    return reach + rate
+
+
+def _tiled(
+    network: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    frames: int,
+    tile: int,
+    overlap: int,
+    *,
+    read: int = 1,
+    write: int = 1,
+    extra: int = 0,
+) -> jax.Array:
+    """Runs `network` on windows of `tile` frames and keeps of each what is `overlap` frames from its inner edges.
+
+    All windows are of one length, so the network is compiled once: the last ones move back to end where x ends, and
+    what is written twice is the same. At the ends of x itself the network's own zero padding holds, as without tiles.
+
+    Args:
+        x: [B, frames * read + extra, C].
+        read, write: entries of x and of the output in a frame.
+    """
+    step = tile - 2 * overlap
+    if step < 1:
+        raise InputError(f"tile_frames: {tile} leaves nothing between two overlaps of {overlap} frames; enlarge it")
+    out = jax.eval_shape(network, x[:, : tile * read + extra])
+    result = jnp.zeros((x.shape[0], frames * write, out.shape[-1]), out.dtype)
+
+    def run(i, result):
+        begin = jnp.minimum(i * step, frames - tile)  # of the window
+        # The first window keeps its left edge and the last its right one: there is nothing beyond them.
+        first = jnp.where(i == 0, 0, begin + overlap)
+        window = jax.lax.dynamic_slice_in_dim(x, begin * read, tile * read + extra, axis=1)
+        y = network(window)[:, : tile * write]
+        keep = jax.lax.dynamic_slice_in_dim(y, (first - begin) * write, (tile - overlap) * write, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(result, keep, first * write, axis=1)
+
+    num_windows = max(0, math.ceil((frames - tile) / step)) + 1
+    return jax.lax.fori_loop(0, num_windows, run, result)

@@ -1,0 +1,123 @@
+"""From text, lyrics and reference audio to the one sequence of condition tokens that the transformer attends to.
+
+Source: diffusers `AceStepConditionEncoder` and the networks within it.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from acestep_jax.config import ConditionEncoderConfig
+from acestep_jax.models.encoder import Encoder
+from acestep_jax.models.layers import linear, parameter
+
+SILENCE_FRAMES = 15000  # ten minutes of encoded silence ship with every checkpoint
+
+
+class Buffer(nnx.Variable):
+    """An array that belongs to the checkpoint but is never trained."""
+
+
+class AceStepLyricEncoder(Encoder):
+    """Embeddings of lyric tokens, [B, T, text_hidden_dim] -> [B, T, D]; attends in both directions."""
+
+    def __init__(self, config: ConditionEncoderConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, config.windows(config.num_lyric_encoder_hidden_layers), rngs=rngs)
+        self.embed_tokens = linear(
+            config.text_hidden_dim, config.hidden_size, (None, "embed"), config, use_bias=True, rngs=rngs
+        )
+
+    def __call__(self, inputs_embeds: jax.Array, attention_mask: jax.Array) -> jax.Array:
+        return self.encode(self.embed_tokens(inputs_embeds), key_mask=attention_mask.astype(bool))
+
+
+class AceStepTimbreEncoder(Encoder):
+    """Latents of a reference clip, [N, T, 64] -> one token each, [N, D]: the first position after the final norm."""
+
+    def __init__(self, config: ConditionEncoderConfig, *, rngs: nnx.Rngs):
+        num_layers = config.num_timbre_encoder_hidden_layers
+        windows = tuple(config.sliding_window if i % 2 == 0 else None for i in range(num_layers))
+        super().__init__(config, windows, rngs=rngs)
+        self.embed_tokens = linear(
+            config.timbre_hidden_dim, config.hidden_size, (None, "embed"), config, use_bias=True, rngs=rngs
+        )
+        # Part of every checkpoint; diffusers does not read it.
+        self.special_token = _token(config, rngs)
+
+    def __call__(self, reference_latents: jax.Array) -> jax.Array:
+        return self.encode(self.embed_tokens(reference_latents))[:, 0]
+
+
+class AceStepConditionEncoder(nnx.Module):
+    """Packs lyric, timbre and text tokens, in that order and the valid ones first.
+
+    `null_condition_emb` [1, 1, D] stands in for every token where guidance asks for no condition;
+    `silence_latent` [1, 15000, 64] is what the autoencoder makes of silence.
+    """
+
+    def __init__(self, config: ConditionEncoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.text_projector = linear(config.text_hidden_dim, config.hidden_size, (None, "embed"), config, rngs=rngs)
+        self.lyric_encoder = AceStepLyricEncoder(config, rngs=rngs)
+        self.timbre_encoder = AceStepTimbreEncoder(config, rngs=rngs)
+        self.null_condition_emb = _token(config, rngs)
+        self.silence_latent = Buffer(jnp.zeros((1, SILENCE_FRAMES, config.timbre_hidden_dim), config.param_dtype))
+
+    def __call__(
+        self,
+        text_hidden_states: jax.Array,
+        text_attention_mask: jax.Array,
+        lyric_hidden_states: jax.Array,
+        lyric_attention_mask: jax.Array,
+        refer_audio_acoustic_hidden_states_packed: jax.Array,
+        refer_audio_order_mask: jax.Array,
+        *,
+        max_references: int = 1,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Condition tokens and their mask.
+
+        Args:
+            text_hidden_states: [B, S_text, 1024] from the text encoder.
+            text_attention_mask: [B, S_text], true for tokens, false for padding.
+            lyric_hidden_states: [B, S_lyric, 1024] from the text encoder's embedding table.
+            lyric_attention_mask: [B, S_lyric].
+            refer_audio_acoustic_hidden_states_packed: [N, frames, 64], the reference clips of the whole batch.
+            refer_audio_order_mask: [N] int, the batch item that each clip belongs to.
+            max_references: how many clips an item has at most; further ones are dropped.
+
+        Returns:
+            [B, S_lyric + max_references + S_text, D], valid tokens first, and a bool mask of the same two axes.
+        """
+        config = self.config
+        text = self.text_projector(text_hidden_states)
+        lyric = self.lyric_encoder(lyric_hidden_states, lyric_attention_mask)
+        clips = self.timbre_encoder(refer_audio_acoustic_hidden_states_packed.astype(config.dtype))
+        timbre, timbre_mask = _unpack(clips, refer_audio_order_mask, text.shape[0], max_references)
+        tokens = jnp.concatenate([lyric, timbre, text], axis=1)
+        mask = jnp.concatenate([lyric_attention_mask, timbre_mask, text_attention_mask], axis=1).astype(bool)
+        return _pack(tokens, mask)
+
+    def silence(self, frames: int) -> jax.Array:
+        """[1, frames, 64]: the latents of silence, repeated past ten minutes."""
+        latent = self.silence_latent[...]
+        return jnp.tile(latent, (1, -(-frames // latent.shape[1]), 1))[:, :frames]
+
+
+def _token(config: ConditionEncoderConfig, rngs: nnx.Rngs) -> nnx.Param:
+    value = jax.random.normal(rngs.params(), (1, 1, config.hidden_size))
+    return parameter(value.astype(config.param_dtype), None, None, None)
+
+
+def _pack(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Moves valid tokens before padding, keeping the order among each. [B, S, D], [B, S]."""
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    return jnp.take_along_axis(tokens, order[:, :, None], axis=1), jnp.take_along_axis(mask, order, axis=1)
+
+
+def _unpack(clips: jax.Array, owner: jax.Array, batch: int, slots: int) -> tuple[jax.Array, jax.Array]:
+    """Deals [N, D] clips to their batch items: [B, slots, D] and a mask of the slots in use, [B, slots]."""
+    same = owner[:, None] == owner[None, :]
+    slot = jnp.sum(jnp.tril(same, -1), axis=1)  # how many earlier clips have the same owner
+    timbre = jnp.zeros((batch, slots, clips.shape[-1]), clips.dtype).at[owner, slot].set(clips, mode="drop")
+    mask = jnp.zeros((batch, slots), bool).at[owner, slot].set(True, mode="drop")
+    return timbre, mask

@@ -1,0 +1,50 @@
+"""Pre-norm transformer encoder: the shape that the text, lyric and timbre encoders, the pooler and the detokenizer share."""
+
+import jax
+from flax import nnx
+
+from acestep_jax.config import AttentionConfig
+from acestep_jax.models.attention import Attention
+from acestep_jax.models.layers import RMSNorm, SwiGLU, rotary_embedding, scan_layers, stack_layers
+from acestep_jax.sharding import shard
+
+
+class EncoderLayer(nnx.Module):
+    """x <- x + self_attn(norm(x)),  x <- x + mlp(norm(x)).
+
+    Source: diffusers `AceStepEncoderLayer`; with `causal`, transformers `Qwen3DecoderLayer`.
+    """
+
+    def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config)
+        self.self_attn = Attention(config, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config, rngs=rngs)
+
+    def __call__(self, x, *, rope, window=None, causal=False, key_mask=None):  # [B, T, D] -> [B, T, D]
+        x = x + self.self_attn(self.input_layernorm(x), rope=rope, window=window, causal=causal, key_mask=key_mask)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return shard(x, "batch", "sequence", None)
+
+
+class Encoder(nnx.Module):
+    """Stacked layers and a final norm. Networks derive from it and add what comes before and after.
+
+    Args:
+        windows: one entry a layer: its sliding window, or None for full attention.
+    """
+
+    def __init__(self, config: AttentionConfig, windows: tuple[int | None, ...], *, rngs: nnx.Rngs):
+        self.config = config
+        self.windows = windows
+        self.layers = stack_layers(lambda rngs: EncoderLayer(config, rngs=rngs), len(windows), rngs)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config)
+
+    def encode(self, x: jax.Array, *, causal: bool = False, key_mask: jax.Array | None = None) -> jax.Array:
+        """x: [B, T, D] at positions 0..T-1; key_mask: [B, T] bool, False for padding. Returns [B, T, D]."""
+        rope = rotary_embedding(x.shape[1], self.config.head_dim, self.config.rope_theta)
+
+        def apply(x, layer, window, _):
+            return layer(x, rope=rope, window=window, causal=causal, key_mask=key_mask)
+
+        return self.norm(scan_layers(apply, self.layers, x, self.windows, remat=self.config.remat))

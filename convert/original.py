@@ -1,0 +1,184 @@
+"""What is particular to the layout in which ACE-Step publishes its models: folders, config and tensor names.
+
+`decoder` is the transformer, `encoder` the condition encoder; one `config.json` describes all but the autoencoder
+and the text encoder. See also diffusers' `scripts/convert_ace_step_to_diffusers.py`.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from acestep_jax.config import (
+    AudioTokenDetokenizerConfig,
+    AudioTokenizerConfig,
+    ConditionEncoderConfig,
+    NetworkConfig,
+    TransformerConfig,
+)
+from acestep_jax.errors import InputError
+
+VAE, TEXT_ENCODER = "vae", "Qwen3-Embedding-0.6B"
+
+PREFIXES = {
+    "decoder.": "transformer",
+    "encoder.": "condition_encoder",
+    "tokenizer.": "audio_tokenizer",
+    "detokenizer.": "audio_token_detokenizer",
+}
+# (diffusers, original), as parts of a name that end in a dot.
+_ATTENTION_NAMES = (
+    ("to_q.", "q_proj."),
+    ("to_k.", "k_proj."),
+    ("to_v.", "v_proj."),
+    ("to_out.0.", "o_proj."),
+    ("norm_q.", "q_norm."),
+    ("norm_k.", "k_norm."),
+)
+_PATCH_NAMES = (("proj_in_conv.", "proj_in.1."), ("proj_out_conv.", "proj_out.1."))
+
+# The encoders fall back to the transformer's size; tokenizer and detokenizer are as large as the encoders.
+_ENCODER_KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+_SHARED_KEYS = (
+    "head_dim rope_theta attention_bias attention_dropout rms_norm_eps sliding_window".split()
+)
+# Of training, of the application, or notes of transformers about itself.
+_IGNORED = frozenset(
+    "architectures auto_map bos_token_id data_proportion dtype eos_token_id hidden_act initializer_range "
+    "max_position_embeddings model_type num_audio_decoder_hidden_layers pad_token_id rope_parameters rope_scaling "
+    "timbre_fix_frame timestep_mu timestep_sigma torch_dtype transformers_version use_cache use_sliding_window "
+    "vocab_size".split()
+)
+
+
+def find_folders(
+    source: Path, vae: str | Path | None, text_encoder: str | Path | None
+) -> tuple[Path, Path, Path]:
+    """The folders of the model, the autoencoder and the text encoder.
+
+    `source` is the model's folder, or the one that holds it and the other two.
+
+    Raises:
+        InputError: if there is no model, more than one, or no autoencoder or text encoder.
+    """
+
+    def is_model(folder: Path) -> bool:
+        return (folder / "config.json").is_file() and (folder / "silence_latent.pt").is_file()
+
+    if not is_model(source):
+        models = sorted(folder for folder in source.iterdir() if folder.is_dir() and is_model(folder))
+        if len(models) > 1:
+            names = ", ".join(str(folder) for folder in models)
+            raise InputError(f"{source}: holds several models; name one of {names}")
+        if not models:
+            raise InputError(
+                f"{source}: not a checkpoint; expected model_index.json (diffusers) or config.json, "
+                "model.safetensors and silence_latent.pt (original)"
+            )
+        source = models[0]
+    found = []
+    for given, name, option in ((vae, VAE, "--vae"), (text_encoder, TEXT_ENCODER, "--text-encoder")):
+        folder = Path(given) if given is not None else source.absolute().parent / name
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; give the one that holds {name} with {option}")
+        found.append(folder)
+    return source, found[0], found[1]
+
+
+def split_config(values: dict[str, Any], source: str) -> dict[str, NetworkConfig]:
+    """The one config of the original layout as one for each network; raises InputError on an unknown key."""
+    values = {key: value for key, value in values.items() if not key.startswith("_")}
+    if values.get("hidden_act", "silu") != "silu":
+        raise InputError(f"{source}: hidden_act: expected 'silu', found {values['hidden_act']!r}")
+    if values.get("rope_scaling") is not None:
+        raise InputError(f"{source}: scaled rotary embeddings are not supported, found {values['rope_scaling']}")
+    if "rope_theta" in (rope := values.get("rope_parameters") or {}):
+        values.setdefault("rope_theta", rope["rope_theta"])
+    used: set[str] = set()
+
+    def take(*keys: str) -> dict[str, Any]:
+        used.update(keys)
+        return {key: values[key] for key in keys if key in values}
+
+    own = take(*_ENCODER_KEYS, *_SHARED_KEYS)
+    encoder = dict(own)
+    for key in _ENCODER_KEYS:
+        if (value := take(f"encoder_{key}").get(f"encoder_{key}")) is not None:
+            encoder[key] = value
+    transformer = own | take(
+        *"num_hidden_layers in_channels audio_acoustic_hidden_dim patch_size layer_types is_turbo model_version".split()
+    )
+    if "hidden_size" in encoder and encoder["hidden_size"] != own["hidden_size"]:
+        transformer["encoder_hidden_size"] = encoder["hidden_size"]
+    condition = encoder | take(
+        *"text_hidden_dim timbre_hidden_dim num_lyric_encoder_hidden_layers num_timbre_encoder_hidden_layers".split()
+    )
+    detokenizer = encoder | take(
+        *"audio_acoustic_hidden_dim pool_window_size num_attention_pooler_hidden_layers".split()
+    )
+    tokenizer = detokenizer | take(*"fsq_dim fsq_input_levels fsq_input_num_quantizers".split())
+    if unknown := sorted(values.keys() - used - _IGNORED):
+        raise InputError(
+            f"{source}: unknown key(s) {', '.join(unknown)}; the checkpoint may be of another model or a newer version"
+        )
+    return {
+        "transformer": TransformerConfig.from_hf(transformer, source),
+        "condition_encoder": ConditionEncoderConfig.from_hf(condition, source),
+        "audio_tokenizer": AudioTokenizerConfig.from_hf(tokenizer, source),
+        "audio_token_detokenizer": AudioTokenDetokenizerConfig.from_hf(detokenizer, source),
+    }
+
+
+def join_config(configs: dict[str, NetworkConfig]) -> dict[str, Any]:
+    """The inverse of `split_config`; a checkpoint without tokenizer and detokenizer cannot be written in this layout."""
+    transformer, encoder = configs["transformer"].to_hf(), configs["condition_encoder"].to_hf()
+    values = transformer | {
+        key: encoder[key] for key in encoder.keys() - transformer.keys() if key not in _ENCODER_KEYS
+    }
+    del values["encoder_hidden_size"]
+    for key in _ENCODER_KEYS:
+        if encoder[key] != transformer[key]:
+            values[f"encoder_{key}"] = encoder[key]
+    for name in ("audio_tokenizer", "audio_token_detokenizer"):
+        part = configs[name].to_hf()
+        values |= {key: part[key] for key in part.keys() - values.keys()}
+    values["layer_types"] = [
+        "full_attention" if window is None else "sliding_attention"
+        for window in configs["transformer"].windows(transformer["num_hidden_layers"])
+    ]
+    return values | {"architectures": ["AceStepConditionGenerationModel"], "model_type": "acestep", "hidden_act": "silu"}
+
+
+def split_names(tensors: dict[str, Any], source: str) -> dict[str, dict[str, Any]]:
+    """Tensors of the one file by network and diffusers' name; raises InputError on a name of no network."""
+    networks: dict[str, dict[str, Any]] = {network: {} for network in PREFIXES.values()}
+    unknown = []
+    for name, tensor in tensors.items():
+        if name == "null_condition_emb":
+            networks["condition_encoder"][name] = tensor
+            continue
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+        if prefix is None:
+            unknown.append(name)
+            continue
+        name = name.removeprefix(prefix)
+        for ours, theirs in _PATCH_NAMES if prefix == "decoder." else ():
+            name = re.sub(rf"^{re.escape(theirs)}", ours, name)
+        networks[PREFIXES[prefix]][attention_name(name)] = tensor
+    if unknown:
+        raise InputError(f"{source}: unexpected tensor(s) {', '.join(sorted(unknown)[:5])}; this is not an ACE-Step 1.5 model")
+    return networks
+
+
+def attention_name(name: str) -> str:
+    """The name of a tensor of an attention layer, from the original's and Qwen3's to diffusers'."""
+    for ours, theirs in _ATTENTION_NAMES:
+        name = re.sub(rf"(^|\.){re.escape(theirs)}", rf"\g<1>{ours}", name)
+    return name
+
+
+def original_name(network: str, name: str) -> str:
+    """The inverse: a diffusers name of `network` as the original layout has it."""
+    for ours, theirs in (*_ATTENTION_NAMES, *(_PATCH_NAMES if network == "transformer" else ())):
+        name = re.sub(rf"(^|\.){re.escape(ours)}", rf"\g<1>{theirs}", name)
+    prefix = next((prefix for prefix, owner in PREFIXES.items() if owner == network), "")
+    return name if name == "null_condition_emb" else prefix + name

@@ -1,0 +1,37 @@
+"""The suite runs on eight devices, so that everything that is sharded is sharded here too."""
+
+import os
+import warnings
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+
+import pytest
+
+warnings.filterwarnings("ignore", message=".*weight_norm.*", category=FutureWarning)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random PyTorch checkpoint of the turbo variant and its conversion: (torch folder, native folder)."""
+    return _checkpoint(tmp_path_factory.mktemp("turbo"), "turbo")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """The same for the base variant, which is guided."""
+    return _checkpoint(tmp_path_factory.mktemp("base"), "base")
+
+
+def _checkpoint(folder, variant):
+    from convert.from_torch import from_torch
+    from convert.random_checkpoint import write_random_checkpoint
+
+    write_random_checkpoint(folder / "torch", variant=variant)
+    from_torch(folder / "torch", folder / "native")
+    return folder / "torch", folder / "native"
