@@ -34,13 +34,18 @@ _TEXT = dict(hidden_size=48, intermediate_size=96, num_attention_heads=4, num_ke
 # Arguments of each class, where they differ from its defaults.
 SIZES: dict[str, dict[str, dict]] = {
     "tiny": {
-        "transformer": _ATTENTION | {"num_hidden_layers": 4},
+        "transformer": _ATTENTION | {"num_hidden_layers": 4, "in_channels": 24, "audio_acoustic_hidden_dim": 8},
         "condition_encoder": _ATTENTION
-        | {"text_hidden_dim": 48, "num_lyric_encoder_hidden_layers": 2, "num_timbre_encoder_hidden_layers": 2},
-        "audio_tokenizer": _ATTENTION | {"fsq_dim": 64},
-        "audio_token_detokenizer": _ATTENTION,
+        | {
+            "text_hidden_dim": 48,
+            "timbre_hidden_dim": 8,
+            "num_lyric_encoder_hidden_layers": 2,
+            "num_timbre_encoder_hidden_layers": 2,
+        },
+        "audio_tokenizer": _ATTENTION | {"fsq_dim": 64, "audio_acoustic_hidden_dim": 8},
+        "audio_token_detokenizer": _ATTENTION | {"audio_acoustic_hidden_dim": 8},
         "text_encoder": _TEXT | {"num_hidden_layers": 2},
-        "vae": {"encoder_hidden_size": 8, "decoder_channels": 8},
+        "vae": {"encoder_hidden_size": 16, "decoder_channels": 8, "decoder_input_channels": 8},
     },
     "2B": {
         "text_encoder": dict(

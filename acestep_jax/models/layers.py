@@ -76,11 +76,13 @@ class SwiGLU(nnx.Module):
 def sinusoid(t: jax.Array, channels: int = 256, max_period: float = 10000.0) -> jax.Array:
     """[B] -> [B, channels] float32: cosines, then sines, of t at `channels / 2` geometric frequencies.
 
-    The frequencies are NumPy constants, so that every backend uses the same ones.
+    The frequencies are NumPy constants, each rounded once: a phase reaches 1000, so that one bit of a frequency, which
+    backends differ in, would show in the result.
     """
     half = channels // 2
     exponent = -np.log(max_period).astype(np.float32) * np.arange(half, dtype=np.float32) / np.float32(half)
-    phase = t.astype(jnp.float32)[:, None] * np.exp(exponent)
+    frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    phase = t.astype(jnp.float32)[:, None] * frequency
     return jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1)
 
 

@@ -1,0 +1,72 @@
+"""Audio files, through libsndfile."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from acestep_jax.errors import InputError
+
+# What a suffix means to libsndfile: format and subtype.
+FORMATS = {
+    ".wav": ("WAV", "PCM_16"),
+    ".flac": ("FLAC", "PCM_24"),
+    ".ogg": ("OGG", "VORBIS"),
+    ".mp3": ("MP3", "MPEG_LAYER_III"),
+}
+
+BLOCK_FRAMES = 65536  # written at once: libsndfile's Vorbis encoder overflows its stack on minutes in one call
+
+
+def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
+    """The path, if a file can be written there.
+
+    Raises:
+        InputError: if the suffix is none of `FORMATS`, the folder does not exist, or the file does and may not be
+            overwritten.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"{path}: unknown kind of audio file; use one of the suffixes {', '.join(FORMATS)}")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: the folder {path.absolute().parent} does not exist; create it first")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: already exists; remove it, choose another name, or ask for it to be overwritten")
+    return path
+
+
+def write(path: str | Path, audio: np.ndarray, sample_rate: int, *, overwrite: bool = False) -> None:
+    """Writes an audio file, whole or not at all.
+
+    Args:
+        path: the suffix decides the kind: .wav (16 bit), .flac (24 bit), .ogg or .mp3.
+        audio: [channels, samples] float in [-1, 1].
+        sample_rate: Hz.
+
+    Raises:
+        InputError: see `check_output`.
+        OSError: if it cannot be written, with nothing left behind.
+    """
+    path = check_output(path, overwrite=overwrite)
+    kind, subtype = FORMATS[path.suffix.lower()]
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.absolute().parent)
+    temporary = Path(name)
+    try:
+        frames = np.ascontiguousarray(np.asarray(audio, np.float32).T)
+        with (
+            open(handle, "w+b") as file,
+            soundfile.SoundFile(
+                file, "w", sample_rate, channels=frames.shape[1], format=kind, subtype=subtype
+            ) as sound,
+        ):
+            for start in range(0, len(frames), BLOCK_FRAMES):
+                sound.write(frames[start : start + BLOCK_FRAMES])
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except soundfile.LibsndfileError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: could not be written ({error})") from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,117 @@
+"""`acestep-jax generate` and `acestep-jax info`."""
+
+import argparse
+import importlib.metadata
+import logging
+import math
+import sys
+from pathlib import Path
+
+import jax
+
+from acestep_jax import audio, checkpoint
+from acestep_jax.config import DTYPES
+from acestep_jax.errors import InputError
+from acestep_jax.pipeline import AceStepPipeline
+from acestep_jax.sharding import MESH_AXES, make_mesh
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="acestep-jax", description="ACE-Step 1.5 music generation in JAX.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="turn a prompt into an audio file")
+    add = generate.add_argument
+    add("prompt", metavar="PROMPT", help="what the music is like")
+    add("--checkpoint", metavar="DIR", required=True, help="a checkpoint that `python -m convert from-torch` made")
+    add("--out", metavar="FILE", default="song.wav", help=f"{', '.join(audio.FORMATS)}, by suffix [song.wav]")
+    add("--overwrite", action="store_true", help="replace FILE if it exists")
+    add("--lyrics", metavar="TEXT", default="", help='the lyrics, "[Instrumental]", or @FILE to read them from a file')
+    add("--language", metavar="CODE", default="en", help="of the lyrics [en]")
+    add("--duration", metavar="SECONDS", type=float, default=60.0, help="10 to 600 [60]")
+    add("--bpm", type=int, help="beats per minute [the model's choice]")
+    add("--key", metavar="KEY", help='such as "F# minor" [the model\'s choice]')
+    add("--time-signature", metavar="N", help="2, 3, 4 or 6 [the model's choice]")
+    add("--seed", type=int, help="the same seed gives the same song [a new one, which is printed]")
+    add("--steps", type=int, help="[turbo: 8; base, sft: 50]")
+    add("--shift", type=float, help="of the time steps towards the noise [turbo: 3; base, sft: 1]")
+    add("--guidance", type=float, help="strength, 1 for none [turbo: none; base, sft: 7]")
+    add("--dtype", help=f"{', '.join(DTYPES)} [as stored]")
+    add("--mesh", metavar="AXIS=N,...", help=f"devices for each of {', '.join(MESH_AXES)} [one device]")
+
+    info = commands.add_parser("info", help="versions, devices, and what a checkpoint holds")
+    info.add_argument("--checkpoint", metavar="DIR", help="a native checkpoint")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, or 2 after an error message."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    options = _parser().parse_args(arguments)
+    try:
+        (generate if options.command == "generate" else info)(options)
+    except (InputError, OSError) as error:
+        print(f"acestep-jax: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Writes one song. What can fail early does, before the weights are loaded."""
+    audio.check_output(options.out, overwrite=options.overwrite)
+    lyrics = options.lyrics
+    if lyrics.startswith("@"):
+        lyrics = Path(lyrics[1:]).read_text(encoding="utf-8")
+    pipe = AceStepPipeline.from_checkpoint(options.checkpoint, dtype=options.dtype, mesh=parse_mesh(options.mesh))
+    song = pipe(
+        options.prompt,
+        lyrics=lyrics,
+        audio_duration=options.duration,
+        vocal_language=options.language,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance,
+        shift=options.shift,
+        seed=options.seed,
+        bpm=options.bpm,
+        keyscale=options.key,
+        timesignature=options.time_signature,
+    )
+    song.save(options.out, overwrite=options.overwrite)
+    seconds = song.audios.shape[-1] / song.sample_rate
+    print(f"{options.out}: {seconds:g} s, seed {song.seeds[0]}")
+
+
+def info(options: argparse.Namespace) -> None:
+    """Prints versions, devices and the networks of a checkpoint."""
+    for package in ("acestep-jax", "jax", "flax", "orbax-checkpoint"):
+        print(f"{package:<24} {importlib.metadata.version(package)}")
+    print(f"{'devices':<24} {', '.join(map(str, jax.devices()))}")
+    if options.checkpoint is None:
+        return
+    path = Path(options.checkpoint)
+    manifest = checkpoint.read_manifest(path)
+    stored = checkpoint.stored_leaves(path)
+    transformer = manifest.configs["transformer"]
+    print(f"{'variant':<24} {transformer.model_version or ('turbo' if transformer.turbo else 'base')}")
+    for name, config in manifest.configs.items():
+        sizes = [math.prod(leaf.shape) for key, leaf in stored.items() if key.startswith(f"{name}.")]
+        print(f"{name:<24} {sum(sizes):>13,} parameters, {config.param_dtype}")
+
+
+def parse_mesh(text: str | None):
+    """A mesh from such as "data=2,tensor=4"; None from None. Raises InputError if it cannot be."""
+    if text is None:
+        return None
+    sizes = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in MESH_AXES or not size.isdecimal() or int(size) < 1 or axis in sizes:
+            raise InputError(
+                f"--mesh: expected AXIS=N,... with axes {', '.join(MESH_AXES)} and N of at least 1, found {text!r}"
+            )
+        sizes[axis] = int(size)
+    return make_mesh(**sizes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

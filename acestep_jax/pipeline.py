@@ -1,0 +1,415 @@
+"""Text in, music out. The keyword names are those of diffusers' `AceStepPipeline`."""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from acestep_jax import audio, checkpoint
+from acestep_jax.errors import InputError
+from acestep_jax.flow_matching import apg, custom_schedule, euler, schedule
+from acestep_jax.models.audio_tokenizer import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer
+from acestep_jax.models.autoencoder import AutoencoderOobleck
+from acestep_jax.models.condition_encoder import AceStepConditionEncoder
+from acestep_jax.models.text_encoder import Qwen3Model
+from acestep_jax.models.transformer import AceStepTransformer1DModel, TimeEmbedding
+from acestep_jax.prompt import MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS, Tokens, lyric_text, prompt_text, tokenize
+from acestep_jax.sharding import shard
+
+logger = logging.getLogger(__name__)
+
+MIN_DURATION, MAX_DURATION = 10.0, 600.0  # seconds
+REFERENCE_FRAMES = 750  # of the timbre reference (30 s), silence where there is none
+PEAK = 10.0 ** (-1.0 / 20.0)  # -1 dBFS, the loudest sample of every song
+
+# Token counts are padded to multiples of these, so that few programs are compiled; padding is masked.
+PROMPT_BUCKET, LYRIC_BUCKET = 64, 256
+
+StepCallback = Callable[[int, float, np.ndarray], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioPipelineOutput:
+    """What a pipeline returns.
+
+    audios: [B, channels, samples] float32 in [-1, 1]; None with `output_type="latent"`.
+    latents: [B, frames, 64] float32.
+    sample_rate: Hz.
+    seeds: of each song, to make it again; None for given noise or keys.
+    """
+
+    audios: np.ndarray | None
+    latents: np.ndarray
+    sample_rate: int
+    seeds: tuple[int, ...] | None
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> list[Path]:
+        """Writes WAV, FLAC, OGG or MP3, by suffix. A batch becomes `song-0.wav`, `song-1.wav`, ...
+
+        Raises:
+            InputError: if there is no audio, or see `audio.check_output`.
+            OSError: if a file cannot be written.
+        """
+        if self.audios is None:
+            raise InputError('output_type="latent" gave no audio to save')
+        path = Path(path)
+        paths = [path]
+        if len(self.audios) > 1:
+            paths = [path.with_stem(f"{path.stem}-{i}") for i in range(len(self.audios))]
+        for target in paths:
+            audio.check_output(target, overwrite=overwrite)
+        for target, song in zip(paths, self.audios, strict=True):
+            audio.write(target, song, self.sample_rate, overwrite=overwrite)
+        return paths
+
+
+class AceStepPipeline:
+    """The networks of a checkpoint, put together. Text encoding, denoising and decoding are a compiled program each."""
+
+    def __init__(
+        self,
+        transformer: AceStepTransformer1DModel,
+        condition_encoder: AceStepConditionEncoder,
+        text_encoder: Qwen3Model,
+        vae: AutoencoderOobleck,
+        tokenizer: Tokenizer,
+        audio_tokenizer: AceStepAudioTokenizer | None = None,
+        audio_token_detokenizer: AceStepAudioTokenDetokenizer | None = None,
+        mesh: Mesh | None = None,
+    ):
+        self.transformer = transformer
+        self.condition_encoder = condition_encoder
+        self.text_encoder = text_encoder
+        self.vae = vae
+        self.tokenizer = tokenizer
+        self.audio_tokenizer = audio_tokenizer
+        self.audio_token_detokenizer = audio_token_detokenizer
+        self.mesh = mesh
+        self.sample_rate: int = vae.config.sampling_rate
+        self.latents_per_second: float = self.sample_rate / vae.hop_length
+        self._reporter = _Reporter()
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None
+    ) -> "AceStepPipeline":
+        """Loads a native checkpoint.
+
+        Args:
+            path: a folder that `python -m convert from-torch` made.
+            dtype: "float32", "bfloat16" or "float16", of weights and computation; None: as stored.
+            mesh: from `acestep_jax.make_mesh`; None: the first device.
+
+        Raises:
+            InputError: if there is no checkpoint, or it is damaged.
+        """
+        networks = checkpoint.load(path, dtype=dtype, mesh=mesh)
+        return cls(**networks, tokenizer=checkpoint.load_tokenizer(path), mesh=mesh)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        lyrics: str | Sequence[str] = "",
+        audio_duration: float | None = 60.0,
+        vocal_language: str | Sequence[str] = "en",
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        shift: float | None = None,
+        *,
+        seed: int | Sequence[int] | jax.Array | None = None,
+        latents: np.ndarray | jax.Array | None = None,
+        output_type: str = "np",
+        callback_on_step_end: StepCallback | None = None,
+        instruction: str | None = None,
+        max_text_length: int = MAX_PROMPT_TOKENS,
+        max_lyric_length: int = MAX_LYRIC_TOKENS,
+        bpm: int | None = None,
+        keyscale: str | None = None,
+        timesignature: str | None = None,
+        cfg_interval_start: float = 0.0,
+        cfg_interval_end: float = 1.0,
+        timesteps: Sequence[float] | None = None,
+    ) -> AudioPipelineOutput:
+        """Makes a song for each prompt.
+
+        Args:
+            prompt: one, or several for a batch.
+            lyrics, vocal_language: one for all songs or one for each; "[Instrumental]" asks for no voice.
+            audio_duration: seconds, 10 to 600; None: 60.
+            num_inference_steps, guidance_scale, shift: None: the variant's own, 8 steps, no guidance and shift 3 for
+                turbo; 50 steps, guidance 7 and shift 1 for base and sft.
+            seed: a number, or one for each song; song i of one number s has seed s + i. Or a JAX key, or one for each
+                song. The same seed gives the same song, alone or in any batch. None: a new one, found in the result.
+            latents: the noise to start from, [B, frames, 64], instead of a seed's.
+            output_type: "np", or "latent" to leave out the decoding.
+            callback_on_step_end: called with step, timestep and latents [B, frames, 64] after each step. What it
+                raises is raised when the program has ended.
+            instruction: None: that of text to music.
+            max_text_length, max_lyric_length: tokens that are read; what is longer is cut, with a warning.
+            bpm: beats per minute; keyscale: such as "F# minor"; timesignature: such as "4". None: the model decides.
+            cfg_interval_start, cfg_interval_end: guidance acts while start <= 1 - t <= end, as in diffusers.
+            timesteps: falling times within (0, 1], instead of num_inference_steps and shift.
+
+        Returns:
+            Audio scaled to a peak of -1 dBFS, and latents.
+
+        Raises:
+            InputError: if an argument is out of range or of the wrong shape.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        duration = _check_duration(audio_duration)
+        texts, words = self._texts(prompts, lyrics, vocal_language, duration, bpm, keyscale, timesignature, instruction)
+        times = self._times(num_inference_steps, shift, timesteps)
+        scale = self._guidance(guidance_scale)
+        guided_steps = _guided_steps(times, cfg_interval_start, cfg_interval_end)
+        if output_type not in ("np", "latent"):
+            raise InputError(f'output_type: expected "np" or "latent", found {output_type!r}')
+
+        frames = math.ceil(duration * self.latents_per_second)
+        channels = self.transformer.config.audio_acoustic_hidden_dim
+        seeds, noise = self._noise(seed, latents, (len(prompts), frames, channels))
+        tokens = self._tokenize(texts, max_text_length, PROMPT_BUCKET, "prompt")
+        lyric_tokens = self._tokenize(words, max_lyric_length, LYRIC_BUCKET, "lyrics")
+
+        steps = len(times) - 1
+        with _on_mesh(self.mesh), tqdm(total=steps, unit="step", disable=None) as bar:
+            bar.set_description("encoding the text")
+            condition, mask = _encode(self.text_encoder, self.condition_encoder, tokens, lyric_tokens)
+            bar.set_description("denoising")
+            with self._reporter.watching(bar, callback_on_step_end) as report:
+                x = _denoise(
+                    self.transformer,
+                    self.condition_encoder,
+                    noise,
+                    condition,
+                    mask,
+                    times,
+                    np.float32(scale),
+                    guided_steps,
+                    guided=scale > 1.0,
+                    report=report,
+                )
+                x.block_until_ready()
+            audios = None
+            if output_type == "np":
+                bar.set_description("decoding")
+                audios = np.asarray(_decode(self.vae, x))
+            bar.set_description("done")
+        return AudioPipelineOutput(audios, np.asarray(x), self.sample_rate, seeds)
+
+    def _texts(self, prompts, lyrics, language, duration, bpm, keyscale, timesignature, instruction):
+        if not prompts:
+            raise InputError("prompt: the list is empty; give at least one")
+        texts = [
+            prompt_text(
+                text,
+                audio_duration=duration,
+                bpm=bpm,
+                keyscale=keyscale,
+                timesignature=timesignature,
+                instruction=instruction,
+            )
+            for text in prompts
+        ]
+        lyrics = _for_each(lyrics, len(prompts), "lyrics")
+        languages = _for_each(language, len(prompts), "vocal_language")
+        return texts, [lyric_text(*pair) for pair in zip(lyrics, languages, strict=True)]
+
+    def _tokenize(self, texts, max_length, bucket, what):
+        return tokenize(self.tokenizer, texts, max_length=max_length, multiple=bucket, what=what)
+
+    def _times(self, num_inference_steps, shift, timesteps) -> np.ndarray:
+        if timesteps is not None:
+            return custom_schedule(timesteps)
+        steps, default_shift = (8, 3.0) if self.transformer.config.turbo else (50, 1.0)
+        return schedule(
+            steps if num_inference_steps is None else num_inference_steps, default_shift if shift is None else shift
+        )
+
+    def _guidance(self, guidance_scale) -> float:
+        turbo = self.transformer.config.turbo
+        if guidance_scale is None:
+            return 1.0 if turbo else 7.0
+        if not guidance_scale >= 0:
+            raise InputError(f"guidance_scale: expected a number of at least 0, found {guidance_scale}")
+        if turbo and guidance_scale > 1:
+            logger.warning("guidance_scale %s is ignored: guidance is distilled into turbo models", guidance_scale)
+            return 1.0
+        return float(guidance_scale)
+
+    def _noise(self, seed, latents, shape):
+        if latents is not None:
+            if tuple(latents.shape) != shape:
+                raise InputError(
+                    f"latents: expected shape {list(shape)} (songs, frames, channels), found {list(latents.shape)}"
+                )
+            return None, jnp.asarray(latents, jnp.float32)
+        batch = shape[0]
+        if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(seed, jnp.arange(batch)) if seed.ndim == 0 else seed
+            if keys.shape != (batch,):
+                raise InputError(f"seed: expected one key or {batch}, found {list(seed.shape)}")
+            return None, _normal(keys, shape[1:])
+        if seed is None:
+            seed = secrets.randbelow(2**32 - batch)
+        seeds = [seed + i for i in range(batch)] if isinstance(seed, int | np.integer) else [int(s) for s in seed]
+        if len(seeds) != batch:
+            raise InputError(f"seed: expected one number or {batch}, found {len(seeds)}")
+        if bad := [s for s in seeds if not 0 <= s < 2**32]:
+            raise InputError(f"seed: expected numbers from 0 to 2^32 - 1, found {bad[0]}")
+        keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+        return tuple(seeds), _normal(keys, shape[1:])
+
+
+@jax.jit
+def _encode(text_encoder, condition_encoder, tokens: Tokens, lyrics: Tokens):
+    """Condition tokens [B, S, E] and their mask [B, S]."""
+    batch = tokens.ids.shape[0]
+    reference = condition_encoder.silence(REFERENCE_FRAMES)
+    return condition_encoder(
+        text_encoder(tokens.ids),
+        tokens.mask,
+        text_encoder.embed_tokens(lyrics.ids),
+        lyrics.mask,
+        jnp.broadcast_to(reference, (batch, *reference.shape[1:])),
+        jnp.arange(batch),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("guided", "report"))
+def _denoise(
+    transformer: AceStepTransformer1DModel,
+    condition_encoder: AceStepConditionEncoder,
+    noise: jax.Array,  # [B, T, 64]
+    condition: jax.Array,  # [B, S, E]
+    mask: jax.Array,  # [B, S]
+    times: jax.Array,  # [N + 1]
+    guidance_scale: jax.Array,
+    guided_steps: jax.Array,  # [N] bool
+    *,
+    guided: bool,
+    report: Callable | None,
+) -> jax.Array:
+    """The whole denoising loop; keys and values of the condition and the time embeddings are computed before it."""
+    batch, frames, channels = noise.shape
+    if guided:  # the batch becomes [with condition, without]
+        null = jnp.broadcast_to(condition_encoder.null_condition_emb[...].astype(condition.dtype), condition.shape)
+        condition, mask = jnp.concatenate([condition, null]), jnp.concatenate([mask, mask])
+    silence = condition_encoder.silence(frames)
+    context = jnp.concatenate([silence, jnp.ones_like(silence)], axis=-1)  # generate every frame
+    context = jnp.broadcast_to(context, (condition.shape[0], *context.shape[1:]))
+    keys_values = transformer.embed_condition(condition)
+    embedded = transformer.embed_time(times[:-1], times[:-1])
+
+    def network(x, i):
+        time = TimeEmbedding(*(array[i][None] for array in embedded))
+        return transformer.velocity(x, time, keys_values, context, mask).astype(jnp.float32)
+
+    def velocity(x, i, momentum):
+        if not guided:
+            return network(x, i), momentum
+        with_condition, without = jnp.split(network(jnp.concatenate([x, x]), i), 2)
+        v, new_momentum = apg(with_condition, without, guidance_scale, momentum)
+        active = guided_steps[i]
+        return jnp.where(active, v, with_condition), jnp.where(active, new_momentum, momentum)
+
+    noise = shard(noise, "batch", "sequence", None)
+    return euler(velocity, noise, times, jnp.zeros_like(noise) if guided else None, report)
+
+
+@jax.jit
+def _decode(vae: AutoencoderOobleck, latents: jax.Array) -> jax.Array:
+    """[B, T, 64] -> audio [B, channels, samples] float32 with a peak of -1 dBFS."""
+    waveform = vae.decode(latents).astype(jnp.float32)
+    peak = jnp.max(jnp.abs(waveform), axis=(1, 2), keepdims=True)
+    return waveform * (PEAK / jnp.maximum(peak, 1e-6))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+class _Reporter:
+    """Brings steps out of the compiled loop. One object serves all calls of a pipeline, so nothing recompiles."""
+
+    def __init__(self):
+        self._bar: tqdm | None = None
+        self._callback: StepCallback | None = None
+        self._error: Exception | None = None
+
+    def watching(self, bar: tqdm, callback: StepCallback | None) -> "_Watch":
+        self._bar, self._callback, self._error = bar, callback, None
+        return _Watch(self)
+
+    def step(self, i, t, x):
+        jax.debug.callback(self._count, i)
+
+    def step_with_latents(self, i, t, x):
+        jax.debug.callback(self._call, i, t, x)
+
+    def _count(self, i):
+        self._bar.update()
+
+    def _call(self, i, t, x):
+        self._bar.update()
+        if self._error is None:
+            try:
+                self._callback(int(i), float(t), np.asarray(x))
+            except Exception as error:  # an exception must not unwind through the runtime; `_Watch` raises it
+                self._error = error
+
+
+class _Watch:
+    def __init__(self, reporter: _Reporter):
+        self.reporter = reporter
+
+    def __enter__(self) -> Callable | None:
+        """The function that the compiled loop calls, if anybody watches."""
+        if self.reporter._callback is not None:
+            return self.reporter.step_with_latents
+        return None if self.reporter._bar.disable else self.reporter.step
+
+    def __exit__(self, kind, error, traceback):
+        jax.effects_barrier()
+        if kind is None and self.reporter._error is not None:
+            raise self.reporter._error
+
+
+def _on_mesh(mesh: Mesh | None):
+    return jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext()
+
+
+def _for_each(value, batch: int, name: str) -> list[str]:
+    values = [value] * batch if isinstance(value, str) else list(value)
+    if len(values) != batch:
+        raise InputError(f"{name}: expected one text or {batch}, one for each prompt, found {len(values)}")
+    return values
+
+
+def _check_duration(duration: float | None) -> float:
+    duration = 60.0 if duration is None else float(duration)
+    if not MIN_DURATION <= duration <= MAX_DURATION:
+        raise InputError(f"audio_duration: expected {MIN_DURATION:g} to {MAX_DURATION:g} seconds, found {duration:g}")
+    return duration
+
+
+def _guided_steps(times: np.ndarray, start: float, end: float) -> np.ndarray:
+    """[N] bool. Decided here, in double precision, because a step may lie right on a border."""
+    if not 0.0 <= start <= end <= 1.0:
+        raise InputError(
+            f"cfg_interval_start, cfg_interval_end: expected 0 <= start <= end <= 1, found {start} and {end}"
+        )
+    progress = 1.0 - times[:-1].astype(np.float64)
+    return (start <= progress) & (progress <= end)

@@ -1,0 +1,73 @@
+"""`python -m convert`: PyTorch checkpoints to native ones, back, and side by side."""
+
+import argparse
+import sys
+
+from acestep_jax.config import DTYPES
+from acestep_jax.errors import InputError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m convert", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def source_options(command: argparse.ArgumentParser) -> None:
+        command.add_argument("source", metavar="SRC", help="a diffusers folder, an original ACE-Step folder or a hub id")
+        command.add_argument("--vae", metavar="DIR", help="original layout: the autoencoder's folder [beside SRC: vae]")
+        command.add_argument(
+            "--text-encoder",
+            metavar="DIR",
+            help="original layout: the text encoder's folder [beside SRC: Qwen3-Embedding-0.6B]",
+        )
+
+    command = commands.add_parser("from-torch", help="convert a PyTorch checkpoint to the native one")
+    source_options(command)
+    command.add_argument("destination", metavar="DST", help="the folder to make")
+    command.add_argument("--dtype", help=f"of all weights, one of {', '.join(DTYPES)} [as they are]")
+
+    command = commands.add_parser("to-torch", help="convert a native checkpoint to a PyTorch one")
+    command.add_argument("source", metavar="SRC", help="a native checkpoint")
+    command.add_argument("destination", metavar="DST", help="the folder to make")
+    command.add_argument("--layout", required=True, help="diffusers or original")
+
+    command = commands.add_parser("verify", help="run a PyTorch checkpoint in torch and in JAX and compare every stage")
+    source_options(command)
+
+    command = commands.add_parser("random-torch", help="make a PyTorch checkpoint with random weights, for trials")
+    command.add_argument("destination", metavar="DST", help="the folder to make")
+    command.add_argument("--size", choices=("tiny", "2B"), default="tiny", help="[tiny]")
+    command.add_argument("--variant", choices=("turbo", "base", "sft"), default="turbo", help="[turbo]")
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="[float32]")
+    command.add_argument("--seed", type=int, default=0, help="[0]")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 if `verify` found a difference, 2 after an error message."""
+    options = vars(_parser().parse_args(arguments))
+    command = options.pop("command")
+    try:
+        if command == "from-torch":
+            from convert.from_torch import from_torch
+
+            from_torch(options.pop("source"), options.pop("destination"), **options)
+        elif command == "to-torch":
+            from convert.to_torch import to_torch
+
+            to_torch(**options)
+        elif command == "verify":
+            from convert.verify import verify
+
+            return 0 if verify(**options) else 1
+        else:
+            from convert.random_checkpoint import write_random_checkpoint
+
+            write_random_checkpoint(**options)
+    except (InputError, OSError) as error:
+        print(f"convert: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Native -> PyTorch, in either layout: `python -m convert to-torch SRC DST --layout diffusers|original`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import safe_open
+from tqdm import tqdm
+
+from acestep_jax import checkpoint
+from acestep_jax.errors import InputError
+from convert import original, rules
+from convert.from_torch import WEIGHT_NORM
+from convert.safetensors_writer import write_safetensors
+from convert.torch_checkpoint import fold, weight_norm
+
+LAYOUTS = ("diffusers", "original")
+
+_CLASSES = {
+    "transformer": ("diffusers", "AceStepTransformer1DModel"),
+    "condition_encoder": ("ace_step", "AceStepConditionEncoder"),
+    "text_encoder": ("transformers", "Qwen3Model"),
+    "vae": ("diffusers", "AutoencoderOobleck"),
+    "audio_tokenizer": ("ace_step", "AceStepAudioTokenizer"),
+    "audio_token_detokenizer": ("ace_step", "AceStepAudioTokenDetokenizer"),
+}
+_SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1, "shift": 1.0}
+
+# (torch name, shape, dtype, read), as `write_safetensors` takes them.
+Entry = tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]
+
+
+def to_torch(source: str | Path, destination: str | Path, *, layout: str) -> None:
+    """Writes a checkpoint that diffusers ("diffusers") or ACE-Step's own application ("original") loads.
+
+    In the original layout `destination` holds `acestep-v15/`, `vae/` and `Qwen3-Embedding-0.6B/`. Weights are written
+    as stored; a checkpoint that came from PyTorch with its dtype unchanged goes back bit for bit.
+
+    Raises:
+        InputError: if `source` is no native checkpoint, `destination` exists, or a network that the original layout
+            needs is missing.
+    """
+    if layout not in LAYOUTS:
+        raise InputError(f"--layout: expected {' or '.join(LAYOUTS)}, found {layout!r}")
+    source = Path(source)
+    manifest = checkpoint.read_manifest(source)
+    stored = checkpoint.stored_leaves(source)
+    if layout == "original" and (missing := [n for n in checkpoint.OPTIONAL_NETWORKS if n not in manifest.configs]):
+        raise InputError(f"{source}: the original layout needs {', '.join(missing)}, which this checkpoint lacks")
+    with checkpoint.publish(Path(destination)) as folder, tqdm(total=len(stored), unit="tensor", disable=None) as bar:
+        entries = {
+            name: _entries(source, name, {k: v for k, v in stored.items() if k.startswith(f"{name}.")}, bar)
+            for name in manifest.configs
+        }
+        write = _write_diffusers if layout == "diffusers" else _write_original
+        write(folder, source, manifest, entries)
+
+
+def _entries(source: Path, network: str, stored: dict[str, jax.ShapeDtypeStruct], bar: tqdm) -> list[Entry]:
+    """The tensors of a network in the order of our leaves, so that each stacked leaf is read once."""
+    factors = _stored_factors(source) if network == "vae" else {}
+    result: list[Entry] = []
+    for full_name, leaf in stored.items():
+        name = full_name.removeprefix(f"{network}.")
+        names, rule = rules.to_torch(network, name, leaf.shape)
+        dtype = np.dtype(leaf.dtype)
+        read = _LastLeaf(source, network, name, leaf, bar)
+        if not rules.is_stacked(name):
+            shape = rule.to_torch(np.broadcast_to(np.zeros((), dtype), leaf.shape)).shape
+            value = lambda read=read, rule=rule: rule.to_torch(read())  # noqa: E731
+            if network == "vae" and names[0].endswith(".weight"):
+                result += _weight_norm_entries(names[0], shape, dtype, value, factors)
+            else:
+                result.append((names[0], shape, dtype, value))
+            continue
+        shape = rule.to_torch(np.broadcast_to(np.zeros((), dtype), leaf.shape[1:])).shape
+        for row, torch_name in enumerate(names):
+            value = lambda read=read, rule=rule, row=row: rule.to_torch(read()[row])  # noqa: E731
+            result.append((torch_name, shape, dtype, value))
+    return result
+
+
+class _LastLeaf:
+    """Reads a leaf at the first call and keeps it until another is read: one leaf is in memory at a time."""
+
+    _held: tuple["_LastLeaf", np.ndarray] | None = None
+
+    def __init__(self, source: Path, network: str, name: str, leaf: jax.ShapeDtypeStruct, bar: tqdm):
+        self.source, self.network, self.name, self.leaf, self.bar = source, network, name, leaf, bar
+
+    def __call__(self) -> np.ndarray:
+        if _LastLeaf._held is None or _LastLeaf._held[0] is not self:
+            _LastLeaf._held = None
+            sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+            target = jax.ShapeDtypeStruct(self.leaf.shape, self.leaf.dtype, sharding=sharding)
+            value = checkpoint.load_leaves(self.source, self.network, {self.name: target})[self.name]
+            _LastLeaf._held = (self, np.asarray(value))
+            self.bar.set_description(self.network)
+            self.bar.update()
+        return _LastLeaf._held[1]
+
+
+def _stored_factors(source: Path) -> dict[str, Callable[[], np.ndarray]]:
+    """The factors that kernels were folded from, where conversion kept them."""
+    file = source / WEIGHT_NORM
+    if not file.is_file():
+        return {}
+
+    def read(name: str) -> np.ndarray:
+        with safe_open(file, framework="np") as reader:
+            return reader.get_tensor(name)
+
+    with safe_open(file, framework="np") as reader:
+        return {name: (lambda name=name: read(name)) for name in reader.keys()}
+
+
+def _weight_norm_entries(name: str, shape, dtype: np.dtype, kernel, factors) -> list[Entry]:
+    """`X.weight` as `X.weight_g` and `X.weight_v`: the factors it was folded from or, if it has changed since, new ones.
+
+    New ones are v = kernel and g = |kernel|, which fold to the kernel itself.
+    """
+    g_shape = (shape[0],) + (1,) * (len(shape) - 1)
+    names = f"{name}_g", f"{name}_v"
+    if all(n in factors for n in names):
+        g, v = factors[names[0]](), factors[names[1]]()
+        if v.shape == shape and np.array_equal(fold(g, v).astype(dtype), kernel()):
+            return [(names[0], g_shape, g.dtype, factors[names[0]]), (names[1], shape, v.dtype, factors[names[1]])]
+    return [
+        (names[0], g_shape, dtype, lambda: weight_norm(kernel()).astype(dtype)),
+        (names[1], shape, dtype, kernel),
+    ]
+
+
+def _write_diffusers(folder: Path, source: Path, manifest: checkpoint.Manifest, entries: dict[str, list[Entry]]):
+    for name, config in manifest.configs.items():
+        (folder / name).mkdir()
+        values = config.to_hf()
+        if name == "text_encoder":
+            entries[name] = [(original.original_name(name, n), *rest) for n, *rest in entries[name]]
+            file = "model.safetensors"
+        else:
+            values = {"_class_name": _CLASSES[name][1]} | values
+            file = "diffusion_pytorch_model.safetensors"
+        _write_json(folder / name / "config.json", values)
+        write_safetensors(folder / name / file, entries[name])
+    _write_tokenizer(folder / "tokenizer", source, manifest)
+    (folder / "scheduler").mkdir()
+    _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
+    index: dict[str, Any] = {"_class_name": "AceStepPipeline"}
+    index |= {name: list(_CLASSES[name]) for name in manifest.configs}
+    index["scheduler"] = ["diffusers", _SCHEDULER["_class_name"]]
+    index["tokenizer"] = ["transformers", manifest.tokenizer_config.get("tokenizer_class", "PreTrainedTokenizerFast")]
+    _write_json(folder / "model_index.json", index)
+
+
+def _write_original(folder: Path, source: Path, manifest: checkpoint.Manifest, entries: dict[str, list[Entry]]):
+    import torch
+
+    model = folder / "acestep-v15"
+    model.mkdir()
+    _write_json(model / "config.json", original.join_config(manifest.configs))
+    tensors, silence = [], None
+    for name in original.PREFIXES.values():
+        for torch_name, *rest in entries[name]:
+            if torch_name == "silence_latent":
+                silence = rest[-1]()
+            else:
+                tensors.append((original.original_name(name, torch_name), *rest))
+    write_safetensors(model / "model.safetensors", tensors)
+    value = torch.from_numpy(np.ascontiguousarray(silence.astype(np.float32).transpose(0, 2, 1)))
+    torch.save(value, model / "silence_latent.pt")
+    for name, target, file in (
+        ("vae", folder / original.VAE, "diffusion_pytorch_model.safetensors"),
+        ("text_encoder", folder / original.TEXT_ENCODER, "model.safetensors"),
+    ):
+        target.mkdir()
+        values = manifest.configs[name].to_hf()
+        if name == "vae":
+            values = {"_class_name": _CLASSES[name][1]} | values
+        else:
+            entries[name] = [(original.original_name(name, n), *rest) for n, *rest in entries[name]]
+        _write_json(target / "config.json", values)
+        write_safetensors(target / file, entries[name])
+    _write_tokenizer(folder / original.TEXT_ENCODER, source, manifest)
+
+
+def _write_tokenizer(folder: Path, source: Path, manifest: checkpoint.Manifest) -> None:
+    folder.mkdir(exist_ok=True)
+    text = (source / checkpoint.TOKENIZER).read_text(encoding="utf-8")
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    _write_json(folder / "tokenizer_config.json", manifest.tokenizer_config)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,225 @@
+"""`python -m convert verify SRC`: SRC's own weights in PyTorch and in JAX, side by side, stage by stage.
+
+Every stage gets the same inputs in both frameworks, those of a short song; each network is loaded, run and dropped
+before the next, so memory stays near twice the largest network in float32.
+"""
+
+import dataclasses
+import gc
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from diffusers import AceStepTransformer1DModel, AutoencoderOobleck
+from diffusers.pipelines.ace_step.modeling_ace_step import (
+    AceStepAudioTokenDetokenizer,
+    AceStepAudioTokenizer,
+    AceStepConditionEncoder,
+)
+from flax import nnx
+from tokenizers import Tokenizer
+from transformers import Qwen3Config, Qwen3Model
+
+from acestep_jax import checkpoint
+from acestep_jax.prompt import lyric_text, prompt_text
+from convert import original
+from convert.from_torch import gather, plan
+from convert.torch_checkpoint import TorchCheckpoint, open_checkpoint
+
+# max |ours - torch| / max |torch|. The transformer is the deepest network, and the codes are exact or wrong.
+LIMITS = {"transformer": 2e-5, "audio codes": 0.0}
+DEFAULT_LIMIT = 1e-5
+FRAMES = 751  # 30 s and an odd number
+STEPS = 8
+
+_TORCH = {
+    "transformer": AceStepTransformer1DModel,
+    "condition_encoder": AceStepConditionEncoder,
+    "vae": AutoencoderOobleck,
+    "audio_tokenizer": AceStepAudioTokenizer,
+    "audio_token_detokenizer": AceStepAudioTokenDetokenizer,
+}
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    stage: str
+    shape: tuple[int, ...]
+    error: float
+    cosine: float
+
+    @property
+    def limit(self) -> float:
+        return LIMITS.get(self.stage, DEFAULT_LIMIT)
+
+
+def verify(source: str | Path, *, vae: str | Path | None = None, text_encoder: str | Path | None = None) -> bool:
+    """Prints a row for each stage as it is done; returns whether all are within their limits.
+
+    Raises:
+        InputError: see `open_checkpoint` and `plan`.
+    """
+    opened = open_checkpoint(source, vae=vae, text_encoder=text_encoder, dtype="float32")
+    print(f"{'stage':<24} {'shape':<18} {'error':>9} {'limit':>9} {'cosine':>11}")
+    passed = True
+    with jax.default_matmul_precision("highest"):
+        for row in rows(opened):
+            good = row.error <= row.limit
+            passed = passed and good
+            shape = "x".join(map(str, row.shape))
+            print(
+                f"{row.stage:<24} {shape:<18} {row.error:>9.1e} {row.limit:>9.0e} {row.cosine:>11.8f}"
+                f"{'' if good else '  FAILED'}",
+                flush=True,
+            )
+    print("error: max |JAX - torch| / max |torch|, in float32")
+    return passed
+
+
+def rows(opened: TorchCheckpoint) -> Iterator[Row]:
+    """Runs every stage; a network's inputs are the torch outputs of the one before it."""
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape, dtype=np.float32)
+
+    tokenizer = Tokenizer.from_str(opened.tokenizer)
+    text = tokenizer.encode(prompt_text("warm lofi piano with vinyl crackle", audio_duration=30, bpm=80)).ids
+    lyrics = tokenizer.encode(lyric_text("[verse]\nsoft notes in the morning light", "en")).ids
+    text, lyrics = np.array([text], np.int32), np.array([lyrics], np.int32)
+
+    both = _Both(opened, "text_encoder")
+    text_states, row = both.compare(
+        "text encoder", lambda m: m(torch.from_numpy(text).long()).last_hidden_state, lambda m: m(text)
+    )
+    yield row
+    lyric_states, row = both.compare(
+        "lyric embeddings",
+        lambda m: m.get_input_embeddings()(torch.from_numpy(lyrics).long()),
+        lambda m: m.embed_tokens(lyrics),
+    )
+    yield row
+    del both
+
+    both = _Both(opened, "condition_encoder")
+    silence = opened.tensors["condition_encoder"]["silence_latent"].read()
+    inputs = (
+        text_states,
+        np.ones(text.shape, np.int64),
+        lyric_states,
+        np.ones(lyrics.shape, np.int64),
+        silence[:, :750],
+        np.zeros(1, np.int64),
+    )
+    condition, row = both.compare(
+        "condition encoder", lambda m: m(*map(torch.from_numpy, inputs))[0], lambda m: m(*inputs)[0]
+    )
+    yield row
+    del both
+
+    config = opened.configs["transformer"]
+    channels = config.audio_acoustic_hidden_dim
+    both = _Both(opened, "transformer")
+    noise = normal(1, FRAMES, channels)
+    context = np.concatenate([silence[:, :FRAMES], np.ones((1, FRAMES, channels), np.float32)], axis=-1)
+    t, r = np.array([0.7], np.float32), np.array([0.4], np.float32)
+    arguments = (noise, t, r, condition, context)
+    _, row = both.compare(
+        "transformer", lambda m: m(*map(torch.from_numpy, arguments), return_dict=False)[0], lambda m: m(*arguments)
+    )
+    yield row
+    del both
+
+    both = _Both(opened, "vae")
+    ratio = math.prod(opened.configs["vae"].downsampling_ratios)
+    audio = 0.1 * normal(1, opened.configs["vae"].audio_channels, 100 * ratio)
+    latents, row = both.compare(
+        "autoencoder encode",
+        lambda m: m.encode(torch.from_numpy(audio)).latent_dist.mode().transpose(1, 2).contiguous(),
+        lambda m: m.encode(audio).mean,
+    )
+    yield row
+    _, row = both.compare(
+        "autoencoder decode",
+        lambda m: m.decode(torch.from_numpy(latents).transpose(1, 2)).sample,
+        lambda m: m.decode(latents),
+    )
+    yield row
+    del both
+
+    if "audio_tokenizer" not in opened.configs or "audio_token_detokenizer" not in opened.configs:
+        return
+    both = _Both(opened, "audio_tokenizer")
+    arguments = (latents, silence)
+    quantized, row = both.compare(
+        "audio tokenizer",
+        lambda m: m.tokenize(*map(torch.from_numpy, arguments))[0],
+        lambda m: m.tokenize(*arguments)[0],
+    )
+    yield row
+    _, row = both.compare(
+        "audio codes",
+        lambda m: m.tokenize(*map(torch.from_numpy, arguments))[1],
+        lambda m: m.tokenize(*arguments)[1],
+    )
+    yield row
+    del both
+    both = _Both(opened, "audio_token_detokenizer")
+    _, row = both.compare("audio detokenizer", lambda m: m(torch.from_numpy(quantized)), lambda m: m(quantized))
+    yield row
+
+
+class _Both:
+    """A network of the checkpoint in both frameworks, in float32."""
+
+    def __init__(self, opened: TorchCheckpoint, network: str):
+        gc.collect()
+        self.torch = _torch_network(opened, network)
+        self.jax = _jax_network(opened, network)
+
+    def compare(
+        self,
+        stage: str,
+        run_torch: Callable[[torch.nn.Module], torch.Tensor],
+        run_jax: Callable[[nnx.Module], jax.Array],
+    ) -> tuple[np.ndarray, Row]:
+        """What torch gives, and how near ours is to it."""
+        with torch.no_grad():
+            reference = run_torch(self.torch).numpy()
+        ours = np.asarray(jax.jit(run_jax)(self.jax), np.float64)
+        exact = reference.astype(np.float64)
+        error = float(np.abs(ours - exact).max() / max(np.abs(exact).max(), 1e-30))
+        norms = np.linalg.norm(ours) * np.linalg.norm(exact)
+        return reference, Row(stage, reference.shape, error, float(np.sum(ours * exact) / max(norms, 1e-30)))
+
+
+def _jax_network(opened: TorchCheckpoint, network: str) -> nnx.Module:
+    config = dataclasses.replace(opened.configs[network], dtype="float32", param_dtype="float32")
+    leaves = plan(network, config, opened.tensors[network])
+    arrays = {leaf: jnp.asarray(gather(network, leaf, tensors)) for leaf, tensors in leaves.items()}
+    return checkpoint.assemble(checkpoint.abstract(network, config), arrays)
+
+
+def _torch_network(opened: TorchCheckpoint, network: str) -> torch.nn.Module:
+    config = opened.configs[network].to_hf()
+    tensors = dict(opened.tensors[network])
+    # Parameters get their memory with their values; buffers that no checkpoint holds are computed as usual.
+    with init_empty_weights(include_buffers=False):
+        if network == "text_encoder":
+            config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
+            module = Qwen3Model(Qwen3Config(**config))
+            tensors = {original.original_name(network, name): tensor for name, tensor in tensors.items()}
+        else:
+            module = _TORCH[network](**config)
+    if network == "vae":
+        tensors = {n: t for n, t in tensors.items() if not n.endswith(".weight")} | opened.weight_norm
+    values = {name: torch.from_numpy(tensor.read()) for name, tensor in tensors.items()}
+    module.load_state_dict(values, assign=True)
+    return module.eval()
