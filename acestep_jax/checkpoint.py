@@ -248,7 +248,7 @@ def stored_leaves(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
     try:
         tree = ocp.metadata(weights).metadata
     except Exception as error:  # Orbax raises many kinds, depending on what is broken
-        raise InputError(f"{weights}: the weights are missing or damaged ({error}); convert the checkpoint again") from None
+        raise InputError(f"{weights}: missing or damaged ({error}); convert the checkpoint again") from None
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _flatten(tree)}
 
 

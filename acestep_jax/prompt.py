@@ -64,9 +64,7 @@ def lyric_text(lyrics: str, vocal_language: str) -> str:
     return f"# Languages\n{vocal_language}\n\n# Lyric\n{lyrics}<|endoftext|>"
 
 
-def tokenize(
-    tokenizer: Tokenizer, texts: list[str], *, max_length: int, multiple: int, what: str
-) -> Tokens:
+def tokenize(tokenizer: Tokenizer, texts: list[str], *, max_length: int, multiple: int, what: str) -> Tokens:
     """Tokenises a batch; warns with the number of tokens that a text loses past `max_length`.
 
     Args:

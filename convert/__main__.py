@@ -12,7 +12,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def source_options(command: argparse.ArgumentParser) -> None:
-        command.add_argument("source", metavar="SRC", help="a diffusers folder, an original ACE-Step folder or a hub id")
+        command.add_argument("source", metavar="SRC", help="a diffusers folder, an original folder or a hub id")
         command.add_argument("--vae", metavar="DIR", help="original layout: the autoencoder's folder [beside SRC: vae]")
         command.add_argument(
             "--text-encoder",

@@ -85,7 +85,7 @@ def plan(network: str, config: NetworkConfig, tensors: dict[str, Tensor]) -> dic
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         listing = "\n  ".join(problems[:8])
-        raise InputError(f"{network}: the tensors do not fit the config:\n  {listing}{more}\nCheck that both are of one model")
+        raise InputError(f"{network}: the tensors do not fit the config; are both of one model?\n  {listing}{more}")
     return {leaf: [tensors[name] for name in names] for leaf, names in leaves.items()}
 
 
@@ -113,5 +113,5 @@ def _with_stored_dtype(config: NetworkConfig, leaves: dict[str, list[Tensor]]) -
 
 
 def _write_weight_norm(path: Path, opened: TorchCheckpoint) -> None:
-    """Keeps the factors of the folded convolutions, so that the way back can be bit-exact. Only `to-torch` reads them."""
+    """Keeps the factors of the folded convolutions for `to-torch`, so that the way back can be bit-exact."""
     write_safetensors(path, [(name, t.shape, t.dtype, t.read) for name, t in opened.weight_norm.items()])

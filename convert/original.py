@@ -38,9 +38,7 @@ _PATCH_NAMES = (("proj_in_conv.", "proj_in.1."), ("proj_out_conv.", "proj_out.1.
 
 # The encoders fall back to the transformer's size; tokenizer and detokenizer are as large as the encoders.
 _ENCODER_KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-_SHARED_KEYS = (
-    "head_dim rope_theta attention_bias attention_dropout rms_norm_eps sliding_window".split()
-)
+_SHARED_KEYS = "head_dim rope_theta attention_bias attention_dropout rms_norm_eps sliding_window".split()
 # Of training, of the application, or notes of transformers about itself.
 _IGNORED = frozenset(
     "architectures auto_map bos_token_id data_proportion dtype eos_token_id hidden_act initializer_range "
@@ -50,9 +48,7 @@ _IGNORED = frozenset(
 )
 
 
-def find_folders(
-    source: Path, vae: str | Path | None, text_encoder: str | Path | None
-) -> tuple[Path, Path, Path]:
+def find_folders(source: Path, vae: str | Path | None, text_encoder: str | Path | None) -> tuple[Path, Path, Path]:
     """The folders of the model, the autoencoder and the text encoder.
 
     `source` is the model's folder, or the one that holds it and the other two.
@@ -129,7 +125,7 @@ def split_config(values: dict[str, Any], source: str) -> dict[str, NetworkConfig
 
 
 def join_config(configs: dict[str, NetworkConfig]) -> dict[str, Any]:
-    """The inverse of `split_config`; a checkpoint without tokenizer and detokenizer cannot be written in this layout."""
+    """The inverse of `split_config`, which needs all four networks."""
     transformer, encoder = configs["transformer"].to_hf(), configs["condition_encoder"].to_hf()
     values = transformer | {
         key: encoder[key] for key in encoder.keys() - transformer.keys() if key not in _ENCODER_KEYS
@@ -145,7 +141,8 @@ def join_config(configs: dict[str, NetworkConfig]) -> dict[str, Any]:
         "full_attention" if window is None else "sliding_attention"
         for window in configs["transformer"].windows(transformer["num_hidden_layers"])
     ]
-    return values | {"architectures": ["AceStepConditionGenerationModel"], "model_type": "acestep", "hidden_act": "silu"}
+    notes = {"architectures": ["AceStepConditionGenerationModel"], "model_type": "acestep", "hidden_act": "silu"}
+    return values | notes
 
 
 def split_names(tensors: dict[str, Any], source: str) -> dict[str, dict[str, Any]]:
@@ -165,7 +162,8 @@ def split_names(tensors: dict[str, Any], source: str) -> dict[str, dict[str, Any
             name = re.sub(rf"^{re.escape(theirs)}", ours, name)
         networks[PREFIXES[prefix]][attention_name(name)] = tensor
     if unknown:
-        raise InputError(f"{source}: unexpected tensor(s) {', '.join(sorted(unknown)[:5])}; this is not an ACE-Step 1.5 model")
+        names = ", ".join(sorted(unknown)[:5])
+        raise InputError(f"{source}: unexpected tensor(s) {names}; this is not an ACE-Step 1.5 model")
     return networks
 
 

@@ -91,9 +91,7 @@ def random_pipeline(*, size: str = "tiny", variant: str = "turbo", seed: int = 0
         ),
         "condition_encoder": AceStepConditionEncoder(**sizes.get("condition_encoder", {})),
         "text_encoder": Qwen3Model(text),
-        "vae": AutoencoderOobleck(
-            **sizes.get("vae", {}), downsampling_ratios=[2, 4, 4, 6, 10], sampling_rate=48000
-        ),
+        "vae": AutoencoderOobleck(**sizes.get("vae", {}), downsampling_ratios=[2, 4, 4, 6, 10], sampling_rate=48000),
         "audio_tokenizer": AceStepAudioTokenizer(**sizes.get("audio_tokenizer", {})),
         "audio_token_detokenizer": AceStepAudioTokenDetokenizer(**sizes.get("audio_token_detokenizer", {})),
     }

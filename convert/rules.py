@@ -35,7 +35,7 @@ def _permute(*axes: int) -> tuple[Transform, Transform]:
 
 
 def _upsample_to_jax(w: np.ndarray) -> np.ndarray:
-    """ConvTranspose1d of kernel 2s and stride s: [in, out, 2s] -> [2, in, s, out], the tap of the earlier frame first."""
+    """ConvTranspose1d of kernel 2s and stride s: [in, out, 2s] -> [2, in, s, out], the earlier frame's tap first."""
     inputs, outputs, size = w.shape
     return w.reshape(inputs, outputs, 2, size // 2)[:, :, ::-1].transpose(2, 0, 3, 1)
 

@@ -118,7 +118,7 @@ def _stored_factors(source: Path) -> dict[str, Callable[[], np.ndarray]]:
 
 
 def _weight_norm_entries(name: str, shape, dtype: np.dtype, kernel, factors) -> list[Entry]:
-    """`X.weight` as `X.weight_g` and `X.weight_v`: the factors it was folded from or, if it has changed since, new ones.
+    """`X.weight` as `X.weight_g` and `X.weight_v`: what it was folded from or, if it has changed since, new ones.
 
     New ones are v = kernel and g = |kernel|, which fold to the kernel itself.
     """

@@ -37,7 +37,7 @@ class Tensor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TorchCheckpoint:
-    """`tensors[network][name]`, names as in diffusers; `weight_norm` has the factors that `vae` weights are folded from."""
+    """`tensors[network][name]`, names as in diffusers; `weight_norm` has what the weights of `vae` are folded from."""
 
     layout: str
     configs: dict[str, NetworkConfig]
@@ -214,7 +214,8 @@ def _silence_latent(file: Path, dtype: np.dtype | None) -> Tensor:
     except Exception as error:  # torch raises many kinds, depending on what is broken
         raise InputError(f"{file}: not a tensor saved by torch ({error}); download it again") from None
     if not isinstance(value, torch.Tensor) or value.ndim != 3:
-        raise InputError(f"{file}: expected a tensor [1, channels, frames], found {getattr(value, 'shape', type(value))}")
+        found = getattr(value, "shape", type(value))
+        raise InputError(f"{file}: expected a tensor [1, channels, frames], found {found}")
     array = np.ascontiguousarray(value.float().numpy().transpose(0, 2, 1))
     array = array if dtype is None else array.astype(dtype)
     return Tensor(array.shape, array.dtype, lambda: array)

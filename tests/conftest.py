@@ -7,12 +7,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
-
-import pytest
-
 warnings.filterwarnings("ignore", message=".*weight_norm.*", category=FutureWarning)
 
 

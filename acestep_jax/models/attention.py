@@ -127,7 +127,8 @@ def _pad_time(x, before, after):
 class Attention(nnx.Module):
     """Grouped-query attention with RMS-normalised queries and keys; cross-attention where `context` is given.
 
-        q = rope(norm_q(x Wq)),  k = rope(norm_k(c Wk)),  v = c Wv,  y = softmax(q k^T / sqrt(H)) v Wo,  c = context or x
+        q = rope(norm_q(x Wq)),  k = rope(norm_k(c Wk)),  v = c Wv,  c = context or x,
+        y = softmax(q k^T / sqrt(H)) v Wo
 
     Source: diffusers `AceStepAttention`; Qwen3's attention is the same with `causal`.
     """

@@ -108,7 +108,7 @@ class AceStepAudioTokenizer(nnx.Module):
         return self.quantizer(self.attention_pooler(self.audio_acoustic_proj(hidden_states)))
 
     def tokenize(self, latents: jax.Array, silence_latent: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[B, T, 64] -> as `__call__`; T is filled up to whole windows from the start of `silence_latent` [1, *, 64]."""
+        """[B, T, 64] -> as `__call__`; T is filled up to whole windows from `silence_latent` [1, *, 64]."""
         batch, frames, channels = latents.shape
         size = self.config.pool_window_size
         fill = jnp.broadcast_to(silence_latent[:, : -frames % size], (batch, -frames % size, channels))

@@ -1,4 +1,4 @@
-"""Pre-norm transformer encoder: the shape that the text, lyric and timbre encoders, the pooler and the detokenizer share."""
+"""Pre-norm transformer encoder, which the text, lyric and timbre encoders, the pooler and the detokenizer share."""
 
 import jax
 from flax import nnx

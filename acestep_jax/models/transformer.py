@@ -35,9 +35,9 @@ class TimeEmbedding(NamedTuple):
 class AceStepTransformerBlock(nnx.Module):
     """One layer, with m = scale_shift_table + modulation, in the order shift, scale, gate:
 
-        x <- x + m2 * self_attn(norm(x) * (1 + m1) + m0)
-        x <- x + cross_attn(norm(x), condition)
-        x <- x + m5 * mlp(norm(x) * (1 + m4) + m3)
+    x <- x + m2 * self_attn(norm(x) * (1 + m1) + m0)
+    x <- x + cross_attn(norm(x), condition)
+    x <- x + m5 * mlp(norm(x) * (1 + m4) + m3)
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
@@ -97,9 +97,7 @@ class AceStepTransformer1DModel(nnx.Module):
         self.time_embed = TimestepEmbedding(hidden, config, rngs=rngs)
         self.time_embed_r = TimestepEmbedding(hidden, config, rngs=rngs)
         condition_size = config.encoder_hidden_size or hidden
-        self.condition_embedder = linear(
-            condition_size, hidden, ("embed", "mlp"), config, use_bias=True, rngs=rngs
-        )
+        self.condition_embedder = linear(condition_size, hidden, ("embed", "mlp"), config, use_bias=True, rngs=rngs)
         self.norm_out = RMSNorm(hidden, config.rms_norm_eps, config)
         self.proj_out_conv = Unpatchify(config, rngs=rngs)
         self.scale_shift_table = _scale_shift_table(2, config, rngs)
@@ -191,7 +189,7 @@ class AceStepTransformer1DModel(nnx.Module):
 
 
 class Patchify(nnx.Module):
-    """[B, frames, C] -> [B, ceil(frames / P), D]: a convolution of kernel and stride P is a matrix product over patches.
+    """[B, frames, C] -> [B, ceil(frames / P), D]: a convolution of kernel and stride P, as a matrix product.
 
     Zeros fill the last patch. kernel: [P, C, D].
     """
