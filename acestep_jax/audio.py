@@ -1,5 +1,6 @@
 """Audio files, through libsndfile."""
 
+import io
 import tempfile
 from pathlib import Path
 
@@ -50,23 +51,20 @@ def write(path: str | Path, audio: np.ndarray, sample_rate: int, *, overwrite: b
     """
     path = check_output(path, overwrite=overwrite)
     kind, subtype = FORMATS[path.suffix.lower()]
+    frames = np.ascontiguousarray(np.asarray(audio, np.float32).T)
+    # Encoded in memory first: libsndfile does not report a full disk, Python's files do.
+    encoded = io.BytesIO()
+    channels = frames.shape[1]
+    with soundfile.SoundFile(encoded, "w", sample_rate, channels, format=kind, subtype=subtype) as file:
+        for start in range(0, len(frames), BLOCK_FRAMES):
+            file.write(frames[start : start + BLOCK_FRAMES])
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.absolute().parent)
     temporary = Path(name)
     try:
-        frames = np.ascontiguousarray(np.asarray(audio, np.float32).T)
-        with (
-            open(handle, "w+b") as file,
-            soundfile.SoundFile(
-                file, "w", sample_rate, channels=frames.shape[1], format=kind, subtype=subtype
-            ) as sound,
-        ):
-            for start in range(0, len(frames), BLOCK_FRAMES):
-                sound.write(frames[start : start + BLOCK_FRAMES])
+        with open(handle, "wb") as file:
+            file.write(encoded.getbuffer())
         temporary.chmod(0o644)
         temporary.replace(path)
-    except soundfile.LibsndfileError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: could not be written ({error})") from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

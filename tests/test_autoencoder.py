@@ -1,0 +1,208 @@
+"""The autoencoder against diffusers' Oobleck, and tiles against one piece; in float32."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderOobleck as TorchAutoencoder
+
+from acestep_jax import checkpoint
+from acestep_jax.config import AutoencoderConfig
+from acestep_jax.errors import InputError
+from acestep_jax.models import autoencoder
+from convert.torch_checkpoint import fold
+from tests.parity import as_torch, assert_close, convert, make_pair, normal, relative_error, run_jax, run_torch
+
+CASES = {
+    "ace_step": dict(encoder_hidden_size=8, decoder_channels=8, downsampling_ratios=[2, 4, 4, 6, 10]),
+    "two_blocks": dict(
+        encoder_hidden_size=8,
+        decoder_channels=6,
+        downsampling_ratios=[2, 4],
+        channel_multiples=[2, 3],
+        decoder_input_channels=4,
+        audio_channels=1,
+    ),
+}
+FRAMES = 43  # an odd number, more than twice the reach of a frame
+
+# One function each for all tests, so that what was compiled for one is at hand for the next.
+encode = jax.jit(lambda network, audio, tile=512: network.encode(audio, tile_frames=tile), static_argnums=2)
+decode = jax.jit(lambda network, latents, tile=512: network.decode(latents, tile_frames=tile), static_argnums=2)
+
+
+@functools.cache
+def rough_pair(case):
+    return make_pair("vae", TorchAutoencoder(**CASES[case]), AutoencoderConfig(**CASES[case]))
+
+
+@functools.cache
+def pair(case):
+    """Slower snakes: at the values of `rough_pair`, rounding errors grow a hundredfold, in torch too."""
+    theirs = TorchAutoencoder(**CASES[case])
+    theirs.load_state_dict(rough_pair(case)[0].state_dict())
+    with torch.no_grad():
+        for name, value in theirs.named_parameters():
+            if name.endswith("alpha"):
+                value.sub_(1.0)
+    return theirs.eval(), convert("vae", theirs, AutoencoderConfig(**CASES[case]))
+
+
+def audio(network, frames=FRAMES, extra=0, batch=2):
+    return 0.5 * normal(batch, network.config.audio_channels, frames * network.hop_length + extra)
+
+
+def latents(network, frames=FRAMES, batch=2):
+    return normal(batch, frames, network.config.decoder_input_channels)
+
+
+def torch_encode(theirs, x):
+    """Mean and standard deviation, [B, T, C] like ours."""
+    posterior = run_torch(lambda x: (lambda p: (p.mean, p.std))(theirs.encode(x).latent_dist), x)
+    return tuple(value.transpose(0, 2, 1) for value in posterior)
+
+
+def torch_decode(theirs, z):
+    return run_torch(lambda z: theirs.decode(z.mT).sample, z)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_encode_matches_torch(case):
+    """A third of a frame is left over."""
+    theirs, ours = pair(case)
+    x = audio(ours, extra=ours.hop_length // 3)
+    found, (mean, std) = encode(ours, x), torch_encode(theirs, x)
+    assert found.mean.shape == found.std.shape == (2, FRAMES, 4)
+    assert_close(found.mean, mean)
+    assert_close(found.std, std)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_decode_matches_torch(case):
+    theirs, ours = pair(case)
+    z = latents(ours)
+    found = decode(ours, z)
+    assert found.shape == (2, ours.config.audio_channels, FRAMES * ours.hop_length)
+    assert_close(found, torch_decode(theirs, z))
+
+
+def test_rough_network_is_no_farther_from_float64_than_torch():
+    theirs, ours = rough_pair("ace_step")
+    z = latents(ours)
+    with torch.no_grad():
+        exact = theirs.double().decode(as_torch(z).double().mT).sample.numpy()
+    theirs.float()
+    assert relative_error(decode(ours, z), exact) <= 1.5 * relative_error(torch_decode(theirs, z), exact)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reach_is_what_a_frame_depends_on(case):
+    """What changes with one frame lies within the reach and fills most of it."""
+    _, ours = pair(case)
+    middle = FRAMES // 2
+    hop, config = ours.hop_length, ours.config
+    z, x = latents(ours), audio(ours, extra=hop // 3)
+    other_z, other_x = z.copy(), x.copy()
+    other_z[:, middle] += 3
+    other_x[:, :, middle * hop : (middle + 1) * hop] += 3
+    sound = np.asarray(decode(ours, z) - decode(ours, other_z)).reshape(2, -1, FRAMES, hop)
+    mean = np.asarray(encode(ours, x).mean - encode(ours, other_x).mean)
+    for change, reach in (
+        (abs(sound).max(axis=(0, 1, 3)), autoencoder._decoder_reach(config)),
+        (abs(mean).max(axis=(0, 2)), math.ceil(autoencoder._encoder_reach(config) / hop)),
+    ):
+        distance = abs(np.flatnonzero(change) - middle).max()
+        print("DIST", case, distance, reach)
+        assert reach - 3 <= distance <= reach
+
+
+# The smallest tiles, the last one moved back by all but a frame; tiles that fit; others, with samples left over.
+TILES = [
+    ("two_blocks", 41, 42, 0),
+    ("two_blocks", 45, 85, 7),
+    ("two_blocks", 64, 150, 3),
+    ("ace_step", 21, FRAMES, 640),
+]
+
+
+@pytest.mark.parametrize(("case", "tile", "frames", "extra"), TILES)
+def test_tiles_give_what_one_piece_gives(case, tile, frames, extra):
+    _, ours = pair(case)
+    z, x = latents(ours, frames), audio(ours, frames, extra)
+    assert_close(decode(ours, z, tile), decode(ours, z), 1e-6)
+    found, whole = encode(ours, x, tile), encode(ours, x)
+    assert_close(found.mean, whole.mean, 1e-6)
+    assert_close(found.std, whole.std, 1e-6)
+
+
+def test_too_small_an_overlap_would_be_seen(monkeypatch):
+    _, ours = pair("two_blocks")
+    z, x = latents(ours, 85), audio(ours, 85, 7)
+    monkeypatch.setattr(autoencoder, "_decoder_reach", lambda config: 1)
+    monkeypatch.setattr(autoencoder, "_encoder_reach", lambda config: 1)
+    assert relative_error(run_jax(ours, z, method="decode", tile_frames=45), decode(ours, z)) > 1e-4
+    assert relative_error(run_jax(ours, x, method="encode", tile_frames=45).mean, encode(ours, x).mean) > 1e-4
+
+
+def test_batch_gives_what_single_items_give():
+    _, ours = pair("two_blocks")
+    z, x = latents(ours), audio(ours, extra=2)
+    for i in range(2):
+        assert_close(decode(ours, z[i : i + 1]), decode(ours, z)[i : i + 1], 1e-6)
+        assert_close(encode(ours, x[i : i + 1]).mean, encode(ours, x).mean[i : i + 1], 1e-6)
+
+
+def test_sample_is_mean_and_noise():
+    _, ours = pair("two_blocks")
+    posterior = encode(ours, audio(ours, extra=2))
+    key, other = jax.random.split(jax.random.key(0))
+    noise = (posterior.sample(key) - posterior.mean) / posterior.std
+    assert_close(noise, jax.random.normal(key, posterior.mean.shape))
+    assert np.all(posterior.sample(key) != posterior.sample(other))
+
+
+def test_fold_is_the_weight_norm_of_torch():
+    """Of every convolution, transposed ones included: their norm runs over output channels and taps."""
+    theirs, _ = rough_pair("ace_step")
+    folded = 0
+    for module in theirs.modules():
+        for hook in module._forward_pre_hooks.values():
+            g, v = module.weight_g.detach().numpy(), module.weight_v.detach().numpy()
+            assert_close(fold(g, v), hook.compute_weight(module).detach().numpy(), 3e-7)
+            folded += 1
+    assert folded == 2 * 5 * (3 * 2 + 1) + 4
+
+
+def test_audio_shorter_than_a_frame_is_refused():
+    _, ours = pair("two_blocks")
+    with pytest.raises(InputError, match="7 samples .* frame of 8"):
+        ours.encode(np.zeros((1, 1, 7), np.float32))
+    assert jax.eval_shape(encode, ours, np.zeros((1, 1, 8), np.float32)).mean.shape == (1, 1, 4)
+
+
+def test_tiles_without_room_between_overlaps_are_refused():
+    _, ours = pair("two_blocks")
+    with pytest.raises(InputError, match="tile_frames: 40 leaves nothing"):
+        ours.decode(latents(ours, 41), tile_frames=40)
+    with pytest.raises(InputError, match="tile_frames: 38 leaves nothing"):
+        ours.encode(audio(ours, 41), tile_frames=38)
+    assert ours.config.audio_channels == jax.eval_shape(decode, ours, latents(ours, 40), 40).shape[1]
+
+
+def test_config_and_dtype():
+    """The keys are torch's, what is not supported is refused, and a bfloat16 config computes in bfloat16."""
+    with torch.device("meta"):
+        theirs = {key: value for key, value in TorchAutoencoder().config.items() if not key.startswith("_")}
+    assert AutoencoderConfig.from_hf(theirs).to_hf() == theirs
+    for wrong in (dict(downsampling_ratios=[2, 3, 4, 6, 10]), dict(channel_multiples=[1, 2])):
+        with pytest.raises(InputError, match="AutoencoderConfig.*downsampling_ratios"):
+            AutoencoderConfig(**wrong)
+    network = checkpoint.abstract("vae", AutoencoderConfig(**CASES["two_blocks"], dtype="bfloat16"))
+    for tile in (60, 45):
+        audio = jax.eval_shape(lambda n, tile=tile: n.decode(jnp.zeros((1, 50, 4)), tile_frames=tile), network)
+        posterior = jax.eval_shape(lambda n, tile=tile: n.encode(jnp.zeros((1, 1, 400)), tile_frames=tile), network)
+        assert audio.dtype == posterior.mean.dtype == posterior.std.dtype == jnp.bfloat16
