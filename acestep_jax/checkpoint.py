@@ -4,13 +4,22 @@ Parameters are named by network and module path, `transformer.layers.self_attn.t
 and read back straight onto its device or its part of a mesh.
 """
 
+import contextlib
 import dataclasses
+import errno
+import functools
 import json
 import logging
+import math
+import os
+import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -55,8 +64,8 @@ CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "weights"
 
 BATCH_BYTES = 256 * 2**20  # written at once by `save`
 
-# Orbax names every file it touches at INFO; that is for its own developers.
-logging.getLogger("absl").setLevel(logging.WARNING)
+# Orbax names every file it touches, and logs what it also raises.
+logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +88,13 @@ def leaves(module: nnx.Module) -> dict[str, nnx.Variable]:
     return {".".join(map(str, path)): variable for path, variable in flat}
 
 
+@functools.lru_cache
+def leaf_shapes(name: str, config: NetworkConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every leaf of the network called `name`, by dotted path, in order."""
+    found = leaves(abstract(name, config))
+    return MappingProxyType({leaf: jax.ShapeDtypeStruct(v.shape, v.dtype) for leaf, v in found.items()})
+
+
 def assemble(module: nnx.Module, arrays: dict[str, jax.Array]) -> nnx.Module:
     """The abstract `module` with `arrays` (by dotted path) as its leaves; all of them, no others."""
     graphdef, state = nnx.split(module)
@@ -90,33 +106,64 @@ def assemble(module: nnx.Module, arrays: dict[str, jax.Array]) -> nnx.Module:
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-def publish(path: Path) -> "_Publish":
-    """A context that gives a temporary folder beside `path` and moves it there if all went well.
+@contextlib.contextmanager
+def publish(path: str | Path, size: int = 0) -> Iterator[Path]:
+    """Gives a temporary folder beside `path`, which takes that name if all went well and is removed otherwise.
+
+    Args:
+        size: bytes that will be written, as far as they are known.
 
     Raises:
-        InputError: if `path` exists or the folder it should be in does not.
+        InputError: if `path` exists, the folder it should be in does not, or the disk has no room.
     """
-    return _Publish(Path(path))
+    path = Path(path)
+    check_new(path)
+    parent = path.absolute().parent
+    if size > (free := shutil.disk_usage(parent).free):
+        raise InputError(f"{path}: {size / 1e9:.2f} GB to write, but the disk has {free / 1e9:.2f} GB free; make room")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=parent))
+    # When a write fails, Orbax closes its event loop and those under way complain of that as they end.
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda found: None if "Event loop is closed" in str(found.exc_value) else hook(found)
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.rename(path)
+    except BaseException as error:
+        _remove(temporary)
+        if _is_disk_full(error):
+            raise InputError(
+                f"{path}: the disk is full, nothing was kept; make room or choose another place"
+            ) from error
+        raise
+    finally:
+        sys.unraisablehook = hook
 
 
-class _Publish:
-    def __init__(self, path: Path):
-        self.path = path
-        if path.exists():
-            raise InputError(f"{path}: already exists; remove it or choose another name")
-        if not path.absolute().parent.is_dir():
-            raise InputError(f"{path}: the folder {path.absolute().parent} does not exist; create it first")
+def check_new(path: Path) -> None:
+    """Raises InputError if `path` exists or the folder it should be in does not."""
+    if path.exists():
+        raise InputError(f"{path}: already exists; remove it or choose another name")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: the folder {path.absolute().parent} does not exist; create it first")
 
-    def __enter__(self) -> Path:
-        self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.path.name}-", dir=self.path.absolute().parent))
-        return self.temporary
 
-    def __exit__(self, kind, error, traceback):
-        if kind is None:
-            self.temporary.chmod(0o755)
-            self.temporary.rename(self.path)
-        else:
-            shutil.rmtree(self.temporary, ignore_errors=True)
+def _remove(folder: Path) -> None:
+    """Deletes a folder until it stays away: after a failure, writes under way go on and make it anew."""
+    absent = 0
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
+        absent = 0 if folder.exists() else absent + 1
+        if absent == 5:
+            return
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space; TensorStore tells so in its message alone."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def save(
@@ -137,15 +184,22 @@ def save(
         extra_files: name to a function that writes the file of that name, given its path.
 
     Raises:
-        InputError: if `path` exists already, or if its parent does not.
-        OSError: if the disk is full, with nothing left behind.
+        InputError: see `publish`; nothing is left behind.
     """
-    with publish(Path(path)) as folder:
-        wanted = {f"{name}.{leaf}" for name, config in configs.items() for leaf in leaves(abstract(name, config))}
+    shapes = {
+        f"{name}.{leaf}": shape for name, config in configs.items() for leaf, shape in leaf_shapes(name, config).items()
+    }
+    size = sum(math.prod(shape.shape) * shape.dtype.itemsize for shape in shapes.values())
+    with publish(path, size) as folder:
+        wanted = set(shapes)
         weights = (folder / WEIGHTS).absolute()
-        for batch in _batches(arrays):
+        context = ocp.Context()
+        context.array.saving.use_compression = False  # weights hardly compress, and it takes time and memory
+        for batch in batches(arrays):
             wanted -= batch.keys()
-            ocp.partial.save(weights, _nest(batch))
+            with context:
+                ocp.partial.save(weights, _nest(batch))
+            batch.clear()  # before the next one is read
         if wanted:
             raise KeyError(f"no value for {sorted(wanted)}")
         ocp.partial.finalize(weights)
@@ -188,6 +242,8 @@ def read_manifest(path: str | Path) -> Manifest:
     configs = {}
     for name, (_, config) in NETWORKS.items():
         if name in values:
+            if not isinstance(values[name], dict):
+                raise InputError(f"{path / CONFIG}: {name}: expected a JSON object, found {values[name]!r}")
             known = {field.name for field in dataclasses.fields(config)}
             if unknown := sorted(values[name].keys() - known):
                 raise InputError(f"{path / CONFIG}: {name}: unknown key(s) {', '.join(unknown)}")
@@ -211,7 +267,7 @@ def load(
     """
     path = Path(path)
     manifest = read_manifest(path)
-    stored = stored_leaves(path)
+    stored = network_leaves(path, manifest)
     networks = {}
     for name in names if names is not None else manifest.configs:
         config = manifest.configs[name]
@@ -221,10 +277,7 @@ def load(
         module = abstract(name, config)
         targets = {}
         for leaf, variable in leaves(module).items():
-            found = stored.get(f"{name}.{leaf}")
-            if found is None or found.shape != variable.shape:
-                what = "is missing" if found is None else f"has shape {found.shape}, expected {variable.shape}"
-                raise InputError(f"{path / WEIGHTS}: {name}.{leaf} {what}; convert the checkpoint again")
+            found = stored[name][leaf]
             kind = jnp.dtype(dtype) if dtype is not None else found.dtype
             targets[leaf] = jax.ShapeDtypeStruct(found.shape, kind, sharding=variable_sharding(variable, mesh))
         networks[name] = assemble(module, load_leaves(path, name, targets))
@@ -249,29 +302,65 @@ def stored_leaves(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
         tree = ocp.metadata(weights).metadata
     except Exception as error:  # Orbax raises many kinds, depending on what is broken
         raise InputError(f"{weights}: missing or damaged ({error}); convert the checkpoint again") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{weights}: damaged; convert the checkpoint again")
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _flatten(tree)}
 
 
+def network_leaves(path: Path, manifest: Manifest) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """`stored_leaves` by network and dotted path, in the order of its leaves.
+
+    Raises:
+        InputError: if the weights are unreadable or not those that the configs describe.
+    """
+    stored = stored_leaves(path)
+    result = {name: leaf_shapes(name, config) for name, config in manifest.configs.items()}
+    wanted = {f"{name}.{leaf}": shape for name, shapes in result.items() for leaf, shape in shapes.items()}
+    for name in sorted(wanted.keys() | stored.keys()):
+        if name not in stored:
+            problem = "is missing"
+        elif name not in wanted:
+            problem = "belongs to no network of the config"
+        elif stored[name].shape != wanted[name].shape:
+            problem = f"has shape {stored[name].shape}, expected {wanted[name].shape}"
+        else:
+            continue
+        raise InputError(f"{path / WEIGHTS}: {name} {problem}; convert the checkpoint again")
+    return {name: {leaf: stored[f"{name}.{leaf}"] for leaf in shapes} for name, shapes in result.items()}
+
+
 def load_leaves(path: Path, name: str, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Some arrays of the network `name`, by dotted path, as the shapes, dtypes and shardings of `targets` say."""
+    """Some arrays of the network `name`, by dotted path, as the shapes, dtypes and shardings of `targets` say.
+
+    Raises:
+        InputError: if the stored bytes are damaged.
+    """
     tree = _nest({f"{name}.{leaf}": target for leaf, target in targets.items()})
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    with context:
-        loaded = ocp.load((path / WEIGHTS).absolute(), tree)
+    try:
+        with context:
+            loaded = ocp.load((path / WEIGHTS).absolute(), tree)
+    except Exception as error:
+        cause = error.__cause__ or error
+        if not isinstance(cause, ValueError):  # all that TensorStore raises
+            raise
+        raise InputError(f"{path / WEIGHTS}: damaged ({cause}); convert the checkpoint again") from None
     return {leaf.removeprefix(f"{name}."): value for leaf, value in _flatten(loaded)}
 
 
-def _batches(arrays: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Groups arrays up to `BATCH_BYTES`: the time that Orbax takes to join partial saves grows with their number."""
+def batches(arrays: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Groups arrays or their shapes until they reach `BATCH_BYTES`, for every call of Orbax has a cost of its own."""
     batch, size = {}, 0
     for name, value in arrays:
-        if batch and size + value.nbytes > BATCH_BYTES:
+        batch[name] = value
+        size += math.prod(value.shape) * value.dtype.itemsize
+        del value
+        if size >= BATCH_BYTES:
             yield batch
             batch, size = {}, 0
-        batch[name] = value
-        size += value.nbytes
-    yield batch
+    if batch:
+        yield batch
 
 
 def _nest(flat: dict[str, Any]) -> dict[str, Any]:

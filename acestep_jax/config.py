@@ -5,7 +5,7 @@ the weights. The fields of `NetworkConfig` are JAX's own and never appear there.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 from acestep_jax.errors import InputError
@@ -13,6 +13,20 @@ from acestep_jax.errors import InputError
 DTYPES = ("float32", "bfloat16", "float16")
 LAYER_TYPES = ("sliding_attention", "full_attention")
 REMAT = ("none", "dots", "full")
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+# What a field of each type may hold.
+_VALUES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ("a positive integer", _is_size),
+    int | None: ("a positive integer or null", lambda value: value is None or _is_size(value)),
+    float: ("a number, zero or more", lambda value: type(value) in (int, float) and value >= 0),
+    bool: ("true or false", lambda value: type(value) is bool),
+    tuple[int, ...]: ("positive integers", lambda value: type(value) is tuple and all(map(_is_size, value))),
+}
 
 
 def check_dtype(name: str, argument: str = "dtype") -> str:
@@ -42,9 +56,9 @@ class NetworkConfig:
         name = type(self).__name__
         for field in dataclasses.fields(self):
             if isinstance(value := getattr(self, field.name), list):
-                object.__setattr__(self, field.name, tuple(value))
-            elif field.type is int and (not isinstance(value, int) or value < 1):
-                raise InputError(f"{name}.{field.name}: expected a positive integer, found {value!r}")
+                object.__setattr__(self, field.name, value := tuple(value))
+            if field.type in _VALUES and not _VALUES[field.type][1](value):
+                raise InputError(f"{name}.{field.name}: expected {_VALUES[field.type][0]}, found {value!r}")
         check_dtype(self.dtype, f"{name}.dtype")
         check_dtype(self.param_dtype, f"{name}.param_dtype")
         if self.remat not in REMAT:

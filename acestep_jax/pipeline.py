@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import secrets
@@ -16,22 +15,19 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from acestep_jax import audio, checkpoint
+from acestep_jax import audio, checkpoint, stages
 from acestep_jax.errors import InputError
-from acestep_jax.flow_matching import apg, custom_schedule, euler, schedule
+from acestep_jax.flow_matching import custom_schedule, schedule
 from acestep_jax.models.audio_tokenizer import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer
 from acestep_jax.models.autoencoder import AutoencoderOobleck
 from acestep_jax.models.condition_encoder import AceStepConditionEncoder
 from acestep_jax.models.text_encoder import Qwen3Model
-from acestep_jax.models.transformer import AceStepTransformer1DModel, TimeEmbedding
-from acestep_jax.prompt import MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS, Tokens, lyric_text, prompt_text, tokenize
-from acestep_jax.sharding import shard
+from acestep_jax.models.transformer import AceStepTransformer1DModel
+from acestep_jax.prompt import MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS, lyric_text, prompt_text, tokenize
 
 logger = logging.getLogger(__name__)
 
 MIN_DURATION, MAX_DURATION = 10.0, 600.0  # seconds
-REFERENCE_FRAMES = 750  # of the timbre reference (30 s), silence where there is none
-PEAK = 10.0 ** (-1.0 / 20.0)  # -1 dBFS, the loudest sample of every song
 
 # Token counts are padded to multiples of these, so that few programs are compiled; padding is masked.
 PROMPT_BUCKET, LYRIC_BUCKET = 64, 256
@@ -185,10 +181,10 @@ class AceStepPipeline:
         steps = len(times) - 1
         with _on_mesh(self.mesh), tqdm(total=steps, unit="step", disable=None) as bar:
             bar.set_description("encoding the text")
-            condition, mask = _encode(self.text_encoder, self.condition_encoder, tokens, lyric_tokens)
+            condition, mask = stages.encode(self.text_encoder, self.condition_encoder, tokens, lyric_tokens)
             bar.set_description("denoising")
             with self._reporter.watching(bar, callback_on_step_end) as report:
-                x = _denoise(
+                x = stages.denoise(
                     self.transformer,
                     self.condition_encoder,
                     noise,
@@ -204,7 +200,7 @@ class AceStepPipeline:
             audios = None
             if output_type == "np":
                 bar.set_description("decoding")
-                audios = np.asarray(_decode(self.vae, x))
+                audios = np.asarray(stages.decode(self.vae, x))
             bar.set_description("done")
         return AudioPipelineOutput(audios, np.asarray(x), self.sample_rate, seeds)
 
@@ -260,7 +256,7 @@ class AceStepPipeline:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(seed, jnp.arange(batch)) if seed.ndim == 0 else seed
             if keys.shape != (batch,):
                 raise InputError(f"seed: expected one key or {batch}, found {list(seed.shape)}")
-            return None, _normal(keys, shape[1:])
+            return None, stages.noise(keys, shape[1:])
         if seed is None:
             seed = secrets.randbelow(2**32 - batch)
         seeds = [seed + i for i in range(batch)] if isinstance(seed, int | np.integer) else [int(s) for s in seed]
@@ -269,76 +265,7 @@ class AceStepPipeline:
         if bad := [s for s in seeds if not 0 <= s < 2**32]:
             raise InputError(f"seed: expected numbers from 0 to 2^32 - 1, found {bad[0]}")
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-        return tuple(seeds), _normal(keys, shape[1:])
-
-
-@jax.jit
-def _encode(text_encoder, condition_encoder, tokens: Tokens, lyrics: Tokens):
-    """Condition tokens [B, S, E] and their mask [B, S]."""
-    batch = tokens.ids.shape[0]
-    reference = condition_encoder.silence(REFERENCE_FRAMES)
-    return condition_encoder(
-        text_encoder(tokens.ids),
-        tokens.mask,
-        text_encoder.embed_tokens(lyrics.ids),
-        lyrics.mask,
-        jnp.broadcast_to(reference, (batch, *reference.shape[1:])),
-        jnp.arange(batch),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("guided", "report"))
-def _denoise(
-    transformer: AceStepTransformer1DModel,
-    condition_encoder: AceStepConditionEncoder,
-    noise: jax.Array,  # [B, T, 64]
-    condition: jax.Array,  # [B, S, E]
-    mask: jax.Array,  # [B, S]
-    times: jax.Array,  # [N + 1]
-    guidance_scale: jax.Array,
-    guided_steps: jax.Array,  # [N] bool
-    *,
-    guided: bool,
-    report: Callable | None,
-) -> jax.Array:
-    """The whole denoising loop; keys and values of the condition and the time embeddings are computed before it."""
-    batch, frames, channels = noise.shape
-    if guided:  # the batch becomes [with condition, without]
-        null = jnp.broadcast_to(condition_encoder.null_condition_emb[...].astype(condition.dtype), condition.shape)
-        condition, mask = jnp.concatenate([condition, null]), jnp.concatenate([mask, mask])
-    silence = condition_encoder.silence(frames)
-    context = jnp.concatenate([silence, jnp.ones_like(silence)], axis=-1)  # generate every frame
-    context = jnp.broadcast_to(context, (condition.shape[0], *context.shape[1:]))
-    keys_values = transformer.embed_condition(condition)
-    embedded = transformer.embed_time(times[:-1], times[:-1])
-
-    def network(x, i):
-        time = TimeEmbedding(*(array[i][None] for array in embedded))
-        return transformer.velocity(x, time, keys_values, context, mask).astype(jnp.float32)
-
-    def velocity(x, i, momentum):
-        if not guided:
-            return network(x, i), momentum
-        with_condition, without = jnp.split(network(jnp.concatenate([x, x]), i), 2)
-        v, new_momentum = apg(with_condition, without, guidance_scale, momentum)
-        active = guided_steps[i]
-        return jnp.where(active, v, with_condition), jnp.where(active, new_momentum, momentum)
-
-    noise = shard(noise, "batch", "sequence", None)
-    return euler(velocity, noise, times, jnp.zeros_like(noise) if guided else None, report)
-
-
-@jax.jit
-def _decode(vae: AutoencoderOobleck, latents: jax.Array) -> jax.Array:
-    """[B, T, 64] -> audio [B, channels, samples] float32 with a peak of -1 dBFS."""
-    waveform = vae.decode(latents).astype(jnp.float32)
-    peak = jnp.max(jnp.abs(waveform), axis=(1, 2), keepdims=True)
-    return waveform * (PEAK / jnp.maximum(peak, 1e-6))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+        return tuple(seeds), stages.noise(keys, shape[1:])
 
 
 class _Reporter:
@@ -349,42 +276,31 @@ class _Reporter:
         self._callback: StepCallback | None = None
         self._error: Exception | None = None
 
-    def watching(self, bar: tqdm, callback: StepCallback | None) -> "_Watch":
+    @contextlib.contextmanager
+    def watching(self, bar: tqdm, callback: StepCallback | None):
+        """Gives the function that the loop is to call, None if nobody watches; then raises what the callback raised."""
         self._bar, self._callback, self._error = bar, callback, None
-        return _Watch(self)
+        if callback is not None:
+            yield self._step_with_latents
+        else:
+            yield None if bar.disable else self._step
+        jax.effects_barrier()
+        if self._error is not None:
+            raise self._error
 
-    def step(self, i, t, x):
-        jax.debug.callback(self._count, i)
+    def _step(self, i, t, x):
+        jax.debug.callback(lambda _: self._bar.update(), i)
 
-    def step_with_latents(self, i, t, x):
+    def _step_with_latents(self, i, t, x):
         jax.debug.callback(self._call, i, t, x)
-
-    def _count(self, i):
-        self._bar.update()
 
     def _call(self, i, t, x):
         self._bar.update()
         if self._error is None:
             try:
                 self._callback(int(i), float(t), np.asarray(x))
-            except Exception as error:  # an exception must not unwind through the runtime; `_Watch` raises it
+            except Exception as error:  # it must not unwind through the runtime
                 self._error = error
-
-
-class _Watch:
-    def __init__(self, reporter: _Reporter):
-        self.reporter = reporter
-
-    def __enter__(self) -> Callable | None:
-        """The function that the compiled loop calls, if anybody watches."""
-        if self.reporter._callback is not None:
-            return self.reporter.step_with_latents
-        return None if self.reporter._bar.disable else self.reporter.step
-
-    def __exit__(self, kind, error, traceback):
-        jax.effects_barrier()
-        if kind is None and self.reporter._error is not None:
-            raise self.reporter._error
 
 
 def _on_mesh(mesh: Mesh | None):

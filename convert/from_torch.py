@@ -38,6 +38,7 @@ def from_torch(
     """
     if dtype is not None:
         check_dtype(dtype, "--dtype")
+    checkpoint.check_new(Path(destination))
     opened = open_checkpoint(source, vae=vae, text_encoder=text_encoder, dtype=dtype)
     plans = {name: plan(name, config, opened.tensors[name]) for name, config in opened.configs.items()}
     configs = {name: _with_stored_dtype(config, plans[name]) for name, config in opened.configs.items()}
@@ -69,9 +70,9 @@ def plan(network: str, config: NetworkConfig, tensors: dict[str, Tensor]) -> dic
     """
     wanted: dict[str, tuple[int, ...]] = {}
     leaves: dict[str, list[str]] = {}
-    for leaf, variable in checkpoint.leaves(checkpoint.abstract(network, config)).items():
-        names, rule = rules.to_torch(network, leaf, variable.shape)
-        row_shape = variable.shape[1:] if rules.is_stacked(leaf) else variable.shape
+    for leaf, whole in checkpoint.leaf_shapes(network, config).items():
+        names, rule = rules.to_torch(network, leaf, whole.shape)
+        row_shape = whole.shape[1:] if rules.is_stacked(leaf) else whole.shape
         leaves[leaf] = names
         for name in names:
             wanted[name] = rule.to_torch(np.broadcast_to(np.float32(0), row_shape)).shape

@@ -42,9 +42,9 @@ _SHARED_KEYS = "head_dim rope_theta attention_bias attention_dropout rms_norm_ep
 # Of training, of the application, or notes of transformers about itself.
 _IGNORED = frozenset(
     "architectures auto_map bos_token_id data_proportion dtype eos_token_id hidden_act initializer_range "
-    "max_position_embeddings model_type num_audio_decoder_hidden_layers pad_token_id rope_parameters rope_scaling "
-    "timbre_fix_frame timestep_mu timestep_sigma torch_dtype transformers_version use_cache use_sliding_window "
-    "vocab_size".split()
+    "lyric_alignment_layers_config max_position_embeddings model_type num_audio_decoder_hidden_layers pad_token_id "
+    "rope_parameters rope_scaling tie_word_embeddings timbre_fix_frame timestep_mu timestep_sigma torch_dtype "
+    "transformers_version use_cache use_sliding_window vocab_size".split()
 )
 
 
@@ -67,7 +67,7 @@ def find_folders(source: Path, vae: str | Path | None, text_encoder: str | Path 
             raise InputError(f"{source}: holds several models; name one of {names}")
         if not models:
             raise InputError(
-                f"{source}: not a checkpoint; expected model_index.json (diffusers) or config.json, "
+                f"{source}: not a PyTorch checkpoint; expected model_index.json (diffusers) or config.json, "
                 "model.safetensors and silence_latent.pt (original)"
             )
         source = models[0]
@@ -85,10 +85,13 @@ def split_config(values: dict[str, Any], source: str) -> dict[str, NetworkConfig
     values = {key: value for key, value in values.items() if not key.startswith("_")}
     if values.get("hidden_act", "silu") != "silu":
         raise InputError(f"{source}: hidden_act: expected 'silu', found {values['hidden_act']!r}")
-    if values.get("rope_scaling") is not None:
-        raise InputError(f"{source}: scaled rotary embeddings are not supported, found {values['rope_scaling']}")
-    if "rope_theta" in (rope := values.get("rope_parameters") or {}):
+    rope, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling")
+    if scaling is not None or rope.get("rope_type", "default") != "default":
+        raise InputError(f"{source}: scaled rotary embeddings are not supported, found {scaling or rope}")
+    if "rope_theta" in rope:
         values.setdefault("rope_theta", rope["rope_theta"])
+    if not values.get("use_sliding_window", True):
+        raise InputError(f"{source}: use_sliding_window: expected true; name full layers in layer_types instead")
     used: set[str] = set()
 
     def take(*keys: str) -> dict[str, Any]:
@@ -103,7 +106,7 @@ def split_config(values: dict[str, Any], source: str) -> dict[str, NetworkConfig
     transformer = own | take(
         *"num_hidden_layers in_channels audio_acoustic_hidden_dim patch_size layer_types is_turbo model_version".split()
     )
-    if "hidden_size" in encoder and encoder["hidden_size"] != own["hidden_size"]:
+    if "hidden_size" in encoder and encoder["hidden_size"] != own.get("hidden_size"):
         transformer["encoder_hidden_size"] = encoder["hidden_size"]
     condition = encoder | take(
         *"text_hidden_dim timbre_hidden_dim num_lyric_encoder_hidden_layers num_timbre_encoder_hidden_layers".split()
@@ -125,7 +128,11 @@ def split_config(values: dict[str, Any], source: str) -> dict[str, NetworkConfig
 
 
 def join_config(configs: dict[str, NetworkConfig]) -> dict[str, Any]:
-    """The inverse of `split_config`, which needs all four networks."""
+    """The inverse of `split_config`, which needs all four networks.
+
+    Raises:
+        InputError: if they differ in what this layout has one value for.
+    """
     transformer, encoder = configs["transformer"].to_hf(), configs["condition_encoder"].to_hf()
     values = transformer | {
         key: encoder[key] for key in encoder.keys() - transformer.keys() if key not in _ENCODER_KEYS
@@ -142,7 +149,26 @@ def join_config(configs: dict[str, NetworkConfig]) -> dict[str, Any]:
         for window in configs["transformer"].windows(transformer["num_hidden_layers"])
     ]
     notes = {"architectures": ["AceStepConditionGenerationModel"], "model_type": "acestep", "hidden_act": "silu"}
+    for name, config in split_config(values, "").items():
+        expressed, wanted = _essentials(config), _essentials(configs[name])
+        for key in wanted:
+            if expressed[key] != wanted[key]:
+                raise InputError(
+                    f"{name}: {key} is {wanted[key]}, but the original layout has one value for several networks, "
+                    f"here {expressed[key]}; use the layout diffusers"
+                )
     return values | notes
+
+
+def _essentials(config: NetworkConfig) -> dict[str, Any]:
+    """What a config says of the network's function, with defaults that depend on other keys filled in."""
+    values = config.to_hf()
+    del values["attention_dropout"]
+    depth = next(value for key, value in values.items() if re.fullmatch(r"num_(\w+_)?hidden_layers", key))
+    values["layer_types"] = config.windows(depth)
+    if "encoder_hidden_size" in values:
+        values["encoder_hidden_size"] = values["encoder_hidden_size"] or values["hidden_size"]
+    return values
 
 
 def split_names(tensors: dict[str, Any], source: str) -> dict[str, dict[str, Any]]:

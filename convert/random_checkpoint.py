@@ -126,7 +126,9 @@ def randomise(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             direction = network.get_parameter(name.removesuffix("_g") + "_v")
             fan_in = 2 * direction.shape[0] if ".conv_t1." in name else direction[0].numel()
             norm = (direction[0].numel() / fan_in) ** 0.5
-            value.copy_(0.7 * norm * (1.0 + 0.1 * normal(value)))
+            # Small residual branches, as in a trained network: full ones would amplify rounding errors thirtyfold.
+            gain = 0.25 if ".res_unit" in name and ".conv2." in name else 0.7
+            value.copy_(gain * norm * (1.0 + 0.1 * normal(value)))
         elif last == "bias":
             value.copy_(0.1 * normal(value))
         elif value.ndim == 1:

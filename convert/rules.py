@@ -45,9 +45,9 @@ def _upsample_to_torch(w: np.ndarray) -> np.ndarray:
     return w.transpose(1, 3, 0, 2)[:, :, ::-1].reshape(inputs, outputs, 2 * stride)
 
 
-_LINEARS = (
-    "to_q to_k to_v gate_proj up_proj down_proj linear_1 linear_2 time_proj condition_embedder text_projector "
-    "audio_acoustic_proj project_in project_out proj_out"
+_LINEARS = "gate_proj up_proj down_proj text_projector".split()
+_BIASED_LINEARS = (
+    "to_q to_k to_v linear_1 linear_2 time_proj condition_embedder audio_acoustic_proj project_in project_out proj_out"
 ).split()
 _NORMS = (
     "norm norm_q norm_k norm_out self_attn_norm cross_attn_norm mlp_norm input_layernorm post_attention_layernorm"
@@ -55,8 +55,8 @@ _NORMS = (
 _PARAMETERS = "scale_shift_table special_token special_tokens null_condition_emb silence_latent".split()
 
 ATTENTION_RULES = (
-    *(Rule(f"*{name}.weight", f"*{name}.kernel", _transpose, _transpose) for name in _LINEARS),
-    *(Rule(f"*{name}.bias", f"*{name}.bias", _same, _same) for name in (*_LINEARS, "embed_tokens")),
+    *(Rule(f"*{name}.weight", f"*{name}.kernel", _transpose, _transpose) for name in (*_LINEARS, *_BIASED_LINEARS)),
+    *(Rule(f"*{name}.bias", f"*{name}.bias", _same, _same) for name in (*_BIASED_LINEARS, "embed_tokens")),
     Rule("*to_out.0.weight", "*to_out.kernel", _transpose, _transpose),
     Rule("*to_out.0.bias", "*to_out.bias", _same, _same),
     *(Rule(f"*{name}.weight", f"*{name}.scale", _same, _same) for name in _NORMS),

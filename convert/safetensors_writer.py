@@ -32,3 +32,4 @@ def write_safetensors(
             if value.shape != tuple(shape) or value.dtype != dtype:
                 raise ValueError(f"{name}: promised {shape} {dtype}, found {value.shape} {value.dtype}")
             file.write(value.reshape(-1).view(np.uint8).data)
+            del value  # before the next one is read

@@ -1,13 +1,14 @@
 """Native -> PyTorch, in either layout: `python -m convert to-torch SRC DST --layout diffusers|original`."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from acestep_jax import checkpoint
@@ -46,31 +47,32 @@ def to_torch(source: str | Path, destination: str | Path, *, layout: str) -> Non
     if layout not in LAYOUTS:
         raise InputError(f"--layout: expected {' or '.join(LAYOUTS)}, found {layout!r}")
     source = Path(source)
+    checkpoint.check_new(Path(destination))
     manifest = checkpoint.read_manifest(source)
-    stored = checkpoint.stored_leaves(source)
+    checkpoint.load_tokenizer(source)
     if layout == "original" and (missing := [n for n in checkpoint.OPTIONAL_NETWORKS if n not in manifest.configs]):
         raise InputError(f"{source}: the original layout needs {', '.join(missing)}, which this checkpoint lacks")
-    with checkpoint.publish(Path(destination)) as folder, tqdm(total=len(stored), unit="tensor", disable=None) as bar:
-        entries = {
-            name: _entries(source, name, {k: v for k, v in stored.items() if k.startswith(f"{name}.")}, bar)
-            for name in manifest.configs
-        }
-        write = _write_diffusers if layout == "diffusers" else _write_original
-        write(folder, source, manifest, entries)
+    stored = checkpoint.network_leaves(source, manifest)
+    with tqdm(total=sum(map(len, stored.values())), unit="tensor", disable=None) as bar:
+        read = _Reader(source, stored, bar)
+        entries = {name: _entries(source, name, leaves, read) for name, leaves in stored.items()}
+        every = [entry for part in entries.values() for entry in part]
+        size = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype, _ in every)
+        with checkpoint.publish(destination, size) as folder:
+            write = _write_diffusers if layout == "diffusers" else _write_original
+            write(folder, source, manifest, entries)
 
 
-def _entries(source: Path, network: str, stored: dict[str, jax.ShapeDtypeStruct], bar: tqdm) -> list[Entry]:
-    """The tensors of a network in the order of our leaves, so that each stacked leaf is read once."""
+def _entries(source: Path, network: str, leaves: dict[str, jax.ShapeDtypeStruct], read: "_Reader") -> list[Entry]:
+    """The tensors of a network in the order of our leaves, so that each group of leaves is read once."""
     factors = _stored_factors(source) if network == "vae" else {}
     result: list[Entry] = []
-    for full_name, leaf in stored.items():
-        name = full_name.removeprefix(f"{network}.")
+    for name, leaf in leaves.items():
         names, rule = rules.to_torch(network, name, leaf.shape)
         dtype = np.dtype(leaf.dtype)
-        read = _LastLeaf(source, network, name, leaf, bar)
         if not rules.is_stacked(name):
             shape = rule.to_torch(np.broadcast_to(np.zeros((), dtype), leaf.shape)).shape
-            value = lambda read=read, rule=rule: rule.to_torch(read())  # noqa: E731
+            value = lambda name=name, rule=rule: rule.to_torch(read(network, name))  # noqa: E731
             if network == "vae" and names[0].endswith(".weight"):
                 result += _weight_norm_entries(names[0], shape, dtype, value, factors)
             else:
@@ -78,29 +80,32 @@ def _entries(source: Path, network: str, stored: dict[str, jax.ShapeDtypeStruct]
             continue
         shape = rule.to_torch(np.broadcast_to(np.zeros((), dtype), leaf.shape[1:])).shape
         for row, torch_name in enumerate(names):
-            value = lambda read=read, rule=rule, row=row: rule.to_torch(read()[row])  # noqa: E731
+            value = lambda name=name, rule=rule, row=row: rule.to_torch(read(network, name)[row])  # noqa: E731
             result.append((torch_name, shape, dtype, value))
     return result
 
 
-class _LastLeaf:
-    """Reads a leaf at the first call and keeps it until another is read: one leaf is in memory at a time."""
+class _Reader:
+    """Reads leaves in groups of `BATCH_BYTES` or one; only the last group is in memory."""
 
-    _held: tuple["_LastLeaf", np.ndarray] | None = None
+    def __init__(self, source: Path, stored: dict[str, dict[str, jax.ShapeDtypeStruct]], bar: tqdm):
+        self.source, self.bar = source, bar
+        self.groups = {network: list(checkpoint.batches(leaves.items())) for network, leaves in stored.items()}
+        self.held: dict[tuple[str, str], np.ndarray] = {}
+        self.seen: set[tuple[str, str]] = set()
 
-    def __init__(self, source: Path, network: str, name: str, leaf: jax.ShapeDtypeStruct, bar: tqdm):
-        self.source, self.network, self.name, self.leaf, self.bar = source, network, name, leaf, bar
-
-    def __call__(self) -> np.ndarray:
-        if _LastLeaf._held is None or _LastLeaf._held[0] is not self:
-            _LastLeaf._held = None
+    def __call__(self, network: str, name: str) -> np.ndarray:
+        if (network, name) not in self.held:
+            self.held.clear()
             sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-            target = jax.ShapeDtypeStruct(self.leaf.shape, self.leaf.dtype, sharding=sharding)
-            value = checkpoint.load_leaves(self.source, self.network, {self.name: target})[self.name]
-            _LastLeaf._held = (self, np.asarray(value))
-            self.bar.set_description(self.network)
-            self.bar.update()
-        return _LastLeaf._held[1]
+            group = next(group for group in self.groups[network] if name in group)
+            targets = {k: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for k, leaf in group.items()}
+            loaded = checkpoint.load_leaves(self.source, network, targets)
+            self.held = {(network, leaf): np.asarray(value) for leaf, value in loaded.items()}
+            self.bar.set_description(network)
+            self.bar.update(len(self.held.keys() - self.seen))
+            self.seen |= self.held.keys()
+        return self.held[network, name]
 
 
 def _stored_factors(source: Path) -> dict[str, Callable[[], np.ndarray]]:
@@ -113,8 +118,11 @@ def _stored_factors(source: Path) -> dict[str, Callable[[], np.ndarray]]:
         with safe_open(file, framework="np") as reader:
             return reader.get_tensor(name)
 
-    with safe_open(file, framework="np") as reader:
-        return {name: (lambda name=name: read(name)) for name in reader.keys()}
+    try:
+        with safe_open(file, framework="np") as reader:
+            return {name: (lambda name=name: read(name)) for name in reader.keys()}
+    except SafetensorError as error:
+        raise InputError(f"{file}: damaged ({error}); remove it, it is needed for a bit-exact way back alone") from None
 
 
 def _weight_norm_entries(name: str, shape, dtype: np.dtype, kernel, factors) -> list[Entry]:

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from acestep_jax.checkpoint import NETWORKS, OPTIONAL_NETWORKS
+from acestep_jax.checkpoint import NETWORKS, OPTIONAL_NETWORKS, load_tokenizer
 from acestep_jax.config import NetworkConfig
 from acestep_jax.errors import InputError
 from convert import original
@@ -67,6 +67,10 @@ def open_checkpoint(
     path = _locate(str(source))
     kind = None if dtype is None else np.dtype(getattr(ml_dtypes, dtype, dtype))
     if (path / INDEX).is_file():
+        if vae is not None or text_encoder is not None:
+            raise InputError(
+                f"{path}: holds its own vae and text encoder; --vae and --text-encoder are not for this layout"
+            )
         folders = {name: path / name for name in NETWORKS}
         for name in NETWORKS:
             if not folders[name].is_dir():
@@ -95,6 +99,7 @@ def open_checkpoint(
             f"{tokenizer}: no tokenizer.json; write one with "
             f"transformers.AutoTokenizer.from_pretrained({str(tokenizer)!r}).save_pretrained({str(tokenizer)!r})"
         )
+    load_tokenizer(tokenizer)
     settings = tokenizer / "tokenizer_config.json"
     weight_norm = {n: t for n, t in tensors["vae"].items() if n.endswith((".weight_g", ".weight_v"))}
     tensors["vae"] = fold_weight_norm(tensors["vae"], kind)
@@ -166,7 +171,10 @@ def _file_tensors(folder: Path, dtype: np.dtype | None) -> dict[str, Tensor]:
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
             shards: dict[str, set[str]] = {}
-            for name, file in read_json(index).get("weight_map", {}).items():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise InputError(f"{index}: no weight_map from tensors to files; download it again")
+            for name, file in weight_map.items():
                 shards.setdefault(file, set()).add(name)
             tensors = {}
             for file, names in sorted(shards.items()):

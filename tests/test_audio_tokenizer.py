@@ -80,15 +80,17 @@ def test_pooler_matches_torch_and_its_narrow_window_bites():
     assert relative_error(apply(wide.attention_pooler, x), expected) > 0.01
 
 
-@pytest.mark.parametrize("quantizers", [1, 2])
-def test_quantizer_matches_torch(quantizers):
-    """2000 vectors, some far beyond the outermost levels. Of 200000, one or two codes hang on the last bit."""
+@pytest.mark.parametrize(("quantizers", "count"), [(1, 2000), (2, 2000), (3, 100)])
+def test_quantizer_matches_torch(quantizers, count):
+    """Vectors of many sizes, some far beyond the outermost levels.
+
+    The finer the last grid, the more often a code hangs on the last bit: with two grids one in 200000.
+    """
     theirs, ours = pair(**FSQ_ALONE, fsq_input_num_quantizers=quantizers)
-    x = normal(20, 100, 32) * np.geomspace(0.1, 10, 20, dtype=np.float32)[:, None, None]
+    x = normal(count, 32) * np.geomspace(0.1, 10, count, dtype=np.float32)[:, None]
     expected = run_torch(theirs.quantizer, x)
     assert_same_codes(apply(ours.quantizer, x), expected)
-    codes = expected[1].reshape(-1, quantizers)
-    assert (codes.min(), codes.max()) == (0, 63999) and all(len(np.unique(row)) > 1000 for row in codes.T)
+    assert all(len(np.unique(row)) > count // 2 for row in expected[1].T)
 
 
 @pytest.mark.parametrize("quantizers", [1, 2])

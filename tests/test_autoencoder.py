@@ -15,7 +15,7 @@ from acestep_jax.config import AutoencoderConfig
 from acestep_jax.errors import InputError
 from acestep_jax.models import autoencoder
 from convert.torch_checkpoint import fold
-from tests.parity import as_torch, assert_close, convert, make_pair, normal, relative_error, run_jax, run_torch
+from tests.parity import assert_close, make_pair, normal, relative_error, run_jax, run_torch
 
 CASES = {
     "ace_step": dict(encoder_hidden_size=8, decoder_channels=8, downsampling_ratios=[2, 4, 4, 6, 10]),
@@ -36,20 +36,8 @@ decode = jax.jit(lambda network, latents, tile=512: network.decode(latents, tile
 
 
 @functools.cache
-def rough_pair(case):
-    return make_pair("vae", TorchAutoencoder(**CASES[case]), AutoencoderConfig(**CASES[case]))
-
-
-@functools.cache
 def pair(case):
-    """Slower snakes: at the values of `rough_pair`, rounding errors grow a hundredfold, in torch too."""
-    theirs = TorchAutoencoder(**CASES[case])
-    theirs.load_state_dict(rough_pair(case)[0].state_dict())
-    with torch.no_grad():
-        for name, value in theirs.named_parameters():
-            if name.endswith("alpha"):
-                value.sub_(1.0)
-    return theirs.eval(), convert("vae", theirs, AutoencoderConfig(**CASES[case]))
+    return make_pair("vae", TorchAutoencoder(**CASES[case]), AutoencoderConfig(**CASES[case]))
 
 
 def audio(network, frames=FRAMES, extra=0, batch=2):
@@ -90,15 +78,6 @@ def test_decode_matches_torch(case):
     assert_close(found, torch_decode(theirs, z))
 
 
-def test_rough_network_is_no_farther_from_float64_than_torch():
-    theirs, ours = rough_pair("ace_step")
-    z = latents(ours)
-    with torch.no_grad():
-        exact = theirs.double().decode(as_torch(z).double().mT).sample.numpy()
-    theirs.float()
-    assert relative_error(decode(ours, z), exact) <= 1.5 * relative_error(torch_decode(theirs, z), exact)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_reach_is_what_a_frame_depends_on(case):
     """What changes with one frame lies within the reach and fills most of it."""
@@ -111,22 +90,13 @@ def test_reach_is_what_a_frame_depends_on(case):
     other_x[:, :, middle * hop : (middle + 1) * hop] += 3
     sound = np.asarray(decode(ours, z) - decode(ours, other_z)).reshape(2, -1, FRAMES, hop)
     mean = np.asarray(encode(ours, x).mean - encode(ours, other_x).mean)
-    for change, reach in (
-        (abs(sound).max(axis=(0, 1, 3)), autoencoder._decoder_reach(config)),
-        (abs(mean).max(axis=(0, 2)), math.ceil(autoencoder._encoder_reach(config) / hop)),
-    ):
-        distance = abs(np.flatnonzero(change) - middle).max()
-        print("DIST", case, distance, reach)
-        assert reach - 3 <= distance <= reach
+    sound_reach, mean_reach = autoencoder._decoder_reach(config), autoencoder._encoder_reach(config) / hop
+    for change, reach in ((sound.any(axis=(0, 1, 3)), sound_reach), (mean.any(axis=(0, 2)), math.ceil(mean_reach))):
+        assert reach - 3 <= abs(np.flatnonzero(change) - middle).max() <= reach
 
 
-# The smallest tiles, the last one moved back by all but a frame; tiles that fit; others, with samples left over.
-TILES = [
-    ("two_blocks", 41, 42, 0),
-    ("two_blocks", 45, 85, 7),
-    ("two_blocks", 64, 150, 3),
-    ("ace_step", 21, FRAMES, 640),
-]
+# Windows that fit exactly and a last one moved back, for decode (1st and 2nd) and for encode (2nd and 1st).
+TILES = [("two_blocks", 41, 42, 0), ("two_blocks", 45, 87, 7), ("ace_step", 21, FRAMES, 640)]
 
 
 @pytest.mark.parametrize(("case", "tile", "frames", "extra"), TILES)
@@ -141,7 +111,7 @@ def test_tiles_give_what_one_piece_gives(case, tile, frames, extra):
 
 def test_too_small_an_overlap_would_be_seen(monkeypatch):
     _, ours = pair("two_blocks")
-    z, x = latents(ours, 85), audio(ours, 85, 7)
+    z, x = latents(ours, 87), audio(ours, 87, 7)
     monkeypatch.setattr(autoencoder, "_decoder_reach", lambda config: 1)
     monkeypatch.setattr(autoencoder, "_encoder_reach", lambda config: 1)
     assert relative_error(run_jax(ours, z, method="decode", tile_frames=45), decode(ours, z)) > 1e-4
@@ -167,7 +137,7 @@ def test_sample_is_mean_and_noise():
 
 def test_fold_is_the_weight_norm_of_torch():
     """Of every convolution, transposed ones included: their norm runs over output channels and taps."""
-    theirs, _ = rough_pair("ace_step")
+    theirs, _ = pair("ace_step")
     folded = 0
     for module in theirs.modules():
         for hook in module._forward_pre_hooks.values():
@@ -203,6 +173,6 @@ def test_config_and_dtype():
             AutoencoderConfig(**wrong)
     network = checkpoint.abstract("vae", AutoencoderConfig(**CASES["two_blocks"], dtype="bfloat16"))
     for tile in (60, 45):
-        audio = jax.eval_shape(lambda n, tile=tile: n.decode(jnp.zeros((1, 50, 4)), tile_frames=tile), network)
+        y = jax.eval_shape(lambda n, tile=tile: n.decode(jnp.zeros((1, 50, 4)), tile_frames=tile), network)
         posterior = jax.eval_shape(lambda n, tile=tile: n.encode(jnp.zeros((1, 1, 400)), tile_frames=tile), network)
-        assert audio.dtype == posterior.mean.dtype == posterior.std.dtype == jnp.bfloat16
+        assert y.dtype == posterior.mean.dtype == posterior.std.dtype == jnp.bfloat16

@@ -9,8 +9,7 @@ import pytest
 import torch
 from diffusers import AceStepPipeline as TorchPipeline
 
-from acestep_jax import AceStepPipeline, InputError, make_mesh
-from acestep_jax import pipeline as pipeline_module
+from acestep_jax import AceStepPipeline, InputError, make_mesh, stages
 from tests.parity import assert_close, normal, relative_error
 
 SONG = dict(lyrics="[verse]\nla la la\n[chorus]\nhello", audio_duration=10.0, bpm=90, keyscale="C major")
@@ -88,7 +87,7 @@ def test_defaults_are_the_variants(pipe, base_pipe, monkeypatch):
         seen.append((arguments[5], float(arguments[6]), guided))
         return arguments[2]
 
-    monkeypatch.setattr(pipeline_module, "_denoise", denoise)
+    monkeypatch.setattr(stages, "denoise", denoise)
     for model in (pipe, base_pipe):
         model("x", audio_duration=10, output_type="latent")
     (turbo_times, _, turbo_guided), (base_times, base_scale, base_guided) = seen
@@ -156,9 +155,9 @@ def test_one_program_for_all_prompts_and_strengths(base_pipe):
     """Prompts, steps' times, strengths and seeds are data: nothing compiles again."""
     first = dict(num_inference_steps=3, output_type="latent", audio_duration=10)
     base_pipe("piano", guidance_scale=3.0, shift=1.0, seed=0, **first)
-    before = pipeline_module._denoise._cache_size(), pipeline_module._encode._cache_size()
+    before = stages.denoise._cache_size(), stages.encode._cache_size()
     base_pipe("drums and bass", lyrics="oh", guidance_scale=6.0, shift=2.5, seed=1, cfg_interval_end=0.5, **first)
-    assert (pipeline_module._denoise._cache_size(), pipeline_module._encode._cache_size()) == before
+    assert (stages.denoise._cache_size(), stages.encode._cache_size()) == before
 
 
 def test_bfloat16(tiny):

@@ -1,0 +1,90 @@
+"""The compiled programs of a generation: encode, denoise, decode. Each is one call; weights are arguments."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from acestep_jax.flow_matching import apg, euler
+from acestep_jax.models.autoencoder import AutoencoderOobleck
+from acestep_jax.models.condition_encoder import AceStepConditionEncoder
+from acestep_jax.models.text_encoder import Qwen3Model
+from acestep_jax.models.transformer import AceStepTransformer1DModel, TimeEmbedding
+from acestep_jax.prompt import Tokens
+from acestep_jax.sharding import shard
+
+REFERENCE_FRAMES = 750  # of the timbre reference (30 s), silence where there is none
+PEAK = 10.0 ** (-1.0 / 20.0)  # -1 dBFS, the loudest sample of every song
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """[B, *shape] float32, each song from its own key, so that it does not depend on the others."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+@jax.jit
+def encode(
+    text_encoder: Qwen3Model, condition_encoder: AceStepConditionEncoder, tokens: Tokens, lyrics: Tokens
+) -> tuple[jax.Array, jax.Array]:
+    """Condition tokens [B, S, E] and their mask [B, S]."""
+    batch = tokens.ids.shape[0]
+    reference = condition_encoder.silence(REFERENCE_FRAMES)
+    return condition_encoder(
+        text_encoder(tokens.ids),
+        tokens.mask,
+        text_encoder.embed_tokens(lyrics.ids),
+        lyrics.mask,
+        jnp.broadcast_to(reference, (batch, *reference.shape[1:])),
+        jnp.arange(batch),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("guided", "report"))
+def denoise(
+    transformer: AceStepTransformer1DModel,
+    condition_encoder: AceStepConditionEncoder,
+    noise: jax.Array,  # [B, T, 64]
+    condition: jax.Array,  # [B, S, E]
+    mask: jax.Array,  # [B, S]
+    times: jax.Array,  # [N + 1]
+    guidance_scale: jax.Array,
+    guided_steps: jax.Array,  # [N] bool
+    *,
+    guided: bool,
+    report: Callable | None,
+) -> jax.Array:
+    """The whole denoising loop; keys and values of the condition and the time embeddings are computed before it."""
+    batch, frames, channels = noise.shape
+    if guided:  # the batch becomes [with condition, without]
+        null = jnp.broadcast_to(condition_encoder.null_condition_emb[...].astype(condition.dtype), condition.shape)
+        condition, mask = jnp.concatenate([condition, null]), jnp.concatenate([mask, mask])
+    silence = condition_encoder.silence(frames)
+    context = jnp.concatenate([silence, jnp.ones_like(silence)], axis=-1)  # generate every frame
+    context = jnp.broadcast_to(context, (condition.shape[0], *context.shape[1:]))
+    keys_values = transformer.embed_condition(condition)
+    embedded = transformer.embed_time(times[:-1], times[:-1])
+
+    def network(x, i):
+        time = TimeEmbedding(*(array[i][None] for array in embedded))
+        return transformer.velocity(x, time, keys_values, context, mask).astype(jnp.float32)
+
+    def velocity(x, i, momentum):
+        if not guided:
+            return network(x, i), momentum
+        with_condition, without = jnp.split(network(jnp.concatenate([x, x]), i), 2)
+        v, new_momentum = apg(with_condition, without, guidance_scale, momentum)
+        active = guided_steps[i]
+        return jnp.where(active, v, with_condition), jnp.where(active, new_momentum, momentum)
+
+    noise = shard(noise, "batch", "sequence", None)
+    return euler(velocity, noise, times, jnp.zeros_like(noise) if guided else None, report)
+
+
+@jax.jit
+def decode(vae: AutoencoderOobleck, latents: jax.Array) -> jax.Array:
+    """[B, T, 64] -> audio [B, channels, samples] float32 with a peak of -1 dBFS."""
+    waveform = vae.decode(latents).astype(jnp.float32)
+    peak = jnp.max(jnp.abs(waveform), axis=(1, 2), keepdims=True)
+    return waveform * (PEAK / jnp.maximum(peak, 1e-6))

@@ -1,0 +1,135 @@
+"""What the conversion tests share: reading, editing and writing PyTorch checkpoints without the converter."""
+
+import json
+import shutil
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from convert.from_torch import gather, plan
+from convert.torch_checkpoint import open_checkpoint
+
+MODEL, VAE, TEXT_ENCODER = "acestep-v15-turbo", "vae", "Qwen3-Embedding-0.6B"
+PREFIXES = {
+    "transformer": "decoder.",
+    "condition_encoder": "encoder.",
+    "audio_tokenizer": "tokenizer.",
+    "audio_token_detokenizer": "detokenizer.",
+}
+RENAMED = {
+    "proj_in_conv.": "proj_in.1.",
+    "proj_out_conv.": "proj_out.1.",
+    ".to_q.": ".q_proj.",
+    ".to_k.": ".k_proj.",
+    ".to_v.": ".v_proj.",
+    ".to_out.0.": ".o_proj.",
+    ".norm_q.": ".q_norm.",
+    ".norm_k.": ".k_norm.",
+}
+# What the published config.json has beside the sizes of the networks.
+NOTES = {
+    "architectures": ["AceStepConditionGenerationModel"],
+    "auto_map": {
+        "AutoConfig": "configuration_acestep_v15.AceStepConfig",
+        "AutoModel": "modeling_acestep_v15_turbo.AceStepConditionGenerationModel",
+    },
+    "data_proportion": 0.5,
+    "dtype": "bfloat16",
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 32768,
+    "model_type": "acestep",
+    "num_audio_decoder_hidden_layers": 24,
+    "rope_scaling": None,
+    "timbre_fix_frame": 750,
+    "timestep_mu": -0.4,
+    "timestep_sigma": 1.0,
+    "transformers_version": "4.57.0.dev0",
+    "use_cache": True,
+    "use_sliding_window": True,
+    "vocab_size": 64003,
+}
+ENCODER_KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def edit_json(path, **changes):
+    """Changes keys of a JSON file; None removes one."""
+    values = read_json(path) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def edit_tensors(path, change):
+    """Rewrites a safetensors file with `change`, a function from dictionary to dictionary."""
+    save_file({k: v.contiguous() for k, v in change(load_file(path)).items()}, path, {"format": "pt"})
+
+
+def tensors(folder):
+    """Every tensor under a folder by the name of its own folder and its own: dtype, shape and bytes."""
+    found = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        for name, value in load_file(file).items():
+            assert (key := f"{file.parent.name}/{name}") not in found
+            found[key] = (value.dtype, tuple(value.shape), value.contiguous().view(torch.uint8).numpy().tobytes())
+    return found
+
+
+def native_arrays(source, **options):
+    """What conversion makes of a PyTorch checkpoint, before it is written: name to array."""
+    opened = open_checkpoint(source, **options)
+    return {
+        f"{network}.{leaf}": gather(network, leaf, rows)
+        for network, config in opened.configs.items()
+        for leaf, rows in plan(network, config, opened.tensors[network]).items()
+    }
+
+
+def write_original(diffusers, destination, *, shards=1):
+    """The checkpoint in diffusers' layout as ACE-Step publishes its models; returns the model's folder."""
+    model = destination / MODEL
+    model.mkdir(parents=True)
+    configs = {name: read_json(diffusers / name / "config.json") for name in PREFIXES}
+    values = dict(NOTES)
+    for config in reversed(configs.values()):
+        values |= {key: value for key, value in config.items() if not key.startswith("_")}
+    del values["encoder_hidden_size"]
+    if configs["transformer"]["encoder_hidden_size"]:  # XL
+        values |= {f"encoder_{key}": configs["condition_encoder"][key] for key in ENCODER_KEYS}
+        values["lyric_alignment_layers_config"] = {"3": [18, 27], "4": [22]}
+    depth = values["num_hidden_layers"]
+    values["layer_types"] = [("sliding_attention", "full_attention")[i % 2] for i in range(depth)]
+    values["fsq_input_levels"] = [8, 8, 8, 5, 5, 5]
+    (model / "config.json").write_text(json.dumps(values))
+
+    state = {}
+    for name, prefix in PREFIXES.items():
+        for key, value in load_file(diffusers / name / "diffusion_pytorch_model.safetensors").items():
+            for ours, theirs in RENAMED.items():
+                key = f".{key}".replace(ours, theirs).removeprefix(".")
+            state[prefix + key] = value
+    silence = state.pop("encoder.silence_latent")
+    assert silence.shape[1] == 15000
+    torch.save(silence.transpose(1, 2).contiguous(), model / "silence_latent.pt")
+    state["null_condition_emb"] = state.pop("encoder.null_condition_emb")
+    if shards == 1:
+        save_file(state, model / "model.safetensors", {"format": "pt"})
+    else:
+        write_shards(state, model, "model", shards)
+
+    shutil.copytree(diffusers / "vae", destination / VAE)
+    shutil.copytree(diffusers / "text_encoder", destination / TEXT_ENCODER)
+    shutil.copytree(diffusers / "tokenizer", destination / TEXT_ENCODER, dirs_exist_ok=True)
+    return model
+
+
+def write_shards(state, folder, stem, count):
+    """Some files that hold every count-th tensor each, and their index."""
+    files = {name: f"{stem}-{i % count + 1:05}-of-{count:05}.safetensors" for i, name in enumerate(state)}
+    for file in set(files.values()):
+        save_file({name: state[name] for name in state if files[name] == file}, folder / file, {"format": "pt"})
+    size = sum(value.nbytes for value in state.values())
+    index = {"metadata": {"total_size": size}, "weight_map": files}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
