@@ -200,9 +200,10 @@ class TextEncoderConfig(AttentionConfig):
     num_hidden_layers: int = 28
 
     ignored: ClassVar[frozenset[str]] = frozenset(
-        "architectures attn_implementation bos_token_id dtype eos_token_id initializer_range max_position_embeddings "
-        "max_window_layers model_type output_attentions output_hidden_states pad_token_id return_dict "
-        "sliding_window tie_word_embeddings torch_dtype transformers_version use_cache use_sliding_window".split()
+        "architectures attn_implementation bos_token_id chunk_size_feed_forward dtype eos_token_id id2label "
+        "initializer_range is_encoder_decoder label2id max_position_embeddings max_window_layers model_type "
+        "output_attentions output_hidden_states pad_token_id problem_type return_dict sliding_window "
+        "tie_word_embeddings torch_dtype transformers_version use_cache use_sliding_window".split()
     )
 
     @classmethod
@@ -213,8 +214,8 @@ class TextEncoderConfig(AttentionConfig):
         scaling = values.pop("rope_scaling", None)
         if rope.get("rope_type", "default") != "default" or scaling is not None:
             raise InputError(f"{source}: scaled rotary embeddings are not supported, found {scaling or rope}")
-        if "rope_theta" in rope:
-            values["rope_theta"] = rope["rope_theta"]
+        # transformers' own default, not ours, holds where the file is silent.
+        values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
         if (activation := values.pop("hidden_act", "silu")) != "silu":
             raise InputError(f"{source}: hidden_act: expected 'silu', found {activation!r}")
         if values.get("use_sliding_window"):
