@@ -30,6 +30,10 @@ def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"{path}: unknown kind of audio file; use one of the suffixes {', '.join(FORMATS)}")
+    if not soundfile.check_format(*FORMATS[path.suffix.lower()]):
+        raise InputError(f"{path}: the libsndfile at hand cannot write {path.suffix}; use .wav")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; choose another name")
     if not path.absolute().parent.is_dir():
         raise InputError(f"{path}: the folder {path.absolute().parent} does not exist; create it first")
     if path.exists() and not overwrite:

@@ -79,7 +79,7 @@ class Manifest:
 def abstract(name: str, config: NetworkConfig) -> nnx.Module:
     """The network called `name` with shapes and dtypes in place of arrays; nothing is allocated."""
     network, _ = NETWORKS[name]
-    return nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
+    return jax.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
 
 
 def leaves(module: nnx.Module) -> dict[str, nnx.Variable]:
@@ -122,22 +122,17 @@ def publish(path: str | Path, size: int = 0) -> Iterator[Path]:
     if size > (free := shutil.disk_usage(parent).free):
         raise InputError(f"{path}: {size / 1e9:.2f} GB to write, but the disk has {free / 1e9:.2f} GB free; make room")
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=parent))
-    # When a write fails, Orbax closes its event loop and those under way complain of that as they end.
-    hook = sys.unraisablehook
-    sys.unraisablehook = lambda found: None if "Event loop is closed" in str(found.exc_value) else hook(found)
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        temporary.rename(path)
-    except BaseException as error:
-        _remove(temporary)
-        if _is_disk_full(error):
-            raise InputError(
-                f"{path}: the disk is full, nothing was kept; make room or choose another place"
-            ) from error
-        raise
-    finally:
-        sys.unraisablehook = hook
+    with _first_error_only():
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            temporary.rename(path)
+        except BaseException as error:
+            _remove(temporary)
+            if _is_disk_full(error):
+                message = f"{path}: the disk is full, nothing was kept; make room or choose another place"
+                raise InputError(message) from error
+            raise
 
 
 def check_new(path: Path) -> None:
@@ -150,13 +145,25 @@ def check_new(path: Path) -> None:
 
 def _remove(folder: Path) -> None:
     """Deletes a folder until it stays away: after a failure, writes under way go on and make it anew."""
-    absent = 0
     for _ in range(50):
         shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(0.1)
-        absent = 0 if folder.exists() else absent + 1
-        if absent == 5:
+        time.sleep(0.2)
+        if not folder.exists():
             return
+
+
+@contextlib.contextmanager
+def _first_error_only() -> Iterator[None]:
+    """When a read or write fails, Orbax closes its event loop; those under way complain of that, for half a second."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda found: None if "Event loop is closed" in str(found.exc_value) else hook(found)
+    try:
+        yield
+    except BaseException:
+        time.sleep(0.5)
+        raise
+    finally:
+        sys.unraisablehook = hook
 
 
 def _is_disk_full(error: BaseException) -> bool:
@@ -267,9 +274,12 @@ def load(
     """
     path = Path(path)
     manifest = read_manifest(path)
+    names = list(manifest.configs if names is None else names)
+    if absent := [name for name in names if name not in manifest.configs]:
+        raise InputError(f"{path}: has no {', '.join(absent)}, only {', '.join(manifest.configs)}")
     stored = network_leaves(path, manifest)
     networks = {}
-    for name in names if names is not None else manifest.configs:
+    for name in names:
         config = manifest.configs[name]
         if dtype is not None:
             check_dtype(dtype)
@@ -290,20 +300,25 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not file.is_file():
         raise InputError(f"{file}: missing; convert the checkpoint again")
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
         raise InputError(f"{file}: not a tokenizer ({error})") from None
+    # The file may ask for both; here lengths are the caller's choice.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def stored_leaves(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every stored array by dotted name; raises InputError if the weights are unreadable."""
     weights = (path / WEIGHTS).absolute()
-    try:
-        tree = ocp.metadata(weights).metadata
-    except Exception as error:  # Orbax raises many kinds, depending on what is broken
-        raise InputError(f"{weights}: missing or damaged ({error}); convert the checkpoint again") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{weights}: damaged; convert the checkpoint again")
+    with _first_error_only():
+        try:
+            tree = ocp.metadata(weights).metadata
+        except Exception as error:  # Orbax raises many kinds, depending on what is broken
+            raise InputError(f"{weights}: missing or damaged ({error}); convert the checkpoint again") from None
+        if not isinstance(tree, dict):
+            raise InputError(f"{weights}: damaged; convert the checkpoint again")
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _flatten(tree)}
 
 
@@ -339,7 +354,7 @@ def load_leaves(path: Path, name: str, targets: dict[str, jax.ShapeDtypeStruct])
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     try:
-        with context:
+        with context, _first_error_only():
             loaded = ocp.load((path / WEIGHTS).absolute(), tree)
     except Exception as error:
         cause = error.__cause__ or error

@@ -53,16 +53,26 @@ def main(arguments: list[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"acestep-jax: {error}", file=sys.stderr)
         return 2
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        advice = "try --dtype bfloat16, a shorter --duration, or several devices with --mesh"
+        print(f"acestep-jax: the device has too little memory for this; {advice}", file=sys.stderr)
+        return 2
     return 0
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Writes one song. What can fail early does, before the weights are loaded."""
+    """Writes one song. The output's name, the lyrics file and the mesh are checked before the weights are loaded."""
     audio.check_output(options.out, overwrite=options.overwrite)
     lyrics = options.lyrics
     if lyrics.startswith("@"):
-        lyrics = Path(lyrics[1:]).read_text(encoding="utf-8")
-    pipe = AceStepPipeline.from_checkpoint(options.checkpoint, dtype=options.dtype, mesh=parse_mesh(options.mesh))
+        try:
+            lyrics = Path(lyrics[1:]).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{lyrics[1:]}: not UTF-8 text ({error}); save it as UTF-8") from None
+    mesh = parse_mesh(options.mesh)
+    pipe = AceStepPipeline.from_checkpoint(options.checkpoint, dtype=options.dtype, mesh=mesh)
     song = pipe(
         options.prompt,
         lyrics=lyrics,

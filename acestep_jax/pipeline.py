@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import operator
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -71,7 +72,11 @@ class AudioPipelineOutput:
 
 
 class AceStepPipeline:
-    """The networks of a checkpoint, put together. Text encoding, denoising and decoding are a compiled program each."""
+    """The networks of a checkpoint, put together. Text encoding, denoising and decoding are a compiled program each.
+
+    A new duration, number of steps or batch size compiles once; prompts, seeds, times and strengths are data. One
+    pipeline serves one thread at a time.
+    """
 
     def __init__(
         self,
@@ -125,6 +130,7 @@ class AceStepPipeline:
         *,
         seed: int | Sequence[int] | jax.Array | None = None,
         latents: np.ndarray | jax.Array | None = None,
+        task_type: str = "text2music",
         output_type: str = "np",
         callback_on_step_end: StepCallback | None = None,
         instruction: str | None = None,
@@ -132,7 +138,7 @@ class AceStepPipeline:
         max_lyric_length: int = MAX_LYRIC_TOKENS,
         bpm: int | None = None,
         keyscale: str | None = None,
-        timesignature: str | None = None,
+        timesignature: str | int | None = None,
         cfg_interval_start: float = 0.0,
         cfg_interval_end: float = 1.0,
         timesteps: Sequence[float] | None = None,
@@ -148,13 +154,16 @@ class AceStepPipeline:
             seed: a number, or one for each song; song i of one number s has seed s + i. Or a JAX key, or one for each
                 song. The same seed gives the same song, alone or in any batch. None: a new one, found in the result.
             latents: the noise to start from, [B, frames, 64], instead of a seed's.
+            task_type: "text2music".
             output_type: "np", or "latent" to leave out the decoding.
             callback_on_step_end: called with step, timestep and latents [B, frames, 64] after each step. What it
                 raises is raised when the program has ended.
             instruction: None: that of text to music.
             max_text_length, max_lyric_length: tokens that are read; what is longer is cut, with a warning.
-            bpm: beats per minute; keyscale: such as "F# minor"; timesignature: such as "4". None: the model decides.
-            cfg_interval_start, cfg_interval_end: guidance acts while start <= 1 - t <= end, as in diffusers.
+            bpm: beats per minute, 30 to 300; keyscale: such as "F# minor"; timesignature: 2, 3, 4 or 6. None: the
+                model decides.
+            cfg_interval_start, cfg_interval_end: guidance acts while start <= 1 - t <= end, as in diffusers; steps
+                outside take as long as those within.
             timesteps: falling times within (0, 1], instead of num_inference_steps and shift.
 
         Returns:
@@ -163,6 +172,8 @@ class AceStepPipeline:
         Raises:
             InputError: if an argument is out of range or of the wrong shape.
         """
+        if task_type != "text2music":
+            raise InputError(f'task_type: only "text2music" is there so far, found {task_type!r}')
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         duration = _check_duration(audio_duration)
         texts, words = self._texts(prompts, lyrics, vocal_language, duration, bpm, keyscale, timesignature, instruction)
@@ -237,7 +248,7 @@ class AceStepPipeline:
         turbo = self.transformer.config.turbo
         if guidance_scale is None:
             return 1.0 if turbo else 7.0
-        if not guidance_scale >= 0:
+        if not 0 <= guidance_scale < math.inf:
             raise InputError(f"guidance_scale: expected a number of at least 0, found {guidance_scale}")
         if turbo and guidance_scale > 1:
             logger.warning("guidance_scale %s is ignored: guidance is distilled into turbo models", guidance_scale)
@@ -245,21 +256,31 @@ class AceStepPipeline:
         return float(guidance_scale)
 
     def _noise(self, seed, latents, shape):
-        if latents is not None:
-            if tuple(latents.shape) != shape:
-                raise InputError(
-                    f"latents: expected shape {list(shape)} (songs, frames, channels), found {list(latents.shape)}"
-                )
-            return None, jnp.asarray(latents, jnp.float32)
         batch = shape[0]
+        if latents is not None:
+            # From the host, so that it may go to any device or mesh.
+            given = np.asarray(latents, np.float32)
+            if given.shape != shape:
+                raise InputError(
+                    f"latents: expected shape {list(shape)} (songs, frames, channels), found {list(given.shape)}"
+                )
+            return None, given
         if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(seed, jnp.arange(batch)) if seed.ndim == 0 else seed
+            data = np.asarray(jax.random.key_data(seed))
+            keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(seed))
+            if keys.ndim == 0:
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(batch))
             if keys.shape != (batch,):
                 raise InputError(f"seed: expected one key or {batch}, found {list(seed.shape)}")
             return None, stages.noise(keys, shape[1:])
         if seed is None:
             seed = secrets.randbelow(2**32 - batch)
-        seeds = [seed + i for i in range(batch)] if isinstance(seed, int | np.integer) else [int(s) for s in seed]
+        try:
+            seeds = [operator.index(s) for s in np.atleast_1d(np.asarray(seed)).tolist()]
+        except TypeError:
+            raise InputError(f"seed: expected whole numbers or a key of jax.random.key, found {seed!r}") from None
+        if np.ndim(seed) == 0:
+            seeds = [seeds[0] + i for i in range(batch)]
         if len(seeds) != batch:
             raise InputError(f"seed: expected one number or {batch}, found {len(seeds)}")
         if bad := [s for s in seeds if not 0 <= s < 2**32]:
@@ -269,7 +290,8 @@ class AceStepPipeline:
 
 
 class _Reporter:
-    """Brings steps out of the compiled loop. One object serves all calls of a pipeline, so nothing recompiles."""
+    """Brings steps out of the compiled loop. One object serves all calls of a pipeline: its methods are part of the
+    programs, which a new function for every call would compile again."""
 
     def __init__(self):
         self._bar: tqdm | None = None
@@ -281,15 +303,20 @@ class _Reporter:
         """Gives the function that the loop is to call, None if nobody watches; then raises what the callback raised."""
         self._bar, self._callback, self._error = bar, callback, None
         if callback is not None:
-            yield self._step_with_latents
+            report = self._step_with_latents
         else:
-            yield None if bar.disable else self._step
-        jax.effects_barrier()
-        if self._error is not None:
-            raise self._error
+            report = None if bar.disable else self._step
+        try:
+            yield report
+        finally:
+            jax.effects_barrier()
+            error, self._bar, self._callback, self._error = self._error, None, None, None
+        if error is not None:
+            raise error
 
     def _step(self, i, t, x):
-        jax.debug.callback(lambda _: self._bar.update(), i)
+        # Of x, so that it waits for the step.
+        jax.debug.callback(lambda _: self._bar.update(), x[0, 0, 0])
 
     def _step_with_latents(self, i, t, x):
         jax.debug.callback(self._call, i, t, x)

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 INSTRUCTION = "Fill the audio semantic mask based on the given conditions:"
 MAX_PROMPT_TOKENS = 256
 MAX_LYRIC_TOKENS = 2048
+TIME_SIGNATURES = ("2", "3", "4", "6")
 
 
 class Tokens(NamedTuple):
@@ -31,7 +32,7 @@ def prompt_text(
     audio_duration: float,
     bpm: int | None = None,
     keyscale: str | None = None,
-    timesignature: str | None = None,
+    timesignature: str | int | None = None,
     instruction: str | None = None,
 ) -> str:
     """The text that the text encoder reads.
@@ -39,19 +40,25 @@ def prompt_text(
     Args:
         prompt: the caption.
         audio_duration: seconds; the model is told whole ones.
-        bpm, keyscale, timesignature: such as 120, "F# minor" and "4"; None: the model decides.
+        bpm: beats per minute, 30 to 300; keyscale: such as "F# minor"; timesignature: 2, 3, 4 or 6, beats in a bar.
+            None: the model decides.
         instruction: None: that of text to music.
 
     Raises:
-        InputError: if the prompt is empty.
+        InputError: if the prompt is empty, or bpm or timesignature is one the model was not trained on.
     """
     if not prompt.strip():
         raise InputError("prompt: it is empty; describe the music in a few words")
+    if bpm is not None and not 30 <= bpm <= 300:
+        raise InputError(f"bpm: expected 30 to 300 beats per minute, found {bpm}")
+    timesignature = "" if timesignature is None else str(timesignature).strip()
+    if timesignature and timesignature not in TIME_SIGNATURES:
+        raise InputError(f"timesignature: expected one of {', '.join(TIME_SIGNATURES)}, found {timesignature!r}")
     instruction = instruction or INSTRUCTION
     if not instruction.endswith(":"):
         instruction += ":"
     metas = (
-        f"- bpm: {bpm if bpm is not None and bpm > 0 else 'N/A'}\n"
+        f"- bpm: {bpm if bpm is not None else 'N/A'}\n"
         f"- timesignature: {_or_unknown(timesignature)}\n"
         f"- keyscale: {_or_unknown(keyscale)}\n"
         f"- duration: {int(audio_duration)} seconds\n"
@@ -69,25 +76,31 @@ def tokenize(tokenizer: Tokenizer, texts: list[str], *, max_length: int, multipl
 
     Args:
         multiple: lengths are padded to a multiple of it, so that programs are compiled for few lengths.
-        what: the name of the texts in the warning.
+        what: the name of the texts in messages.
+
+    Raises:
+        InputError: if `max_length` is below 1, or a text holds what is no Unicode character.
     """
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    whole = [len(encoding.ids) for encoding in tokenizer.encode_batch(texts)]
-    for i, length in enumerate(whole):
-        if length > max_length:
-            logger.warning(
-                "%s %d has %d tokens and the model reads %d: the last %d are cut",
-                what,
-                i,
-                length,
-                max_length,
-                length - max_length,
-            )
-    # The library cuts the text itself, so that the end-of-text token of its post-processor stays.
-    tokenizer.enable_truncation(max_length)
-    rows = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-    tokenizer.no_truncation()
+    if max_length < 1:
+        raise InputError(f"{what}: expected a maximum length of at least 1 token, found {max_length}")
+    for i, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{what} {i}: not valid text ({error.reason}); is it in UTF-8?") from None
+    encodings = tokenizer.encode_batch(texts)
+    for i, encoding in enumerate(encodings):
+        if (length := len(encoding.ids)) > max_length:
+            lost = length - max_length
+            logger.warning("%s %d has %d tokens and the model reads %d: %d are cut", what, i, length, max_length, lost)
+    if any(len(encoding.ids) > max_length for encoding in encodings):
+        # The library cuts the text itself, so that the end-of-text token of its post-processor stays.
+        tokenizer.enable_truncation(max_length)
+        try:
+            encodings = tokenizer.encode_batch(texts)
+        finally:
+            tokenizer.no_truncation()
+    rows = [encoding.ids for encoding in encodings]
     size = -(-max(map(len, rows)) // multiple) * multiple
     ids = np.zeros((len(rows), size), np.int32)
     mask = np.zeros((len(rows), size), bool)

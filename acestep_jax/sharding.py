@@ -4,7 +4,9 @@ Parameters carry logical names (`kernel: ("embed", "mlp")`), activations get the
 the library knows the mesh; without one, every function here is a no-op.
 """
 
+import functools
 import logging
+import math
 
 import jax
 from flax import nnx
@@ -38,7 +40,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) 
         data: copies of the model, each with a part of the batch.
         fsdp: parts of the weights, gathered layer by layer; also splits the batch.
         tensor: parts of heads and mlp.
-        sequence: parts of the time axis.
+        sequence: parts of the time axis; its number of tokens must divide, or it is replicated.
 
     Raises:
         InputError: if the product is not the number of devices.
@@ -52,24 +54,30 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) 
 
 
 def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> P:
-    """The mesh axes of an array with these logical names; an axis that the mesh does not divide is replicated."""
+    """The mesh axes of an array with these logical names. An axis whose size they do not divide is split over the
+    first of them that do, or replicated, with a warning."""
     spec = []
     for name, size in zip(names, shape, strict=True):
-        axes = tuple(axis for axis in (RULES[name] if name else ()) if axis in mesh.shape)
-        parts = 1
-        for axis in axes:
-            parts *= mesh.shape[axis]
-        if size % parts:
-            logger.info("axis %r of an array %s does not divide into %d parts: replicated", name, shape, parts)
-            axes = ()
+        wanted = tuple(axis for axis in (RULES[name] if name else ()) if mesh.shape.get(axis, 1) > 1)
+        axes = wanted
+        while size % math.prod(mesh.shape[axis] for axis in axes):
+            axes = axes[:-1]
+        if axes != wanted:
+            done = f"split over {', '.join(axes)} alone" if axes else "replicated"
+            _warn_once(f"{name} axis of {size} does not divide by the mesh's {', '.join(wanted)}: {done}")
         spec.append(axes or None)
     return P(*spec)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
     """Constrains an activation to the mesh in use (`jax.set_mesh`), by the logical names of its axes."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape, mesh))
 

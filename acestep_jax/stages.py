@@ -55,7 +55,11 @@ def denoise(
     guided: bool,
     report: Callable | None,
 ) -> jax.Array:
-    """The whole denoising loop; keys and values of the condition and the time embeddings are computed before it."""
+    """The whole denoising loop, to latents [B, T, 64] float32.
+
+    Keys and values of the condition and the time embeddings are computed before it. Outside `guided_steps` the
+    prediction without condition is computed and not used.
+    """
     batch, frames, channels = noise.shape
     if guided:  # the batch becomes [with condition, without]
         null = jnp.broadcast_to(condition_encoder.null_condition_emb[...].astype(condition.dtype), condition.shape)

@@ -66,6 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ("acestep_jax", "convert"):
+            raise
+        print(f"convert: {error.name} is not installed; run pip install -e '.[convert]'", file=sys.stderr)
+        return 2
     return 0
 
 

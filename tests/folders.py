@@ -1,15 +1,20 @@
 """What the conversion tests share: reading, editing and writing PyTorch checkpoints without the converter."""
 
 import json
+import os
 import shutil
 
+import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from acestep_jax import InputError
 from convert.from_torch import gather, plan
 from convert.torch_checkpoint import open_checkpoint
 
 MODEL, VAE, TEXT_ENCODER = "acestep-v15-turbo", "vae", "Qwen3-Embedding-0.6B"
+SILENCE = f"{MODEL}/silence_latent.pt"
 PREFIXES = {
     "transformer": "decoder.",
     "condition_encoder": "encoder.",
@@ -85,6 +90,40 @@ def native_arrays(source, **options):
         for network, config in opened.configs.items()
         for leaf, rows in plan(network, config, opened.tensors[network]).items()
     }
+
+
+def assert_equal_arrays(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def assert_refused(convert, source, destination, words, **options):
+    """Conversion must fail with a message that has all of some words, and leave everything as it was."""
+    before = sorted(destination.parent.rglob("*"))
+    with pytest.raises(InputError) as error:
+        convert(source, destination, **options)
+    for word in words:
+        assert word in str(error.value)
+    assert sorted(destination.parent.rglob("*")) == before
+
+
+def remove(path):
+    """Like the next three, a function that does it in a folder."""
+    return lambda folder: shutil.rmtree(folder / path) if (folder / path).is_dir() else (folder / path).unlink()
+
+
+def write(path, text):
+    return lambda folder: (folder / path).write_bytes(text)
+
+
+def truncate(path):
+    return lambda folder: os.truncate(folder / path, (folder / path).stat().st_size // 2)
+
+
+def edit(path, **changes):
+    return lambda folder: edit_json(folder / path, **changes)
 
 
 def write_original(diffusers, destination, *, shards=1):

@@ -164,6 +164,8 @@ def test_wrong_arguments(tiny):
         checkpoint.load(tiny[0])
     with pytest.raises(InputError, match="dtype: 'int8' is no dtype"):
         checkpoint.load(tiny[1], dtype="int8")
+    with pytest.raises(InputError, match="native: has no foo, only transformer, "):
+        checkpoint.load(tiny[1], names=["vae", "foo"])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """PyTorch checkpoints to native ones and back, in every form they come in: bit for bit."""
 
-import dataclasses
 import shutil
 import weakref
 
@@ -9,26 +8,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AceStepPipeline as TorchPipeline
-from diffusers import AceStepTransformer1DModel as TorchTransformer
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from acestep_jax import InputError, checkpoint
+from acestep_jax import checkpoint
 from convert.from_torch import WEIGHT_NORM, from_torch
-from convert.random_checkpoint import SIZES, randomise, write_random_checkpoint
+from convert.random_checkpoint import write_random_checkpoint
 from convert.safetensors_writer import write_safetensors
 from convert.to_torch import to_torch
 from convert.torch_checkpoint import fold, open_checkpoint
-from tests.folders import (
-    MODEL,
-    TEXT_ENCODER,
-    VAE,
-    edit_json,
-    edit_tensors,
-    native_arrays,
-    tensors,
-    write_original,
-)
+from tests.folders import MODEL, SILENCE, assert_equal_arrays, edit_tensors, native_arrays, tensors, write_original
 
 
 @pytest.fixture(scope="module")
@@ -40,23 +29,8 @@ def exported(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def original(tiny, tmp_path_factory):
-    """The tiny checkpoint in the original layout, written without the converter: the folder above the model's."""
-    folder = tmp_path_factory.mktemp("original")
-    write_original(tiny[0], folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def expected(tiny):
     return native_arrays(tiny[0])
-
-
-def assert_equal_arrays(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype, name
-        np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
 def test_diffusers_round_trip_is_bit_exact(tiny, exported):
@@ -108,122 +82,19 @@ def test_dtype_casts_every_tensor(tiny, tmp_path):
 
 
 def test_original_round_trip_is_bit_exact(tiny, tmp_path):
+    """And the original layout in between is, tensor for tensor, what a writer makes that is not the converter."""
     to_torch(tiny[1], tmp_path / "original", layout="original")
+    write_original(tiny[0], tmp_path / "published")
+    (silence,) = (tmp_path / "original").glob("*/silence_latent.pt")
+    silence.parent.rename(tmp_path / "original" / MODEL)
+    assert tensors(tmp_path / "original") == tensors(tmp_path / "published")
+    silences = [torch.load(tmp_path / name / SILENCE, weights_only=True) for name in ("original", "published")]
+    assert {value.dtype for value in silences} == {torch.float32} and silences[0].shape == (1, 8, 15000)
+    assert torch.equal(*silences)
+
     from_torch(tmp_path / "original", tmp_path / "native")
     to_torch(tmp_path / "native", tmp_path / "diffusers", layout="diffusers")
     assert tensors(tmp_path / "diffusers") == tensors(tiny[0])
-
-
-def test_original_export_is_as_published(tiny, original, tmp_path):
-    """Against the independent writer: names, bytes, silence and the keys that decide the network's shape."""
-    to_torch(tiny[1], tmp_path / "ours", layout="original")
-    (model,) = {file.parent for file in (tmp_path / "ours").glob("*/silence_latent.pt")}
-    for ours, theirs in (
-        (model, MODEL),
-        (tmp_path / "ours" / VAE, VAE),
-        (tmp_path / "ours" / TEXT_ENCODER, TEXT_ENCODER),
-    ):
-        by_name = lambda folder: {name.split("/")[1]: value for name, value in tensors(folder).items()}  # noqa: E731
-        assert by_name(ours) == by_name(original / theirs)
-    ours, theirs = (torch.load(f / "silence_latent.pt", weights_only=True) for f in (model, original / MODEL))
-    assert ours.dtype == theirs.dtype == torch.float32 and ours.shape == (1, 8, 15000) and torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("given", ["model", "above", "options"])
-def test_original_layout_is_read(original, expected, tmp_path, given):
-    if given == "options":
-        shutil.copytree(original / MODEL, tmp_path / "model")
-        options = dict(vae=original / VAE, text_encoder=str(original / TEXT_ENCODER))
-        found = native_arrays(tmp_path / "model", **options)
-    else:
-        found = native_arrays(original / MODEL if given == "model" else original)
-    assert_equal_arrays(found, expected)
-
-
-def assert_equal_configs(source, reference):
-    """The original layout names the kind of each layer; diffusers may leave it to the default."""
-    found, wanted = open_checkpoint(source).configs, open_checkpoint(reference).configs
-    assert found.keys() == wanted.keys()
-    for name, config in found.items():
-        assert (
-            dataclasses.replace(config, layer_types=None) == wanted[name] if name != "vae" else config == wanted[name]
-        )
-    assert found["transformer"].windows(4) == wanted["transformer"].windows(4)
-
-
-def test_original_config_is_that_of_diffusers(tiny, original):
-    assert_equal_configs(original, tiny[0])
-
-
-def test_transformer_larger_than_the_encoders(tiny, tmp_path):
-    """The XL models: the sizes of the encoders have keys of their own in the original layout."""
-    folder = tmp_path / "torch"
-    shutil.copytree(tiny[0], folder)
-    sizes = dict(hidden_size=96, intermediate_size=80, num_attention_heads=8, encoder_hidden_size=64, patch_size=4)
-    transformer = TorchTransformer(**SIZES["tiny"]["transformer"] | sizes)
-    randomise(transformer).save_pretrained(folder / "transformer")
-    model = write_original(folder, tmp_path / "original")
-    assert_equal_configs(model, folder)
-    assert_equal_arrays(native_arrays(model), native_arrays(folder))
-    from_torch(model, tmp_path / "native")
-    to_torch(tmp_path / "native", tmp_path / "again", layout="original")
-    assert_equal_configs(tmp_path / "again", folder)
-    assert_equal_arrays(native_arrays(tmp_path / "again"), native_arrays(folder))
-
-
-def test_shards_are_read(tiny, expected, tmp_path):
-    folder = tmp_path / "torch"
-    shutil.copytree(tiny[0], folder)
-    pipeline = TorchPipeline.from_pretrained(folder)
-    for name in ("transformer", "text_encoder", "vae"):
-        shutil.rmtree(folder / name)
-        pipeline.components[name].save_pretrained(folder / name, max_shard_size="100KB")
-        assert len(list((folder / name).glob("*.safetensors"))) > 1
-    assert_equal_arrays(native_arrays(folder), expected)
-    assert_equal_arrays(native_arrays(write_original(tiny[0], tmp_path / "original", shards=3)), expected)
-
-
-def test_text_encoder_of_a_language_model_is_read(tiny, expected, tmp_path):
-    """Its tensors have a prefix, and it has a head, which is not needed."""
-    folder = tmp_path / "torch"
-    shutil.copytree(tiny[0], folder)
-    head = {"lm_head.weight": torch.zeros(257, 48)}
-    path = folder / "text_encoder" / "model.safetensors"
-    edit_tensors(path, lambda state: {f"model.{name}": value for name, value in state.items()} | head)
-    edit_json(folder / "text_encoder" / "config.json", architectures=["Qwen3ForCausalLM"])
-    assert_equal_arrays(native_arrays(folder), expected)
-
-
-def test_checkpoint_without_audio_tokenizer(tiny, tmp_path):
-    """It converts both ways but for the original layout, which has no place for what is missing."""
-    folder = tmp_path / "torch"
-    shutil.copytree(tiny[0], folder)
-    for name in checkpoint.OPTIONAL_NETWORKS:
-        shutil.rmtree(folder / name)
-    edit_json(folder / "model_index.json", **dict.fromkeys(checkpoint.OPTIONAL_NETWORKS))
-    from_torch(folder, tmp_path / "native")
-    assert set(checkpoint.load(tmp_path / "native")) == checkpoint.NETWORKS.keys() - set(checkpoint.OPTIONAL_NETWORKS)
-    to_torch(tmp_path / "native", tmp_path / "back", layout="diffusers")
-    assert tensors(tmp_path / "back") == tensors(folder)
-    assert TorchPipeline.from_pretrained(tmp_path / "back").audio_tokenizer is None
-    with pytest.raises(InputError, match="original layout needs audio_tokenizer, audio_token_detokenizer"):
-        to_torch(tmp_path / "native", tmp_path / "original", layout="original")
-    assert not (tmp_path / "original").exists()
-
-
-def test_hub_id(tiny, expected, tmp_path, monkeypatch):
-    """Found in the cache of huggingface_hub, without the network; what is not there is one clear error."""
-    from huggingface_hub import constants
-
-    repository = tmp_path / "models--org--name"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0" * 40)
-    shutil.copytree(tiny[0], repository / "snapshots" / ("0" * 40))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert_equal_arrays(native_arrays("org/name"), expected)
-    with pytest.raises(InputError, match="org/other: neither a folder here nor a repository"):
-        open_checkpoint("org/other")
 
 
 def test_changed_convolution_gets_new_factors(tiny, expected, tmp_path):
@@ -242,18 +113,6 @@ def test_changed_convolution_gets_new_factors(tiny, expected, tmp_path):
     g, v = (state[f"{key.removeprefix('vae/')}_{part}"] for part in "gv")
     torch.testing.assert_close(torch._weight_norm(v, g, 0), v, rtol=1e-6, atol=0)
     np.testing.assert_array_equal(fold(g.numpy(), v.numpy()), v.numpy())
-
-
-def test_factors_are_needed_for_the_way_back(tiny, tmp_path):
-    """Without the file that keeps them, every convolution is the same function with other factors."""
-    native = tmp_path / "native"
-    shutil.copytree(tiny[1], native)
-    (native / WEIGHT_NORM).unlink()
-    to_torch(native, tmp_path / "torch", layout="diffusers")
-    before, after = tensors(tiny[0]), tensors(tmp_path / "torch")
-    differing = {name for name in before if before[name] != after[name]}
-    assert len(differing) > 100 and all(name.startswith("vae/") and name[-2:] in ("_g", "_v") for name in differing)
-    assert_equal_arrays(native_arrays(tmp_path / "torch"), native_arrays(tiny[0]))
 
 
 def test_writer_streams(tmp_path):

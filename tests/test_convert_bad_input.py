@@ -1,7 +1,5 @@
 """Every bad input is one clear message, and nothing is left behind."""
 
-import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -10,12 +8,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from acestep_jax import InputError, checkpoint
 from acestep_jax.config import DTYPES
 from convert import __main__ as command_line
-from convert.from_torch import WEIGHT_NORM, from_torch
-from convert.to_torch import to_torch
-from tests.folders import MODEL, TEXT_ENCODER, VAE, edit_json, edit_tensors, write_original, write_shards
+from convert.from_torch import from_torch
+from tests.folders import (
+    MODEL,
+    SILENCE,
+    TEXT_ENCODER,
+    VAE,
+    assert_refused,
+    edit,
+    edit_tensors,
+    remove,
+    truncate,
+    write,
+    write_original,
+    write_shards,
+)
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TABLE = "layers.1.scale_shift_table"
@@ -27,37 +36,6 @@ def original(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("original")
     write_original(tiny[0], folder)
     return folder
-
-
-@pytest.fixture
-def refused(tmp_path):
-    """Converts `tmp_path/source` to `tmp_path/made`, which must fail with all of some words and make no file."""
-
-    def check(words, convert=from_torch, source="source", destination="made", **options):
-        before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(InputError) as error:
-            convert(tmp_path / source, tmp_path / destination, **options)
-        for word in words:
-            assert word in str(error.value)
-        assert sorted(tmp_path.rglob("*")) == before
-
-    return check
-
-
-def remove(path):
-    return lambda folder: shutil.rmtree(folder / path) if (folder / path).is_dir() else (folder / path).unlink()
-
-
-def write(path, text):
-    return lambda folder: (folder / path).write_bytes(text)
-
-
-def truncate(path):
-    return lambda folder: os.truncate(folder / path, (folder / path).stat().st_size // 2)
-
-
-def edit(path, **changes):
-    return lambda folder: edit_json(folder / path, **changes)
 
 
 def change(path, name, function):
@@ -99,6 +77,10 @@ DIFFUSERS = {
     "config a list": (write("vae/config.json", b"[]"), ["vae/config.json: expected a JSON object"]),
     "unknown key": (edit("transformer/config.json", foo=1), ["transformer/config.json: unknown key(s) foo", "knows"]),
     "bad value": (edit("transformer/config.json", head_dim="x"), ["head_dim: expected a positive integer, found 'x'"]),
+    "few layer types": (
+        edit("condition_encoder/config.json", layer_types=["full_attention"]),
+        ["ConditionEncoderConfig.layer_types: 2 layers need as many entries, found 1"],
+    ),
     "activation": (edit("text_encoder/config.json", hidden_act="gelu"), ["hidden_act: expected 'silu', found 'gelu'"]),
     "no weights": (remove(f"transformer/{WEIGHTS}"), ["transformer: no weights; expected", WEIGHTS]),
     "truncated": (truncate(f"transformer/{WEIGHTS}"), [f"transformer/{WEIGHTS}: damaged or truncated", "download"]),
@@ -130,18 +112,14 @@ DIFFUSERS = {
 
 
 @pytest.mark.parametrize("case", DIFFUSERS)
-def test_diffusers_source(tiny, tmp_path, refused, case):
+def test_diffusers_source(tiny, tmp_path, case):
     damage, words = DIFFUSERS[case]
     shutil.copytree(tiny[0], tmp_path / "source")
     damage(tmp_path / "source")
-    refused(words)
+    assert_refused(from_torch, tmp_path / "source", tmp_path / "made", words)
 
 
-SILENCE, MODEL_WEIGHTS, MODEL_CONFIG = (
-    f"{MODEL}/silence_latent.pt",
-    f"{MODEL}/model.safetensors",
-    f"{MODEL}/config.json",
-)
+MODEL_WEIGHTS, MODEL_CONFIG = f"{MODEL}/model.safetensors", f"{MODEL}/config.json"
 ORIGINAL = {
     "unknown key": (edit(MODEL_CONFIG, foo=1), ["config.json: unknown key(s) foo"]),
     "activation": (edit(MODEL_CONFIG, hidden_act="gelu"), ["hidden_act: expected 'silu', found 'gelu'"]),
@@ -175,107 +153,19 @@ ORIGINAL = {
 
 
 @pytest.mark.parametrize("case", ORIGINAL)
-def test_original_source(original, tmp_path, refused, case):
+def test_original_source(original, tmp_path, case):
     damage, words = ORIGINAL[case]
     shutil.copytree(original, tmp_path / "source")
     damage(tmp_path / "source")
-    refused(words)
+    assert_refused(from_torch, tmp_path / "source", tmp_path / "made", words)
 
 
-def test_options_of_the_other_layout(tiny, tmp_path, refused):
-    (tmp_path / "source").symlink_to(tiny[0])
-    refused(["--vae and --text-encoder"], vae=tiny[0] / "vae")
+def test_options_of_the_other_layout(tiny, tmp_path):
+    assert_refused(from_torch, tiny[0], tmp_path / "made", ["--vae and --text-encoder"], vae=tiny[0] / "vae")
 
 
-def test_native_source(tiny, tmp_path, refused):
-    (tmp_path / "source").symlink_to(tiny[1])
-    refused(["source: not a PyTorch checkpoint"])
-
-
-DESTINATIONS = {
-    "exists": ("there", ["there: already exists", "choose another name"]),
-    "in no folder": ("absent/made", ["absent/made: the folder ", "does not exist; create it first"]),
-}
-
-
-@pytest.mark.parametrize("case", DESTINATIONS)
-@pytest.mark.parametrize("convert", [from_torch, to_torch])
-def test_destination(tiny, tmp_path, refused, case, convert):
-    """Found before a source is looked for, which may be a download of many gigabytes."""
-    destination, words = DESTINATIONS[case]
-    (tmp_path / "there").mkdir()
-    options = {} if convert is from_torch else {"layout": "diffusers"}
-    refused(words, convert, source="absent", destination=destination, **options)
-
-
-def converts(tiny):
-    """All that write a folder."""
-    return (
-        lambda source, destination: from_torch(tiny[0], destination),
-        lambda source, destination: to_torch(tiny[1], destination, layout="diffusers"),
-        lambda source, destination: to_torch(tiny[1], destination, layout="original"),
-    )
-
-
-@pytest.mark.parametrize("writer", range(3))
-def test_disk_is_full_midway(tiny, refused, monkeypatch, capfd, writer):
-    """Really so: no file may grow beyond 200 kB. Writes that fail later than the first one are not heard of."""
-    heard = []
-    monkeypatch.setattr(sys, "unraisablehook", heard.append)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
-    try:
-        refused(["made: the disk is full", "make room"], converts(tiny)[writer])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not heard and not capfd.readouterr().err
-
-
-@pytest.mark.parametrize("writer", range(3))
-def test_disk_has_no_room(tiny, refused, monkeypatch, writer):
-    """Found before anything is written."""
-    usage = shutil.disk_usage(".")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=8_000_000))
-    refused(["made: 0.01 GB to write, but the disk has 0.01 GB free"], converts(tiny)[writer])
-
-
-def test_interrupted(tiny, tmp_path, monkeypatch):
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint.ocp.partial, "finalize", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        from_torch(tiny[0], tmp_path / "made")
-    assert not list(tmp_path.iterdir())
-
-
-NATIVE = {
-    "no tokenizer": (remove("tokenizer.json"), ["tokenizer.json: missing"]),
-    "tokenizer garbage": (write("tokenizer.json", b"\xff"), ["tokenizer.json: not a tokenizer"]),
-    "factors damaged": (write(WEIGHT_NORM, b"garbage"), [f"{WEIGHT_NORM}: damaged", "remove it"]),
-    "other config": (edit("config.json", audio_tokenizer=None), ["belongs to no network"]),
-}
-
-
-@pytest.mark.parametrize("case", NATIVE)
-def test_export_source(tiny, tmp_path, refused, case):
-    damage, words = NATIVE[case]
-    shutil.copytree(tiny[1], tmp_path / "source")
-    damage(tmp_path / "source")
-    refused(words, to_torch, layout="diffusers")
-
-
-def test_export_of_a_torch_checkpoint(tiny, tmp_path, refused):
-    (tmp_path / "source").symlink_to(tiny[0])
-    refused(["no config.json here", "from-torch"], to_torch, layout="diffusers")
-
-
-def test_original_layout_has_one_value_for_all(tiny, tmp_path, refused):
-    """What differs between networks there cannot be written, and is not dropped in silence."""
-    shutil.copytree(tiny[1], tmp_path / "source")
-    encoder = checkpoint.read_manifest(tiny[1]).configs["condition_encoder"]
-    edit_json(tmp_path / "source" / "config.json", condition_encoder=vars(encoder) | {"rope_theta": 5.0})
-    refused(["condition_encoder: rope_theta is 5.0", "1000000.0"], to_torch, layout="original")
+def test_native_source(tiny, tmp_path):
+    assert_refused(from_torch, tiny[1], tmp_path / "made", ["native: not a PyTorch checkpoint"])
 
 
 COMMANDS = {

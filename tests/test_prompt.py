@@ -67,7 +67,7 @@ def _merge(token, rank, alphabet):
 CASES = [
     {},
     dict(bpm=120, keyscale="F# minor", timesignature="4"),
-    dict(bpm=0, keyscale=" ", timesignature=""),
+    dict(keyscale=" ", timesignature=""),
     dict(audio_duration=12.9),
     dict(instruction="Do it"),
     dict(instruction="Do it:"),
@@ -104,7 +104,7 @@ def test_truncation_matches_transformers_and_warns(qwen, caplog):
         got = tokenize(qwen, texts, max_length=256, multiple=64, what="lyrics")
     assert got.ids.shape == (2, 256)
     np.testing.assert_array_equal(got.ids[1], want.input_ids[1])
-    assert caplog.messages == [f"lyrics 1 has {whole} tokens and the model reads 256: the last {whole - 256} are cut"]
+    assert caplog.messages == [f"lyrics 1 has {whole} tokens and the model reads 256: {whole - 256} are cut"]
 
 
 def test_padding_is_to_a_multiple(qwen):
@@ -112,6 +112,21 @@ def test_padding_is_to_a_multiple(qwen):
     assert got.ids.shape == (1, 64) and got.mask.sum() == len(qwen.encode("piano").ids)
 
 
-def test_empty_prompt():
-    with pytest.raises(InputError, match="empty"):
-        prompt_text(" \n", audio_duration=60)
+BAD = {
+    "prompt: it is empty": dict(prompt=" \n"),
+    "bpm: expected 30 to 300": dict(bpm=0),
+    "timesignature: expected one of 2, 3, 4, 6": dict(timesignature="5"),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_metadata(message):
+    with pytest.raises(InputError, match=message):
+        prompt_text(**dict(prompt="x", audio_duration=60) | BAD[message])
+
+
+def test_bad_text(qwen):
+    with pytest.raises(InputError, match="prompt 1: not valid text"):
+        tokenize(qwen, ["fine", "bad \udcff"], max_length=8, multiple=1, what="prompt")
+    with pytest.raises(InputError, match="at least 1 token"):
+        tokenize(qwen, ["fine"], max_length=0, multiple=1, what="prompt")

@@ -45,6 +45,8 @@ def attention(
     Returns:
         [B, T, N, H] in q's dtype. A query that sees no key gets the mean of the values at hand.
     """
+    if causal and window is not None:
+        raise ValueError("attention is causal or has a window, not both")
     b, t, n, h = q.shape
     groups = k.shape[2]
     q = q.reshape(b, t, groups, n // groups, h)

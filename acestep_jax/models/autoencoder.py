@@ -16,7 +16,7 @@ from acestep_jax.config import AutoencoderConfig
 from acestep_jax.errors import InputError
 from acestep_jax.models.layers import parameter
 
-# Latent frames that are encoded or decoded at once (20.5 s): what bounds the memory of a long song.
+# Latent frames of a song that are encoded or decoded at once (20.5 s): what bounds the memory of a long one.
 TILE_FRAMES = 512
 
 
@@ -188,7 +188,7 @@ class AutoencoderOobleck(nnx.Module):
         As in the torch model, samples beyond the last whole frame only lend context to it.
 
         Raises:
-            InputError: if the audio is shorter than one frame.
+            InputError: if the audio is shorter than one frame, or tile_frames is too small.
         """
         hop = self.hop_length
         frames = audio.shape[-1] // hop
@@ -205,7 +205,11 @@ class AutoencoderOobleck(nnx.Module):
         return DiagonalGaussian(mean, jax.nn.softplus(scale) + 1e-4)
 
     def decode(self, latents: jax.Array, *, tile_frames: int = TILE_FRAMES) -> jax.Array:
-        """[B, frames, 64] -> audio [B, channels, frames * hop_length], not limited to [-1, 1]."""
+        """[B, frames, 64] -> audio [B, channels, frames * hop_length], not limited to [-1, 1].
+
+        Raises:
+            InputError: if tile_frames is too small to leave anything between two overlaps.
+        """
         x = latents.astype(self.config.dtype)
         frames = x.shape[1]
         if frames <= tile_frames:

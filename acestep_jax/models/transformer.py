@@ -110,8 +110,8 @@ class AceStepTransformer1DModel(nnx.Module):
 
     def embed_condition(self, encoder_hidden_states: jax.Array) -> KeysValues:
         """Keys and values of the condition for all layers, [L, B, S, K, H] each; they are the same at every step."""
-        condition = self.condition_embedder(encoder_hidden_states)
-        return jax.lax.map(lambda layer: layer.cross_attn.keys_values(condition), self.layers)
+        condition = self.condition_embedder(encoder_hidden_states.astype(self.config.dtype))
+        return jax.lax.map(lambda attn: attn.keys_values(condition), self.layers.cross_attn)
 
     def __call__(
         self,
