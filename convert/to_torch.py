@@ -35,9 +35,11 @@ Entry = tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]
 
 
 def to_torch(source: str | Path, destination: str | Path, *, layout: str) -> None:
-    """Writes a checkpoint that diffusers ("diffusers") or ACE-Step's own application ("original") loads.
+    """Writes a checkpoint in diffusers' layout ("diffusers") or in that of ACE-Step's own application ("original").
 
-    In the original layout `destination` holds `acestep-v15/`, `vae/` and `Qwen3-Embedding-0.6B/`. Weights are written
+    In the original layout `destination` holds `acestep-v15-turbo/` (or -base, -xl-sft, ...), `vae/` and
+    `Qwen3-Embedding-0.6B/`. The published folders also hold the model's Python code, which is not ours to write: to run
+    the application, put `model.safetensors` in place of the one in a published folder of that name. Weights are written
     as stored; a checkpoint that came from PyTorch with its dtype unchanged goes back bit for bit.
 
     Raises:
@@ -167,7 +169,7 @@ def _write_diffusers(folder: Path, source: Path, manifest: checkpoint.Manifest, 
 def _write_original(folder: Path, source: Path, manifest: checkpoint.Manifest, entries: dict[str, list[Entry]]):
     import torch
 
-    model = folder / "acestep-v15"
+    model = folder / original.model_folder(manifest.configs)
     model.mkdir()
     _write_json(model / "config.json", original.join_config(manifest.configs))
     tensors, silence = [], None

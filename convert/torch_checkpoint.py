@@ -39,7 +39,6 @@ class Tensor(NamedTuple):
 class TorchCheckpoint:
     """`tensors[network][name]`, names as in diffusers; `weight_norm` has what the weights of `vae` are folded from."""
 
-    layout: str
     configs: dict[str, NetworkConfig]
     tensors: dict[str, dict[str, Tensor]]
     weight_norm: dict[str, Tensor]
@@ -82,7 +81,7 @@ def open_checkpoint(
             for name, folder in folders.items()
         }
         tensors = {name: _network_tensors(folder, name, kind) for name, folder in folders.items()}
-        layout, tokenizer = "diffusers", path / "tokenizer"
+        tokenizer = path / "tokenizer"
     else:
         model, vae, text_encoder = original.find_folders(path, vae, text_encoder)
         configs = original.split_config(read_json(model / "config.json"), str(model / "config.json"))
@@ -92,7 +91,7 @@ def open_checkpoint(
         tensors["condition_encoder"]["silence_latent"] = _silence_latent(model / "silence_latent.pt", kind)
         tensors["vae"] = _network_tensors(vae, "vae", kind)
         tensors["text_encoder"] = _network_tensors(text_encoder, "text_encoder", kind)
-        layout, tokenizer = "original", text_encoder
+        tokenizer = text_encoder
 
     if not (tokenizer / "tokenizer.json").is_file():
         raise InputError(
@@ -104,7 +103,6 @@ def open_checkpoint(
     weight_norm = {n: t for n, t in tensors["vae"].items() if n.endswith((".weight_g", ".weight_v"))}
     tensors["vae"] = fold_weight_norm(tensors["vae"], kind)
     return TorchCheckpoint(
-        layout=layout,
         configs=configs,
         tensors=tensors,
         weight_norm=weight_norm,
