@@ -101,8 +101,7 @@ def info(options: argparse.Namespace) -> None:
     path = Path(options.checkpoint)
     manifest = checkpoint.read_manifest(path)
     stored = checkpoint.stored_leaves(path)
-    transformer = manifest.configs["transformer"]
-    print(f"{'variant':<24} {transformer.model_version or ('turbo' if transformer.turbo else 'base')}")
+    print(f"{'variant':<24} {manifest.configs['transformer'].variant}")
     for name, config in manifest.configs.items():
         sizes = [math.prod(leaf.shape) for key, leaf in stored.items() if key.startswith(f"{name}.")]
         print(f"{name:<24} {sum(sizes):>13,} parameters, {config.param_dtype}")

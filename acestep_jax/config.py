@@ -148,6 +148,11 @@ class TransformerConfig(AttentionConfig):
         """Whether guidance is distilled into the weights: few steps, no guidance."""
         return self.is_turbo or self.model_version == "turbo"
 
+    @property
+    def variant(self) -> str:
+        """The name that the model goes by: turbo, base or sft."""
+        return self.model_version or ("turbo" if self.turbo else "base")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConditionEncoderConfig(AttentionConfig):

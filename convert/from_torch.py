@@ -5,7 +5,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from tqdm import tqdm
 
 from acestep_jax import checkpoint
@@ -72,10 +74,8 @@ def plan(network: str, config: NetworkConfig, tensors: dict[str, Tensor]) -> dic
     leaves: dict[str, list[str]] = {}
     for leaf, whole in checkpoint.leaf_shapes(network, config).items():
         names, rule = rules.to_torch(network, leaf, whole.shape)
-        row_shape = whole.shape[1:] if rules.is_stacked(leaf) else whole.shape
         leaves[leaf] = names
-        for name in names:
-            wanted[name] = rule.to_torch(np.broadcast_to(np.float32(0), row_shape)).shape
+        wanted |= dict.fromkeys(names, rules.torch_shape(leaf, rule, whole.shape))
     problems = [f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in tensors]
     problems += [f"unexpected: {name} {list(t.shape)}" for name, t in tensors.items() if name not in wanted]
     problems += [
@@ -88,6 +88,13 @@ def plan(network: str, config: NetworkConfig, tensors: dict[str, Tensor]) -> dic
         listing = "\n  ".join(problems[:8])
         raise InputError(f"{network}: the tensors do not fit the config; are both of one model?\n  {listing}{more}")
     return {leaf: [tensors[name] for name in names] for leaf, names in leaves.items()}
+
+
+def build(network: str, config: NetworkConfig, tensors: dict[str, Tensor]) -> nnx.Module:
+    """The network with the weights of `tensors`, in memory; raises InputError as `plan` does."""
+    leaves = plan(network, config, tensors)
+    arrays = {leaf: jnp.asarray(gather(network, leaf, rows)) for leaf, rows in leaves.items()}
+    return checkpoint.assemble(checkpoint.abstract(network, config), arrays)
 
 
 def gather(network: str, leaf: str, tensors: list[Tensor]) -> np.ndarray:

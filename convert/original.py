@@ -174,8 +174,7 @@ def _essentials(config: NetworkConfig) -> dict[str, Any]:
 def model_folder(configs: dict[str, NetworkConfig]) -> str:
     """The name under which ACE-Step publishes a model of this kind, such as `acestep-v15-xl-turbo`."""
     transformer, encoder = configs["transformer"], configs["condition_encoder"]
-    variant = transformer.model_version or ("turbo" if transformer.turbo else "base")
-    return f"acestep-v15-{'xl-' if transformer.hidden_size != encoder.hidden_size else ''}{variant}"
+    return f"acestep-v15-{'xl-' if transformer.hidden_size != encoder.hidden_size else ''}{transformer.variant}"
 
 
 def split_names(tensors: dict[str, Any], source: str) -> dict[str, dict[str, Any]]:

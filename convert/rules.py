@@ -110,6 +110,11 @@ def to_torch(network: str, leaf: str, shape: tuple[int, ...]) -> tuple[list[str]
     return [re.sub(r"(^|\.)layers\.", rf"\g<1>layers.{i}.", name, count=1) for i in range(shape[0])], rule
 
 
+def torch_shape(leaf: str, rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the torch tensor, of one row if the leaf is stacked, that a leaf of `shape` comes from."""
+    return rule.to_torch(np.broadcast_to(np.float32(0), shape[1:] if is_stacked(leaf) else shape)).shape
+
+
 def is_stacked(leaf: str) -> bool:
     """Whether the first axis of a leaf counts layers."""
     return re.search(r"(?:^|\.)layers\.", leaf) is not None

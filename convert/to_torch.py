@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from acestep_jax import checkpoint
+from acestep_jax.config import NetworkConfig
 from acestep_jax.errors import InputError
 from convert import original, rules
 from convert.from_torch import WEIGHT_NORM
@@ -72,15 +73,14 @@ def _entries(source: Path, network: str, leaves: dict[str, jax.ShapeDtypeStruct]
     for name, leaf in leaves.items():
         names, rule = rules.to_torch(network, name, leaf.shape)
         dtype = np.dtype(leaf.dtype)
+        shape = rules.torch_shape(name, rule, leaf.shape)
         if not rules.is_stacked(name):
-            shape = rule.to_torch(np.broadcast_to(np.zeros((), dtype), leaf.shape)).shape
             value = lambda name=name, rule=rule: rule.to_torch(read(network, name))  # noqa: E731
             if network == "vae" and names[0].endswith(".weight"):
                 result += _weight_norm_entries(names[0], shape, dtype, value, factors)
             else:
                 result.append((names[0], shape, dtype, value))
             continue
-        shape = rule.to_torch(np.broadcast_to(np.zeros((), dtype), leaf.shape[1:])).shape
         for row, torch_name in enumerate(names):
             value = lambda name=name, rule=rule, row=row: rule.to_torch(read(network, name)[row])  # noqa: E731
             result.append((torch_name, shape, dtype, value))
@@ -146,16 +146,7 @@ def _weight_norm_entries(name: str, shape, dtype: np.dtype, kernel, factors) -> 
 
 def _write_diffusers(folder: Path, source: Path, manifest: checkpoint.Manifest, entries: dict[str, list[Entry]]):
     for name, config in manifest.configs.items():
-        (folder / name).mkdir()
-        values = config.to_hf()
-        if name == "text_encoder":
-            entries[name] = [(original.original_name(name, n), *rest) for n, *rest in entries[name]]
-            file = "model.safetensors"
-        else:
-            values = {"_class_name": _CLASSES[name][1]} | values
-            file = "diffusion_pytorch_model.safetensors"
-        _write_json(folder / name / "config.json", values)
-        write_safetensors(folder / name / file, entries[name])
+        _write_network(folder / name, name, config, entries[name])
     _write_tokenizer(folder / "tokenizer", source, manifest)
     (folder / "scheduler").mkdir()
     _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
@@ -182,19 +173,20 @@ def _write_original(folder: Path, source: Path, manifest: checkpoint.Manifest, e
     write_safetensors(model / "model.safetensors", tensors)
     value = torch.from_numpy(np.ascontiguousarray(silence.astype(np.float32).transpose(0, 2, 1)))
     torch.save(value, model / "silence_latent.pt")
-    for name, target, file in (
-        ("vae", folder / original.VAE, "diffusion_pytorch_model.safetensors"),
-        ("text_encoder", folder / original.TEXT_ENCODER, "model.safetensors"),
-    ):
-        target.mkdir()
-        values = manifest.configs[name].to_hf()
-        if name == "vae":
-            values = {"_class_name": _CLASSES[name][1]} | values
-        else:
-            entries[name] = [(original.original_name(name, n), *rest) for n, *rest in entries[name]]
-        _write_json(target / "config.json", values)
-        write_safetensors(target / file, entries[name])
+    for name, target in (("vae", original.VAE), ("text_encoder", original.TEXT_ENCODER)):
+        _write_network(folder / target, name, manifest.configs[name], entries[name])
     _write_tokenizer(folder / original.TEXT_ENCODER, source, manifest)
+
+
+def _write_network(folder: Path, name: str, config: NetworkConfig, entries: list[Entry]) -> None:
+    """A folder of one network as diffusers or, for the text encoder, transformers saves it."""
+    folder.mkdir()
+    values, file = {"_class_name": _CLASSES[name][1]} | config.to_hf(), "diffusion_pytorch_model.safetensors"
+    if name == "text_encoder":
+        values, file = config.to_hf(), "model.safetensors"
+        entries = [(original.original_name(name, n), *rest) for n, *rest in entries]
+    _write_json(folder / "config.json", values)
+    write_safetensors(folder / file, entries)
 
 
 def _write_tokenizer(folder: Path, source: Path, manifest: checkpoint.Manifest) -> None:

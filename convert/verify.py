@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from accelerate import init_empty_weights
@@ -26,11 +25,10 @@ from flax import nnx
 from tokenizers import Tokenizer
 from transformers import Qwen3Config, Qwen3Model
 
-from acestep_jax import checkpoint
 from acestep_jax.prompt import lyric_text, prompt_text
 from acestep_jax.stages import REFERENCE_FRAMES
 from convert import original
-from convert.from_torch import gather, plan
+from convert.from_torch import build
 from convert.torch_checkpoint import TorchCheckpoint, open_checkpoint
 
 # max |ours - torch| / max |torch|. The transformer is the deepest network, and the codes are exact or wrong.
@@ -209,9 +207,7 @@ def _double(array: np.ndarray) -> torch.Tensor:
 
 def _jax_network(opened: TorchCheckpoint, network: str) -> nnx.Module:
     config = dataclasses.replace(opened.configs[network], dtype="float32", param_dtype="float32")
-    leaves = plan(network, config, opened.tensors[network])
-    arrays = {leaf: jnp.asarray(gather(network, leaf, tensors)) for leaf, tensors in leaves.items()}
-    return checkpoint.assemble(checkpoint.abstract(network, config), arrays)
+    return build(network, config, opened.tensors[network])
 
 
 def _torch_network(opened: TorchCheckpoint, network: str) -> torch.nn.Module:

@@ -1,12 +1,10 @@
 """What the parity tests share: the same weights in both frameworks, and one measure of the difference."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 
-from acestep_jax import checkpoint
-from convert.from_torch import gather, plan
+from convert.from_torch import build
 from convert.random_checkpoint import randomise
 from convert.torch_checkpoint import Tensor, attention_name, fold_weight_norm
 
@@ -24,9 +22,7 @@ def convert(name, theirs, config):
         tensors = {attention_name(key): tensor for key, tensor in tensors.items()}
     if name == "vae":
         tensors = fold_weight_norm(tensors, None)
-    leaves = plan(name, config, tensors)
-    arrays = {leaf: jnp.asarray(gather(name, leaf, rows)) for leaf, rows in leaves.items()}
-    return checkpoint.assemble(checkpoint.abstract(name, config), arrays)
+    return build(name, config, tensors)
 
 
 def _tensor(value):
