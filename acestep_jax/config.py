@@ -13,6 +13,7 @@ from acestep_jax.errors import InputError
 DTYPES = ("float32", "bfloat16", "float16")
 LAYER_TYPES = ("sliding_attention", "full_attention")
 REMAT = ("none", "dots", "full")
+ATTENTION_KERNELS = ("auto", "xla", "cudnn", "splash")
 
 
 def _is_size(value: Any) -> bool:
@@ -43,11 +44,13 @@ class NetworkConfig:
     dtype: of activations and matrix products. Norm statistics, softmax, sinusoids and FSQ stay in float32.
     param_dtype: of the weights in memory.
     remat: what the backward pass recomputes: nothing ("none"), all but matrix products ("dots") or all ("full").
+    attention_kernel: see `models.attention.attention`.
     """
 
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
+    attention_kernel: str = "auto"
 
     # Keys of a foreign config.json that do not change the network's function.
     ignored: ClassVar[frozenset[str]] = frozenset()
@@ -61,8 +64,9 @@ class NetworkConfig:
                 raise InputError(f"{name}.{field.name}: expected {_VALUES[field.type][0]}, found {value!r}")
         check_dtype(self.dtype, f"{name}.dtype")
         check_dtype(self.param_dtype, f"{name}.param_dtype")
-        if self.remat not in REMAT:
-            raise InputError(f"{name}.remat: expected one of {', '.join(REMAT)}, found {self.remat!r}")
+        for field, choices in (("remat", REMAT), ("attention_kernel", ATTENTION_KERNELS)):
+            if (value := getattr(self, field)) not in choices:
+                raise InputError(f"{name}.{field}: expected one of {', '.join(choices)}, found {value!r}")
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any], source: str = "config.json") -> Self:

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -30,8 +31,9 @@ logger = logging.getLogger(__name__)
 
 MIN_DURATION, MAX_DURATION = 10.0, 600.0  # seconds
 
-# Token counts are padded to multiples of these, so that few programs are compiled; padding is masked.
-PROMPT_BUCKET, LYRIC_BUCKET = 64, 256
+# Lengths are padded to multiples of these, so that few programs are compiled; padding is masked.
+PROMPT_BUCKET, LYRIC_BUCKET = 64, 256  # tokens
+FRAMES_BUCKET = 256  # latent frames; more for long songs, see `bucket`
 
 StepCallback = Callable[[int, float, np.ndarray], None]
 
@@ -74,8 +76,8 @@ class AudioPipelineOutput:
 class AceStepPipeline:
     """The networks of a checkpoint, put together. Text encoding, denoising and decoding are a compiled program each.
 
-    A new duration, number of steps or batch size compiles once; prompts, seeds, times and strengths are data. One
-    pipeline serves one thread at a time.
+    A new number of songs or steps, or a length in a new bucket, compiles once; prompts, seeds, times and strengths are
+    data. One pipeline serves one thread at a time.
     """
 
     def __init__(
@@ -175,6 +177,11 @@ class AceStepPipeline:
         if task_type != "text2music":
             raise InputError(f'task_type: only "text2music" is there so far, found {task_type!r}')
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if self.mesh is not None and len(prompts) % self.mesh.shape["data"]:
+            raise InputError(
+                f"prompt: {len(prompts)} do not divide by the mesh's data={self.mesh.shape['data']}; give a multiple "
+                "of that, or use a mesh with data=1"
+            )
         duration = _check_duration(audio_duration)
         texts, words = self._texts(prompts, lyrics, vocal_language, duration, bpm, keyscale, timesignature, instruction)
         times = self._times(num_inference_steps, shift, timesteps)
@@ -186,21 +193,25 @@ class AceStepPipeline:
         frames = math.ceil(duration * self.latents_per_second)
         channels = self.transformer.config.audio_acoustic_hidden_dim
         seeds, noise = self._noise(seed, latents, (len(prompts), frames, channels))
+        lengths = np.full(len(prompts), frames, np.int32)
         tokens = self._tokenize(texts, max_text_length, PROMPT_BUCKET, "prompt")
         lyric_tokens = self._tokenize(words, max_lyric_length, LYRIC_BUCKET, "lyrics")
 
-        steps = len(times) - 1
-        with _on_mesh(self.mesh), tqdm(total=steps, unit="step", disable=None) as bar:
+        with _on_mesh(self.mesh), tqdm(total=3, unit="stage", disable=None) as bar:
             bar.set_description("encoding the text")
-            condition, mask = stages.encode(self.text_encoder, self.condition_encoder, tokens, lyric_tokens)
-            bar.set_description("denoising")
-            with self._reporter.watching(bar, callback_on_step_end) as report:
+            condition, condition_lengths = stages.encode(
+                self.text_encoder, self.condition_encoder, tokens, lyric_tokens
+            )
+            bar.update()
+            bar.set_description(f"denoising in {len(times) - 1} steps")
+            with self._reporter.watching(callback_on_step_end, frames) as report:
                 x = stages.denoise(
                     self.transformer,
                     self.condition_encoder,
                     noise,
                     condition,
-                    mask,
+                    condition_lengths,
+                    lengths,
                     times,
                     np.float32(scale),
                     guided_steps,
@@ -208,12 +219,15 @@ class AceStepPipeline:
                     report=report,
                 )
                 x.block_until_ready()
+            bar.update()
             audios = None
             if output_type == "np":
                 bar.set_description("decoding")
-                audios = np.asarray(stages.decode(self.vae, x))
+                audios = stages.decode(self.vae, x, lengths)
+                audios = _on_host(audios)[:, :, : frames * self.vae.hop_length]
+            bar.update()
             bar.set_description("done")
-        return AudioPipelineOutput(audios, np.asarray(x), self.sample_rate, seeds)
+        return AudioPipelineOutput(audios, _on_host(x)[:, :frames], self.sample_rate, seeds)
 
     def _texts(self, prompts, lyrics, language, duration, bpm, keyscale, timesignature, instruction):
         if not prompts:
@@ -258,13 +272,12 @@ class AceStepPipeline:
     def _noise(self, seed, latents, shape):
         batch = shape[0]
         if latents is not None:
-            # From the host, so that it may go to any device or mesh.
             given = np.asarray(latents, np.float32)
             if given.shape != shape:
                 raise InputError(
                     f"latents: expected shape {list(shape)} (songs, frames, channels), found {list(given.shape)}"
                 )
-            return None, given
+            return None, np.pad(given, ((0, 0), (0, bucket(shape[1]) - shape[1]), (0, 0)))
         if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
             data = np.asarray(jax.random.key_data(seed))
             keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(seed))
@@ -272,7 +285,7 @@ class AceStepPipeline:
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(batch))
             if keys.shape != (batch,):
                 raise InputError(f"seed: expected one key or {batch}, found {list(seed.shape)}")
-            return None, stages.noise(keys, shape[1:])
+            return None, _draw(keys, shape)
         if seed is None:
             seed = secrets.randbelow(2**32 - batch)
         try:
@@ -286,48 +299,59 @@ class AceStepPipeline:
         if bad := [s for s in seeds if not 0 <= s < 2**32]:
             raise InputError(f"seed: expected numbers from 0 to 2^32 - 1, found {bad[0]}")
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-        return tuple(seeds), stages.noise(keys, shape[1:])
+        return tuple(seeds), _draw(keys, shape)
 
 
 class _Reporter:
-    """Brings steps out of the compiled loop. One object serves all calls of a pipeline: its methods are part of the
-    programs, which a new function for every call would compile again."""
+    """Brings steps out of the compiled loop. One object serves all calls of a pipeline: its method is part of the
+    program, which a new function for every call would compile again."""
 
     def __init__(self):
-        self._bar: tqdm | None = None
         self._callback: StepCallback | None = None
+        self._frames = 0
         self._error: Exception | None = None
 
     @contextlib.contextmanager
-    def watching(self, bar: tqdm, callback: StepCallback | None):
-        """Gives the function that the loop is to call, None if nobody watches; then raises what the callback raised."""
-        self._bar, self._callback, self._error = bar, callback, None
-        if callback is not None:
-            report = self._step_with_latents
-        else:
-            report = None if bar.disable else self._step
+    def watching(self, callback: StepCallback | None, frames: int):
+        """Gives the function that the loop is to call, None if nobody watches; then raises what the callback raised.
+
+        JAX's persistent cache does not take programs that call back, so without a callback there is no such function.
+        """
+        self._callback, self._frames, self._error = callback, frames, None
         try:
-            yield report
+            yield None if callback is None else self._step
         finally:
             jax.effects_barrier()
-            error, self._bar, self._callback, self._error = self._error, None, None, None
+            error, self._callback, self._error = self._error, None, None
         if error is not None:
             raise error
 
     def _step(self, i, t, x):
-        # Of x, so that it waits for the step.
-        jax.debug.callback(lambda _: self._bar.update(), x[0, 0, 0])
-
-    def _step_with_latents(self, i, t, x):
         jax.debug.callback(self._call, i, t, x)
 
     def _call(self, i, t, x):
-        self._bar.update()
         if self._error is None:
             try:
-                self._callback(int(i), float(t), np.asarray(x))
+                self._callback(int(i), float(t), np.asarray(x)[:, : self._frames])
             except Exception as error:  # it must not unwind through the runtime
                 self._error = error
+
+
+def _draw(keys: jax.Array, shape: tuple[int, int, int]) -> np.ndarray:
+    """Noise on the host, so that it may go to any device, mesh or process; the longer bucket begins with the same."""
+    return np.asarray(stages.noise(keys, (bucket(shape[1]), shape[2])))
+
+
+def bucket(frames: int) -> int:
+    """`frames`, rounded up to a multiple of FRAMES_BUCKET, or of an eighth of the power of two below: at most an eighth
+    more than asked for beyond 2048 frames, and 31 sizes up to 600 s."""
+    step = max(FRAMES_BUCKET, 2 ** (frames - 1).bit_length() // 16)
+    return -(-frames // step) * step
+
+
+def _on_host(x: jax.Array) -> np.ndarray:
+    """All of an array, also of one that is spread over several processes."""
+    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
 
 def _on_mesh(mesh: Mesh | None):

@@ -64,13 +64,14 @@ def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh) 
             axes = axes[:-1]
         if axes != wanted:
             done = f"split over {', '.join(axes)} alone" if axes else "replicated"
-            _warn_once(f"{name} axis of {size} does not divide by the mesh's {', '.join(wanted)}: {done}")
+            log_once(f"{name} axis of {size} does not divide by the mesh's {', '.join(wanted)}: {done}")
         spec.append(axes or None)
     return P(*spec)
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def log_once(message: str) -> None:
+    """A warning, the first time that it is given."""
     logger.warning(message)
 
 

@@ -18,20 +18,25 @@ REFERENCE_FRAMES = 750  # of the timbre reference (30 s), silence where there is
 PEAK = 10.0 ** (-1.0 / 20.0)  # -1 dBFS, the loudest sample of every song
 
 
+# On a CPU, XLA's default order of operations prefers concurrency: it copies the weights of all layers of a scan's body
+# out of their stacks before the first of them runs, which takes ten times the memory. Other backends ignore this.
+COMPILER_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """[B, *shape] float32, each song from its own key, so that it does not depend on the others."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 def encode(
     text_encoder: Qwen3Model, condition_encoder: AceStepConditionEncoder, tokens: Tokens, lyrics: Tokens
 ) -> tuple[jax.Array, jax.Array]:
-    """Condition tokens [B, S, E] and their mask [B, S]."""
+    """Condition tokens [B, S, E] and how many of them count, [B] int32."""
     batch = tokens.ids.shape[0]
     reference = condition_encoder.silence(REFERENCE_FRAMES)
-    return condition_encoder(
+    condition, mask = condition_encoder(
         text_encoder(tokens.ids),
         tokens.mask,
         text_encoder.embed_tokens(lyrics.ids),
@@ -39,15 +44,17 @@ def encode(
         jnp.broadcast_to(reference, (batch, *reference.shape[1:])),
         jnp.arange(batch),
     )
+    return condition, mask.sum(1, dtype=jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("guided", "report"))
+@functools.partial(jax.jit, static_argnames=("guided", "report"), compiler_options=COMPILER_OPTIONS)
 def denoise(
     transformer: AceStepTransformer1DModel,
     condition_encoder: AceStepConditionEncoder,
     noise: jax.Array,  # [B, T, 64]
     condition: jax.Array,  # [B, S, E]
-    mask: jax.Array,  # [B, S]
+    condition_lengths: jax.Array,  # [B]
+    lengths: jax.Array,  # [B]
     times: jax.Array,  # [N + 1]
     guidance_scale: jax.Array,
     guided_steps: jax.Array,  # [N] bool
@@ -55,7 +62,7 @@ def denoise(
     guided: bool,
     report: Callable | None,
 ) -> jax.Array:
-    """The whole denoising loop, to latents [B, T, 64] float32.
+    """The whole denoising loop, to latents [B, T, 64] float32; those from `lengths` on are padding.
 
     Keys and values of the condition and the time embeddings are computed before it. Outside `guided_steps` the
     prediction without condition is computed and not used.
@@ -63,7 +70,8 @@ def denoise(
     batch, frames, channels = noise.shape
     if guided:  # the batch becomes [with condition, without]
         null = jnp.broadcast_to(condition_encoder.null_condition_emb[...].astype(condition.dtype), condition.shape)
-        condition, mask = jnp.concatenate([condition, null]), jnp.concatenate([mask, mask])
+        condition = jnp.concatenate([condition, null])
+        condition_lengths, lengths = jnp.tile(condition_lengths, 2), jnp.tile(lengths, 2)
     silence = condition_encoder.silence(frames)
     context = jnp.concatenate([silence, jnp.ones_like(silence)], axis=-1)  # generate every frame
     context = jnp.broadcast_to(context, (condition.shape[0], *context.shape[1:]))
@@ -72,7 +80,8 @@ def denoise(
 
     def network(x, i):
         time = TimeEmbedding(*(array[i][None] for array in embedded))
-        return transformer.velocity(x, time, keys_values, context, mask).astype(jnp.float32)
+        v = transformer.velocity(x, time, keys_values, context, lengths=lengths, encoder_lengths=condition_lengths)
+        return v.astype(jnp.float32)
 
     def velocity(x, i, momentum):
         if not guided:
@@ -86,9 +95,11 @@ def denoise(
     return euler(velocity, noise, times, jnp.zeros_like(noise) if guided else None, report)
 
 
-@jax.jit
-def decode(vae: AutoencoderOobleck, latents: jax.Array) -> jax.Array:
-    """[B, T, 64] -> audio [B, channels, samples] float32 with a peak of -1 dBFS."""
-    waveform = vae.decode(latents).astype(jnp.float32)
+@functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+def decode(vae: AutoencoderOobleck, latents: jax.Array, lengths: jax.Array) -> jax.Array:
+    """[B, T, 64] -> audio [B, channels, samples] float32 with a peak of -1 dBFS, silent from `lengths` [B] on."""
+    waveform = vae.decode(latents, lengths).astype(jnp.float32)
+    ends = lengths[:, None, None] * vae.hop_length
+    waveform = jnp.where(jnp.arange(waveform.shape[-1]) < ends, waveform, 0.0)
     peak = jnp.max(jnp.abs(waveform), axis=(1, 2), keepdims=True)
     return waveform * (PEAK / jnp.maximum(peak, 1e-6))

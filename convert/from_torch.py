@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import torch
 from flax import nnx
 from tqdm import tqdm
 
@@ -15,7 +16,7 @@ from acestep_jax.config import NetworkConfig, check_dtype
 from acestep_jax.errors import InputError
 from convert import rules
 from convert.safetensors_writer import write_safetensors
-from convert.torch_checkpoint import Tensor, TorchCheckpoint, open_checkpoint
+from convert.torch_checkpoint import Tensor, TorchCheckpoint, attention_name, fold_weight_norm, open_checkpoint
 
 WEIGHT_NORM = "vae_weight_norm.safetensors"
 
@@ -95,6 +96,21 @@ def build(network: str, config: NetworkConfig, tensors: dict[str, Tensor]) -> nn
     leaves = plan(network, config, tensors)
     arrays = {leaf: jnp.asarray(gather(network, leaf, rows)) for leaf, rows in leaves.items()}
     return checkpoint.assemble(checkpoint.abstract(network, config), arrays)
+
+
+def from_module(network: str, config: NetworkConfig, module: torch.nn.Module) -> nnx.Module:
+    """The network with the weights of a torch module of diffusers or transformers; raises InputError as `plan` does."""
+    tensors = {key: _tensor(value) for key, value in module.state_dict().items()}
+    if network == "text_encoder":
+        tensors = {attention_name(key): tensor for key, tensor in tensors.items()}
+    if network == "vae":
+        tensors = fold_weight_norm(tensors, None)
+    return build(network, config, tensors)
+
+
+def _tensor(value: torch.Tensor) -> Tensor:
+    array = value.detach().cpu().numpy()
+    return Tensor(array.shape, array.dtype, lambda: array)
 
 
 def gather(network: str, leaf: str, tensors: list[Tensor]) -> np.ndarray:

@@ -4,9 +4,8 @@ import jax
 import numpy as np
 import torch
 
-from convert.from_torch import build
+from convert.from_torch import from_module
 from convert.random_checkpoint import randomise
-from convert.torch_checkpoint import Tensor, attention_name, fold_weight_norm
 
 
 def make_pair(name, theirs, config, seed=0):
@@ -17,17 +16,7 @@ def make_pair(name, theirs, config, seed=0):
 
 def convert(name, theirs, config):
     """Our network called `name` with the weights of `theirs`."""
-    tensors = {key: _tensor(value) for key, value in theirs.state_dict().items()}
-    if name == "text_encoder":
-        tensors = {attention_name(key): tensor for key, tensor in tensors.items()}
-    if name == "vae":
-        tensors = fold_weight_norm(tensors, None)
-    return build(name, config, tensors)
-
-
-def _tensor(value):
-    array = value.detach().numpy()
-    return Tensor(array.shape, array.dtype, lambda: array)
+    return from_module(name, config, theirs)
 
 
 def normal(*shape, seed=0):

@@ -13,7 +13,7 @@ from transformers import Qwen3Model as TorchQwen3
 from acestep_jax import checkpoint
 from acestep_jax.config import TextEncoderConfig
 from acestep_jax.errors import InputError
-from acestep_jax.models.attention import QUERY_BLOCK
+from acestep_jax.models.attention_kernels import QUERY_BLOCK
 from tests.parity import assert_close, make_pair, relative_error, run_torch
 
 SMALL = dict(

@@ -108,8 +108,23 @@ def test_masked_condition_tokens_have_no_effect():
     _, ours = pair()
     x, t, r, condition, context = inputs(ours.config)
     padded = np.concatenate([condition, 100 * normal(2, 5, 32)], axis=1)
-    mask = np.arange(12)[None, :] < np.array([[7], [7]])
-    assert_close(run_jax(ours, x, t, r, padded, context, mask), run_jax(ours, x, t, r, condition, context), 1e-6)
+    expected = run_jax(ours, x, t, r, condition, context)
+    run = jax.jit(lambda model, *inputs: model(*inputs, encoder_lengths=np.full(2, 7)))
+    assert_close(run(ours, x, t, r, padded, context), expected, 1e-6)
+
+
+@pytest.mark.parametrize("case", ["default", "everything"])
+@pytest.mark.parametrize("frames", [90, 91])
+def test_padded_frames_have_no_effect(case, frames):
+    """A bucket of 128 frames gives what the song alone gives, whatever the padding, and zeros after it; odd too."""
+    _, ours = pair(**CASES[case])
+    x, t, r, condition, context = inputs(ours.config, frames=frames)
+    expected = run_jax(ours, x, t, r, condition, context)
+    padded = [np.concatenate([a, 100 * normal(2, 128 - frames, a.shape[2])], axis=1) for a in (x, context)]
+    run = jax.jit(lambda model, x, context: model(x, t, r, condition, context, lengths=np.full(2, frames)))
+    found = run(ours, *padded)
+    assert_close(found[:, :frames], expected, 1e-6)
+    assert not found[:, frames:].any()
 
 
 @pytest.mark.parametrize("case, remat", [("default", "none"), ("default", "dots"), ("everything", "full")])

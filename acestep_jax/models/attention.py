@@ -1,17 +1,19 @@
-"""Scaled dot-product attention in two portable forms behind one function, and the module that uses it."""
+"""Scaled dot-product attention behind one function, and the module that uses it."""
 
+import functools
+import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from acestep_jax.config import AttentionConfig
+from acestep_jax.errors import InputError
+from acestep_jax.models import attention_kernels as kernels
 from acestep_jax.models.layers import RMSNorm, apply_rotary, linear
-from acestep_jax.sharding import shard
-
-# Queries that share one pass over the keys in full attention: no array of [T, T] scores is ever made.
-QUERY_BLOCK = 512
+from acestep_jax.sharding import log_once, partition_spec, shard
 
 
 class KeysValues(NamedTuple):
@@ -28,102 +30,159 @@ def attention(
     *,
     window: int | None = None,
     causal: bool = False,
-    key_mask: jax.Array | None = None,
+    key_lengths: jax.Array | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
+    kernel: str = "auto",
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v, the softmax in float32.
+    """softmax(q k^T / sqrt(H)) v, the softmax in float32; no array of [T, S] scores on any backend.
+
+    On a mesh in use (`jax.set_mesh`) it runs within `jax.shard_map`: batch over data and fsdp, heads over tensor,
+    queries over sequence. There, a window exchanges its halo with the neighbours; full attention has all keys everywhere.
 
     Args:
         q: [B, T, N, H].
         k, v: [B, S, K, H]; N is a multiple of K, and query head n reads key head n // (N / K).
-        window: key j is visible to query i if |i - j| <= window. Costs O(T * window).
+        window: key j is visible to query i if |i - j| <= window; S = T. Costs O(T * window).
         causal: key j is visible to query i if j <= i. Not together with `window`.
-        key_mask: [B, S] bool, False for keys nobody sees.
+        key_lengths: [B] int32; keys from there on are padding, which nobody sees. None: there is none.
         dropout: the share of attention weights to drop; none without `dropout_key`.
+        kernel: of full attention: "xla", plain JAX; "cudnn"; "splash", Pallas on TPU; "auto", what suits the backend.
+            Windows, causal attention and dropout are always computed in plain JAX.
 
     Returns:
-        [B, T, N, H] in q's dtype. A query that sees no key gets the mean of the values at hand.
+        [B, T, N, H] in q's dtype. A query that sees no key gets some finite value.
+
+    Raises:
+        InputError: if the kernel is not for this backend or dtype.
     """
     if causal and window is not None:
         raise ValueError("attention is causal or has a window, not both")
-    b, t, n, h = q.shape
-    groups = k.shape[2]
-    q = q.reshape(b, t, groups, n // groups, h)
     if dropout_key is None:
         dropout = 0.0
-    if window is not None and k.shape[1] > window + 1:
-        y = _banded(q, k, v, window, key_mask, dropout, dropout_key)
-    else:
-        y = _full(q, k, v, causal, key_mask, dropout, dropout_key)
-    return y.reshape(b, t, n, h)
+    mesh = jax.sharding.get_abstract_mesh()
+    local = functools.partial(
+        _local,
+        window=window,
+        causal=causal,
+        dropout=dropout,
+        dropout_key=dropout_key if dropout else None,
+        kernel=choose_kernel(kernel, q, k),
+        platform=_platform(mesh),
+    )
+    # Dropout is left to the partitioner, so that the same weights are dropped on every mesh.
+    if mesh.empty or mesh.size == 1 or dropout:
+        return local(q, k, v, key_lengths)
+    return _sharded(local, mesh, q, k, v, key_lengths, window, causal)
 
 
-def _softmax_weighted(q, k, v, mask, dropout, dropout_key):
-    """q: [..., T, K, G, H]; k, v: [..., S, K, H]; mask broadcasts to [..., K, G, T, S]."""
-    scores = jnp.einsum("...tkgh,...skh->...kgts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    if mask is not None:
-        # The lowest finite score, not -inf: a row without any visible key gives the mean, not NaN.
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1)
-    if dropout:
-        keep = jax.random.bernoulli(dropout_key, 1.0 - dropout, weights.shape)
-        weights = jnp.where(keep, weights / (1.0 - dropout), 0.0)
-    return jnp.einsum("...kgts,...skh->...tkgh", weights.astype(v.dtype), v)
+def choose_kernel(kernel: str, q: jax.Array, k: jax.Array) -> str:
+    """The kernel of full attention for these shapes and dtypes on the backend in use; raises InputError."""
+    mesh = jax.sharding.get_abstract_mesh()
+    platform = _platform(mesh)
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    if kernel == "auto":
+        # Below a tile or two there is nothing for a fused kernel to save.
+        if min(q.shape[1], k.shape[1]) < 128:
+            return "xla"
+        if platform == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and _compute_capability() >= 8:
+            return "cudnn"
+        return "splash" if platform == "tpu" and q.shape[-1] % 128 == 0 else "xla"
+    wanted = {"cudnn": "gpu", "splash": "tpu"}.get(kernel, platform)
+    if platform != wanted:
+        raise InputError(f'attention_kernel: "{kernel}" runs on {wanted} alone, found {platform}; use "auto"')
+    if kernel == "cudnn" and not half:
+        raise InputError(f'attention_kernel: "cudnn" takes bfloat16 or float16, found {q.dtype}; use "auto" or cast')
+    return kernel
 
 
-def _full(q, k, v, causal, key_mask, dropout, dropout_key):
-    """All keys, a block of queries at a time."""
-    t, s = q.shape[1], k.shape[1]
-
-    def attend(q, first, key):
-        mask = None if key_mask is None else key_mask[:, None, None, None, :]
-        if causal:
-            visible = jnp.arange(s) <= first + jnp.arange(q.shape[1])[:, None]
-            mask = visible if mask is None else mask & visible
-        return _softmax_weighted(q, k, v, mask, dropout, key)
-
-    if t <= QUERY_BLOCK:
-        return attend(q, 0, dropout_key)
-    num_blocks = -(-t // QUERY_BLOCK)
-    size = -(-t // num_blocks)
-    blocks = _pad_time(q, 0, num_blocks * size - t).reshape(q.shape[0], num_blocks, size, *q.shape[2:])
-
-    # Recomputing a block in the backward pass keeps its scores out of memory there too.
-    @jax.checkpoint
-    def block(args):
-        i, q = args
-        return attend(q, i * size, None if dropout_key is None else jax.random.fold_in(dropout_key, i))
-
-    y = jax.lax.map(block, (jnp.arange(num_blocks), jnp.moveaxis(blocks, 1, 0)))
-    return jnp.moveaxis(y, 0, 1).reshape(q.shape[0], num_blocks * size, *q.shape[2:])[:, :t]
+def _platform(mesh) -> str:
+    """ "cpu", "gpu" or "tpu": of the mesh's devices, which ahead-of-time compilation need not have, or the default."""
+    device = getattr(mesh, "abstract_device", None)
+    return jax.default_backend() if device is None else device.platform
 
 
-def _banded(q, k, v, window, key_mask, dropout, dropout_key):
-    """Blocks of `window` queries, each against its own and both neighbouring blocks of keys."""
-    b, t = q.shape[:2]
-    num_blocks = -(-t // window)
-    tail = num_blocks * window - t
-
-    def blocks(x):  # [B, T, ...] -> [B, blocks, window, ...]
-        return x.reshape(b, -1, window, *x.shape[2:])
-
-    def neighbourhood(x):  # [B, T, ...] -> [B, blocks, 3 * window, ...]
-        x = blocks(_pad_time(x, window, tail + window))
-        return jnp.concatenate([x[:, :-2], x[:, 1:-1], x[:, 2:]], axis=2)
-
-    query = jnp.arange(num_blocks * window).reshape(num_blocks, window, 1)
-    key = jnp.arange(num_blocks)[:, None, None] * window + jnp.arange(-window, 2 * window)
-    mask = (abs(query - key) <= window) & (key >= 0) & (key < t)  # [blocks, window, 3 * window]
-    mask = mask[None, :, None, None]
-    if key_mask is not None:
-        mask = mask & neighbourhood(key_mask)[:, :, None, None, None, :]
-    y = _softmax_weighted(blocks(_pad_time(q, 0, tail)), neighbourhood(k), neighbourhood(v), mask, dropout, dropout_key)
-    return y.reshape(b, num_blocks * window, *y.shape[3:])[:, :t]
+@functools.cache
+def _compute_capability() -> float:
+    """Of an NVIDIA GPU, such as 9.0; 0 for others."""
+    text = str(getattr(jax.devices()[0], "compute_capability", ""))
+    return float(text) if re.fullmatch(r"\d+\.\d+", text) else 0.0
 
 
-def _pad_time(x, before, after):
-    return jnp.pad(x, ((0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2))
+def _local(q, k, v, key_lengths, *, window, causal, dropout, dropout_key, kernel, platform, halo=None, first_query=0):
+    """On the arrays of one device. `halo` brings the `window` keys before and after them; zeros without it."""
+    if window is not None:
+        if key_lengths is None:
+            key_lengths = jnp.full((k.shape[0],), k.shape[1])
+        if halo is None:
+            halo = functools.partial(kernels.pad_time, before=window, after=window)
+        return kernels.banded(
+            q,
+            halo(k),
+            halo(v),
+            window,
+            first_query=first_query,
+            key_lengths=key_lengths,
+            dropout=dropout,
+            dropout_key=dropout_key,
+            platform=platform,
+        )
+    if kernel == "xla" or causal or dropout:
+        return kernels.chunked(
+            q,
+            k,
+            v,
+            causal=causal,
+            first_query=first_query,
+            key_lengths=key_lengths,
+            dropout=dropout,
+            dropout_key=dropout_key,
+            platform=platform,
+        )
+    return (kernels.cudnn if kernel == "cudnn" else kernels.splash)(q, k, v, key_lengths=key_lengths)
+
+
+def _sharded(local, mesh, q, k, v, key_lengths, window, causal):
+    b, t, n, _ = q.shape
+    batch, sequence, heads, _ = partition_spec(("batch", "sequence", "heads", None), q.shape, mesh)
+    if sequence and window is not None:
+        shards = mesh.shape["sequence"]
+        if t // shards < window:
+            log_once(f"{t} tokens on sequence={shards} are fewer than the window of {window} each: replicated")
+            sequence = None
+        elif key_lengths is None:  # the local number of keys says nothing
+            key_lengths = jnp.full((b,), t)
+
+    key_heads = heads if heads and k.shape[2] % mesh.shape["tensor"] == 0 else None
+    local_heads = n // mesh.shape["tensor"] if heads else n
+    # Query heads of one device that share a key head can do without the others; else all heads stay together.
+    if heads and not key_heads and (n // k.shape[2]) % local_heads:
+        log_once(f"{n} query and {k.shape[2]} key heads do not divide by tensor={mesh.shape['tensor']}: replicated")
+        heads, local_heads = None, n
+
+    def run(q, k, v, key_lengths):
+        if heads and not key_heads:
+            index = jax.lax.axis_index("tensor") * local_heads // (n // k.shape[2])
+            k, v = (jax.lax.dynamic_slice_in_dim(x, index, 1, axis=2) for x in (k, v))
+        first_query, halo = 0, None
+        if sequence:
+            first_query = jax.lax.axis_index("sequence") * q.shape[1]
+            if window is not None:
+                halo = functools.partial(_exchange_halo, window=window, shards=mesh.shape["sequence"])
+        return local(q, k, v, key_lengths, halo=halo, first_query=first_query)
+
+    queries = P(batch, sequence, heads, None)
+    keys = P(batch, sequence if window is not None else None, key_heads, None)
+    lengths = None if key_lengths is None else P(batch)
+    run = jax.shard_map(run, in_specs=(queries, keys, keys, lengths), out_specs=queries, check_vma=False)
+    return run(q, k, v, key_lengths)
+
+
+def _exchange_halo(x: jax.Array, window: int, shards: int) -> jax.Array:
+    """[B, T, K, H] of one device -> [B, window + T + window, K, H] with its neighbours' edges, zeros at the ends."""
+    before = jax.lax.ppermute(x[:, -window:], "sequence", [(i, i + 1) for i in range(shards - 1)])
+    after = jax.lax.ppermute(x[:, :window], "sequence", [(i + 1, i) for i in range(shards - 1)])
+    return jnp.concatenate([before, x, after], axis=1)
 
 
 class Attention(nnx.Module):
@@ -141,6 +200,7 @@ class Attention(nnx.Module):
         key_size = config.num_key_value_heads * config.head_dim
         self.head_dim = config.head_dim
         self.dropout = config.attention_dropout
+        self.kernel = config.attention_kernel
         self.to_q = linear(hidden, query_size, ("embed", "heads"), config, use_bias=bias, rngs=rngs)
         self.to_k = linear(hidden, key_size, ("embed", "heads"), config, use_bias=bias, rngs=rngs)
         self.to_v = linear(hidden, key_size, ("embed", "heads"), config, use_bias=bias, rngs=rngs)
@@ -148,12 +208,12 @@ class Attention(nnx.Module):
         self.norm_q = RMSNorm(config.head_dim, config.rms_norm_eps, config)
         self.norm_k = RMSNorm(config.head_dim, config.rms_norm_eps, config)
 
-    def _heads(self, x: jax.Array) -> jax.Array:
-        return shard(x.reshape(*x.shape[:2], -1, self.head_dim), "batch", "sequence", "heads", None)
+    def _heads(self, x: jax.Array, time: str | None) -> jax.Array:
+        return shard(x.reshape(*x.shape[:2], -1, self.head_dim), "batch", time, "heads", None)
 
-    def keys_values(self, context: jax.Array) -> KeysValues:
-        """The part of cross-attention that depends on the context alone. context: [B, S, D]."""
-        return KeysValues(self.norm_k(self._heads(self.to_k(context))), self._heads(self.to_v(context)))
+    def keys_values(self, context: jax.Array, *, time: str | None = None) -> KeysValues:
+        """Of a context [B, S, D]: the part of cross-attention that is the same at every step. `time`: its axis name."""
+        return KeysValues(self.norm_k(self._heads(self.to_k(context), time)), self._heads(self.to_v(context), time))
 
     def __call__(
         self,
@@ -163,12 +223,14 @@ class Attention(nnx.Module):
         rope: tuple[jax.Array, jax.Array] | None = None,  # [T, H / 2] each
         window: int | None = None,
         causal: bool = False,
-        key_mask: jax.Array | None = None,  # [B, S]
+        key_lengths: jax.Array | None = None,  # [B]
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:  # [B, T, D]
-        q = self.norm_q(self._heads(self.to_q(x)))
-        if not isinstance(context, KeysValues):
-            context = self.keys_values(x if context is None else context)
+        q = self.norm_q(self._heads(self.to_q(x), "sequence"))
+        if context is None:
+            context = self.keys_values(x, time="sequence")
+        elif not isinstance(context, KeysValues):
+            context = self.keys_values(context)
         k, v = context
         if rope is not None:
             q, k = apply_rotary(q, rope), apply_rotary(k, rope)
@@ -178,8 +240,9 @@ class Attention(nnx.Module):
             v,
             window=window,
             causal=causal,
-            key_mask=key_mask,
+            key_lengths=key_lengths,
             dropout=self.dropout,
             dropout_key=dropout_key,
+            kernel=self.kernel,
         )  # [B, T, N, H]
         return self.to_out(y.reshape(*x.shape[:2], -1))

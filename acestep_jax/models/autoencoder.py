@@ -4,19 +4,20 @@ Inside, arrays are [B, time, channels]; audio enters and leaves as [B, channels,
 Source: diffusers `AutoencoderOobleck`. Weight norm is folded into the kernels when a checkpoint is converted.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from acestep_jax.config import AutoencoderConfig
 from acestep_jax.errors import InputError
 from acestep_jax.models.layers import parameter
 
-# Latent frames of a song that are encoded or decoded at once (20.5 s): what bounds the memory of a long one.
+# Latent frames of a song that are encoded or decoded at once (20.5 s): what bounds the memory, whatever the length.
 TILE_FRAMES = 512
 
 
@@ -53,7 +54,8 @@ class Conv(nnx.Module):
         self.kernel = _kernel((size, inputs, outputs), config, rngs)
         self.bias = parameter(jnp.zeros((outputs,), config.param_dtype), "channels") if use_bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, length: jax.Array | None = None) -> jax.Array:
+        x = _zero_from(length, x)
         y = _convolve(x, self.kernel[...], self.stride, self.dilation, self.padding)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
@@ -71,7 +73,8 @@ class UpsampleConv(nnx.Module):
         self.kernel = parameter(value, None, "channels", None, "channels")
         self.bias = parameter(jnp.zeros((outputs,), config.param_dtype), "channels")
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, in] -> [B, T * stride, out]
+    def __call__(self, x: jax.Array, length: jax.Array | None) -> jax.Array:  # [B, T, in] -> [B, T * stride, out]
+        x = _zero_from(length, x)
         size, inputs, stride, outputs = self.kernel.shape
         y = _convolve(x, self.kernel[...].reshape(size, inputs, stride * outputs), padding=1)
         y = y.reshape(x.shape[0], -1, outputs)  # [B, (T + 1) * stride, out]
@@ -88,8 +91,8 @@ class OobleckResidualUnit(nnx.Module):
         self.snake2 = Snake(channels, config)
         self.conv2 = Conv(channels, channels, 1, config, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x + self.conv2(self.snake2(self.conv1(self.snake1(x))))
+    def __call__(self, x: jax.Array, length: jax.Array | None = None) -> jax.Array:
+        return x + self.conv2(self.snake2(self.conv1(self.snake1(x), length)))
 
 
 class OobleckEncoderBlock(nnx.Module):
@@ -111,15 +114,20 @@ class OobleckDecoderBlock(nnx.Module):
     """A transposed convolution that multiplies time by `stride`, then three residual units."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        self.stride = stride
         self.snake1 = Snake(inputs, config)
         self.conv_t1 = UpsampleConv(inputs, outputs, stride, config, rngs=rngs)
         self.res_unit1 = OobleckResidualUnit(outputs, 1, config, rngs=rngs)
         self.res_unit2 = OobleckResidualUnit(outputs, 3, config, rngs=rngs)
         self.res_unit3 = OobleckResidualUnit(outputs, 9, config, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.conv_t1(self.snake1(x))
-        return self.res_unit3(self.res_unit2(self.res_unit1(x)))
+    def __call__(self, x: jax.Array, length: jax.Array | None) -> jax.Array:
+        x = self.conv_t1(self.snake1(x), length)
+        if length is not None:
+            length = length * self.stride
+        for unit in (self.res_unit1, self.res_unit2, self.res_unit3):
+            x = unit(x, length)
+        return x
 
 
 class OobleckEncoder(nnx.Module):
@@ -143,7 +151,10 @@ class OobleckEncoder(nnx.Module):
 
 
 class OobleckDecoder(nnx.Module):
-    """[B, frames, 64] -> [B, frames * 1920, audio channels]."""
+    """[B, frames, 64] -> [B, frames * 1920, audio channels].
+
+    length: int32, the frames that count. What follows them is taken for the zeros that every convolution pads with.
+    """
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         channels = [config.decoder_channels * m for m in (1, *config.channel_multiples)][::-1]
@@ -155,11 +166,13 @@ class OobleckDecoder(nnx.Module):
         self.snake1 = Snake(channels[-1], config)
         self.conv2 = Conv(channels[-1], config.audio_channels, 7, config, padding=3, use_bias=False, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.conv1(x)
+    def __call__(self, x: jax.Array, length: jax.Array | None = None) -> jax.Array:
+        x = self.conv1(x, length)
         for block in self.block:
-            x = block(x)
-        return self.conv2(self.snake1(x))
+            x = block(x, length)
+            if length is not None:
+                length = length * block.stride
+        return self.conv2(self.snake1(x), length)
 
 
 class DiagonalGaussian(NamedTuple):
@@ -174,7 +187,7 @@ class DiagonalGaussian(NamedTuple):
 
 
 class AutoencoderOobleck(nnx.Module):
-    """Waveform <-> latents. Long inputs are cut into overlapping tiles; the result is that of one piece."""
+    """Waveform <-> latents. Long inputs are cut into overlapping windows; the result is that of one piece."""
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -196,28 +209,95 @@ class AutoencoderOobleck(nnx.Module):
             raise InputError(f"audio: {audio.shape[-1]} samples are less than one latent frame of {hop}")
         x = jnp.moveaxis(audio, 1, 2).astype(self.config.dtype)
         overlap = math.ceil(_encoder_reach(self.config) / hop)
-        if frames <= tile_frames:
-            y = self.encoder(x)
-        else:
-            # The samples beyond the last frame stay with the last tile, so every tile carries as many.
-            y = _tiled(self.encoder, x, frames, tile_frames, overlap, extra=audio.shape[-1] - frames * hop, read=hop)
+        # The samples beyond the last frame stay with the last window, so every window carries as many.
+        extra = audio.shape[-1] - frames * hop
+        windows = _Windows.of(frames, tile_frames, overlap)
+
+        def run(i):
+            song, begin, first = windows.at(i)
+            window = jax.lax.dynamic_slice(
+                x, (song, begin * hop, 0), (1, windows.size * hop + extra, self.config.audio_channels)
+            )
+            return windows.keep(self.encoder(window)[0, : windows.size], first)
+
+        y = jax.lax.map(run, jnp.arange(x.shape[0] * windows.count))
+        y = y.reshape(x.shape[0], -1, y.shape[-1])[:, :frames]
         mean, scale = jnp.split(y, 2, axis=-1)
         return DiagonalGaussian(mean, jax.nn.softplus(scale) + 1e-4)
 
-    def decode(self, latents: jax.Array, *, tile_frames: int = TILE_FRAMES) -> jax.Array:
+    def decode(
+        self, latents: jax.Array, lengths: jax.Array | None = None, *, tile_frames: int = TILE_FRAMES
+    ) -> jax.Array:
         """[B, frames, 64] -> audio [B, channels, frames * hop_length], not limited to [-1, 1].
+
+        One window of one song after the other, each on one device; on a mesh in use, all devices share the windows.
+
+        Args:
+            lengths: [B] int32, the frames of each song; what follows is padding, and arbitrary in the result.
 
         Raises:
             InputError: if tile_frames is too small to leave anything between two overlaps.
         """
         x = latents.astype(self.config.dtype)
-        frames = x.shape[1]
-        if frames <= tile_frames:
-            y = self.decoder(x)
-        else:
-            overlap = _decoder_reach(self.config)
-            y = _tiled(self.decoder, x, frames, tile_frames, overlap, write=self.hop_length)
-        return jnp.moveaxis(y, 1, 2)
+        songs, frames, channels = x.shape
+        if lengths is not None:
+            lengths = lengths.astype(jnp.int32)
+        mesh = jax.sharding.get_abstract_mesh()
+        devices = 1 if mesh.empty else mesh.size
+        windows = _Windows.of(frames, tile_frames, _decoder_reach(self.config), devices // math.gcd(songs, devices))
+
+        def run(decoder, x, lengths, items):
+            def window(i):
+                song, begin, first = windows.at(i)
+                window = jax.lax.dynamic_slice(x, (song, begin, 0), (1, windows.size, channels))
+                y = decoder(window, None if lengths is None else lengths[song] - begin)[0]
+                return windows.keep(y, first, self.hop_length).T  # [channels, samples]
+
+            return jax.lax.map(window, items)
+
+        if devices > 1:
+            items = P(mesh.axis_names)
+            run = jax.shard_map(run, in_specs=(P(), P(), P(), items), out_specs=items, check_vma=False)
+        y = run(self.decoder, x, lengths, jnp.arange(songs * windows.count))
+        y = y.reshape(songs, windows.count, *y.shape[1:]).swapaxes(1, 2)
+        return y.reshape(songs, y.shape[1], -1)[:, :, : frames * self.hop_length]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Windows:
+    """How the frames of a song are cut into windows of one size, of each of which `step` frames are kept: those that
+    are `overlap` frames from its inner edges. At the ends of the song the network's own zero padding holds, as without
+    windows.
+    """
+
+    frames: int
+    size: int
+    step: int
+    overlap: int
+    count: int
+
+    @classmethod
+    def of(cls, frames: int, most: int, overlap: int, multiple: int = 1) -> "_Windows":
+        """Windows of at most `most` frames, a multiple of `multiple` of them; raises InputError if that cannot be."""
+        if frames <= most and multiple == 1:
+            return cls(frames, frames, frames, overlap, 1)
+        if most <= 2 * overlap:
+            raise InputError(f"tile_frames: {most} leaves nothing between two overlaps of {overlap} frames; enlarge it")
+        count = -(-frames // (most - 2 * overlap))
+        count = -(-count // multiple) * multiple
+        step = -(-frames // count)
+        return cls(frames, min(frames, step + 2 * overlap), step, overlap, count)
+
+    def at(self, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of window i of all songs' windows: the song, the window's first frame and the first one within it to keep."""
+        song, i = i // self.count, i % self.count
+        begin = jnp.clip(i * self.step - self.overlap, 0, self.frames - self.size)
+        return song, begin, i * self.step - begin
+
+    def keep(self, y: jax.Array, first: jax.Array, rate: int = 1) -> jax.Array:
+        """[size * rate, C] -> [step * rate, C], with zeros past the end of the song."""
+        y = jnp.pad(y, ((0, self.step * rate), (0, 0))) if self.count > 1 else y
+        return jax.lax.dynamic_slice_in_dim(y, first * rate, self.step * rate)
 
 
 def _kernel(shape: tuple[int, int, int], config: AutoencoderConfig, rngs: nnx.Rngs) -> nnx.Param:
@@ -234,6 +314,10 @@ def _convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 
         rhs_dilation=(dilation,),
         dimension_numbers=("NWC", "WIO", "NWC"),
     )
+
+
+def _zero_from(length: jax.Array | None, x: jax.Array) -> jax.Array:
+    return x if length is None else jnp.where(jnp.arange(x.shape[1])[:, None] < length, x, 0)
 
 
 _UNIT_REACH = 3 * (1 + 3 + 9)  # samples to either side that three residual units read
@@ -254,42 +338,3 @@ def _encoder_reach(config: AutoencoderConfig) -> int:
         reach += (_UNIT_REACH + 2 * stride) * rate
         rate *= stride
     return reach + rate
-
-
-def _tiled(
-    network: Callable[[jax.Array], jax.Array],
-    x: jax.Array,
-    frames: int,
-    tile: int,
-    overlap: int,
-    *,
-    read: int = 1,
-    write: int = 1,
-    extra: int = 0,
-) -> jax.Array:
-    """Runs `network` on windows of `tile` frames and keeps of each what is `overlap` frames from its inner edges.
-
-    All windows are of one length, so the network is compiled once: the last ones move back to end where x ends, and
-    what is written twice is the same. At the ends of x itself the network's own zero padding holds, as without tiles.
-
-    Args:
-        x: [B, frames * read + extra, C].
-        read, write: entries of x and of the output in a frame.
-    """
-    step = tile - 2 * overlap
-    if step < 1:
-        raise InputError(f"tile_frames: {tile} leaves nothing between two overlaps of {overlap} frames; enlarge it")
-    out = jax.eval_shape(network, x[:, : tile * read + extra])
-    result = jnp.zeros((x.shape[0], frames * write, out.shape[-1]), out.dtype)
-
-    def run(i, result):
-        begin = jnp.minimum(i * step, frames - tile)  # of the window
-        # The first window keeps its left edge and the last its right one: there is nothing beyond them.
-        first = jnp.where(i == 0, 0, begin + overlap)
-        window = jax.lax.dynamic_slice_in_dim(x, begin * read, tile * read + extra, axis=1)
-        y = network(window)[:, : tile * write]
-        keep = jax.lax.dynamic_slice_in_dim(y, (first - begin) * write, (tile - overlap) * write, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(result, keep, first * write, axis=1)
-
-    num_windows = max(0, math.ceil((frames - tile) / step)) + 1
-    return jax.lax.fori_loop(0, num_windows, run, result)

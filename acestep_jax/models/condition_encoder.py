@@ -19,7 +19,7 @@ class Buffer(nnx.Variable):
 
 
 class AceStepLyricEncoder(Encoder):
-    """Embeddings of lyric tokens, [B, T, text_hidden_dim] -> [B, T, D]; attends in both directions."""
+    """Embeddings of lyric tokens, [B, T, text_hidden_dim] -> [B, T, D]; attends both ways, to `lengths` [B]."""
 
     def __init__(self, config: ConditionEncoderConfig, *, rngs: nnx.Rngs):
         super().__init__(config, config.windows(config.num_lyric_encoder_hidden_layers), rngs=rngs)
@@ -27,8 +27,8 @@ class AceStepLyricEncoder(Encoder):
             config.text_hidden_dim, config.hidden_size, (None, "embed"), config, use_bias=True, rngs=rngs
         )
 
-    def __call__(self, inputs_embeds: jax.Array, attention_mask: jax.Array) -> jax.Array:
-        return self.encode(self.embed_tokens(inputs_embeds), key_mask=attention_mask.astype(bool))
+    def __call__(self, inputs_embeds: jax.Array, lengths: jax.Array) -> jax.Array:
+        return self.encode(self.embed_tokens(inputs_embeds), lengths=lengths)
 
 
 class AceStepTimbreEncoder(Encoder):
@@ -80,7 +80,7 @@ class AceStepConditionEncoder(nnx.Module):
             text_hidden_states: [B, S_text, 1024] from the text encoder.
             text_attention_mask: [B, S_text], true for tokens, false for padding.
             lyric_hidden_states: [B, S_lyric, 1024] from the text encoder's embedding table.
-            lyric_attention_mask: [B, S_lyric].
+            lyric_attention_mask: [B, S_lyric]; padding on the right.
             refer_audio_acoustic_hidden_states_packed: [N, frames, 64], the reference clips of the whole batch.
             refer_audio_order_mask: [N] int, the batch item that each clip belongs to.
             max_references: how many clips an item has at most; further ones are dropped.
@@ -90,7 +90,7 @@ class AceStepConditionEncoder(nnx.Module):
         """
         config = self.config
         text = self.text_projector(text_hidden_states)
-        lyric = self.lyric_encoder(lyric_hidden_states, lyric_attention_mask)
+        lyric = self.lyric_encoder(lyric_hidden_states, lyric_attention_mask.astype(jnp.int32).sum(1))
         clips = self.timbre_encoder(refer_audio_acoustic_hidden_states_packed.astype(config.dtype))
         timbre, timbre_mask = _unpack(clips, refer_audio_order_mask, text.shape[0], max_references)
         tokens = jnp.concatenate([lyric, timbre, text], axis=1)

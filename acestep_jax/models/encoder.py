@@ -21,8 +21,8 @@ class EncoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config, rngs=rngs)
 
-    def __call__(self, x, *, rope, window=None, causal=False, key_mask=None):  # [B, T, D] -> [B, T, D]
-        x = x + self.self_attn(self.input_layernorm(x), rope=rope, window=window, causal=causal, key_mask=key_mask)
+    def __call__(self, x, *, rope, window=None, causal=False, lengths=None):  # [B, T, D] -> [B, T, D]
+        x = x + self.self_attn(self.input_layernorm(x), rope=rope, window=window, causal=causal, key_lengths=lengths)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return shard(x, "batch", "sequence", None)
 
@@ -40,11 +40,11 @@ class Encoder(nnx.Module):
         self.layers = stack_layers(lambda rngs: EncoderLayer(config, rngs=rngs), len(windows), rngs)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config)
 
-    def encode(self, x: jax.Array, *, causal: bool = False, key_mask: jax.Array | None = None) -> jax.Array:
-        """x: [B, T, D] at positions 0..T-1; key_mask: [B, T] bool, False for padding. Returns [B, T, D]."""
+    def encode(self, x: jax.Array, *, causal: bool = False, lengths: jax.Array | None = None) -> jax.Array:
+        """x: [B, T, D] at positions 0..T-1; lengths: [B], what follows is padding. Returns [B, T, D]."""
         rope = rotary_embedding(x.shape[1], self.config.head_dim, self.config.rope_theta)
 
         def apply(x, layer, window, _):
-            return layer(x, rope=rope, window=window, causal=causal, key_mask=key_mask)
+            return layer(x, rope=rope, window=window, causal=causal, lengths=lengths)
 
         return self.norm(scan_layers(apply, self.layers, x, self.windows, remat=self.config.remat))

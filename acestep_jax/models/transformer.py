@@ -58,7 +58,8 @@ class AceStepTransformerBlock(nnx.Module):
         *,
         rope: tuple[jax.Array, jax.Array],
         window: int | None,
-        condition_mask: jax.Array | None = None,  # [B, S]
+        lengths: jax.Array | None = None,  # [B], of x
+        condition_lengths: jax.Array | None = None,  # [B]
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:  # [B, T, D]
         self_key, cross_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
@@ -66,10 +67,10 @@ class AceStepTransformerBlock(nnx.Module):
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(table, 6, axis=1)  # [B, 1, D] each
 
         h = self.self_attn_norm(x) * (1 + scale) + shift
-        x = x + gate * self.self_attn(h, rope=rope, window=window, dropout_key=self_key)
+        x = x + gate * self.self_attn(h, rope=rope, window=window, key_lengths=lengths, dropout_key=self_key)
 
         h = self.cross_attn_norm(x)
-        x = x + self.cross_attn(h, condition, key_mask=condition_mask, dropout_key=cross_key)
+        x = x + self.cross_attn(h, condition, key_lengths=condition_lengths, dropout_key=cross_key)
 
         h = self.mlp_norm(x) * (1 + mlp_scale) + mlp_shift
         x = x + mlp_gate * self.mlp(h)
@@ -120,8 +121,9 @@ class AceStepTransformer1DModel(nnx.Module):
         timestep_r: jax.Array,
         encoder_hidden_states: jax.Array | KeysValues,
         context_latents: jax.Array,
-        encoder_attention_mask: jax.Array | None = None,
         *,
+        lengths: jax.Array | None = None,
+        encoder_lengths: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """The velocity at `hidden_states`.
@@ -132,7 +134,8 @@ class AceStepTransformer1DModel(nnx.Module):
             timestep_r: [B], r; equal to t at inference.
             encoder_hidden_states: [B, S, E], the condition tokens, or what `embed_condition` made of them.
             context_latents: [B, T, 128], source latents and chunk mask.
-            encoder_attention_mask: [B, S] bool, False for padding; the torch model has none and attends to padding.
+            lengths: [B] int32, the frames of each item; what follows is padding, and zero in the result. None: T.
+            encoder_lengths: [B] int32, likewise of the condition tokens; the torch model attends to padding.
             dropout_key: of the attention dropout; without it there is none.
 
         Returns:
@@ -140,7 +143,13 @@ class AceStepTransformer1DModel(nnx.Module):
         """
         time = self.embed_time(timestep, timestep_r)
         return self.velocity(
-            hidden_states, time, encoder_hidden_states, context_latents, encoder_attention_mask, dropout_key=dropout_key
+            hidden_states,
+            time,
+            encoder_hidden_states,
+            context_latents,
+            lengths=lengths,
+            encoder_lengths=encoder_lengths,
+            dropout_key=dropout_key,
         )
 
     def velocity(
@@ -149,14 +158,20 @@ class AceStepTransformer1DModel(nnx.Module):
         time: TimeEmbedding,
         encoder_hidden_states: jax.Array | KeysValues,
         context_latents: jax.Array,
-        encoder_attention_mask: jax.Array | None = None,
         *,
+        lengths: jax.Array | None = None,
+        encoder_lengths: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """As `__call__`, with the timesteps already embedded."""
         config = self.config
         frames = hidden_states.shape[1]
         x = jnp.concatenate([context_latents, hidden_states], axis=-1).astype(config.dtype)  # [B, frames, 192]
+        tokens = valid = None
+        if lengths is not None:
+            valid = (jnp.arange(frames) < lengths[:, None])[:, :, None]  # [B, frames, 1]
+            x = jnp.where(valid, x, 0)  # the last token of an odd number of frames is half zeros, as without padding
+            tokens = (lengths + config.patch_size - 1) // config.patch_size
         x = self.proj_in_conv(x)  # [B, T, D]
         x = shard(x, "batch", "sequence", None)
         rope = rotary_embedding(x.shape[1], config.head_dim, config.rope_theta)
@@ -177,7 +192,8 @@ class AceStepTransformer1DModel(nnx.Module):
                 condition,
                 rope=rope,
                 window=window,
-                condition_mask=encoder_attention_mask,
+                lengths=tokens,
+                condition_lengths=encoder_lengths,
                 dropout_key=key,
             )
 
@@ -185,7 +201,8 @@ class AceStepTransformer1DModel(nnx.Module):
 
         table = self.scale_shift_table[...].astype(x.dtype) + time.temb[:, None].astype(x.dtype)
         shift, scale = jnp.split(table, 2, axis=1)  # [B, 1, D] each
-        return self.proj_out_conv(self.norm_out(x) * (1 + scale) + shift)[:, :frames]
+        velocity = self.proj_out_conv(self.norm_out(x) * (1 + scale) + shift)[:, :frames]
+        return velocity if valid is None else jnp.where(valid, velocity, 0)
 
 
 class Patchify(nnx.Module):

@@ -1,0 +1,75 @@
+"""Oobleck's decoder against diffusers' own: `python -m benchmarks.autoencoder`.
+
+Same random weights, same latents, same process, calls in turn.
+"""
+
+import argparse
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from diffusers import AutoencoderOobleck as TorchAutoencoder
+
+from acestep_jax.config import AutoencoderConfig
+from acestep_jax.models.autoencoder import AutoencoderOobleck
+from acestep_jax.stages import COMPILER_OPTIONS
+from benchmarks import measure
+from benchmarks.floor import decoder_flops
+from benchmarks.transformer import FRAMES_PER_SECOND, cast
+from convert.from_torch import from_module
+from convert.random_checkpoint import randomise
+
+ARGUMENTS = dict(downsampling_ratios=[2, 4, 4, 6, 10], sampling_rate=48000)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.autoencoder", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--seconds", type=float, nargs="+", default=[10], help="of audio [10]")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--batch", type=int, default=1)
+    add("--torch", nargs="*", choices=("eager", "compile"), default=["eager", "compile"], help="forms to compare with")
+    add("--runs", type=int, default=5, help="calls of each side after the first [5]")
+    add("--memory", action="store_true", help="measure peak memory as well, each side in a process of its own")
+    add("--trace", metavar="DIR", help="write a profile of one more call of ours")
+    options = parser.parse_args()
+
+    measure.print_header()
+    print(f"decode, batch {options.batch}, {options.dtype}; seconds, median of {options.runs} (lowest - highest)\n")
+    row = measure.print_table(measure.COLUMNS)
+    for seconds in options.seconds:
+        shape = options.batch, round(seconds * FRAMES_PER_SECOND), 64
+        names = ["JAX", *(f"torch {form}" for form in options.torch)]
+        flops = decoder_flops(AutoencoderConfig(**ARGUMENTS), shape[1], options.batch)
+        for cells in measure.compare(sides, (options.dtype, shape, names), flops, options):
+            row(f"{seconds:g} s", *cells)
+
+
+def sides(dtype: str, shape: tuple[int, int, int], names: list[str]) -> dict[str, measure.Side]:
+    """The sides of these names, with the same weights and latents."""
+    latents = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    theirs = randomise(TorchAutoencoder(**ARGUMENTS).eval())
+    made = {}
+    if "JAX" in names:
+        ours = cast(from_module("vae", AutoencoderConfig(**ARGUMENTS), theirs), dtype)
+        x = jnp.asarray(latents)
+        made["JAX"] = measure.jax_side(lambda: decode(ours, x))
+    device = measure.torch_device()
+    theirs.to(device, getattr(torch, dtype))
+    z = torch.from_numpy(latents).to(device, getattr(torch, dtype)).transpose(1, 2)
+    for name in names:
+        if name != "JAX":
+            run = torch.compile(theirs.decode, dynamic=False) if name.endswith("compile") else theirs.decode
+            made[name] = measure.torch_side(lambda run=run: run(z).sample)
+    return made
+
+
+@functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+def decode(vae: AutoencoderOobleck, latents: jax.Array) -> jax.Array:
+    return vae.decode(latents)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""How many floating-point operations each network needs at least: matrix products alone, a multiply-add counted as two.
+
+Padding, blocks of a band that hang over it and elementwise work are not in it, so a time over this floor shows them.
+"""
+
+from acestep_jax.config import AutoencoderConfig, TransformerConfig
+
+
+def transformer_flops(config: TransformerConfig, frames: int, condition_tokens: int, batch: int = 1) -> float:
+    """One forward pass: `frames` latent frames, `condition_tokens` tokens to attend to, embedded and projected too."""
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    tokens = -(-frames // config.patch_size)
+    total = tokens * config.patch_size * hidden * (config.in_channels + config.audio_acoustic_hidden_dim)
+    total += condition_tokens * (config.encoder_hidden_size or hidden) * hidden
+    for window in config.windows(config.num_hidden_layers):
+        pairs = tokens**2 if window is None else band_pairs(tokens, window)
+        projections = tokens * (4 * hidden * query + 2 * hidden * key + 3 * hidden * mlp)
+        total += projections + 2 * hidden * key * condition_tokens + 2 * query * (pairs + tokens * condition_tokens)
+    return 2.0 * batch * total
+
+
+def band_pairs(tokens: int, window: int) -> int:
+    """How many pairs of tokens are at most `window` apart."""
+    window = min(window, tokens - 1)
+    return tokens * (2 * window + 1) - window * (window + 1)
+
+
+def decoder_flops(config: AutoencoderConfig, frames: int, batch: int = 1) -> float:
+    """Oobleck's decoder on `frames` latent frames."""
+    channels = [config.decoder_channels * m for m in (1, *config.channel_multiples)][::-1]
+    total = frames * 7 * config.decoder_input_channels * channels[0]
+    samples = frames
+    for inputs, outputs, stride in zip(channels, channels[1:], config.downsampling_ratios[::-1], strict=False):
+        total += samples * 2 * stride * inputs * outputs  # each input frame meets 2 * stride taps
+        samples *= stride
+        total += samples * 3 * (7 + 1) * outputs**2
+    total += samples * 7 * channels[-1] * config.audio_channels
+    return 2.0 * batch * total

@@ -1,0 +1,180 @@
+"""Two implementations measured side by side in one run: their calls take turns, so that both meet the same machine."""
+
+import gc
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import torch
+
+
+class Timing(NamedTuple):
+    """Seconds. cold: the first call, compilation included; the others of the calls after it."""
+
+    cold: float
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f} - {self.high:.3f})"
+
+
+def alternate(sides: dict[str, Callable[[], object]], runs: int) -> dict[str, Timing]:
+    """Calls each side once, cold, then all of them in turn `runs` times. A side returns when its result is there."""
+    cold = {name: _seconds(call) for name, call in sides.items()}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(runs):
+        for name, call in sides.items():
+            times[name].append(_seconds(call))
+    return {name: Timing(cold[name], statistics.median(t), min(t), max(t)) for name, t in times.items()}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+class Side(NamedTuple):
+    """One implementation, ready to be called."""
+
+    call: Callable[[], object]  # returns when the device is done
+    result: Callable[[], np.ndarray]  # what it computes, float32
+
+
+COLUMNS = ("audio", "side", "cold", "warm", "torch / ours", "TFLOP/s", "time / floor", "peak memory", "error")
+
+
+def compare(make_sides: Callable[..., dict[str, Side]], arguments: tuple, flops: float, options) -> Iterator[tuple]:
+    """Yields the cells of `COLUMNS`, without the first, for each side.
+
+    The floor is `flops` at the rate that a large `x @ w` reaches in JAX in the same run. The error is that of ours relative
+    to the largest value of the first other side.
+
+    Args:
+        make_sides: from `arguments`, the last of which lists the names of the sides, "JAX" first.
+        options: `runs`, `dtype`, `memory` and `trace` of the command line.
+    """
+    sides = make_sides(*arguments)
+    calls = {name: side.call for name, side in sides.items()}
+    timings = alternate(calls | {PRODUCT: _large_product(options.dtype)}, options.runs)
+    errors = dict.fromkeys(sides, "")
+    if len(sides) > 1:
+        ours, theirs = (side.result() for side in list(sides.values())[:2])
+        errors["JAX"] = f"{np.abs(ours - theirs).max() / np.abs(theirs).max():.1e}"
+    if options.trace:
+        with jax.profiler.trace(options.trace):
+            calls["JAX"]()
+    del sides, calls
+
+    product = timings.pop(PRODUCT)
+    rate = 2.0 * PRODUCT_SIZE**3 / product.median
+    for name, timing in timings.items():
+        memory = f"{peak_memory(make_sides, *arguments[:-1], [name]) / 1e6:.0f} MB" if options.memory else ""
+        yield (
+            name,
+            f"{timing.cold:.1f}",
+            timing,
+            f"{timing.median / timings['JAX'].median:.2f}",
+            f"{flops / timing.median / 1e12:.3f}",
+            f"{timing.median / (flops / rate):.2f}",
+            memory,
+            errors[name],
+        )
+    yield PRODUCT, f"{product.cold:.1f}", product, "", f"{rate / 1e12:.3f}", "", "", ""
+
+
+PRODUCT = "x @ w"
+PRODUCT_SIZE = 4096 if jax.default_backend() == "cpu" else 8192
+
+
+def _large_product(dtype: str) -> Callable[[], object]:
+    x = jax.random.normal(jax.random.key(0), (PRODUCT_SIZE, PRODUCT_SIZE), dtype)
+    product = jax.jit(lambda x: x @ x)
+    return lambda: product(x).block_until_ready()
+
+
+def torch_device() -> torch.device:
+    """The one that JAX uses as well."""
+    return torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
+
+
+def jax_side(function: Callable[[], jax.Array]) -> Side:
+    return Side(lambda: function().block_until_ready(), lambda: np.asarray(function(), np.float32))
+
+
+def torch_side(function: Callable[[], torch.Tensor]) -> Side:
+    """`function`, without gradients."""
+
+    def call() -> torch.Tensor:
+        with torch.inference_mode():
+            result = function()
+        if result.is_cuda:
+            torch.cuda.synchronize()
+        return result
+
+    return Side(call, lambda: call().float().cpu().numpy())
+
+
+def peak_memory(make_sides: Callable[..., dict[str, Side]], *arguments) -> float:
+    """Bytes that the second call of the one side that `arguments` name needs beyond what is there before it, in a process
+    of its own. On the CPU, resident memory; on a GPU, the peak of the framework's allocator, parameters included."""
+    # Without these, glibc keeps freed blocks, which would then count as there before the call.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = str(1 << 17)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory, (make_sides, arguments))
+
+
+def _peak_memory(make_sides, arguments):
+    ((name, side),) = make_sides(*arguments).items()
+    side.call()
+    if jax.default_backend() == "gpu":
+        return (
+            torch.cuda.max_memory_allocated() if name != "JAX" else jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+        )
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = _status("VmRSS")
+    side.call()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def print_header() -> None:
+    """What the figures below it were measured on."""
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "torch", "diffusers"))
+    device = jax.devices()[0]
+    name = f"{os.cpu_count()} cores, {_processor()}" if device.platform == "cpu" else device.device_kind
+    print(f"{name}; Python {platform.python_version()}, {', '.join(versions)}\n")
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo") as file:
+        lines = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    return lines[0] if lines else platform.processor()
+
+
+def print_table(columns: Iterable[str]) -> Callable[..., None]:
+    """Prints the head of a Markdown table; gives the function that prints a row of it."""
+    columns = list(columns)
+
+    def row(*cells: object) -> None:
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+    row(*columns)
+    row(*["---"] * len(columns))
+    return row

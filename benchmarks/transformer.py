@@ -1,0 +1,119 @@
+"""The diffusion transformer against diffusers' own, one forward pass: `python -m benchmarks.transformer`.
+
+Same random weights, same inputs, same process, calls in turn.
+"""
+
+import argparse
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from diffusers import AceStepTransformer1DModel as TorchTransformer
+from flax import nnx
+
+from acestep_jax.config import TransformerConfig
+from acestep_jax.models.transformer import AceStepTransformer1DModel
+from acestep_jax.stages import COMPILER_OPTIONS
+from benchmarks import measure
+from benchmarks.floor import transformer_flops
+from convert.from_torch import from_module
+from convert.random_checkpoint import randomise
+
+FRAMES_PER_SECOND = 25
+SIZES = {
+    "2B": {},
+    "XL": dict(
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        encoder_hidden_size=2048,
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.transformer", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--size", choices=SIZES, default="2B", help="width of the blocks [2B]")
+    add("--layers", type=int, default=4, help="an even number; 0 for all [4]")
+    add("--seconds", type=float, nargs="+", default=[30, 120, 300], help="of audio [30 120 300]")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--batch", type=int, default=1)
+    add("--condition-tokens", type=int, default=512)
+    add("--torch", nargs="*", choices=("eager", "compile"), default=["eager", "compile"], help="forms to compare with")
+    add("--runs", type=int, default=5, help="calls of each side after the first [5]")
+    add("--memory", action="store_true", help="measure peak memory as well, each side in a process of its own")
+    add("--trace", metavar="DIR", help="write a profile of one more call of ours")
+    options = parser.parse_args()
+
+    arguments = dict(SIZES[options.size])
+    if options.layers:
+        arguments["num_hidden_layers"] = options.layers
+    config = TransformerConfig(**arguments)
+    measure.print_header()
+    print(
+        f"{options.size}, {config.num_hidden_layers} layers, batch {options.batch}, {options.condition_tokens} "
+        f"condition tokens, {options.dtype}; seconds, median of {options.runs} (lowest - highest)\n"
+    )
+    row = measure.print_table(measure.COLUMNS)
+    names = ["JAX", *(f"torch {form}" for form in options.torch)]
+    for seconds in options.seconds:
+        frames = round(seconds * FRAMES_PER_SECOND)
+        flops = transformer_flops(config, frames, options.condition_tokens, options.batch)
+        case = arguments, options.dtype, frames, options.condition_tokens, options.batch, names
+        for cells in measure.compare(sides, case, flops, options):
+            row(f"{seconds:g} s", *cells)
+
+
+def sides(
+    arguments: dict, dtype: str, frames: int, condition_tokens: int, batch: int, names: list[str]
+) -> dict[str, measure.Side]:
+    """The sides of these names, with the same weights and inputs."""
+    theirs = randomise(TorchTransformer(**arguments).eval())
+    config = TransformerConfig(**arguments)
+    inputs = make_inputs(config, frames, condition_tokens, batch)
+    made = {}
+    if "JAX" in names:
+        ours = cast(from_module("transformer", config, theirs), dtype)
+        arrays = [jnp.asarray(x) for x in inputs]
+        made["JAX"] = measure.jax_side(lambda: forward(ours, *arrays))
+    if names != ["JAX"]:
+        theirs = theirs.to(measure.torch_device(), getattr(torch, dtype))
+        tensors = [torch.from_numpy(x).to(measure.torch_device(), getattr(torch, dtype)) for x in inputs]
+    for name in names:
+        if name != "JAX":
+            run = torch.compile(theirs, dynamic=False) if name.endswith("compile") else theirs
+            made[name] = measure.torch_side(lambda run=run: run(*tensors, return_dict=False)[0])
+    return made
+
+
+def cast(network: nnx.Module, dtype: str) -> nnx.Module:
+    """Weights and computation in `dtype`."""
+    network = jax.tree.map(lambda leaf: leaf.astype(dtype), network)
+    config = dataclasses.replace(network.config, dtype=dtype, param_dtype=dtype)
+    fresh = nnx.eval_shape(lambda: type(network)(config, rngs=nnx.Rngs(0)))
+    return nnx.merge(nnx.graphdef(fresh), nnx.state(network))
+
+
+def make_inputs(config: TransformerConfig, frames: int, condition_tokens: int, batch: int) -> list[np.ndarray]:
+    """Of one call, in its order, float32."""
+    random = np.random.default_rng(0)
+    channels = config.audio_acoustic_hidden_dim
+    condition = config.encoder_hidden_size or config.hidden_size
+    shapes = (batch, frames, channels), (batch, condition_tokens, condition), (batch, frames, 2 * channels)
+    x, condition, context = (random.standard_normal(shape, dtype=np.float32) for shape in shapes)
+    t = np.full(batch, 0.7, np.float32)
+    return [x, t, t, condition, context]
+
+
+@functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+def forward(network: AceStepTransformer1DModel, *inputs: jax.Array) -> jax.Array:
+    return network(*inputs)
+
+
+if __name__ == "__main__":
+    main()
