@@ -69,6 +69,13 @@ def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh) 
     return P(*spec)
 
 
+def platform() -> str:
+    """Of the mesh in use, whose devices need not be there (ahead-of-time compilation), or else the default backend's:
+    "cpu", "gpu" or "tpu"."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() if device is None else device.platform
+
+
 @functools.cache
 def log_once(message: str) -> None:
     """A warning, the first time that it is given."""

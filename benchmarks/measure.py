@@ -57,8 +57,8 @@ COLUMNS = ("audio", "side", "cold", "warm", "torch / ours", "TFLOP/s", "time / f
 def compare(make_sides: Callable[..., dict[str, Side]], arguments: tuple, flops: float, options) -> Iterator[tuple]:
     """Yields the cells of `COLUMNS`, without the first, for each side.
 
-    The floor is `flops` at the rate that a large `x @ w` reaches in JAX in the same run. The error is that of ours relative
-    to the largest value of the first other side.
+    The floor is `flops` at the rate that a large `x @ w` reaches in JAX in the same run. The error is that of ours
+    relative to the largest value of the first other side.
 
     Args:
         make_sides: from `arguments`, the last of which lists the names of the sides, "JAX" first.
@@ -126,8 +126,8 @@ def torch_side(function: Callable[[], torch.Tensor]) -> Side:
 
 
 def peak_memory(make_sides: Callable[..., dict[str, Side]], *arguments) -> float:
-    """Bytes that the second call of the one side that `arguments` name needs beyond what is there before it, in a process
-    of its own. On the CPU, resident memory; on a GPU, the peak of the framework's allocator, parameters included."""
+    """Bytes that the second call of the one side that `arguments` name needs beyond what is there before it, in a
+    process of its own. On the CPU, resident memory; on a GPU, the allocator's peak, parameters included."""
     # Without these, glibc keeps freed blocks, which would then count as there before the call.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = str(1 << 17)
     with multiprocessing.get_context("spawn").Pool(1) as pool:

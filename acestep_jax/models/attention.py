@@ -13,7 +13,7 @@ from acestep_jax.config import AttentionConfig
 from acestep_jax.errors import InputError
 from acestep_jax.models import attention_kernels as kernels
 from acestep_jax.models.layers import RMSNorm, apply_rotary, linear
-from acestep_jax.sharding import log_once, partition_spec, shard
+from acestep_jax.sharding import log_once, partition_spec, platform, shard
 
 
 class KeysValues(NamedTuple):
@@ -38,7 +38,7 @@ def attention(
     """softmax(q k^T / sqrt(H)) v, the softmax in float32; no array of [T, S] scores on any backend.
 
     On a mesh in use (`jax.set_mesh`) it runs within `jax.shard_map`: batch over data and fsdp, heads over tensor,
-    queries over sequence. There, a window exchanges its halo with the neighbours; full attention has all keys everywhere.
+    queries over sequence. There, a window exchanges its halo with the neighbours; full attention gathers all keys.
 
     Args:
         q: [B, T, N, H].
@@ -68,7 +68,7 @@ def attention(
         dropout=dropout,
         dropout_key=dropout_key if dropout else None,
         kernel=choose_kernel(kernel, q, k),
-        platform=_platform(mesh),
+        platform=platform(),
     )
     # Dropout is left to the partitioner, so that the same weights are dropped on every mesh.
     if mesh.empty or mesh.size == 1 or dropout:
@@ -78,28 +78,21 @@ def attention(
 
 def choose_kernel(kernel: str, q: jax.Array, k: jax.Array) -> str:
     """The kernel of full attention for these shapes and dtypes on the backend in use; raises InputError."""
-    mesh = jax.sharding.get_abstract_mesh()
-    platform = _platform(mesh)
+    found = platform()
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if kernel == "auto":
         # Below a tile or two there is nothing for a fused kernel to save.
         if min(q.shape[1], k.shape[1]) < 128:
             return "xla"
-        if platform == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and _compute_capability() >= 8:
+        if found == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and _compute_capability() >= 8:
             return "cudnn"
-        return "splash" if platform == "tpu" and q.shape[-1] % 128 == 0 else "xla"
-    wanted = {"cudnn": "gpu", "splash": "tpu"}.get(kernel, platform)
-    if platform != wanted:
-        raise InputError(f'attention_kernel: "{kernel}" runs on {wanted} alone, found {platform}; use "auto"')
+        return "splash" if found == "tpu" and q.shape[-1] % 128 == 0 else "xla"
+    wanted = {"cudnn": "gpu", "splash": "tpu"}.get(kernel, found)
+    if found != wanted:
+        raise InputError(f'attention_kernel: "{kernel}" runs on {wanted} alone, found {found}; use "auto"')
     if kernel == "cudnn" and not half:
         raise InputError(f'attention_kernel: "cudnn" takes bfloat16 or float16, found {q.dtype}; use "auto" or cast')
     return kernel
-
-
-def _platform(mesh) -> str:
-    """ "cpu", "gpu" or "tpu": of the mesh's devices, which ahead-of-time compilation need not have, or the default."""
-    device = getattr(mesh, "abstract_device", None)
-    return jax.default_backend() if device is None else device.platform
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -31,7 +32,7 @@ class Snake(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         a, b = (jnp.exp(p[...].astype(jnp.float32)) for p in (self.alpha, self.beta))
         f = x.astype(jnp.float32)
-        return (f + jnp.square(jnp.sin(a * f)) / (b + 1e-9)).astype(x.dtype)
+        return (f + jnp.square(_sine(a * f)) / (b + 1e-9)).astype(x.dtype)
 
 
 class Conv(nnx.Module):
@@ -314,6 +315,19 @@ def _convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 
         rhs_dilation=(dilation,),
         dimension_numbers=("NWC", "WIO", "NWC"),
     )
+
+
+def _sine(x: jax.Array) -> jax.Array:
+    """sin(x) up to the sign, float32, within 2e-7 for |x| < 1e5: x less the nearest multiple of pi, then Taylor.
+
+    XLA's own takes half the time of the whole decoder on a CPU; it is made for any x.
+    """
+    n = jnp.round(x * np.float32(1 / np.pi))
+    # Three parts of pi, the first two of so few bits that their products with n are exact.
+    x = ((x - n * 3.140625) - n * 9.67502593994140625e-4) - n * 1.509957990978376432e-7
+    u = x * x
+    series = 1.0 / 120 + u * (-1.0 / 5040 + u * (1.0 / 362880 + u * (-1.0 / 39916800)))
+    return x + x * u * (-1.0 / 6 + u * series)
 
 
 def _zero_from(length: jax.Array | None, x: jax.Array) -> jax.Array:

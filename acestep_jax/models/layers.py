@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from acestep_jax.config import NetworkConfig
-from acestep_jax.sharding import shard
+from acestep_jax.sharding import platform, shard
 
 
 def parameter(value: jax.Array, *axes: str | None) -> nnx.Param:
@@ -39,8 +39,18 @@ def linear(
         param_dtype=jnp.dtype(config.param_dtype),
         kernel_metadata={"out_sharding": axes, "eager_sharding": False},
         bias_metadata={"out_sharding": axes[1:], "eager_sharding": False},
+        dot_general=_dot_general,
         rngs=rngs,
     )
+
+
+def _dot_general(x: jax.Array, w: jax.Array, dimensions, **options) -> jax.Array:
+    """`jax.lax.dot_general`. On a CPU, half-precision products are told to give float32 and then rounded: the same
+    result, but only so does XLA use the processor's own bfloat16 products, at more than twice the rate."""
+    if x.dtype == jnp.float32 or platform() != "cpu":
+        return jax.lax.dot_general(x, w, dimensions, **options)
+    options["preferred_element_type"] = jnp.float32
+    return jax.lax.dot_general(x, w, dimensions, **options).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
