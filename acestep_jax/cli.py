@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import logging
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -38,6 +39,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--guidance", type=float, help="strength, 1 for none [turbo: none; base, sft: 7]")
     add("--dtype", help=f"{', '.join(DTYPES)} [as stored]")
     add("--mesh", metavar="AXIS=N,...", help=f"devices for each of {', '.join(MESH_AXES)} [one device]")
+    add(
+        "--distributed",
+        nargs="?",
+        const="",
+        metavar="HOST:PORT,COUNT,INDEX",
+        help="run as one of several processes, with a mesh over the devices of all: the address of process 0, how many "
+        "there are and which this is; without a value JAX finds out (TPU pods, SLURM, Open MPI). Process 0 writes FILE",
+    )
 
     info = commands.add_parser("info", help="versions, devices, and what a checkpoint holds")
     info.add_argument("--checkpoint", metavar="DIR", help="a native checkpoint")
@@ -64,7 +73,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def generate(options: argparse.Namespace) -> None:
     """Writes one song. The output's name, the lyrics file and the mesh are checked before the weights are loaded."""
-    audio.check_output(options.out, overwrite=options.overwrite)
+    if options.distributed is not None:
+        join_processes(options.distributed)
+    use_compilation_cache()
+    writes = jax.process_index() == 0
+    if writes:
+        audio.check_output(options.out, overwrite=options.overwrite)
     lyrics = options.lyrics
     if lyrics.startswith("@"):
         try:
@@ -72,6 +86,10 @@ def generate(options: argparse.Namespace) -> None:
         except UnicodeDecodeError as error:
             raise InputError(f"{lyrics[1:]}: not UTF-8 text ({error}); save it as UTF-8") from None
     mesh = parse_mesh(options.mesh)
+    if mesh is None and jax.process_count() > 1:
+        raise InputError(
+            f"--distributed: give --mesh as well; the processes have {jax.device_count()} devices together"
+        )
     pipe = AceStepPipeline.from_checkpoint(options.checkpoint, dtype=options.dtype, mesh=mesh)
     song = pipe(
         options.prompt,
@@ -86,6 +104,8 @@ def generate(options: argparse.Namespace) -> None:
         keyscale=options.key,
         timesignature=options.time_signature,
     )
+    if not writes:
+        return
     song.save(options.out, overwrite=options.overwrite)
     seconds = song.audios.shape[-1] / song.sample_rate
     print(f"{options.out}: {seconds:g} s, seed {song.seeds[0]}")
@@ -105,6 +125,35 @@ def info(options: argparse.Namespace) -> None:
     for name, config in manifest.configs.items():
         sizes = [math.prod(leaf.shape) for key, leaf in stored.items() if key.startswith(f"{name}.")]
         print(f"{name:<24} {sum(sizes):>13,} parameters, {config.param_dtype}")
+
+
+def join_processes(text: str) -> None:
+    """Connects to the other processes. `text`: "HOST:PORT,COUNT,INDEX", or nothing for what JAX finds out itself.
+
+    Raises:
+        InputError: if it is neither, or JAX finds no cluster.
+    """
+    if not text:
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise InputError(f"--distributed: JAX finds no cluster ({error}); give HOST:PORT,COUNT,INDEX") from None
+        return
+    address, *numbers = text.split(",")
+    if ":" not in address or len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
+        raise InputError(f"--distributed: expected HOST:PORT,COUNT,INDEX, found {text!r}")
+    count, index = map(int, numbers)
+    if index >= count:
+        raise InputError(f"--distributed: INDEX must be less than COUNT, found {text!r}")
+    jax.distributed.initialize(address, count, index)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that they are compiled once for all runs: where JAX_COMPILATION_CACHE_DIR
+    says, else in the user's cache folder."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "acestep-jax"))
 
 
 def parse_mesh(text: str | None):

@@ -56,6 +56,8 @@ class AudioPipelineOutput:
     def save(self, path: str | Path, *, overwrite: bool = False) -> list[Path]:
         """Writes WAV, FLAC, OGG or MP3, by suffix. A batch becomes `song-0.wav`, `song-1.wav`, ...
 
+        Of several processes, all of which have the songs, let one save them.
+
         Raises:
             InputError: if there is no audio, or see `audio.check_output`.
             OSError: if a file cannot be written.
@@ -177,7 +179,8 @@ class AceStepPipeline:
         if task_type != "text2music":
             raise InputError(f'task_type: only "text2music" is there so far, found {task_type!r}')
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if self.mesh is not None and len(prompts) % self.mesh.shape["data"]:
+        # One song is a batch of its own right: it is replicated over data, with a warning.
+        if self.mesh is not None and len(prompts) > 1 and len(prompts) % self.mesh.shape["data"]:
             raise InputError(
                 f"prompt: {len(prompts)} do not divide by the mesh's data={self.mesh.shape['data']}; give a multiple "
                 "of that, or use a mesh with data=1"
@@ -197,7 +200,7 @@ class AceStepPipeline:
         tokens = self._tokenize(texts, max_text_length, PROMPT_BUCKET, "prompt")
         lyric_tokens = self._tokenize(words, max_lyric_length, LYRIC_BUCKET, "lyrics")
 
-        with _on_mesh(self.mesh), tqdm(total=3, unit="stage", disable=None) as bar:
+        with _on_mesh(self.mesh), _progress_bar() as bar:
             bar.set_description("encoding the text")
             condition, condition_lengths = stages.encode(
                 self.text_encoder, self.condition_encoder, tokens, lyric_tokens
@@ -288,6 +291,8 @@ class AceStepPipeline:
             return None, _draw(keys, shape)
         if seed is None:
             seed = secrets.randbelow(2**32 - batch)
+            if jax.process_count() > 1:
+                seed = int(multihost_utils.broadcast_one_to_all(np.uint32(seed)))
         try:
             seeds = [operator.index(s) for s in np.atleast_1d(np.asarray(seed)).tolist()]
         except TypeError:
@@ -352,6 +357,10 @@ def bucket(frames: int) -> int:
 def _on_host(x: jax.Array) -> np.ndarray:
     """All of an array, also of one that is spread over several processes."""
     return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+
+
+def _progress_bar() -> tqdm:
+    return tqdm(total=3, unit="stage", disable=None if jax.process_index() == 0 else True)
 
 
 def _on_mesh(mesh: Mesh | None):

@@ -72,15 +72,14 @@ def write_random_checkpoint(
         variant: "turbo", "base" or "sft".
     """
     with publish(Path(destination)) as folder:
-        pipeline = random_pipeline(size=size, variant=variant, seed=seed)
+        pipeline = random_pipeline(SIZES[size], variant=variant, seed=seed)
         if dtype != "float32":
             pipeline.to(getattr(torch, dtype))
         pipeline.save_pretrained(folder)
 
 
-def random_pipeline(*, size: str = "tiny", variant: str = "turbo", seed: int = 0) -> AceStepPipeline:
-    """A torch pipeline all of whose parameters and buffers are random."""
-    sizes = SIZES[size]
+def random_pipeline(sizes: dict[str, dict], *, variant: str = "turbo", seed: int = 0) -> AceStepPipeline:
+    """A torch pipeline all of whose parameters and buffers are random. `sizes`: one of `SIZES`, or like them."""
     tokenizer = byte_tokenizer()
     text = Qwen3Config(
         **{"vocab_size": tokenizer.get_vocab_size(), "rope_theta": 1e6, "rms_norm_eps": 1e-6, **sizes["text_encoder"]}

@@ -1,5 +1,6 @@
 """The command line, as a user calls it."""
 
+import os
 import subprocess
 import sys
 
@@ -8,6 +9,12 @@ import pytest
 import soundfile
 
 from acestep_jax import cli
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+    """The tests leave the user's cache folder alone."""
+    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
 
 
 def generate(tiny, *options):
@@ -74,3 +81,22 @@ def test_installed_command(tiny, tmp_path):
     done = subprocess.run([*command, "--out", str(tmp_path / "x.wav")], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "acestep-jax: prompt: it is empty; describe the music in a few words\n"
+
+
+def test_compiled_programs_are_kept(tiny, tmp_path):
+    """The second run finds all programs of the first on disk."""
+    environment = os.environ | {
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "-m", "acestep_jax.cli", "generate", "piano", "--checkpoint", str(tiny[1])]
+    command += ["--duration", "10", "--steps", "2", "--seed", "1", "--overwrite", "--out", str(tmp_path / "song.wav")]
+    kept = []
+    for _ in range(2):
+        subprocess.run(command, check=True, env=environment)
+        kept.append(
+            {path.name for path in (tmp_path / "cache" / "acestep-jax").iterdir() if path.name.endswith("-cache")}
+        )
+    programs = {name.split("-")[0] for name in kept[0]}
+    assert {"jit_encode", "jit_denoise", "jit_decode", "jit_noise"} <= programs
+    assert kept[1] == kept[0]
