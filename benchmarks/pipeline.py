@@ -5,6 +5,7 @@ Same random weights, same prompt, process and number of steps, calls in turn; ea
 
 import argparse
 import copy
+import functools
 from collections.abc import Callable
 
 import torch
@@ -44,7 +45,8 @@ def main() -> None:
     row = measure.print_table(("audio", "side", "cold", "warm", "torch / ours", "times faster than real time"))
     ours, theirs = pair(options.size, options.layers, options.dtype)
     for seconds in options.seconds:
-        calls = {"JAX": lambda: ours([PROMPT] * options.batch, LYRICS, seconds, num_inference_steps=STEPS, seed=0)}
+        prompts = [PROMPT] * options.batch
+        calls = {"JAX": functools.partial(ours, prompts, LYRICS, seconds, num_inference_steps=STEPS, seed=0)}
         for form in options.torch:
             calls[f"torch {form}"] = torch_call(theirs, form, options.batch, seconds)
         timings = measure.alternate(calls, options.runs)

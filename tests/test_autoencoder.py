@@ -1,4 +1,4 @@
-"""The autoencoder against diffusers' Oobleck, and tiles against one piece; in float32."""
+"""The autoencoder against diffusers' Oobleck, windows against one piece, eight devices against one; in float32."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderOobleck as TorchAutoencoder
 
-from acestep_jax import checkpoint
+from acestep_jax import checkpoint, make_mesh
 from acestep_jax.config import AutoencoderConfig
 from acestep_jax.errors import InputError
 from acestep_jax.models import autoencoder
@@ -32,7 +32,10 @@ FRAMES = 43  # an odd number, more than twice the reach of a frame
 
 # One function each for all tests, so that what was compiled for one is at hand for the next.
 encode = jax.jit(lambda network, audio, tile=512: network.encode(audio, tile_frames=tile), static_argnums=2)
-decode = jax.jit(lambda network, latents, tile=512: network.decode(latents, tile_frames=tile), static_argnums=2)
+decode = jax.jit(
+    lambda network, latents, tile=512, lengths=None: network.decode(latents, lengths, tile_frames=tile),
+    static_argnums=2,
+)
 
 
 @functools.cache
@@ -95,7 +98,7 @@ def test_reach_is_what_a_frame_depends_on(case):
         assert reach - 3 <= abs(np.flatnonzero(change) - middle).max() <= reach
 
 
-# Windows that fit exactly and a last one moved back, for decode (1st and 2nd) and for encode (2nd and 1st).
+# One frame of a window is kept; a last window that is moved back, with two of five frames; three windows of one size.
 TILES = [("two_blocks", 41, 42, 0), ("two_blocks", 45, 87, 7), ("ace_step", 21, FRAMES, 640)]
 
 
@@ -108,6 +111,54 @@ def test_tiles_give_what_one_piece_gives(case, tile, frames, extra):
     found, whole = encode(ours, x, tile), encode(ours, x)
     assert_close(found.mean, whole.mean, 1e-6)
     assert_close(found.std, whole.std, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("case", "tile"), [("two_blocks", 512), ("two_blocks", 45), ("ace_step", 512), ("ace_step", 21)]
+)
+def test_padding_changes_no_song(case, tile):
+    """Whatever is in it; and each song is the one that is decoded alone, also where whole windows are padding."""
+    _, ours = pair(case)
+    z, lengths = 0.3 * latents(ours, batch=3), np.array([FRAMES, 30, 1], np.int32)
+    padding = np.arange(FRAMES)[:, None] >= lengths[:, None, None]
+    for filling in (1e3, np.nan):
+        found = np.asarray(decode(ours, np.where(padding, np.float32(filling), z), tile, lengths))
+        for i, length in enumerate(lengths):
+            assert_close(found[i : i + 1, :, : length * ours.hop_length], decode(ours, z[i : i + 1, :length]), 1e-6)
+
+
+@pytest.mark.parametrize("songs", [1, 3, 8])
+@pytest.mark.parametrize("padded", [False, True])
+def test_decode_is_the_same_on_a_mesh(songs, padded):
+    """One song is cut into windows for all devices, three into 24, eight not at all."""
+    _, ours = pair("two_blocks")
+    frames = 87
+    z = 0.3 * latents(ours, frames, songs)
+    lengths = np.linspace(frames, 50, songs).astype(np.int32) if padded else None
+    with jax.set_mesh(make_mesh(data=2, tensor=2, sequence=2)):
+        found = decode(ours, z, 512, lengths)
+    assert len(found.sharding.device_set) == 8
+    expected = decode(ours, z, 512, lengths)
+    for i in range(songs):
+        samples = (lengths[i] if padded else frames) * ours.hop_length
+        assert_close(found[i, :, :samples], expected[i, :, :samples], 1e-6)
+
+
+def test_a_mesh_shares_the_windows():
+    """As many for every device, and as large as they need to be, no larger."""
+    windows = autoencoder._Windows.of(87, 512, 20, 8)
+    assert (windows.count, windows.step, windows.size) == (8, 11, 51)
+    windows = autoencoder._Windows.of(15000, 512, 11, 8)
+    assert windows.count % 8 == 0 and windows.size <= 512 and windows.count * windows.step >= 15000
+
+
+def test_sine():
+    """Its square, which is all that the snake needs, near zero, at its zeros and far from both."""
+    zeros = np.arange(-30000, 30001, 7) * np.pi
+    x = np.concatenate([np.linspace(-1e5, 1e5, 1_000_003), np.linspace(-7, 7, 100_001), zeros, zeros + np.pi / 2])
+    x = x[abs(x) <= 1e5].astype(np.float32)
+    error = np.abs(np.square(np.asarray(jax.jit(autoencoder._sine)(x), np.float64)) - np.sin(x.astype(np.float64)) ** 2)
+    assert error.max() <= 5e-7, x[error.argmax()]
 
 
 def test_too_small_an_overlap_would_be_seen(monkeypatch):

@@ -53,9 +53,9 @@ def test_shard_without_a_mesh_does_nothing():
     assert shard(x, "batch", None) is x
 
 
-def attention_inputs(batch=8, t=64, s=64, heads=8, key_heads=2):
+def attention_inputs(batch=8, t=64, s=64, heads=8, key_heads=2, padded=True):
     """Queries, keys, values and key lengths."""
-    lengths = np.linspace(s, s - 9, batch).astype(np.int32)
+    lengths = np.linspace(s, s - 9, batch).astype(np.int32) if padded else None
     q, k, v = (normal(batch, n, h, 8, seed=i) for i, (n, h) in enumerate([(t, heads), (s, key_heads), (s, key_heads)]))
     return q, k, v, lengths
 
@@ -70,7 +70,12 @@ def attend(window, *arrays):
     return attention(*qkv, window=window, key_lengths=lengths)
 
 
-KINDS = {"window": (4, {}), "full": (None, {}), "cross": (None, dict(s=21))}
+KINDS = {
+    "window": (4, {}),
+    "window without padding": (4, dict(padded=False)),
+    "full": (None, {}),
+    "cross": (None, dict(s=21)),
+}
 MESHES = [
     dict(data=8),
     dict(fsdp=8),
@@ -167,7 +172,7 @@ def collectives(window, **axes):
     """Of compiled attention whose inputs are split along time: kind and first shape of each."""
     mesh = make_mesh(**axes)
     arrays = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(None, "sequence")[: x.ndim]))
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(None, "sequence")))
         for x in attention_inputs()[:3]
     ]
     with jax.set_mesh(mesh):

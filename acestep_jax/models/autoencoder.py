@@ -16,10 +16,13 @@ from jax.sharding import PartitionSpec as P
 
 from acestep_jax.config import AutoencoderConfig
 from acestep_jax.errors import InputError
+from acestep_jax.models.convolution import convolve, convolve_transposed
 from acestep_jax.models.layers import parameter
+from acestep_jax.sharding import platform
 
 # Latent frames of a song that are encoded or decoded at once (20.5 s): what bounds the memory, whatever the length.
-TILE_FRAMES = 512
+# A TPU takes fewer: the time that XLA needs to compile grows with them.
+TILE_FRAMES, TPU_TILE_FRAMES = 512, 128
 
 
 class Snake(nnx.Module):
@@ -57,16 +60,12 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array, length: jax.Array | None = None) -> jax.Array:
         x = _zero_from(length, x)
-        y = _convolve(x, self.kernel[...], self.stride, self.dilation, self.padding)
+        y = convolve(x, self.kernel[...], stride=self.stride, dilation=self.dilation, padding=self.padding)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class UpsampleConv(nnx.Module):
-    """Transposed convolution of kernel 2 * stride and padding stride / 2: each input frame becomes `stride` samples.
-
-    Sample r of frame j sees inputs j - 1, j and, after the crop, j + 1. So it is an ordinary convolution of size two
-    with `stride` times the channels, kernel [2, in, stride, out], whose output is read row by row.
-    """
+    """Transposed convolution: each input frame becomes `stride` samples. Kernel [2, in, stride, out]."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal(in_axis=(0, 1), out_axis=(2, 3))
@@ -75,12 +74,7 @@ class UpsampleConv(nnx.Module):
         self.bias = parameter(jnp.zeros((outputs,), config.param_dtype), "channels")
 
     def __call__(self, x: jax.Array, length: jax.Array | None) -> jax.Array:  # [B, T, in] -> [B, T * stride, out]
-        x = _zero_from(length, x)
-        size, inputs, stride, outputs = self.kernel.shape
-        y = _convolve(x, self.kernel[...].reshape(size, inputs, stride * outputs), padding=1)
-        y = y.reshape(x.shape[0], -1, outputs)  # [B, (T + 1) * stride, out]
-        crop = stride // 2
-        return y[:, crop : y.shape[1] - crop] + self.bias[...].astype(x.dtype)
+        return convolve_transposed(_zero_from(length, x), self.kernel[...]) + self.bias[...].astype(x.dtype)
 
 
 class OobleckResidualUnit(nnx.Module):
@@ -196,7 +190,7 @@ class AutoencoderOobleck(nnx.Module):
         self.encoder = OobleckEncoder(config, rngs=rngs)
         self.decoder = OobleckDecoder(config, rngs=rngs)
 
-    def encode(self, audio: jax.Array, *, tile_frames: int = TILE_FRAMES) -> DiagonalGaussian:
+    def encode(self, audio: jax.Array, *, tile_frames: int | None = None) -> DiagonalGaussian:
         """[B, channels, samples] in [-1, 1] -> posterior over [B, samples // hop_length, 64].
 
         As in the torch model, samples beyond the last whole frame only lend context to it.
@@ -204,6 +198,7 @@ class AutoencoderOobleck(nnx.Module):
         Raises:
             InputError: if the audio is shorter than one frame, or tile_frames is too small.
         """
+        tile_frames = tile_frames or _tile_frames()
         hop = self.hop_length
         frames = audio.shape[-1] // hop
         if frames < 1:
@@ -227,7 +222,7 @@ class AutoencoderOobleck(nnx.Module):
         return DiagonalGaussian(mean, jax.nn.softplus(scale) + 1e-4)
 
     def decode(
-        self, latents: jax.Array, lengths: jax.Array | None = None, *, tile_frames: int = TILE_FRAMES
+        self, latents: jax.Array, lengths: jax.Array | None = None, *, tile_frames: int | None = None
     ) -> jax.Array:
         """[B, frames, 64] -> audio [B, channels, frames * hop_length], not limited to [-1, 1].
 
@@ -235,10 +230,12 @@ class AutoencoderOobleck(nnx.Module):
 
         Args:
             lengths: [B] int32, the frames of each song; what follows is padding, and arbitrary in the result.
+            tile_frames: how many frames are decoded at once at most; None: what suits the backend.
 
         Raises:
             InputError: if tile_frames is too small to leave anything between two overlaps.
         """
+        tile_frames = tile_frames or _tile_frames()
         x = latents.astype(self.config.dtype)
         songs, frames, channels = x.shape
         if lengths is not None:
@@ -306,15 +303,8 @@ def _kernel(shape: tuple[int, int, int], config: AutoencoderConfig, rngs: nnx.Rn
     return parameter(init(rngs.params(), shape, jnp.dtype(config.param_dtype)), None, "channels", "channels")
 
 
-def _convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1, padding: int = 0) -> jax.Array:
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel.astype(x.dtype),
-        window_strides=(stride,),
-        padding=[(padding, padding)],
-        rhs_dilation=(dilation,),
-        dimension_numbers=("NWC", "WIO", "NWC"),
-    )
+def _tile_frames() -> int:
+    return TPU_TILE_FRAMES if platform() == "tpu" else TILE_FRAMES
 
 
 def _sine(x: jax.Array) -> jax.Array:

@@ -44,7 +44,9 @@ class Encoder(nnx.Module):
         """x: [B, T, D] at positions 0..T-1; lengths: [B], what follows is padding. Returns [B, T, D]."""
         rope = rotary_embedding(x.shape[1], self.config.head_dim, self.config.rope_theta)
 
-        def apply(x, layer, window, _):
+        def apply(x, layer, window, _, shared):
+            rope, lengths = shared
             return layer(x, rope=rope, window=window, causal=causal, lengths=lengths)
 
-        return self.norm(scan_layers(apply, self.layers, x, self.windows, remat=self.config.remat))
+        shared = rope, lengths
+        return self.norm(scan_layers(apply, self.layers, x, self.windows, shared=shared, remat=self.config.remat))

@@ -145,15 +145,16 @@ def period(pattern: tuple) -> int:
 
 
 def scan_layers(
-    apply: Callable[[jax.Array, Any, int | None, Any], jax.Array],
+    apply: Callable[[jax.Array, Any, int | None, Any, Any], jax.Array],
     layers: nnx.Module,
     x: jax.Array,
     windows: tuple[int | None, ...],
     *,
     per_layer: Any = None,
+    shared: Any = None,
     remat: str = "none",
 ) -> jax.Array:
-    """x <- apply(x, layers[i], windows[i], per_layer[i]) for every layer i, as a scan over periods of `windows`.
+    """x <- apply(x, layers[i], windows[i], per_layer[i], shared) for each layer i, as a scan over periods of `windows`.
 
     The window of a layer is static, so a period is unrolled within the body of the scan: two layers for the usual
     sliding, full, sliding, full, ...; all of them where the pattern does not repeat.
@@ -161,20 +162,46 @@ def scan_layers(
     Args:
         layers: a stacked module, leaves [L, ...].
         per_layer: a pytree with leaves [L, ...], sliced along with the layers.
-        remat: see `NetworkConfig.remat`.
+        shared: what `apply` needs besides. It must not close over arrays.
+        remat: see `NetworkConfig.remat`; of the derivative alone.
     """
     size = period(windows)
+    stacks = layers, per_layer
 
-    def body(x: jax.Array, group: Any) -> tuple[jax.Array, None]:
+    def run(x, pick, shared):
         for i, window in enumerate(windows[:size]):
-            layer, extra = jax.tree.map(lambda leaf, i=i: leaf[i], group)
-            x = apply(x, layer, window, extra)
-        return x, None
+            layer, extra = pick(i)
+            x = apply(x, layer, window, extra, shared)
+        return x
 
-    if remat == "full":
-        body = jax.checkpoint(body, prevent_cse=False)
-    elif remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-    groups = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), (layers, per_layer))
-    return jax.lax.scan(body, x, groups)[0]
+    # Two forms of one loop. Where each layer is sliced out of the whole stack, XLA reads the weights in place; sliced a
+    # period at a time, it copies them first. But the derivative of the former adds up gradients of the whole stack.
+    @jax.custom_jvp
+    def loop(x, stacks, shared):
+        def body(x, group):
+            def pick(i):
+                return jax.tree.map(
+                    lambda leaf: jax.lax.dynamic_index_in_dim(leaf, group * size + i, keepdims=False), stacks
+                )
+
+            return run(x, pick, shared), None
+
+        return jax.lax.scan(body, x, jnp.arange(len(windows) // size))[0]
+
+    @loop.defjvp
+    def derivative(primals, tangents):
+        return jax.jvp(loop_by_period, primals, tangents)
+
+    def loop_by_period(x, stacks, shared):
+        def body(x, group):
+            return run(x, lambda i: jax.tree.map(lambda leaf: leaf[i], group), shared), None
+
+        if remat == "full":
+            body = jax.checkpoint(body, prevent_cse=False)
+        elif remat == "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+        groups = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), stacks)
+        return jax.lax.scan(body, x, groups)[0]
+
+    return loop(x, stacks, shared)

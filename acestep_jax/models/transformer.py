@@ -176,28 +176,36 @@ class AceStepTransformer1DModel(nnx.Module):
         x = shard(x, "batch", "sequence", None)
         rope = rotary_embedding(x.shape[1], config.head_dim, config.rope_theta)
 
+        per_layer = condition = None
         if isinstance(encoder_hidden_states, KeysValues):
-            shared, per_layer = None, encoder_hidden_states
+            per_layer = encoder_hidden_states
         else:
-            shared, per_layer = self.condition_embedder(encoder_hidden_states.astype(config.dtype)), None
-        num_layers = config.num_hidden_layers
-        keys = None if dropout_key is None else jax.random.split(dropout_key, num_layers)
+            condition = self.condition_embedder(encoder_hidden_states.astype(config.dtype))
+        keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_hidden_layers)
 
-        def apply(x, layer, window, extra):
+        def apply(x, layer, window, extra, shared):
             keys_values, key = extra
-            condition = shared if keys_values is None else keys_values
+            modulation, condition, rope, lengths, condition_lengths = shared
             return layer(
                 x,
-                time.modulation,
-                condition,
+                modulation,
+                condition if keys_values is None else keys_values,
                 rope=rope,
                 window=window,
-                lengths=tokens,
-                condition_lengths=encoder_lengths,
+                lengths=lengths,
+                condition_lengths=condition_lengths,
                 dropout_key=key,
             )
 
-        x = scan_layers(apply, self.layers, x, self.windows, per_layer=(per_layer, keys), remat=config.remat)
+        x = scan_layers(
+            apply,
+            self.layers,
+            x,
+            self.windows,
+            per_layer=(per_layer, keys),
+            shared=(time.modulation, condition, rope, tokens, encoder_lengths),
+            remat=config.remat,
+        )
 
         table = self.scale_shift_table[...].astype(x.dtype) + time.temb[:, None].astype(x.dtype)
         shift, scale = jnp.split(table, 2, axis=1)  # [B, 1, D] each
