@@ -16,8 +16,8 @@ from acestep_jax.config import AutoencoderConfig
 from acestep_jax.models.autoencoder import AutoencoderOobleck
 from acestep_jax.stages import COMPILER_OPTIONS
 from benchmarks import measure
-from benchmarks.floor import decoder_flops
-from benchmarks.transformer import FRAMES_PER_SECOND, cast
+from benchmarks.floor import FRAMES_PER_SECOND, decoder_flops
+from benchmarks.transformer import cast
 from convert.from_torch import from_module
 from convert.random_checkpoint import randomise
 

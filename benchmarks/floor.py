@@ -5,6 +5,20 @@ Padding, blocks of a band that hang over it and elementwise work are not in it, 
 
 from acestep_jax.config import AutoencoderConfig, TransformerConfig
 
+FRAMES_PER_SECOND = 25  # latent frames
+
+# The published transformers, where they differ from the defaults.
+TRANSFORMER_SIZES = {
+    "2B": {},
+    "XL": dict(
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        encoder_hidden_size=2048,
+    ),
+}
+
 
 def transformer_flops(config: TransformerConfig, frames: int, condition_tokens: int, batch: int = 1) -> float:
     """One forward pass: `frames` latent frames, `condition_tokens` tokens to attend to, embedded and projected too."""

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from acestep_jax import AceStepPipeline
 from acestep_jax.checkpoint import NETWORKS
 from benchmarks import measure
-from benchmarks.transformer import SIZES as TRANSFORMER_SIZES
+from benchmarks.floor import TRANSFORMER_SIZES
 from benchmarks.transformer import cast
 from convert.from_torch import from_module
 from convert.random_checkpoint import SIZES, random_pipeline

@@ -32,26 +32,15 @@ from acestep_jax.config import AutoencoderConfig, ConditionEncoderConfig, Networ
 from acestep_jax.pipeline import bucket
 from acestep_jax.sharding import MESH_AXES, partition_spec, variable_sharding
 from benchmarks import hlo
-from benchmarks.floor import decoder_flops, transformer_flops
+from benchmarks.floor import FRAMES_PER_SECOND, TRANSFORMER_SIZES, decoder_flops, transformer_flops
 
-FRAMES_PER_SECOND = 25
 STEPS = 8
 BFLOAT16 = dict(dtype="bfloat16", param_dtype="bfloat16")
-SIZES = {
-    "2B": {},
-    "XL": dict(
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        encoder_hidden_size=2048,
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """From Google's public data sheets. The clock is that at which all matrix units together reach `peak`."""
+    """Memory and peak are from Google's public data sheets; the clock is that at which the matrix units reach the peak."""
 
     memory: float  # bytes
     peak: float  # bfloat16 FLOP/s
@@ -98,7 +87,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tpu_aot", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--stage", nargs="+", choices=("denoise", "decode"), default=["denoise", "decode"])
-    add("--size", nargs="+", choices=SIZES, default=list(SIZES), help="of the transformer [all]")
+    add(
+        "--size", nargs="+", choices=TRANSFORMER_SIZES, default=list(TRANSFORMER_SIZES), help="of the transformer [all]"
+    )
     add("--topology", nargs="+", default=["v5e:2x2", "v5e:2x4"], metavar="NAME", help=f"of {' '.join(TOPOLOGIES)}")
     add("--seconds", type=float, nargs="+", default=[240, 600], help="of audio [240 600]")
     add("--batch", type=int, nargs="+", default=[1], help="[1]")
@@ -140,7 +131,7 @@ def programs(options: argparse.Namespace, mesh: Mesh, frames: int, batch: int) -
     latents = sharded((batch, frames, 64), jnp.float32, ("batch", "sequence", None), mesh)
     for size in options.size if "denoise" in options.stage else ():
         layers = dict(num_hidden_layers=options.layers) if options.layers else {}
-        config = TransformerConfig(**SIZES[size] | layers, **BFLOAT16, is_turbo=True)
+        config = TransformerConfig(**TRANSFORMER_SIZES[size] | layers, **BFLOAT16, is_turbo=True)
         tokens = options.condition_tokens
         width = config.encoder_hidden_size or config.hidden_size
         arguments = (

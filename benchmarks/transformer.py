@@ -18,27 +18,15 @@ from acestep_jax.config import TransformerConfig
 from acestep_jax.models.transformer import AceStepTransformer1DModel
 from acestep_jax.stages import COMPILER_OPTIONS
 from benchmarks import measure
-from benchmarks.floor import transformer_flops
+from benchmarks.floor import FRAMES_PER_SECOND, TRANSFORMER_SIZES, transformer_flops
 from convert.from_torch import from_module
 from convert.random_checkpoint import randomise
-
-FRAMES_PER_SECOND = 25
-SIZES = {
-    "2B": {},
-    "XL": dict(
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        encoder_hidden_size=2048,
-    ),
-}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transformer", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--size", choices=SIZES, default="2B", help="width of the blocks [2B]")
+    add("--size", choices=TRANSFORMER_SIZES, default="2B", help="width of the blocks [2B]")
     add("--layers", type=int, default=4, help="an even number; 0 for all [4]")
     add("--seconds", type=float, nargs="+", default=[30, 120, 300], help="of audio [30 120 300]")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -50,7 +38,7 @@ def main() -> None:
     add("--trace", metavar="DIR", help="write a profile of one more call of ours")
     options = parser.parse_args()
 
-    arguments = dict(SIZES[options.size])
+    arguments = dict(TRANSFORMER_SIZES[options.size])
     if options.layers:
         arguments["num_hidden_layers"] = options.layers
     config = TransformerConfig(**arguments)
