@@ -20,7 +20,7 @@ PEAK = 10.0 ** (-1.0 / 20.0)  # -1 dBFS, the loudest sample of every song
 
 # On a CPU, XLA's default order of operations prefers concurrency: it copies the weights of all layers of a scan's body
 # out of their stacks before the first of them runs, which takes ten times the memory. Other backends ignore this.
-COMPILER_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+COMPILER_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 @functools.partial(jax.jit, static_argnums=1)

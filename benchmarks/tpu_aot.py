@@ -40,7 +40,7 @@ BFLOAT16 = dict(dtype="bfloat16", param_dtype="bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Memory and peak are from Google's public data sheets; the clock is that at which the matrix units reach the peak."""
+    """Memory and peak are from Google's public data sheets; at the clock, the matrix units reach the peak."""
 
     memory: float  # bytes
     peak: float  # bfloat16 FLOP/s
