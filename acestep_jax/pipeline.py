@@ -78,8 +78,8 @@ class AudioPipelineOutput:
 class AceStepPipeline:
     """The networks of a checkpoint, put together. Text encoding, denoising and decoding are a compiled program each.
 
-    A new number of songs or steps, or a length in a new bucket, compiles once; prompts, seeds, times and strengths are
-    data. One pipeline serves one thread at a time.
+    A new number of songs or steps compiles once, and so does a new pair of buckets of duration and of text; prompts,
+    seeds, times and strengths are data. One pipeline serves one thread at a time.
     """
 
     def __init__(

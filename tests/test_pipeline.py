@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import AceStepPipeline as TorchPipeline
 
-from acestep_jax import AceStepPipeline, InputError, make_mesh, stages
+from acestep_jax import AceStepPipeline, InputError, checkpoint, make_mesh, stages
 from tests.parity import assert_close, normal, relative_error
 
 SONG = dict(lyrics="[verse]\nla la la\n[chorus]\nhello", audio_duration=10.0, bpm=90, keyscale="C major")
@@ -225,3 +225,11 @@ BAD = {
 def test_bad_input(pipe, message):
     with pytest.raises(InputError, match=message):
         pipe(**dict(prompt="piano", audio_duration=10.0) | BAD[message])
+
+
+def test_batches_must_divide_by_the_mesh(pipe):
+    """More songs than one, that is; one alone is replicated."""
+    networks = {name: getattr(pipe, name) for name in checkpoint.NETWORKS}
+    pipe = AceStepPipeline(**networks, tokenizer=pipe.tokenizer, mesh=make_mesh(data=8))
+    with pytest.raises(InputError, match="prompt: 3 do not divide by the mesh's data=8"):
+        pipe(["a", "b", "c"], **SONG)

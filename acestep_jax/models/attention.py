@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from acestep_jax.config import AttentionConfig
+from acestep_jax.config import ATTENTION_KERNELS, AttentionConfig
 from acestep_jax.errors import InputError
 from acestep_jax.models import attention_kernels as kernels
 from acestep_jax.models.layers import RMSNorm, apply_rotary, linear
@@ -54,10 +54,12 @@ def attention(
         [B, T, N, H] in q's dtype. A query that sees no key gets some finite value.
 
     Raises:
-        InputError: if the kernel is not for this backend or dtype.
+        InputError: if there is no such kernel, or it is not for this backend or dtype.
     """
     if causal and window is not None:
         raise ValueError("attention is causal or has a window, not both")
+    if window is not None and window >= k.shape[1] - 1:
+        window = None  # it hides nothing
     if dropout_key is None:
         dropout = 0.0
     mesh = jax.sharding.get_abstract_mesh()
@@ -78,6 +80,8 @@ def attention(
 
 def choose_kernel(kernel: str, q: jax.Array, k: jax.Array) -> str:
     """The kernel of full attention for these shapes and dtypes on the backend in use; raises InputError."""
+    if kernel not in ATTENTION_KERNELS:
+        raise InputError(f"attention_kernel: expected one of {', '.join(ATTENTION_KERNELS)}, found {kernel!r}")
     found = platform()
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if kernel == "auto":
