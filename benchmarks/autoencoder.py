@@ -26,14 +26,8 @@ ARGUMENTS = dict(downsampling_ratios=[2, 4, 4, 6, 10], sampling_rate=48000)
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.autoencoder", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--seconds", type=float, nargs="+", default=[10], help="of audio [10]")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
-    add("--batch", type=int, default=1)
-    add("--torch", nargs="*", choices=("eager", "compile"), default=["eager", "compile"], help="forms to compare with")
-    add("--runs", type=int, default=5, help="calls of each side after the first [5]")
-    add("--memory", action="store_true", help="measure peak memory as well, each side in a process of its own")
-    add("--trace", metavar="DIR", help="write a profile of one more call of ours")
+    measure.add_options(parser, [10], 5)
+    measure.add_compare_options(parser)
     options = parser.parse_args()
 
     measure.print_header()

@@ -1,5 +1,6 @@
 """Two implementations measured side by side in one run: their calls take turns, so that both meet the same machine."""
 
+import argparse
 import gc
 import importlib.metadata
 import multiprocessing
@@ -52,6 +53,23 @@ class Side(NamedTuple):
 
 
 COLUMNS = ("audio", "side", "cold", "warm", "torch / ours", "TFLOP/s", "time / floor", "peak memory", "error")
+
+
+def add_options(parser: argparse.ArgumentParser, seconds: list[float], runs: int) -> None:
+    """Those of every benchmark, with the defaults of two of them."""
+    add = parser.add_argument
+    add("--seconds", type=float, nargs="+", default=seconds, help=f"of audio [{' '.join(map(str, seconds))}]")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--batch", type=int, default=1)
+    add("--torch", nargs="*", choices=("eager", "compile"), default=["eager", "compile"], help="forms to compare with")
+    add("--runs", type=int, default=runs, help=f"calls of each side after the first [{runs}]")
+
+
+def add_compare_options(parser: argparse.ArgumentParser) -> None:
+    """Those of `compare`."""
+    add = parser.add_argument
+    add("--memory", action="store_true", help="measure peak memory as well, each side in a process of its own")
+    add("--trace", metavar="DIR", help="write a profile of one more call of ours")
 
 
 def compare(make_sides: Callable[..., dict[str, Side]], arguments: tuple, flops: float, options) -> Iterator[tuple]:

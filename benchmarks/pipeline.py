@@ -29,11 +29,7 @@ def main() -> None:
     add = parser.add_argument
     add("--size", choices=TRANSFORMER_SIZES, default="2B", help="width of the blocks [2B]")
     add("--layers", type=int, default=4, help="of the transformer, the other stacks in proportion; 0 for all [4]")
-    add("--seconds", type=float, nargs="+", default=[30], help="of audio [30]")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
-    add("--batch", type=int, default=1)
-    add("--torch", nargs="*", choices=("eager", "compile"), default=["eager", "compile"], help="forms to compare with")
-    add("--runs", type=int, default=3, help="calls of each side after the first [3]")
+    measure.add_options(parser, [30], 3)
     options = parser.parse_args()
 
     measure.print_header()

@@ -28,14 +28,9 @@ def main() -> None:
     add = parser.add_argument
     add("--size", choices=TRANSFORMER_SIZES, default="2B", help="width of the blocks [2B]")
     add("--layers", type=int, default=4, help="an even number; 0 for all [4]")
-    add("--seconds", type=float, nargs="+", default=[30, 120, 300], help="of audio [30 120 300]")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
-    add("--batch", type=int, default=1)
     add("--condition-tokens", type=int, default=512)
-    add("--torch", nargs="*", choices=("eager", "compile"), default=["eager", "compile"], help="forms to compare with")
-    add("--runs", type=int, default=5, help="calls of each side after the first [5]")
-    add("--memory", action="store_true", help="measure peak memory as well, each side in a process of its own")
-    add("--trace", metavar="DIR", help="write a profile of one more call of ours")
+    measure.add_options(parser, [30, 120, 300], 5)
+    measure.add_compare_options(parser)
     options = parser.parse_args()
 
     arguments = dict(TRANSFORMER_SIZES[options.size])
