@@ -33,7 +33,7 @@ def counts(text: str) -> dict[str, tuple[int, int]]:
 
 def test_denoising_on_a_mesh():
     """Two layers, one with a window and one without, in eight steps, split along time."""
-    arguments = "--stage denoise --size 2B --layers 2 --seconds 30 --topology v5e:2x2 --mesh sequence=4"
+    arguments = "--stage denoise --size 2B --layers 2 --seconds 60 --topology v5e:2x2 --mesh sequence=4"
     row = compile_for_tpu(*arguments.split())
     # Splash attention: of the layer without a window to itself, of both to the condition.
     assert row["Pallas kernels"] == "3 (24)"
@@ -41,7 +41,7 @@ def test_denoising_on_a_mesh():
     collectives = counts(row["collectives"])
     assert collectives["collective-permute"][1] >= 8 and "all-reduce" not in collectives
     assert row["fits"] == "yes"
-    assert float(row["total GB"]) < 0.3
+    assert float(row["total GB"]) < 0.6  # 0.39 of them arguments
     assert 0 < float(row["estimate s"]) < 0.1
 
 
