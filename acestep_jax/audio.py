@@ -1,4 +1,4 @@
-"""Audio files, through libsndfile."""
+"""Audio files, through libsndfile; resampled by soxr."""
 
 import io
 import tempfile
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import soxr
 
 from acestep_jax.errors import InputError
 
@@ -18,6 +19,45 @@ FORMATS = {
 }
 
 BLOCK_FRAMES = 65536  # written at once: libsndfile's Vorbis encoder overflows its stack on minutes in one call
+
+
+def read(path: str | Path, sample_rate: int, channels: int = 2) -> np.ndarray:
+    """Reads whatever libsndfile does (WAV, FLAC, MP3, Ogg Vorbis and Opus, AIFF, ...).
+
+    Args:
+        sample_rate: Hz, to which the audio is resampled, with soxr at its high quality.
+        channels: a file with one channel gets as many equal ones.
+
+    Returns:
+        [channels, samples] float32, full scale at 1; nothing is scaled or clipped.
+
+    Raises:
+        InputError: if it cannot be read, is empty, holds NaN or infinities, or has another number of channels. Those
+            of surround are not mixed down here: how depends on their layout, and the first two alone lack the voice.
+        OSError: if there is no such file, or it may not be read.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        try:
+            audio, rate = soundfile.read(file, dtype="float32", always_2d=True)
+        except (soundfile.SoundFileError, TypeError) as error:  # TypeError: files without a header, such as .raw
+            raise InputError(
+                f"{path}: not a sound file that can be read ({getattr(error, 'error_string', error)}); expected WAV, "
+                "FLAC, MP3, OGG or Opus; if it is another kind, convert it: ffmpeg -i FILE song.flac"
+            ) from None
+    if not len(audio):
+        raise InputError(f"{path}: holds no samples; expected music; remove or replace it")
+    if not np.isfinite(audio).all():
+        bad = int((~np.isfinite(audio)).sum())
+        raise InputError(f"{path}: {bad} of {audio.size} samples are NaN or infinite; expected numbers; export it anew")
+    if audio.shape[1] not in (1, channels):
+        raise InputError(
+            f"{path}: {audio.shape[1]} channels, expected 1 or {channels}; mix it down first: "
+            f"ffmpeg -i FILE -ac {channels} song.flac"
+        )
+    if rate != sample_rate:
+        audio = soxr.resample(audio, rate, sample_rate)
+    return np.ascontiguousarray(np.broadcast_to(audio, (len(audio), channels)).T)
 
 
 def check_output(path: str | Path, *, overwrite: bool = False) -> Path:

@@ -129,7 +129,7 @@ def publish(path: str | Path, size: int = 0) -> Iterator[Path]:
             temporary.rename(path)
         except BaseException as error:
             _remove(temporary)
-            if _is_disk_full(error):
+            if is_disk_full(error):
                 message = f"{path}: the disk is full, nothing was kept; make room or choose another place"
                 raise InputError(message) from error
             raise
@@ -166,7 +166,7 @@ def _first_error_only() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
-def _is_disk_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Whether a write failed for want of space; TensorStore tells so in its message alone."""
     found = re.search(r"os_error_code='(\d+)'", str(error))
     number = int(found[1]) if found else getattr(error, "errno", None)
@@ -205,7 +205,7 @@ def save(
         for batch in batches(arrays):
             wanted -= batch.keys()
             with context:
-                ocp.partial.save(weights, _nest(batch))
+                ocp.partial.save(weights, nest(batch))
             batch.clear()  # before the next one is read
         if wanted:
             raise KeyError(f"no value for {sorted(wanted)}")
@@ -220,6 +220,39 @@ def save(
             "tokenizer_config": tokenizer_config,
         }
         (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def save_changed(source: str | Path, destination: str | Path, name: str, arrays: Mapping[str, Any]) -> None:
+    """Writes a copy of the checkpoint `source` with other values of leaves of the network `name`.
+
+    Args:
+        arrays: by dotted path within the network; cast to what `source` stores. Leaves that are not there stay.
+
+    Raises:
+        InputError: see `publish`, `read_manifest` and `load_leaves`.
+    """
+    source = Path(source)
+    manifest = read_manifest(source)
+    stored = network_leaves(source, manifest)
+
+    def values() -> Iterator[tuple[str, np.ndarray]]:
+        for network, shapes in stored.items():
+            for group in batches(shapes.items()):
+                changed = {k: arrays[k] for k in group if network == name and k in arrays}
+                kept = read_leaves(source, network, {k: v for k, v in group.items() if k not in changed})
+                for leaf, shape in group.items():
+                    value = changed[leaf] if leaf in changed else kept[leaf]
+                    yield f"{network}.{leaf}", np.asarray(value).astype(shape.dtype)
+
+    extra = [file for file in source.iterdir() if file.is_file() and file.name not in (CONFIG, TOKENIZER)]
+    save(
+        destination,
+        manifest.configs,
+        values(),
+        (source / TOKENIZER).read_text(encoding="utf-8"),
+        manifest.tokenizer_config,
+        {file.name: functools.partial(shutil.copyfile, file) for file in extra},
+    )
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -259,13 +292,21 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def load(
-    path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None, names: Iterable[str] | None = None
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    param_dtype: str | None = None,
+    remat: str = "none",
+    mesh: Mesh | None = None,
+    names: Iterable[str] | None = None,
 ) -> dict[str, nnx.Module]:
     """Loads networks, each array straight onto its device or its part of `mesh`.
 
     Args:
         path: the folder of a checkpoint.
         dtype: of weights and computation, one of `config.DTYPES`; None: as stored.
+        param_dtype: of the weights alone; None: as `dtype` says.
+        remat: see `NetworkConfig.remat`.
         mesh: from `sharding.make_mesh`; None: all on the first device.
         names: which networks; None: all that the checkpoint has.
 
@@ -273,6 +314,9 @@ def load(
         InputError: if the checkpoint is absent, incomplete or of other shapes than its config.
     """
     path = Path(path)
+    for argument, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+        if value is not None:
+            check_dtype(value, argument)
     manifest = read_manifest(path)
     names = list(manifest.configs if names is None else names)
     if absent := [name for name in names if name not in manifest.configs]:
@@ -281,14 +325,15 @@ def load(
     networks = {}
     for name in names:
         config = manifest.configs[name]
-        if dtype is not None:
-            check_dtype(dtype)
-            config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+        stored_as = param_dtype or dtype  # None: each leaf as it is
+        config = dataclasses.replace(
+            config, dtype=dtype or config.dtype, param_dtype=stored_as or config.param_dtype, remat=remat
+        )
         module = abstract(name, config)
         targets = {}
         for leaf, variable in leaves(module).items():
             found = stored[name][leaf]
-            kind = jnp.dtype(dtype) if dtype is not None else found.dtype
+            kind = found.dtype if stored_as is None else jnp.dtype(stored_as)
             targets[leaf] = jax.ShapeDtypeStruct(found.shape, kind, sharding=variable_sharding(variable, mesh))
         networks[name] = assemble(module, load_leaves(path, name, targets))
     return networks
@@ -319,7 +364,7 @@ def stored_leaves(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
             raise InputError(f"{weights}: missing or damaged ({error}); convert the checkpoint again") from None
         if not isinstance(tree, dict):
             raise InputError(f"{weights}: damaged; convert the checkpoint again")
-    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _flatten(tree)}
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flatten(tree)}
 
 
 def network_leaves(path: Path, manifest: Manifest) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
@@ -350,7 +395,7 @@ def load_leaves(path: Path, name: str, targets: dict[str, jax.ShapeDtypeStruct])
     Raises:
         InputError: if the stored bytes are damaged.
     """
-    tree = _nest({f"{name}.{leaf}": target for leaf, target in targets.items()})
+    tree = nest({f"{name}.{leaf}": target for leaf, target in targets.items()})
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     try:
@@ -361,7 +406,14 @@ def load_leaves(path: Path, name: str, targets: dict[str, jax.ShapeDtypeStruct])
         if not isinstance(cause, ValueError):  # all that TensorStore raises
             raise
         raise InputError(f"{path / WEIGHTS}: damaged ({cause}); convert the checkpoint again") from None
-    return {leaf.removeprefix(f"{name}."): value for leaf, value in _flatten(loaded)}
+    return {leaf.removeprefix(f"{name}."): value for leaf, value in flatten(loaded)}
+
+
+def read_leaves(path: Path, name: str, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
+    """`load_leaves` to the host's memory, as they are stored."""
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    targets = {leaf: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=host) for leaf, shape in shapes.items()}
+    return {leaf: np.asarray(value) for leaf, value in load_leaves(path, name, targets).items()}
 
 
 def batches(arrays: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -378,8 +430,8 @@ def batches(arrays: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
         yield batch
 
 
-def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `_flatten`."""
+def nest(flat: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         *parents, last = name.split(".")
@@ -390,9 +442,9 @@ def _nest(flat: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 
 from acestep_jax import audio, checkpoint
+from acestep_jax.adapter import Adapter, check_scale, resolve_adapters
 from acestep_jax.config import DTYPES
 from acestep_jax.errors import InputError
 from acestep_jax.pipeline import AceStepPipeline
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="[turbo: 8; base, sft: 50]")
     add("--shift", type=float, help="of the time steps towards the noise [turbo: 3; base, sft: 1]")
     add("--guidance", type=float, help="strength, 1 for none [turbo: none; base, sft: 7]")
+    add_lora_options(generate)
     add("--dtype", help=f"{', '.join(DTYPES)} [as stored]")
     add("--mesh", metavar="AXIS=N,...", help=f"devices for each of {', '.join(MESH_AXES)} [one device]")
     add(
@@ -72,7 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Writes one song. The output's name, the lyrics file and the mesh are checked before the weights are loaded."""
+    """Writes one song. The output's name, the lyrics file, the mesh and the adapters are checked before the weights
+    are loaded."""
     if options.distributed is not None:
         join_processes(options.distributed)
     use_compilation_cache()
@@ -90,7 +93,9 @@ def generate(options: argparse.Namespace) -> None:
         raise InputError(
             f"--distributed: give --mesh as well; the processes have {jax.device_count()} devices together"
         )
+    adapters, scales = load_loras(options.lora, options.checkpoint)
     pipe = AceStepPipeline.from_checkpoint(options.checkpoint, dtype=options.dtype, mesh=mesh)
+    pipe.load_lora(adapters, scales)
     song = pipe(
         options.prompt,
         lyrics=lyrics,
@@ -125,6 +130,43 @@ def info(options: argparse.Namespace) -> None:
     for name, config in manifest.configs.items():
         sizes = [math.prod(leaf.shape) for key, leaf in stored.items() if key.startswith(f"{name}.")]
         print(f"{name:<24} {sum(sizes):>13,} parameters, {config.param_dtype}")
+
+
+def add_lora_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """--lora and --lora-scale, for `load_loras`. Both fill one list, with texts and numbers, so that it tells which
+    scale came after which adapter."""
+    lora = dict(dest="lora", action="append", default=[])
+    parser.add_argument(
+        "--lora",
+        metavar="DIR",
+        required=required,
+        help="an adapter; may be repeated, what they change adds up",
+        **lora,
+    )
+    parser.add_argument(
+        "--lora-scale", metavar="STRENGTH", type=float, help="of the --lora before it, 0 for none [1]", **lora
+    )
+
+
+def load_loras(entries: list[str | float], path: str) -> tuple[list[Adapter], list[float]]:
+    """Adapters and their scales from the values of --lora (text) and --lora-scale (numbers), in the order given.
+
+    Raises:
+        InputError: if a scale follows no adapter, or an adapter cannot be used with the checkpoint at `path`.
+    """
+    folders, scales = [], []
+    for previous, entry in zip([None, *entries], entries, strict=False):
+        if isinstance(entry, str):
+            folders.append(entry)
+            scales.append(1.0)
+        elif isinstance(previous, str):
+            check_scale(entry, "--lora-scale")
+            scales[-1] = entry
+        else:
+            raise InputError(f"--lora-scale: expected right after the --lora that it is for, found {entry:g} elsewhere")
+    if not folders:
+        return [], []
+    return resolve_adapters(folders, scales, checkpoint.read_manifest(path).configs["transformer"])
 
 
 def join_processes(text: str) -> None:

@@ -260,3 +260,36 @@ class AutoencoderConfig(NetworkConfig):
                 "AutoencoderConfig: channel_multiples and downsampling_ratios must be of one length, found "
                 f"{self.channel_multiples} and {self.downsampling_ratios}"
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Low-rank adapters, see `models.lora`.
+
+    rank: r, of the two factors.
+    alpha: adapters count alpha / rank times.
+    dropout: the share of inputs that the adapters, not the layers, drop in training.
+    targets: regular expressions for the ends of the dotted paths of linear layers, see `models.lora.targets`.
+    use_dora: trains the norm of each output's weights apart from their direction.
+    """
+
+    rank: int = 64
+    alpha: float = 128.0
+    dropout: float = 0.1
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out")
+    use_dora: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if not _is_size(self.rank):
+            raise InputError(f"lora.rank: expected a positive integer, found {self.rank!r}")
+        if not 0 < self.alpha < float("inf"):
+            raise InputError(f"lora.alpha: expected a number above 0, found {self.alpha!r}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"lora.dropout: expected a number from 0 to below 1, found {self.dropout!r}")
+        if not self.targets:
+            raise InputError("lora.targets: expected at least one pattern, found none")
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank

@@ -6,7 +6,7 @@ import logging
 import math
 import operator
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from acestep_jax import audio, checkpoint, stages
+from acestep_jax.adapter import Adapter, merge_adapters, resolve_adapters
 from acestep_jax.errors import InputError
 from acestep_jax.flow_matching import custom_schedule, schedule
 from acestep_jax.models.audio_tokenizer import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer
@@ -34,8 +35,6 @@ MIN_DURATION, MAX_DURATION = 10.0, 600.0  # seconds
 # Lengths are padded to multiples of these, so that few programs are compiled; padding is masked.
 PROMPT_BUCKET, LYRIC_BUCKET = 64, 256  # tokens
 FRAMES_BUCKET = 256  # latent frames; more for long songs, see `bucket`
-
-StepCallback = Callable[[int, float, np.ndarray], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +102,7 @@ class AceStepPipeline:
         self.mesh = mesh
         self.sample_rate: int = vae.config.sampling_rate
         self.latents_per_second: float = self.sample_rate / vae.hop_length
-        self._reporter = _Reporter()
+        self._reporter = stages.StepReporter()
 
     @classmethod
     def from_checkpoint(
@@ -122,6 +121,28 @@ class AceStepPipeline:
         networks = checkpoint.load(path, dtype=dtype, mesh=mesh)
         return cls(**networks, tokenizer=checkpoint.load_tokenizer(path), mesh=mesh)
 
+    def load_lora(
+        self,
+        adapters: str | Path | Adapter | Sequence[str | Path | Adapter],
+        scale: float | Sequence[float] = 1.0,
+    ) -> None:
+        """Merges LoRA or DoRA adapters into `transformer`, a new network; songs take no longer than without.
+
+        What they change adds up, in one call or in several. To undo it, keep `plain = pipe.transformer` and set
+        `pipe.transformer = plain`.
+
+        Args:
+            adapters: a folder that training or `python -m convert lora-from-torch` made, what `load_adapter` read,
+                or several.
+            scale: strength, 1 is what was trained and 0 nothing; one for all or one for each.
+
+        Raises:
+            InputError: if there is no adapter, it is damaged or for another model, or a scale is no finite number.
+        """
+        found, scales = resolve_adapters(adapters, scale, self.transformer.config)
+        with _on_mesh(self.mesh):
+            self.transformer = merge_adapters(self.transformer, found, scales)
+
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -136,7 +157,7 @@ class AceStepPipeline:
         latents: np.ndarray | jax.Array | None = None,
         task_type: str = "text2music",
         output_type: str = "np",
-        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end: stages.StepCallback | None = None,
         instruction: str | None = None,
         max_text_length: int = MAX_PROMPT_TOKENS,
         max_lyric_length: int = MAX_LYRIC_TOKENS,
@@ -227,10 +248,10 @@ class AceStepPipeline:
             if output_type == "np":
                 bar.set_description("decoding")
                 audios = stages.decode(self.vae, x, lengths)
-                audios = _on_host(audios)[:, :, : frames * self.vae.hop_length]
+                audios = on_host(audios)[:, :, : frames * self.vae.hop_length]
             bar.update()
             bar.set_description("done")
-        return AudioPipelineOutput(audios, _on_host(x)[:, :frames], self.sample_rate, seeds)
+        return AudioPipelineOutput(audios, on_host(x)[:, :frames], self.sample_rate, seeds)
 
     def _texts(self, prompts, lyrics, language, duration, bpm, keyscale, timesignature, instruction):
         if not prompts:
@@ -307,41 +328,6 @@ class AceStepPipeline:
         return tuple(seeds), _draw(keys, shape)
 
 
-class _Reporter:
-    """Brings steps out of the compiled loop. One object serves all calls of a pipeline: its method is part of the
-    program, which a new function for every call would compile again."""
-
-    def __init__(self):
-        self._callback: StepCallback | None = None
-        self._frames = 0
-        self._error: Exception | None = None
-
-    @contextlib.contextmanager
-    def watching(self, callback: StepCallback | None, frames: int):
-        """Gives the function that the loop is to call, None if nobody watches; then raises what the callback raised.
-
-        JAX's persistent cache does not take programs that call back, so without a callback there is no such function.
-        """
-        self._callback, self._frames, self._error = callback, frames, None
-        try:
-            yield None if callback is None else self._step
-        finally:
-            jax.effects_barrier()
-            error, self._callback, self._error = self._error, None, None
-        if error is not None:
-            raise error
-
-    def _step(self, i, t, x):
-        jax.debug.callback(self._call, i, t, x)
-
-    def _call(self, i, t, x):
-        if self._error is None:
-            try:
-                self._callback(int(i), float(t), np.asarray(x)[:, : self._frames])
-            except Exception as error:  # it must not unwind through the runtime
-                self._error = error
-
-
 def _draw(keys: jax.Array, shape: tuple[int, int, int]) -> np.ndarray:
     """Noise on the host, so that it may go to any device, mesh or process; the longer bucket begins with the same."""
     return np.asarray(stages.noise(keys, (bucket(shape[1]), shape[2])))
@@ -354,7 +340,7 @@ def bucket(frames: int) -> int:
     return -(-frames // step) * step
 
 
-def _on_host(x: jax.Array) -> np.ndarray:
+def on_host(x: jax.Array) -> np.ndarray:
     """All of an array, also of one that is spread over several processes."""
     return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 

@@ -13,7 +13,12 @@ from acestep_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-INSTRUCTION = "Fill the audio semantic mask based on the given conditions:"
+# What the prompt asks for, by task. The order is that of the tasks' numbers in training data.
+INSTRUCTIONS = {
+    "text2music": "Fill the audio semantic mask based on the given conditions:",
+    "repaint": "Repaint the mask area based on the given conditions:",
+    "cover": "Generate audio semantic tokens based on the given conditions:",
+}
 MAX_PROMPT_TOKENS = 256
 MAX_LYRIC_TOKENS = 2048
 TIME_SIGNATURES = ("2", "3", "4", "6")
@@ -54,7 +59,7 @@ def prompt_text(
     timesignature = "" if timesignature is None else str(timesignature).strip()
     if timesignature and timesignature not in TIME_SIGNATURES:
         raise InputError(f"timesignature: expected one of {', '.join(TIME_SIGNATURES)}, found {timesignature!r}")
-    instruction = instruction or INSTRUCTION
+    instruction = instruction or INSTRUCTIONS["text2music"]
     if not instruction.endswith(":"):
         instruction += ":"
     metas = (

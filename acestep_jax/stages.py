@@ -1,10 +1,15 @@
-"""The compiled programs of a generation: encode, denoise, decode. Each is one call; weights are arguments."""
+"""The compiled programs of a generation: encode, denoise, decode. Each is one call; weights are arguments.
 
+`StepReporter` brings word of each step out of them.
+"""
+
+import contextlib
 import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from acestep_jax.flow_matching import apg, euler
 from acestep_jax.models.autoencoder import AutoencoderOobleck
@@ -16,6 +21,8 @@ from acestep_jax.sharding import shard
 
 REFERENCE_FRAMES = 750  # of the timbre reference (30 s), silence where there is none
 PEAK = 10.0 ** (-1.0 / 20.0)  # -1 dBFS, the loudest sample of every song
+
+StepCallback = Callable[[int, float, np.ndarray], None]  # step, t, latents
 
 
 # On a CPU, XLA's default order of operations prefers concurrency: it copies the weights of all layers of a scan's body
@@ -103,3 +110,38 @@ def decode(vae: AutoencoderOobleck, latents: jax.Array, lengths: jax.Array) -> j
     waveform = jnp.where(jnp.arange(waveform.shape[-1]) < ends, waveform, 0.0)
     peak = jnp.max(jnp.abs(waveform), axis=(1, 2), keepdims=True)
     return waveform * (PEAK / jnp.maximum(peak, 1e-6))
+
+
+class StepReporter:
+    """Brings steps out of the compiled loop. One object serves all calls of a pipeline: its method is part of the
+    program, which a new function for every call would compile again."""
+
+    def __init__(self):
+        self._callback: StepCallback | None = None
+        self._frames = 0
+        self._error: Exception | None = None
+
+    @contextlib.contextmanager
+    def watching(self, callback: StepCallback | None, frames: int):
+        """Gives the function that the loop is to call, None if nobody watches; then raises what the callback raised.
+
+        JAX's persistent cache does not take programs that call back, so without a callback there is no such function.
+        """
+        self._callback, self._frames, self._error = callback, frames, None
+        try:
+            yield None if callback is None else self._step
+        finally:
+            jax.effects_barrier()
+            error, self._callback, self._error = self._error, None, None
+        if error is not None:
+            raise error
+
+    def _step(self, i, t, x):
+        jax.debug.callback(self._call, i, t, x)
+
+    def _call(self, i, t, x):
+        if self._error is None:
+            try:
+                self._callback(int(i), float(t), np.asarray(x)[:, : self._frames])
+            except Exception as error:  # it must not unwind through the runtime
+                self._error = error

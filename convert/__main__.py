@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from acestep_jax.cli import add_lora_options, load_loras
 from acestep_jax.config import DTYPES
 from acestep_jax.errors import InputError
 
@@ -33,6 +34,30 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("verify", help="run a PyTorch checkpoint in torch and in JAX and compare every stage")
     source_options(command)
 
+    command = commands.add_parser("lora-from-torch", help="convert a LoRA adapter of PEFT, diffusers or ComfyUI")
+    command.add_argument("source", metavar="SRC", help="its folder or .safetensors file")
+    command.add_argument("destination", metavar="DST", help="the folder to make")
+    command.add_argument(
+        "--checkpoint",
+        dest="model",
+        metavar="DIR",
+        help="the native checkpoint it is for, to check that it fits; needed where it leaves out the last layers",
+    )
+
+    command = commands.add_parser("lora-to-torch", help="convert an adapter for PEFT, diffusers or ComfyUI")
+    command.add_argument("source", metavar="SRC", help="an adapter")
+    command.add_argument("destination", metavar="DST", help="the folder to make; comfyui: the .safetensors file")
+    command.add_argument(
+        "--layout",
+        required=True,
+        help="peft (for ACE-Step's own application too), diffusers or comfyui",
+    )
+
+    command = commands.add_parser("merge-lora", help="make a native checkpoint with adapters merged into it")
+    command.add_argument("source", metavar="SRC", help="a native checkpoint")
+    command.add_argument("destination", metavar="DST", help="the folder to make")
+    add_lora_options(command, required=True)
+
     command = commands.add_parser("random-torch", help="make a PyTorch checkpoint with random weights, for trials")
     command.add_argument("destination", metavar="DST", help="the folder to make")
     command.add_argument("--size", choices=("tiny", "2B"), default="tiny", help="[tiny]")
@@ -55,6 +80,18 @@ def main(arguments: list[str] | None = None) -> int:
             from convert.to_torch import to_torch
 
             to_torch(**options)
+        elif command == "lora-from-torch":
+            from convert.lora import lora_from_torch
+
+            lora_from_torch(**options)
+        elif command == "lora-to-torch":
+            from convert.lora import lora_to_torch
+
+            lora_to_torch(**options)
+        elif command == "merge-lora":
+            from convert.merge import merge_lora
+
+            merge_lora(options["source"], options["destination"], *load_loras(options["lora"], options["source"]))
         elif command == "verify":
             from convert.verify import verify
 

@@ -99,11 +99,9 @@ class _Reader:
     def __call__(self, network: str, name: str) -> np.ndarray:
         if (network, name) not in self.held:
             self.held.clear()
-            sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
             group = next(group for group in self.groups[network] if name in group)
-            targets = {k: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for k, leaf in group.items()}
-            loaded = checkpoint.load_leaves(self.source, network, targets)
-            self.held = {(network, leaf): np.asarray(value) for leaf, value in loaded.items()}
+            loaded = checkpoint.read_leaves(self.source, network, group)
+            self.held = {(network, leaf): value for leaf, value in loaded.items()}
             self.bar.set_description(network)
             self.bar.update(len(self.held.keys() - self.seen))
             self.seen |= self.held.keys()

@@ -176,18 +176,23 @@ def _file_tensors(folder: Path, dtype: np.dtype | None) -> dict[str, Tensor]:
                 shards.setdefault(file, set()).add(name)
             tensors = {}
             for file, names in sorted(shards.items()):
-                found = _read_header(folder / file, dtype)
+                found = read_header(folder / file, dtype)
                 if missing := sorted(names - found.keys()):
                     raise InputError(f"{folder / file}: {index.name} promises {_some(missing)}, which is not in it")
                 tensors |= found
             return tensors
         if (folder / f"{stem}.safetensors").is_file():
-            return _read_header(folder / f"{stem}.safetensors", dtype)
+            return read_header(folder / f"{stem}.safetensors", dtype)
     names = " or ".join(f"{stem}.safetensors" for stem in WEIGHT_FILES)
     raise InputError(f"{folder}: no weights; expected {names}, or its index and shards")
 
 
-def _read_header(file: Path, dtype: np.dtype | None) -> dict[str, Tensor]:
+def read_header(file: Path, dtype: np.dtype | None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, to be read as `dtype` (None: as they are).
+
+    Raises:
+        InputError: if the file is missing or damaged, or holds other numbers than floating-point ones.
+    """
     if not file.is_file():
         raise InputError(f"{file}: missing; the checkpoint is incomplete, download the file")
     tensors = {}

@@ -31,7 +31,9 @@ CASES = {
 FRAMES = 43  # an odd number, more than twice the reach of a frame
 
 # One function each for all tests, so that what was compiled for one is at hand for the next.
-encode = jax.jit(lambda network, audio, tile=512: network.encode(audio, tile_frames=tile), static_argnums=2)
+encode = jax.jit(
+    lambda network, audio, tile=512, lengths=None: network.encode(audio, lengths, tile_frames=tile), static_argnums=2
+)
 decode = jax.jit(
     lambda network, latents, tile=512, lengths=None: network.decode(latents, lengths, tile_frames=tile),
     static_argnums=2,
@@ -125,6 +127,27 @@ def test_padding_changes_no_song(case, tile):
         found = np.asarray(decode(ours, np.where(padding, np.float32(filling), z), tile, lengths))
         for i, length in enumerate(lengths):
             assert_close(found[i : i + 1, :, : length * ours.hop_length], decode(ours, z[i : i + 1, :length]), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("case", "tile"), [("two_blocks", 512), ("two_blocks", 45), ("ace_step", 512), ("ace_step", 21)]
+)
+def test_padding_changes_no_posterior(case, tile):
+    """Whatever is in it: of torch's own result for each song alone, also where the last window is padding only. The
+    lengths are odd, with what is left of a frame, and one has just a frame."""
+    theirs, ours = pair(case)
+    hop = ours.hop_length
+    lengths = np.array([(FRAMES - 1) * hop + hop // 2 + 1, 30 * hop - 1, hop + 3], np.int32)
+    x = audio(ours, batch=3)
+    padding = np.arange(x.shape[-1]) >= lengths[:, None, None]
+    alone = [torch_encode(theirs, x[i : i + 1, :, :length]) for i, length in enumerate(lengths)]
+    for filling in (1e3, np.nan):
+        found = encode(ours, np.where(padding, np.float32(filling), x), tile, lengths)
+        for i, (mean, std) in enumerate(alone):
+            frames = lengths[i] // hop
+            assert mean.shape[1] == frames
+            assert_close(found.mean[i : i + 1, :frames], mean)
+            assert_close(found.std[i : i + 1, :frames], std)
 
 
 @pytest.mark.parametrize("songs", [1, 3, 8])

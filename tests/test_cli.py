@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from acestep_jax import cli
+from acestep_jax import checkpoint, cli
+from acestep_jax.adapter import save_adapter
+from tests.adapters import ATTENTION, random_adapter
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +44,33 @@ def test_generate(tiny, tmp_path, capsys):
     assert np.abs(soundfile.read(tmp_path / "c.wav")[0] - c).max() < 1e-4
 
 
+def test_adapters(tiny, tmp_path):
+    """They change the song, unless their strength is zero; each --lora-scale is that of the --lora before it."""
+    config = checkpoint.read_manifest(tiny[1]).configs["transformer"]
+    for i, name in enumerate("ab"):
+        save_adapter(tmp_path / name, random_adapter(config, ATTENTION, alpha=i + 1.0, seed=i))
+    a, b = ["--lora", str(tmp_path / "a")], ["--lora", str(tmp_path / "b")]
+
+    def song(*options):
+        assert generate(tiny, "--out", tmp_path / "song.wav", "--overwrite", "--seed", 1, "--steps", 2, *options) == 0
+        return soundfile.read(tmp_path / "song.wav")[0]
+
+    plain = song()
+    assert np.abs(song(*a) - plain).max() > 0.01
+    np.testing.assert_array_equal(song(*a, "--lora-scale", 0, *b, "--lora-scale", 0), plain)
+
+    def given(*options):
+        entries = cli._parser().parse_args(["generate", "x", "--checkpoint", "y", *options]).lora
+        adapters, scales = cli.load_loras(entries, tiny[1])
+        return [adapter.config.alpha for adapter in adapters], scales
+
+    assert given() == ([], [])
+    assert given(*a, *b) == ([1.0, 2.0], [1.0, 1.0])
+    assert given(*b, "--lora-scale", "-0.5", *a) == ([2.0, 1.0], [-0.5, 1.0])
+    assert given(*a, *b, "--lora-scale=0.5") == ([1.0, 2.0], [1.0, 0.5])
+    assert given(*a, "--lora-scale", "2", *a, "--lora-scale", "3") == ([1.0, 1.0], [2.0, 3.0])
+
+
 def test_info(tiny, capsys):
     assert cli.main(["info", "--checkpoint", str(tiny[1])]) == 0
     out = capsys.readouterr().out
@@ -61,6 +90,11 @@ ERRORS = {
     "dtype": (["--dtype", "int8"], "use one of float32, bfloat16, float16"),
     "mesh axis": (["--mesh", "model=8"], "expected AXIS=N"),
     "mesh size": (["--mesh", "data=3"], "needs 3 devices, but 8 are present"),
+    "no adapter": (["--lora", "{tmp}/absent"], "absent: no such folder; expected an acestep-jax adapter"),
+    "a checkpoint": (["--lora", "{torch}"], "python -m convert lora-from-torch"),
+    "scale of nothing": (["--lora-scale", "0.5"], "--lora-scale: expected right after the --lora that it is for"),
+    "two scales": (["--lora", "x", "--lora-scale", "1", "--lora-scale", "2"], "for, found 2 elsewhere"),
+    "infinite scale": (["--lora", "x", "--lora-scale", "inf"], "--lora-scale: expected a finite number"),
     "lyrics file": (["--lyrics", "@{tmp}/absent.txt"], "absent.txt"),
 }
 

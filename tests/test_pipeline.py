@@ -10,6 +10,9 @@ import torch
 from diffusers import AceStepPipeline as TorchPipeline
 
 from acestep_jax import AceStepPipeline, InputError, checkpoint, make_mesh, stages
+from acestep_jax.adapter import Adapter, save_adapter
+from acestep_jax.config import LoRAConfig
+from tests.adapters import ATTENTION, CONFIG, random_adapter
 from tests.parity import assert_close, normal, relative_error
 
 SONG = dict(lyrics="[verse]\nla la la\n[chorus]\nhello", audio_duration=10.0, bpm=90, keyscale="C major")
@@ -233,3 +236,45 @@ def test_batches_must_divide_by_the_mesh(pipe):
     pipe = AceStepPipeline(**networks, tokenizer=pipe.tokenizer, mesh=make_mesh(data=8))
     with pytest.raises(InputError, match="prompt: 3 do not divide by the mesh's data=8"):
         pipe(["a", "b", "c"], **SONG)
+
+
+def with_loras(pipe, *arguments):
+    """The latents of a pipeline like `pipe` with adapters."""
+    networks = {name: getattr(pipe, name) for name in checkpoint.NETWORKS}
+    adapted = AceStepPipeline(**networks, tokenizer=pipe.tokenizer)
+    adapted.load_lora(*arguments)
+    return adapted("piano", seed=0, output_type="latent", **SONG).latents
+
+
+def test_adapters(pipe, tmp_path):
+    """From folders, each with its strength: two at once are one of both ranks together; without strength, none."""
+    one, two = (random_adapter(pipe.transformer.config, ATTENTION, seed=i) for i in (1, 2))
+    for name, adapter in (("one", one), ("two", two)):
+        save_adapter(tmp_path / name, adapter)
+    plain = pipe("piano", seed=0, output_type="latent", **SONG).latents
+    both = with_loras(pipe, [tmp_path / "one", str(tmp_path / "two")], [1.0, -0.5])
+    factors = {"lora_a": (2, 1.0), "lora_b": (1, -0.5)}  # the axis of the rank, and what counts for the strength
+    leaves = {}
+    for leaf in one.leaves:
+        axis, strength = factors[leaf.rpartition(".")[2]]
+        leaves[leaf] = np.concatenate([one.leaves[leaf], strength * two.leaves[leaf]], axis=axis)
+    joined = Adapter(LoRAConfig(rank=8, alpha=16.0, targets=ATTENTION), leaves)
+    assert relative_error(both, plain) > 0.01 and relative_error(both, with_loras(pipe, one)) > 0.01
+    assert_close(both, with_loras(pipe, joined))
+    np.testing.assert_array_equal(with_loras(pipe, [one, two], 0.0), plain)
+    np.testing.assert_array_equal(pipe("piano", seed=0, output_type="latent", **SONG).latents, plain)
+
+
+def test_bad_adapters(pipe, tmp_path):
+    save_adapter(tmp_path / "other", random_adapter(CONFIG, ATTENTION))
+    before = pipe.transformer
+    cases = {
+        "absent: no such folder": (tmp_path / "absent",),
+        "other: layers.*; the adapter is for another model": (tmp_path / "other",),
+        "scale: expected one number or 1, one for each adapter, found 2": (tmp_path / "other", [1.0, 2.0]),
+        "scale: expected a finite number such as 0.8, found nan": (tmp_path / "other", float("nan")),
+    }
+    for message, arguments in cases.items():
+        with pytest.raises(InputError, match=message):
+            pipe.load_lora(*arguments)
+    assert pipe.transformer is before

@@ -94,15 +94,17 @@ class OobleckEncoderBlock(nnx.Module):
     """Three residual units of growing dilation, then a convolution that divides time by `stride`."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        self.stride = stride
         self.res_unit1 = OobleckResidualUnit(inputs, 1, config, rngs=rngs)
         self.res_unit2 = OobleckResidualUnit(inputs, 3, config, rngs=rngs)
         self.res_unit3 = OobleckResidualUnit(inputs, 9, config, rngs=rngs)
         self.snake1 = Snake(inputs, config)
         self.conv1 = Conv(inputs, outputs, 2 * stride, config, stride=stride, padding=stride // 2, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.res_unit3(self.res_unit2(self.res_unit1(x)))
-        return self.conv1(self.snake1(x))
+    def __call__(self, x: jax.Array, length: jax.Array | None) -> jax.Array:
+        for unit in (self.res_unit1, self.res_unit2, self.res_unit3):
+            x = unit(x, length)
+        return self.conv1(self.snake1(x), length)
 
 
 class OobleckDecoderBlock(nnx.Module):
@@ -126,7 +128,10 @@ class OobleckDecoderBlock(nnx.Module):
 
 
 class OobleckEncoder(nnx.Module):
-    """[B, samples, audio channels] -> [B, samples / 1920, 2 * 64]."""
+    """[B, samples, audio channels] -> [B, samples / 1920, 2 * 64].
+
+    length: int32, the samples that count, as `OobleckDecoder` has it for frames.
+    """
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         channels = [config.encoder_hidden_size * m for m in (1, *config.channel_multiples)]
@@ -138,11 +143,13 @@ class OobleckEncoder(nnx.Module):
         self.snake1 = Snake(channels[-1], config)
         self.conv2 = Conv(channels[-1], config.encoder_hidden_size, 3, config, padding=1, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.conv1(x)
+    def __call__(self, x: jax.Array, length: jax.Array | None = None) -> jax.Array:
+        x = self.conv1(x, length)
         for block in self.block:
-            x = block(x)
-        return self.conv2(self.snake1(x))
+            x = block(x, length)
+            if length is not None:
+                length = length // block.stride  # what is left of a stride is dropped, as at the end of an array
+        return self.conv2(self.snake1(x), length)
 
 
 class OobleckDecoder(nnx.Module):
@@ -190,10 +197,17 @@ class AutoencoderOobleck(nnx.Module):
         self.encoder = OobleckEncoder(config, rngs=rngs)
         self.decoder = OobleckDecoder(config, rngs=rngs)
 
-    def encode(self, audio: jax.Array, *, tile_frames: int | None = None) -> DiagonalGaussian:
+    def encode(
+        self, audio: jax.Array, lengths: jax.Array | None = None, *, tile_frames: int | None = None
+    ) -> DiagonalGaussian:
         """[B, channels, samples] in [-1, 1] -> posterior over [B, samples // hop_length, 64].
 
         As in the torch model, samples beyond the last whole frame only lend context to it.
+
+        Args:
+            lengths: [B] int32, the samples of each song; what follows is padding. Of the result, the first
+                lengths // hop_length frames are those of the song without padding, the others arbitrary.
+            tile_frames: how many frames are encoded at once at most; None: what suits the backend.
 
         Raises:
             InputError: if the audio is shorter than one frame, or tile_frames is too small.
@@ -208,13 +222,16 @@ class AutoencoderOobleck(nnx.Module):
         # The samples beyond the last frame stay with the last window, so every window carries as many.
         extra = audio.shape[-1] - frames * hop
         windows = _Windows.of(frames, tile_frames, overlap)
+        if lengths is not None:
+            lengths = lengths.astype(jnp.int32)
 
         def run(i):
             song, begin, first = windows.at(i)
             window = jax.lax.dynamic_slice(
                 x, (song, begin * hop, 0), (1, windows.size * hop + extra, self.config.audio_channels)
             )
-            return windows.keep(self.encoder(window)[0, : windows.size], first)
+            y = self.encoder(window, None if lengths is None else lengths[song] - begin * hop)
+            return windows.keep(y[0, : windows.size], first)
 
         y = jax.lax.map(run, jnp.arange(x.shape[0] * windows.count))
         y = y.reshape(x.shape[0], -1, y.shape[-1])[:, :frames]

@@ -88,12 +88,25 @@ class AceStepConditionEncoder(nnx.Module):
         Returns:
             [B, S_lyric + max_references + S_text, D], valid tokens first, and a bool mask of the same two axes.
         """
-        config = self.config
+        clips = self.timbre_encoder(refer_audio_acoustic_hidden_states_packed.astype(self.config.dtype))
+        timbre, timbre_mask = _unpack(clips, refer_audio_order_mask, text_hidden_states.shape[0], max_references)
+        return self.combine(
+            text_hidden_states, text_attention_mask, lyric_hidden_states, lyric_attention_mask, timbre, timbre_mask
+        )
+
+    def combine(
+        self,
+        text_hidden_states: jax.Array,
+        text_attention_mask: jax.Array,
+        lyric_hidden_states: jax.Array,
+        lyric_attention_mask: jax.Array,
+        timbre: jax.Array,
+        timbre_mask: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `__call__`, with the references already encoded: `timbre` [B, references, D] and which are there."""
         text = self.text_projector(text_hidden_states)
         lyric = self.lyric_encoder(lyric_hidden_states, lyric_attention_mask.astype(jnp.int32).sum(1))
-        clips = self.timbre_encoder(refer_audio_acoustic_hidden_states_packed.astype(config.dtype))
-        timbre, timbre_mask = _unpack(clips, refer_audio_order_mask, text.shape[0], max_references)
-        tokens = jnp.concatenate([lyric, timbre, text], axis=1)
+        tokens = jnp.concatenate([lyric, timbre.astype(text.dtype), text], axis=1)
         mask = jnp.concatenate([lyric_attention_mask, timbre_mask, text_attention_mask], axis=1).astype(bool)
         return _pack(tokens, mask)
 

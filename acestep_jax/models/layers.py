@@ -4,6 +4,7 @@ Axis letters: B batch, T frames or tokens, S condition tokens, N query heads, K 
 F mlp, L layers.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.custom_derivatives import SymbolicZero
 
 from acestep_jax.config import NetworkConfig
 from acestep_jax.sharding import platform, shard
@@ -39,12 +41,12 @@ def linear(
         param_dtype=jnp.dtype(config.param_dtype),
         kernel_metadata={"out_sharding": axes, "eager_sharding": False},
         bias_metadata={"out_sharding": axes[1:], "eager_sharding": False},
-        dot_general=_dot_general,
+        dot_general=dot_general,
         rngs=rngs,
     )
 
 
-def _dot_general(x: jax.Array, w: jax.Array, dimensions, **options) -> jax.Array:
+def dot_general(x: jax.Array, w: jax.Array, dimensions, **options) -> jax.Array:
     """`jax.lax.dot_general`. On a CPU, half-precision products are told to give float32 and then rounded: the same
     result, but only so does XLA use the processor's own bfloat16 products, at more than twice the rate."""
     if x.dtype == jnp.float32 or platform() != "cpu":
@@ -188,20 +190,54 @@ def scan_layers(
 
         return jax.lax.scan(body, x, jnp.arange(len(windows) // size))[0]
 
-    @loop.defjvp
+    # What has no tangent, such as frozen weights under an adapter, stays out of the derivative: a tangent of zeros
+    # would be multiplied with like any other.
+    @functools.partial(loop.defjvp, symbolic_zeros=True)
     def derivative(primals, tangents):
-        return jax.jvp(loop_by_period, primals, tangents)
+        leaves, treedef = jax.tree.flatten(primals)
+        slopes = treedef.flatten_up_to(tangents)
+        moving = [not isinstance(slope, SymbolicZero) for slope in slopes]
 
-    def loop_by_period(x, stacks, shared):
-        def body(x, group):
-            return run(x, lambda i: jax.tree.map(lambda leaf: leaf[i], group), shared), None
+        def run(*moved):
+            values = iter(moved)
+            x, stacks, shared = treedef.unflatten(next(values) if m else x for m, x in zip(moving, leaves, strict=True))
+            return loop_by_period(x, stacks, shared, treedef.unflatten(moving)[1])
 
-        if remat == "full":
-            body = jax.checkpoint(body, prevent_cse=False)
-        elif remat == "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        groups = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), stacks)
-        return jax.lax.scan(body, x, groups)[0]
+        return jax.jvp(run, *([x for x, m in zip(part, moving, strict=True) if m] for part in (leaves, slopes)))
+
+    def loop_by_period(x, stacks, shared, moving):
+        """`moving`: which leaves of `stacks` have gradients; the others are read in place, as above."""
+        leaves, treedef = jax.tree.flatten(stacks)
+        moving = treedef.flatten_up_to(moving)
+        learning = [leaf.reshape(-1, size, *leaf.shape[1:]) for leaf, m in zip(leaves, moving, strict=True) if m]
+
+        def body(x, xs):
+            group, learning = xs
+
+            def pick(i):
+                values = iter(learning)
+                return treedef.unflatten(
+                    next(values)[i] if m else jax.lax.dynamic_index_in_dim(leaf, group * size + i, keepdims=False)
+                    for leaf, m in zip(leaves, moving, strict=True)
+                )
+
+            return run(x, pick, shared), None
+
+        body = jax.checkpoint(body, prevent_cse=False, policy=_SAVEABLE[remat])
+        return jax.lax.scan(body, x, (jnp.arange(len(windows) // size), learning))[0]
 
     return loop(x, stacks, shared)
+
+
+def _save_all_but_slices(primitive, *_, **__) -> bool:
+    """A part of an array that is kept is not kept a second time: each layer's weights would be copied for the backward
+    pass, all of them."""
+    return primitive not in (jax.lax.slice_p, jax.lax.dynamic_slice_p, jax.lax.squeeze_p)
+
+
+# By `NetworkConfig.remat`, what the backward pass finds instead of computing it again.
+_SAVEABLE = {
+    "none": _save_all_but_slices,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}

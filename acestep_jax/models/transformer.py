@@ -111,8 +111,13 @@ class AceStepTransformer1DModel(nnx.Module):
 
     def embed_condition(self, encoder_hidden_states: jax.Array) -> KeysValues:
         """Keys and values of the condition for all layers, [L, B, S, K, H] each; they are the same at every step."""
-        condition = self.condition_embedder(encoder_hidden_states.astype(self.config.dtype))
+        condition = self._embed(encoder_hidden_states)
         return jax.lax.map(lambda attn: attn.keys_values(condition), self.layers.cross_attn)
+
+    def _embed(self, encoder_hidden_states: jax.Array) -> jax.Array:  # [B, S, E] -> [B, S, D]
+        condition = self.condition_embedder(encoder_hidden_states.astype(self.config.dtype))
+        # Not left to XLA's partitioner: on a mesh of data, fsdp and tensor it gets this kernel's gradient wrong.
+        return shard(condition, "batch", None, None)
 
     def __call__(
         self,
@@ -180,7 +185,7 @@ class AceStepTransformer1DModel(nnx.Module):
         if isinstance(encoder_hidden_states, KeysValues):
             per_layer = encoder_hidden_states
         else:
-            condition = self.condition_embedder(encoder_hidden_states.astype(config.dtype))
+            condition = self._embed(encoder_hidden_states)
         keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_hidden_layers)
 
         def apply(x, layer, window, extra, shared):

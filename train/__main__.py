@@ -1,0 +1,84 @@
+"""`python -m train`: songs to training data, and training."""
+
+import argparse
+import logging
+import sys
+
+import jax
+
+from acestep_jax.cli import join_processes, use_compilation_cache
+from acestep_jax.config import DTYPES
+from acestep_jax.errors import InputError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m train", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("preprocess", help="encode a folder of songs, or what changed in it since")
+    command.add_argument("audio_dir", metavar="AUDIO_DIR", help="songs, with their captions and lyrics beside them")
+    command.add_argument("data_dir", metavar="DATA_DIR", help="the folder of data to make or bring up to date")
+    command.add_argument("--checkpoint", metavar="DIR", required=True, help="a native checkpoint")
+    command.add_argument(
+        "--crop-seconds",
+        metavar="SECONDS",
+        type=float,
+        nargs="+",
+        default=[60.0],
+        help="lengths of crop to train on, 1 to 600 [60]",
+    )
+    command.add_argument("--dtype", help=f"of the encoders: {', '.join(DTYPES)} [as stored]")
+
+    # Its settings are those of `train.config`, which parses them.
+    command = commands.add_parser(
+        "fit", help="fine-tune the transformer on such data", add_help=False, allow_abbrev=False
+    )
+    command.add_argument("--distributed", nargs="?", const="")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 2 after an error message, or 130 if it was interrupted."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    options, settings = _parser().parse_known_args(arguments)
+    options = vars(options)
+    try:
+        if options.pop("command") == "preprocess":
+            if settings:
+                raise InputError(f"unknown argument(s) {' '.join(settings)}; see `python -m train preprocess --help`")
+            from train.preprocess import preprocess
+
+            use_compilation_cache()
+            preprocess(**options)
+        else:
+            from train import config
+
+            settings = config.parse(settings)
+            if options["distributed"] is not None:
+                join_processes(options["distributed"])
+            use_compilation_cache()
+            from train.loop import fit
+
+            print(fit(settings))
+    except (InputError, OSError) as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ("acestep_jax", "convert", "train"):
+            raise
+        print(f"train: {error.name} is not installed; run pip install -e '.[train]'", file=sys.stderr)
+        return 2
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        advice = "try --dtype bfloat16 or, in training, --remat full, smaller batches or several devices with --mesh"
+        print(f"train: the device has too little memory for this; {advice}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("train: stopped; the same command goes on from what was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""From a data folder to batches, through Grain: which song, crop, task and window an example has depends on the seed
+and on the example's number in the run alone, so that every number of processes and every resumed run sees the same.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from acestep_jax.errors import InputError
+from acestep_jax.pipeline import LYRIC_BUCKET, PROMPT_BUCKET
+from train.config import DataConfig
+from train.data_folder import TASKS, Index, Song, crop_durations, decode_record, text_key
+from train.objective import REPAINT, TEXT2MUSIC, Batch
+
+# The streams of random numbers that do not come from JAX.
+_SHUFFLE, _EXAMPLE, _CROP = range(3)
+
+
+class Records:
+    """The records of some songs, for random access: item i is song i with its arrays."""
+
+    def __init__(self, folder: Path, songs: Sequence[Song]):
+        self.songs = songs
+        shards = sorted({song.shard for song in songs})
+        sources = {shard: ArrayRecordDataSource(str(folder / shard)) for shard in shards}
+        self._rows = [(sources[song.shard], song.row) for song in songs]
+
+    def __len__(self) -> int:
+        return len(self.songs)
+
+    def __getitem__(self, i: int) -> tuple[Song, dict[str, np.ndarray]]:
+        source, row = self._rows[i]
+        return self.songs[i], decode_record(source[row])
+
+
+def split(index: Index, fraction: float) -> tuple[list[Song], list[Song]]:
+    """Songs to train on and songs held out. A song's side depends on its audio, so that copies and repeats of it never
+    fall on both; the held-out ones are those of the smallest hashes.
+
+    Raises:
+        InputError: if nothing would be left to train on.
+    """
+    distinct = sorted({song.sha256 for song in index.songs})
+    count = math.ceil(fraction * len(distinct)) if fraction else 0
+    if count >= len(distinct):
+        raise InputError(
+            f"examples.validation_fraction: {fraction} holds out all of {len(distinct)} song(s); set it to 0"
+        )
+    held_out = set(distinct[:count])
+    return tuple([song for song in index.songs if (song.sha256 in held_out) == side] for side in (False, True))
+
+
+class Examples:
+    """Makes examples of one size of every axis but time, so that a step compiles once for each length of crop."""
+
+    def __init__(self, folder: Path, index: Index, songs: Sequence[Song], config: DataConfig, silence: np.ndarray):
+        """
+        Args:
+            silence: latents of silence, [frames, 64], at least as long as the longest crop.
+
+        Raises:
+            InputError: if `config.crop_seconds` are not of those that the data were prepared for.
+        """
+        self.config, self.silence, self.rate = config, silence, index.latents_per_second
+        self.crops = tuple(config.crop_seconds) or index.crop_seconds
+        if unknown := sorted(set(self.crops) - set(index.crop_seconds)):
+            raise InputError(
+                f"examples.crop_seconds: {folder} was prepared for {list(index.crop_seconds)}, found {unknown}; "
+                "preprocess again with --crop-seconds (only the texts are encoded anew)"
+            )
+        self.records = Records(folder, songs)
+        self.text_size = _round_up(max(song.prompt_tokens for song in index.songs), PROMPT_BUCKET)
+        self.lyric_size = _round_up(max(song.lyric_tokens for song in index.songs), LYRIC_BUCKET)
+
+    def make(self, i: int, number: int, crop: float, task: int, rng: np.random.Generator | None) -> Batch:
+        """Example `number` of the run, of song i: a random crop and, for repaint, a random window; without `rng`, the
+        middle of the song."""
+        song, arrays = self.records[i]
+        size = int(crop * self.rate)
+        length = min(size, song.frames)
+        begin = (song.frames - length) // 2 if rng is None else int(rng.integers(song.frames - length + 1))
+        mean = self.silence[:size].copy()
+        mean[:length] = arrays["mean"][begin : begin + length]
+        std = np.zeros_like(mean)
+        std[:length] = arrays["std"][begin : begin + length]
+        window = (0, length)
+        if task == REPAINT:
+            width = int(rng.integers(1, length + 1))
+            first = int(rng.integers(length - width + 1))
+            window = (first, first + width)
+        (duration,) = crop_durations(song.seconds, (crop,))
+        text, lyrics = arrays[text_key(TASKS[task], duration)], arrays["lyric_ids"]
+        return Batch(
+            mean=mean,
+            std=std,
+            lengths=np.int32(length),
+            text=_pad(text, self.text_size),
+            text_lengths=np.int32(len(text)),
+            lyric_ids=_pad(lyrics, self.lyric_size),
+            lyric_lengths=np.int32(len(lyrics)),
+            tasks=np.int32(task),
+            windows=np.asarray(window, np.int32),
+            numbers=np.uint32(number),
+        )
+
+
+def training_batches(examples: Examples, seed: int, accumulation: int, rows: Sequence[int]) -> grain.IterDataset:
+    """An endless stream of `Batch`es with leaves [accumulation, len(rows), ...], one for each step.
+
+    Every song comes up `repeat` times an epoch, in an order that changes from epoch to epoch.
+
+    Args:
+        rows: of the batches of all processes, those that this process needs.
+    """
+    config = examples.config
+    songs = [i for i, song in enumerate(examples.records.songs) for _ in range(song.repeat)]
+    order = grain.MapDataset.source(songs).seed(_seed(seed, _SHUFFLE)).shuffle().repeat()
+    batch, step_size = config.batch_size, config.batch_size * accumulation
+
+    def load(step: int) -> Batch:
+        # All examples of a step have one length, or they would not be one program.
+        crop = examples.crops[np.random.default_rng([seed, _CROP, step]).integers(len(examples.crops))]
+        parts = []
+        for part in range(accumulation):
+            made = []
+            for row in rows:
+                number = step * step_size + part * batch + row
+                rng = np.random.default_rng([seed, _EXAMPLE, number])
+                task = int(rng.choice(len(TASKS), p=config.task_weights))
+                made.append(examples.make(order[number], number, crop, task, rng))
+            parts.append(_stack(made))
+        return _stack(parts)
+
+    options = grain.ReadOptions(num_threads=config.workers, prefetch_buffer_size=2 * config.workers)
+    return grain.MapDataset.range(2**31).map(load).to_iter_dataset(options)
+
+
+def validation_batches(examples: Examples) -> Iterator[tuple[Batch, Sequence[int]]]:
+    """The held-out songs, the middle of each at the longest crop, with the numbers of the songs; leaves [B, ...], all
+    rows of them. The last batch is filled up with examples of length 0."""
+    size, count = examples.config.batch_size, len(examples.records)
+    for first in range(0, count, size):
+        made = [
+            examples.make(i, i, max(examples.crops), TEXT2MUSIC, None) for i in range(first, min(first + size, count))
+        ]
+        made += [made[-1]._replace(lengths=np.int32(0))] * (size - len(made))
+        yield _stack(made)
+
+
+def _stack(batches: Sequence[Batch]) -> Batch:
+    return Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
+
+
+def _pad(x: np.ndarray, size: int) -> np.ndarray:
+    return np.pad(x, ((0, size - len(x)),) + ((0, 0),) * (x.ndim - 1))
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _seed(seed: int, stream: int) -> int:
+    return int(np.random.SeedSequence([seed, stream]).generate_state(1)[0] >> 1)

@@ -1,0 +1,274 @@
+"""`python -m train fit`: from a data folder and a checkpoint to an adapter or a fine-tuned checkpoint.
+
+A run is a folder: `config.yaml`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `loss.png`, `samples/` and, at its
+end, `adapter/` or `model/`. The same command goes on from the last checkpoint.
+"""
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from acestep_jax import AceStepPipeline, checkpoint
+from acestep_jax.adapter import Adapter, save_adapter
+from acestep_jax.cli import parse_mesh
+from acestep_jax.errors import InputError
+from acestep_jax.models.lora import add_lora
+from acestep_jax.pipeline import on_host
+from acestep_jax.sharding import variable_sharding
+from acestep_jax.stages import REFERENCE_FRAMES
+from train import config as settings
+from train import dataset
+from train import step as steps
+from train.checkpoints import Checkpoints
+from train.config import TrainConfig
+from train.data_folder import fingerprint, read_index
+from train.objective import Batch, Frozen, freeze
+from train.report import Report
+
+logger = logging.getLogger(__name__)
+
+# What a run may change when it goes on: nothing that the weights depend on, but for the length of the schedule.
+CHANGEABLE = ("steps", "out", "save_every", "keep", "max_bad_steps", "mesh", "remat", "examples.workers", "report.")
+
+
+class DivergedError(InputError):
+    """The loss was not a number for too many steps in a row."""
+
+
+def fit(config: TrainConfig) -> Path:
+    """Runs, or goes on with, a fine-tuning; returns the folder of the result, `adapter/` or `model/` of `config.out`.
+
+    Raises:
+        InputError: if the data, the checkpoint or the settings do not go together, the run in `config.out` had other
+            settings, a disk is full, or (DivergedError) the loss is no number for `max_bad_steps` steps in a row.
+    """
+    folder = Path(config.out)
+    mesh = parse_mesh(config.mesh)
+    _check_batch(config, mesh)
+    index = read_index(config.data)
+    if (found := fingerprint(config.checkpoint)) != index.checkpoint:
+        raise InputError(
+            f"{config.data}: was made with another autoencoder or text encoder ({index.checkpoint[:12]}) than those of "
+            f"{config.checkpoint} ({found[:12]}); preprocess again with this checkpoint"
+        )
+    training_songs, held_out = dataset.split(index, config.examples.validation_fraction)
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        trainer = Trainer(config, mesh)
+        silence = np.asarray(trainer.silence(max(index.crop_seconds) * index.latents_per_second))
+        make = lambda songs: dataset.Examples(Path(config.data), index, songs, config.examples, silence)  # noqa: E731
+        examples = make(training_songs)
+        _open_folder(folder, config)
+        trainer.run(folder, examples, make(held_out) if held_out else None)
+        return trainer.write_result(folder)
+
+
+class Trainer:
+    """The networks, the compiled step and the state of a run."""
+
+    def __init__(self, config: TrainConfig, mesh: Mesh | None):
+        self.config, self.mesh = config, mesh
+        path = Path(config.checkpoint)
+        covers = config.examples.cover > 0
+        manifest = checkpoint.read_manifest(path)
+        if covers and (missing := [n for n in checkpoint.OPTIONAL_NETWORKS if n not in manifest.configs]):
+            raise InputError(f"{path}: has no {' and '.join(missing)}, which covers need; set examples.cover to 0")
+        lora = config.method == "lora"
+        (transformer,) = checkpoint.load(
+            path,
+            dtype=config.dtype,
+            param_dtype=None if lora else "float32",
+            remat=config.remat,
+            mesh=mesh,
+            names=["transformer"],
+        ).values()
+        if lora:
+            transformer = add_lora(transformer, config.lora, rngs=nnx.Rngs(config.seed))
+        kind = nnx.LoRAParam if lora else nnx.Param
+        self.model, params = steps.Model.take_apart(transformer, kind, mesh)
+        del transformer
+        others = ["condition_encoder", *(checkpoint.OPTIONAL_NETWORKS if covers else ())]
+        networks = checkpoint.load(path, dtype=config.dtype, mesh=mesh, names=others)
+        self.frozen: Frozen = freeze(networks, _embedding(path, manifest, config.dtype, mesh), REFERENCE_FRAMES)
+        self.optimizer = steps.make_optimizer(config.optimizer, config.steps)
+        self.learning_rate = steps.learning_rate(config.optimizer, config.steps)
+        self.shardings = steps.state_shardings(self.model, params, self.optimizer, config.optimizer)
+        self.state = steps.initial_state(params, self.optimizer, config.optimizer, self.shardings)
+        self._step = steps.make_step(self.model, self.optimizer, config, self.shardings)
+        self._evaluate = steps.make_evaluation(self.model, config)
+        self._programs: dict[Any, Callable] = {}
+        self._pipeline: AceStepPipeline | None = None
+
+    def silence(self, frames: float) -> jax.Array:
+        """Latents of silence, [frames, 64] float32."""
+        return self.frozen.condition_encoder.silence(int(frames))[0].astype(jnp.float32)
+
+    def step(self, batch: Batch) -> steps.Metrics:
+        """Makes one step with a batch on the devices; returns before it is done.
+
+        There is one program for each length of crop. It is compiled ahead, so that other shapes, dtypes or shardings
+        would be an error and not a silent compilation.
+        """
+        arguments = self.state, self.model.frozen, self.frozen, batch
+        frames = batch.mean.shape[-2]
+        if frames not in self._programs:
+            self._programs[frames] = self._step.lower(*arguments).compile()
+        self.state, metrics = self._programs[frames](*arguments)
+        return metrics
+
+    def run(self, folder: Path, examples: dataset.Examples, held_out: dataset.Examples | None) -> None:
+        """From the last checkpoint in `folder`, or the beginning, to the last step."""
+        config = self.config
+        size, accumulation = config.examples.batch_size, config.optimizer.accumulation
+        rows = steps.rows_of_process(self.mesh, size)
+        batches = iter(dataset.training_batches(examples, config.seed, accumulation, rows))
+        saved = Checkpoints(folder / "checkpoints", config.keep)
+        first = 0
+        if saved.steps:
+            first = saved.steps[-1]
+            target = jax.tree.map(
+                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                self.state,
+                self.shardings,
+            )
+            self.state, iterator = saved.restore(first, target)
+            batches.set_state(iterator)
+            logger.info("%s: going on from step %d", folder, first)
+        report = Report(folder, first, config.steps, config.report.log_every, examples.rate)
+        try:
+            pending: tuple[int, steps.Metrics] | None = None
+            for step in range(first + 1, config.steps + 1):
+                batch = steps.place(next(batches), self.mesh, 1, rows, size)
+                metrics = self.step(batch)
+                if pending:  # of the step before: the devices are busy with this one meanwhile
+                    self._look_at(report, *pending)
+                pending = step, metrics
+                last = step == config.steps
+                due = [last or step % every == 0 for every in (config.report.validate_every, config.save_every)]
+                samples = config.report.sample_prompts and (last or step % config.report.sample_every == 0)
+                if not (any(due) or samples):
+                    continue
+                self._look_at(report, *pending)
+                pending = None
+                with report.paused():
+                    loss = self._validate(report, step, held_out) if due[0] and held_out else None
+                    if samples:
+                        self._sample(report, step)
+                    if due[1]:
+                        saved.save(step, self.state, batches.get_state(), loss)
+        finally:
+            report.close()
+            saved.close()
+
+    def _look_at(self, report: Report, step: int, metrics: steps.Metrics) -> None:
+        report.add(step, metrics, float(self.learning_rate(step - 1)))
+        if (bad := int(metrics.bad_steps)) >= self.config.max_bad_steps:
+            raise DivergedError(
+                f"{self.config.out}: the loss is not a number since step {step - bad + 1}, {bad} steps in a row; the "
+                "weights are still those of the step before. Lower optimizer.learning_rate, or look at the data"
+            )
+
+    def _validate(self, report: Report, step: int, held_out: dataset.Examples) -> float:
+        """The mean loss of the held-out songs at fixed times and noise."""
+        size = self.config.examples.batch_size
+        rows = steps.rows_of_process(self.mesh, size)
+        errors, elements = 0.0, 0.0
+        for whole in dataset.validation_batches(held_out):
+            mine = jax.tree.map(lambda x: x[np.asarray(rows)], whole)
+            batch = steps.place(mine, self.mesh, 0, rows, size)
+            error, element = self._evaluate(self.state.params, self.model.frozen, self.frozen, batch)
+            errors, elements = errors + error, elements + element
+        by_time = np.asarray(errors / elements)
+        report.validation(step, loss := float(by_time.mean()), steps.validation_times(self.config), by_time)
+        return loss
+
+    def _sample(self, report: Report, step: int) -> None:
+        """A song of each of the fixed prompts, from the same noise each time."""
+        config = self.config
+        if self._pipeline is None:
+            path = config.checkpoint
+            networks = checkpoint.load(path, dtype=config.dtype, mesh=self.mesh, names=["text_encoder", "vae"])
+            self._pipeline = AceStepPipeline(
+                transformer=None,
+                condition_encoder=self.frozen.condition_encoder,
+                tokenizer=checkpoint.load_tokenizer(path),
+                mesh=self.mesh,
+                **networks,
+            )
+        self._pipeline.transformer = self.transformer()
+        for i, prompt in enumerate(config.report.sample_prompts):
+            song = self._pipeline(prompt, "[Instrumental]", config.report.sample_seconds, seed=i)
+            report.sample(step, i, prompt, song.audios[0], song.sample_rate)
+        self._pipeline.transformer = None
+
+    def transformer(self, params: steps.Params | None = None) -> nnx.Module:
+        """As it is now, or with other weights of what learns."""
+        return self.model.merge(self.state.params if params is None else params, self.model.frozen)
+
+    def write_result(self, folder: Path) -> Path:
+        """Writes `adapter/` or `model/`, and those of the averages with `-ema` to their names."""
+        name = "adapter" if self.config.method == "lora" else "model"
+        weights = {name: self.state.params}
+        if self.state.ema is not None:
+            weights[f"{name}-ema"] = self.state.ema
+        for target, params in weights.items():
+            arrays = {leaf: on_host(value) for leaf, value in params.items()}
+            if jax.process_index() == 0:
+                _write_result(folder / target, self.config, arrays)
+        return folder / name
+
+
+def _write_result(target: Path, config: TrainConfig, arrays: dict[str, np.ndarray]) -> None:
+    """Puts an adapter or a checkpoint where that of an earlier end of the same run may be."""
+    fresh = target.with_name(f".{target.name}-new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    if config.method == "lora":
+        save_adapter(fresh, Adapter(config.lora, arrays))
+    else:
+        checkpoint.save_changed(config.checkpoint, fresh, "transformer", arrays)
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)
+
+
+def _open_folder(folder: Path, config: TrainConfig) -> None:
+    """Makes the folder of a run, or checks that it is of a run with these settings."""
+    kept = folder / "config.yaml"
+    if kept.is_file():
+        found = settings.differences(settings.read(kept), config)
+        if changed := {k: v for k, v in found.items() if not k.startswith(CHANGEABLE)}:
+            listing = ", ".join(f"{name} was {before!r}, now {now!r}" for name, (before, now) in changed.items())
+            raise InputError(f"{folder}: holds a run with other settings ({listing}); use those, or another --out")
+    elif folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder}: already exists and holds no run; remove it or choose another --out")
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        settings.write(kept, config)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("run folder")
+
+
+def _check_batch(config: TrainConfig, mesh: Mesh | None) -> None:
+    parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.examples.batch_size % parts:
+        raise InputError(
+            f"examples.batch_size: {config.examples.batch_size} does not divide by the mesh's data and fsdp ({parts}); "
+            "give a multiple of that"
+        )
+
+
+def _embedding(path: Path, manifest: checkpoint.Manifest, dtype: str | None, mesh: Mesh | None) -> jax.Array:
+    """The text encoder's embedding table alone, [vocabulary, 1024]."""
+    leaf = "embed_tokens.embedding"
+    variable = checkpoint.leaves(checkpoint.abstract("text_encoder", manifest.configs["text_encoder"]))[leaf]
+    stored = checkpoint.network_leaves(path, manifest)["text_encoder"][leaf]
+    target = jax.ShapeDtypeStruct(stored.shape, dtype or stored.dtype, sharding=variable_sharding(variable, mesh))
+    return checkpoint.load_leaves(path, "text_encoder", {leaf: target})[leaf]

@@ -1,0 +1,319 @@
+"""`python -m train preprocess`: songs through the autoencoder and their texts through the text encoder, once.
+
+What is done stays done: a run that was stopped goes on where its last shard ended, and a later one encodes only what
+changed since.
+"""
+
+import dataclasses
+import functools
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from acestep_jax import audio, stages
+from acestep_jax import checkpoint as checkpoints
+from acestep_jax.config import check_dtype
+from acestep_jax.errors import InputError
+from acestep_jax.models.autoencoder import AutoencoderOobleck
+from acestep_jax.models.text_encoder import Qwen3Model
+from acestep_jax.pipeline import LYRIC_BUCKET, PROMPT_BUCKET, bucket
+from acestep_jax.prompt import INSTRUCTIONS, MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS, lyric_text, prompt_text, tokenize
+from train import data_folder
+from train.data_folder import TASKS, Index, Song
+from train.sidecars import Sidecars, Texts
+
+# Those that libsndfile cannot read are looked at too, to be reported.
+SUFFIXES = frozenset(".wav .flac .mp3 .ogg .opus .aif .aiff .m4a .aac .mp4 .wma".split())
+MIN_SECONDS, MIN_PEAK = 1.0, 1e-4
+MAX_CROP_SECONDS = 600.0
+SHARD_SONGS, SHARD_BYTES = 32, 128 * 2**20  # a shard ends at whichever comes first
+MOST_LINES = 20  # of a list in the summary
+
+
+def preprocess(
+    audio_dir: str | Path,
+    data_dir: str | Path,
+    *,
+    checkpoint: str | Path,
+    crop_seconds: Sequence[float] = (60.0,),
+    dtype: str | None = None,
+) -> Index:
+    """Brings a data folder up to date with a folder of songs, and prints what it did.
+
+    A song is known by its size and time of change, else by its bytes: it is encoded once, also when it moves. New texts
+    or crops encode the text alone. What is no longer there leaves the index.
+
+    Args:
+        audio_dir: searched with its subfolders; see `train.sidecars` for what may lie beside a song.
+        data_dir: made if it does not exist.
+        checkpoint: native; its autoencoder, text encoder and tokenizer are used.
+        crop_seconds: lengths of the crops that training will take, 1 to 600.
+        dtype: of weights and computation, one of `config.DTYPES`; None: as stored.
+
+    Returns:
+        The index. Files that cannot be used (unreadable, silent, shorter than a second) are in `skipped`, with reasons.
+
+    Raises:
+        InputError: if no file or an argument cannot be used, `data_dir` is of another checkpoint or dtype, or the disk
+            is full; what was done until then is kept.
+    """
+    audio_dir, data_dir = Path(audio_dir), Path(data_dir)
+    if not crop_seconds or not all(MIN_SECONDS <= crop <= MAX_CROP_SECONDS for crop in crop_seconds):
+        raise InputError(f"crop_seconds: expected 1 to {MAX_CROP_SECONDS:g} seconds, found {list(crop_seconds)}")
+    if dtype is not None:
+        check_dtype(dtype)
+    sources = _find(audio_dir)
+    _check_destination(data_dir)
+    sidecars = Sidecars(audio_dir, sources)
+    configs = checkpoints.read_manifest(checkpoint).configs
+    vae = configs["vae"]
+    index = Index(
+        checkpoint=data_folder.fingerprint(checkpoint),
+        dtype=dtype or configs["text_encoder"].dtype,
+        latents_per_second=vae.sampling_rate / np.prod(vae.downsampling_ratios).item(),
+        latent_channels=vae.decoder_input_channels,
+        crop_seconds=tuple(sorted({float(crop) for crop in crop_seconds})),
+    )
+    old = _read_old(data_dir, index)
+    by_source = {song.source: song for song in old.songs}
+    by_content = {song.sha256: song for song in old.songs}
+    encoder, writer = _Encoder(checkpoint, dtype), _Writer(data_dir, index, old)
+    counts, fallbacks, skipped = Counter(), [], []
+
+    with writer:
+        for source in tqdm(sources, unit="song"):
+            file, sound = audio_dir / source, None
+            try:
+                texts = sidecars.read(source)
+                stat = file.stat()
+                known = by_source.get(source)
+                if known is None or (known.size, known.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
+                    sha256 = data_folder.file_sha256(file)
+                    known = by_content.get(sha256)
+                else:
+                    sha256 = known.sha256
+                if known is None:
+                    sound = _read(file, vae.sampling_rate, vae.audio_channels)
+            except (InputError, OSError) as error:
+                skipped.append((source, str(error).removeprefix(f"{file}: ")))
+                continue
+            seconds = known.seconds if sound is None else sound.shape[1] / vae.sampling_rate
+            prompts, words = _prompts(texts, seconds, index.crop_seconds), lyric_text(texts.lyrics, texts.language)
+            values = dataclasses.asdict(texts)
+            if values.pop("fallback"):
+                fallbacks.append(source)
+            values |= dict(source=source, sha256=sha256, size=stat.st_size, mtime_ns=stat.st_mtime_ns, seconds=seconds)
+            values |= dict(text_sha256=data_folder.text_sha256([prompts, words]))
+            if known is not None and known.text_sha256 == values["text_sha256"]:
+                counts["as before"] += 1
+                writer.keep(dataclasses.replace(known, **values))
+                continue
+            if known is not None:
+                counts["with new texts"] += 1
+                (record,) = data_folder.read_records(data_dir / known.shard, [known.row])
+                mean, std = record["mean"], record["std"]
+            else:
+                counts["encoded"] += 1
+                mean, std = encoder.posterior(sound)
+            record = dict(mean=mean, std=std, **encoder.texts(source, prompts, words))
+            values |= dict(frames=len(mean), lyric_tokens=len(record["lyric_ids"]))
+            values |= dict(prompt_tokens=max(len(record[key]) for key in prompts))
+            writer.add(values, data_folder.encode_record(record))
+
+    if not writer.songs:
+        reasons = "".join(f"\n  {source}: {reason}" for source, reason in skipped)
+        raise InputError(f"{audio_dir}: none of {len(sources)} audio files can be used:{reasons}")
+    index = dataclasses.replace(index, songs=tuple(writer.songs.values()), skipped=tuple(skipped), complete=True)
+    if index == old:
+        print(f"{data_dir}: nothing to do")
+    else:
+        data_folder.write_index(data_dir, index)
+    _remove_leftovers(data_dir, index)
+    _report(data_dir, index, counts, fallbacks, sidecars.warnings)
+    return index
+
+
+def _load(path: str | Path, dtype: str | None, name: str) -> AutoencoderOobleck | Qwen3Model:
+    return checkpoints.load(path, dtype=dtype, names=[name])[name]
+
+
+class _Encoder:
+    """The networks of a checkpoint, loaded when they are first needed."""
+
+    def __init__(self, path: str | Path, dtype: str | None):
+        self._load = functools.cache(lambda name: _load(path, dtype, name))
+        self._tokenizer = checkpoints.load_tokenizer(path)
+
+    def posterior(self, sound: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[channels, samples] -> mean and standard deviation, [frames, 64] float32."""
+        vae = self._load("vae")
+        samples, hop = sound.shape[1], vae.hop_length
+        padding = bucket(-(-samples // hop)) * hop - samples
+        mean, std = _posterior(vae, np.pad(sound, ((0, 0), (0, padding)))[None], np.array([samples], np.int32))
+        return tuple(np.asarray(value)[0, : samples // hop] for value in (mean, std))
+
+    def texts(self, source: str, prompts: dict[str, str], words: str) -> dict[str, np.ndarray]:
+        """What a record has besides the posterior. Warns of texts that are too long, in the name of `source`."""
+        tokens = tokenize(
+            self._tokenizer,
+            list(prompts.values()),
+            max_length=MAX_PROMPT_TOKENS,
+            multiple=PROMPT_BUCKET,
+            what=f"{source}: prompt",
+        )
+        hidden = np.asarray(_hidden_states(self._load("text_encoder"), tokens.ids))
+        lyrics = tokenize(
+            self._tokenizer, [words], max_length=MAX_LYRIC_TOKENS, multiple=LYRIC_BUCKET, what=f"{source}: lyrics"
+        )
+        arrays = {key: states[mask] for key, states, mask in zip(prompts, hidden, tokens.mask, strict=True)}
+        return arrays | {"lyric_ids": lyrics.ids[0][lyrics.mask[0]]}
+
+
+@functools.partial(jax.jit, compiler_options=stages.COMPILER_OPTIONS)
+def _posterior(vae: AutoencoderOobleck, sound: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+    posterior = vae.encode(sound, lengths)
+    return posterior.mean.astype(jnp.float32), posterior.std.astype(jnp.float32)
+
+
+@functools.partial(jax.jit, compiler_options=stages.COMPILER_OPTIONS)
+def _hidden_states(text_encoder: Qwen3Model, ids: jax.Array) -> jax.Array:
+    return text_encoder(ids)
+
+
+class _Writer:
+    """Gathers records into shards. After each shard the index says what is done, and what of before is not yet looked
+    at: it may be needed if this run is stopped.
+
+    songs: those that are done, in order, by source.
+    """
+
+    def __init__(self, folder: Path, index: Index, old: Index):
+        self._folder, self._index, self._old = folder, index, old
+        self.songs: dict[str, Song | None] = {}
+        self._pending: list[tuple[dict, bytes]] = []
+        self._next = 1 + max((int(shard[6:11]) for shard in _shards(folder)), default=-1)
+
+    def keep(self, song: Song) -> None:
+        """Notes a song whose record is there."""
+        self.songs[song.source] = song
+
+    def add(self, values: dict, record: bytes) -> None:
+        """Notes a song, all but its place, and its record."""
+        self.songs[values["source"]] = None  # its place in the order
+        self._pending.append((values, record))
+        if len(self._pending) >= SHARD_SONGS or sum(len(record) for _, record in self._pending) >= SHARD_BYTES:
+            self.flush()
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        if kind is None or kind is KeyboardInterrupt:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what was gathered."""
+        if not self._pending:
+            return
+        self._folder.mkdir(exist_ok=True)
+        shard = f"songs-{self._next:05d}.array_record"
+        data_folder.write_shard(self._folder / shard, [record for _, record in self._pending])
+        for row, (values, _) in enumerate(self._pending):
+            self.songs[values["source"]] = Song(**values, shard=shard, row=row)
+        self._pending, self._next = [], self._next + 1
+        rest = [song for song in self._old.songs if song.source not in self.songs]
+        data_folder.write_index(
+            self._folder, dataclasses.replace(self._index, songs=(*self.songs.values(), *rest), complete=False)
+        )
+
+
+def _find(audio_dir: Path) -> list[str]:
+    """The audio files below a folder, as paths in it."""
+    if not audio_dir.is_dir():
+        raise InputError(f"{audio_dir}: no such folder; expected one with songs")
+    files = (file for file in audio_dir.rglob("*") if file.suffix.lower() in SUFFIXES)
+    sources = [file.relative_to(audio_dir).as_posix() for file in files if file.is_file() and file.name[0] != "."]
+    if not sources:
+        raise InputError(f"{audio_dir}: no audio files here or below; expected {', '.join(sorted(SUFFIXES))}")
+    return sorted(sources)
+
+
+def _check_destination(data_dir: Path) -> None:
+    if not data_dir.absolute().parent.is_dir():
+        raise InputError(f"{data_dir}: the folder {data_dir.absolute().parent} does not exist; create it first")
+    if data_dir.exists() and not data_dir.is_dir():
+        raise InputError(f"{data_dir}: is a file; choose another name")
+
+
+def _read_old(data_dir: Path, index: Index) -> Index:
+    """What the data folder has, `index` if nothing; raises InputError if it is of another checkpoint or dtype."""
+    if not (data_dir / data_folder.INDEX).exists():
+        return index
+    old = data_folder.read_index(data_dir, unfinished=True)
+    for name in ("checkpoint", "dtype"):
+        theirs, ours = getattr(old, name)[:12], getattr(index, name)[:12]
+        if getattr(old, name) != getattr(index, name):
+            raise InputError(
+                f"{data_dir}: its data are of {name} {theirs}, but the one given now is {ours}; give the same {name}, "
+                "or another DATA_DIR"
+            )
+    _remove_leftovers(data_dir, old)
+    return old
+
+
+def _read(file: Path, sample_rate: int, channels: int) -> np.ndarray:
+    sound = audio.read(file, sample_rate, channels)
+    if (seconds := sound.shape[1] / sample_rate) < MIN_SECONDS:
+        raise InputError(f"too short: {seconds:.2f} s, expected at least {MIN_SECONDS:g} s")
+    if (peak := np.abs(sound).max()) < MIN_PEAK:
+        raise InputError(f"silent: its peak is {peak:.1e}, expected at least {MIN_PEAK:g}")
+    return sound
+
+
+def _prompts(texts: Texts, seconds: float, crop_seconds: Sequence[float]) -> dict[str, str]:
+    """By the names that a record has for them."""
+    return {
+        data_folder.text_key(task, duration): prompt_text(
+            texts.caption,
+            audio_duration=duration,
+            bpm=texts.bpm,
+            keyscale=texts.keyscale,
+            timesignature=texts.timesignature,
+            instruction=INSTRUCTIONS[task],
+        )
+        for duration in data_folder.crop_durations(seconds, crop_seconds)
+        for task in TASKS
+    }
+
+
+def _shards(folder: Path) -> list[str]:
+    return [file.name for file in folder.glob("songs-*") if re.fullmatch(r"songs-\d{5}\.array_record", file.name)]
+
+
+def _remove_leftovers(folder: Path, index: Index) -> None:
+    """Deletes shards that no song is in, and what a killed run had begun to write."""
+    used = {song.shard for song in index.songs}
+    begun = [file.name for kind in ("songs-*.array_record", data_folder.INDEX) for file in folder.glob(f".*-{kind}")]
+    for name in [*begun, *(shard for shard in _shards(folder) if shard not in used)]:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _report(data_dir: Path, index: Index, counts: Counter, fallbacks: list[str], warnings: list[str]) -> None:
+    hours = sum(song.seconds for song in index.songs) / 3600
+    shards = len({song.shard for song in index.songs})
+    done = ", ".join(f"{count} {what}" for what, count in counts.items())
+    print(f"{data_dir}: {len(index.songs)} songs ({done}), {hours:.2f} h, {shards} shard(s)")
+    for title, lines in (
+        (f"skipped {len(index.skipped)} file(s)", [f"{source}: {reason}" for source, reason in index.skipped]),
+        (f"{len(warnings)} value(s) left out", warnings),
+        (f"no caption for {len(fallbacks)} song(s), used the file name", fallbacks),
+    ):
+        if lines:
+            more = [f"and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
+            print(f"{title}:", *lines[:MOST_LINES], *more, sep="\n  ")
