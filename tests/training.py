@@ -70,7 +70,7 @@ def settings(data, native, out, **changes):
     sections = dict(
         lora=LoRAConfig(rank=4, alpha=8.0, dropout=0.0),
         objective=ObjectiveConfig(),
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2, accumulation=2),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, accumulation=2),
         examples=DataConfig(batch_size=2, crop_seconds=(8.0,), validation_fraction=0.2, workers=2),
         report=ReportConfig(log_every=1, validate_every=3),
     )

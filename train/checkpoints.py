@@ -66,11 +66,19 @@ class Checkpoints:
                 custom_metadata={"iterator": iterator},
             )
 
-    def close(self) -> None:
-        """Waits for what is being written; raises as `save` does."""
-        with self._writing():
-            self._checkpointer.wait()
-        self._checkpointer.close()
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        """Waits for what is being written; raises as `save` does, unless the run has failed already."""
+        try:
+            with self._writing():
+                self._checkpointer.wait()
+        except Exception:
+            if kind is None:
+                raise
+        finally:
+            self._checkpointer.close()
 
     def restore(self, step: int, target: TrainState) -> Saved:
         """The checkpoint of a step.

@@ -144,7 +144,7 @@ class Trainer:
             batches.set_state(iterator)
             logger.info("%s: going on from step %d", folder, first)
         report = Report(folder, first, config.steps, config.report.log_every, examples.rate)
-        try:
+        with report, saved:
             pending: tuple[int, steps.Metrics] | None = None
             for step in range(first + 1, config.steps + 1):
                 batch = steps.place(next(batches), self.mesh, 1, rows, size)
@@ -153,21 +153,19 @@ class Trainer:
                     self._look_at(report, *pending)
                 pending = step, metrics
                 last = step == config.steps
-                due = [last or step % every == 0 for every in (config.report.validate_every, config.save_every)]
+                validates = held_out is not None and (last or step % config.report.validate_every == 0)
                 samples = config.report.sample_prompts and (last or step % config.report.sample_every == 0)
-                if not (any(due) or samples):
+                saves = last or step % config.save_every == 0
+                if not (validates or samples or saves):
                     continue
                 self._look_at(report, *pending)
                 pending = None
                 with report.paused():
-                    loss = self._validate(report, step, held_out) if due[0] and held_out else None
+                    loss = self._validate(report, step, held_out) if validates else None
                     if samples:
                         self._sample(report, step)
-                    if due[1]:
+                    if saves:
                         saved.save(step, self.state, batches.get_state(), loss)
-        finally:
-            report.close()
-            saved.close()
 
     def _look_at(self, report: Report, step: int, metrics: steps.Metrics) -> None:
         report.add(step, metrics, float(self.learning_rate(step - 1)))

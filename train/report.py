@@ -100,12 +100,17 @@ class Report:
         yield
         self._since += time.perf_counter() - start
 
-    def close(self) -> None:
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        """Draws `loss.png`; if the run failed, then as far as the disk allows, so that its error is the one told."""
         if self.writes:
-            self._bar.close()
-            self._file.close()
-            self._board.close()
-            draw(self.folder)
+            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+                self._bar.close()
+                self._file.close()
+                self._board.close()
+                draw(self.folder)
 
     def _write(self, step: int, row: dict[str, Any]) -> None:
         values = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN

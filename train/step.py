@@ -70,7 +70,7 @@ class Model:
             frozen,
             nnx.split(without_dropout(transformer))[0],
         )
-        return model, {name: variable[...] for name, (_, variable) in named.items()}
+        return model, {name: variable.get_value() for name, (_, variable) in named.items()}
 
     def merge(self, params: Params, frozen: nnx.State, key: jax.Array | None = None) -> AceStepTransformer1DModel:
         """The transformer with these weights; with dropout from `key`, or none."""
