@@ -395,6 +395,8 @@ def load_leaves(path: Path, name: str, targets: dict[str, jax.ShapeDtypeStruct])
     Raises:
         InputError: if the stored bytes are damaged.
     """
+    if not targets:  # Orbax takes no empty tree
+        return {}
     tree = nest({f"{name}.{leaf}": target for leaf, target in targets.items()})
     context = ocp.Context()
     context.pytree.loading.partial_load = True

@@ -120,6 +120,26 @@ def test_the_adapter_changes_the_song_and_the_average_is_another(finished, tiny)
     assert np.abs(sample.T - tuned.audios[0]).max() <= 2e-3
 
 
+def test_export_of_a_step(finished, tmp_path, capsys):
+    """The best by default, here the last; another step; averages; and what is not there."""
+    folder, result = finished
+    run = lambda *options: main(["export", str(folder), *map(str, options)])  # noqa: E731
+    assert run(tmp_path / "best") == run(tmp_path / "ema", "--ema") == run(tmp_path / "4", "--step", 4) == 0
+    assert capsys.readouterr().out.split() == [
+        *(f"{tmp_path}/best:", "step", "6", f"{tmp_path}/ema:", "step", "6", f"{tmp_path}/4:", "step", "4")
+    ]
+    assert weights(tmp_path / "best").keys() == weights(result).keys()
+    for name, other in (("best", "adapter"), ("ema", "adapter-ema")):
+        found, expected = weights(tmp_path / name), weights(folder / other)
+        assert all(np.array_equal(found[leaf], value) for leaf, value in expected.items())
+    assert not np.array_equal(*(weights(tmp_path / n)["layers.self_attn.to_q.lora_b"] for n in ("4", "best")))
+    assert run(tmp_path / "best") == 2 and "already exists" in capsys.readouterr().err
+    assert run(tmp_path / "3", "--step", 3) == 2
+    assert f"{folder}: no checkpoint of step 3; there are 4, 6" in capsys.readouterr().err
+    assert main(["export", str(tmp_path), str(tmp_path / "none")]) == 2
+    assert "config.yaml" in capsys.readouterr().err
+
+
 class Stopped(Exception):
     pass
 
@@ -284,14 +304,11 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(tiny, data, tmp
     with pytest.raises(DivergedError, match=r"run: the loss is not a number since step 5, 2 steps in a row; .*rate"):
         fit(config)
     trainer = Trainer(config, None)
-    target = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), trainer.state, trainer.shardings
-    )
     with Checkpoints(out / "checkpoints", 5) as saved:
         assert saved.steps[:2] == [2, 4] and saved.steps[-1] <= 6
-        state, _ = saved.restore(saved.steps[-1], target)
+        trainer.restore(saved, saved.steps[-1])
     for leaf, value in expected.items():
-        np.testing.assert_array_equal(state.params[leaf], value)
+        np.testing.assert_array_equal(trainer.state.params[leaf], value)
 
 
 def test_a_checkpoint_of_other_settings_names_the_leaf(finished, tiny, data, tmp_path):

@@ -34,6 +34,12 @@ def _parser() -> argparse.ArgumentParser:
         "fit", help="fine-tune the transformer on such data", add_help=False, allow_abbrev=False
     )
     command.add_argument("--distributed", nargs="?", const="")
+
+    command = commands.add_parser("export", help="write the adapter or the checkpoint of one of a run's steps")
+    command.add_argument("run", metavar="RUN_DIR", help="the folder of a run, which may still go on")
+    command.add_argument("destination", metavar="DST", help="the folder to make")
+    command.add_argument("--step", type=int, help="[the best on the held-out songs, or the latest]")
+    command.add_argument("--ema", action="store_true", help="the averages of the weights")
     return parser
 
 
@@ -43,13 +49,18 @@ def main(arguments: list[str] | None = None) -> int:
     options, settings = _parser().parse_known_args(arguments)
     options = vars(options)
     try:
-        if options.pop("command") == "preprocess":
-            if settings:
-                raise InputError(f"unknown argument(s) {' '.join(settings)}; see `python -m train preprocess --help`")
+        command = options.pop("command")
+        if settings and command != "fit":
+            raise InputError(f"unknown argument(s) {' '.join(settings)}; see `python -m train {command} --help`")
+        if command == "preprocess":
             from train.preprocess import preprocess
 
             use_compilation_cache()
             preprocess(**options)
+        elif command == "export":
+            from train.loop import export
+
+            print(f"{options['destination']}: step {export(**options)}")
         else:
             from train import config
 

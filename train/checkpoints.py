@@ -23,9 +23,14 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """Those of one run, by step. The latest `keep` stay, and of all that were validated the best."""
+    """Those of one run, by step. The latest `keep` stay, and of all that were validated the best.
 
-    def __init__(self, folder: Path, keep: int):
+    Args:
+        folder: of the checkpoints.
+        writes: whether this is the run itself, which may remove what a killed one has begun.
+    """
+
+    def __init__(self, folder: Path, keep: int, *, writes: bool = True):
         self.folder = folder
         policies = ocp.training.preservation_policies
         best = policies.BestN(
@@ -38,7 +43,7 @@ class Checkpoints:
             folder.absolute(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # the caller decides
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=writes,
         )
 
     @property

@@ -217,7 +217,9 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 
 def read(path: Path) -> TrainConfig:
-    """The settings that a run has kept; raises InputError if they are damaged or of another version."""
+    """The settings that a run has kept; raises InputError if there are none, or they cannot be used."""
+    if not path.is_file():
+        raise InputError(f"{path.parent}: no {path.name} here, so this is no run of `python -m train fit`")
     parser = _parser()
     try:
         return _instantiate(parser, parser.parse_path(str(path)))

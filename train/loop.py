@@ -5,6 +5,7 @@ end, `adapter/` or `model/`. The same command goes on from the last checkpoint.
 """
 
 import contextlib
+import dataclasses
 import logging
 import shutil
 from collections.abc import Callable
@@ -41,6 +42,9 @@ logger = logging.getLogger(__name__)
 CHANGEABLE = ("steps", "out", "save_every", "keep", "max_bad_steps", "mesh", "remat", "examples.workers", "report.")
 
 
+CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
+
+
 class DivergedError(InputError):
     """The loss was not a number for too many steps in a row."""
 
@@ -69,7 +73,7 @@ def fit(config: TrainConfig) -> Path:
         examples = make(training_songs)
         _open_folder(folder, config)
         trainer.run(folder, examples, make(held_out) if held_out else None)
-        return trainer.write_result(folder)
+        return trainer.write_results(folder)
 
 
 class Trainer:
@@ -131,17 +135,11 @@ class Trainer:
         size, accumulation = config.examples.batch_size, config.optimizer.accumulation
         rows = steps.rows_of_process(self.mesh, size)
         batches = iter(dataset.training_batches(examples, config.seed, accumulation, rows))
-        saved = Checkpoints(folder / "checkpoints", config.keep)
+        saved = Checkpoints(folder / CHECKPOINTS, config.keep)
         first = 0
         if saved.steps:
             first = saved.steps[-1]
-            target = jax.tree.map(
-                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                self.state,
-                self.shardings,
-            )
-            self.state, iterator = saved.restore(first, target)
-            batches.set_state(iterator)
+            batches.set_state(self.restore(saved, first))
             logger.info("%s: going on from step %d", folder, first)
         report = Report(folder, first, config.steps, config.report.log_every, examples.rate)
         with report, saved:
@@ -167,8 +165,16 @@ class Trainer:
                     if saves:
                         saved.save(step, self.state, batches.get_state(), loss)
 
+    def restore(self, saved: Checkpoints, step: int) -> dict[str, Any]:
+        """Takes over the state of a checkpoint; returns that of the data's iterator. Raises as `Checkpoints` does."""
+        target = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), self.state, self.shardings
+        )
+        self.state, iterator = saved.restore(step, target)
+        return iterator
+
     def _look_at(self, report: Report, step: int, metrics: steps.Metrics) -> None:
-        report.add(step, metrics, float(self.learning_rate(step - 1)))
+        report.add(step, metrics, self.learning_rate)
         if (bad := int(metrics.bad_steps)) >= self.config.max_bad_steps:
             raise DivergedError(
                 f"{self.config.out}: the loss is not a number since step {step - bad + 1}, {bad} steps in a row; the "
@@ -212,34 +218,62 @@ class Trainer:
         """As it is now, or with other weights of what learns."""
         return self.model.merge(self.state.params if params is None else params, self.model.frozen)
 
-    def write_result(self, folder: Path) -> Path:
-        """Writes `adapter/` or `model/`, and those of the averages with `-ema` to their names."""
+    def write_results(self, folder: Path) -> Path:
+        """Writes `adapter/` or `model/`, and with `-ema` to their names those of the averages; returns the former."""
         name = "adapter" if self.config.method == "lora" else "model"
-        weights = {name: self.state.params}
+        self.write_result(folder / name, self.state.params)
         if self.state.ema is not None:
-            weights[f"{name}-ema"] = self.state.ema
-        for target, params in weights.items():
-            arrays = {leaf: on_host(value) for leaf, value in params.items()}
-            if jax.process_index() == 0:
-                _write_result(folder / target, self.config, arrays)
+            self.write_result(folder / f"{name}-ema", self.state.ema)
         return folder / name
 
+    def write_result(self, target: Path, params: steps.Params) -> None:
+        """Writes an adapter or a checkpoint, in place of that of an earlier end of the same run."""
+        arrays = {leaf: on_host(value) for leaf, value in params.items()}
+        if jax.process_index():
+            return
+        fresh = target.with_name(f".{target.name}-new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        if self.config.method == "lora":
+            save_adapter(fresh, Adapter(self.config.lora, arrays))
+        else:
+            checkpoint.save_changed(self.config.checkpoint, fresh, "transformer", arrays)
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.rename(target)
 
-def _write_result(target: Path, config: TrainConfig, arrays: dict[str, np.ndarray]) -> None:
-    """Puts an adapter or a checkpoint where that of an earlier end of the same run may be."""
-    fresh = target.with_name(f".{target.name}-new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    if config.method == "lora":
-        save_adapter(fresh, Adapter(config.lora, arrays))
-    else:
-        checkpoint.save_changed(config.checkpoint, fresh, "transformer", arrays)
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
+
+def export(run: str | Path, destination: str | Path, *, step: int | None = None, ema: bool = False) -> int:
+    """Writes the adapter or the checkpoint of one of a run's steps, also while the run goes on.
+
+    Args:
+        step: one that is kept; None: the best on the held-out songs or, if none was validated, the latest.
+        ema: the averages of the weights.
+
+    Returns:
+        The step.
+
+    Raises:
+        InputError: if `run` holds no run or no such step, or `destination` exists.
+    """
+    run, destination = Path(run), Path(destination)
+    checkpoint.check_new(destination)
+    config = dataclasses.replace(settings.read(run / CONFIG), mesh=None)
+    if ema and config.optimizer.ema_decay is None:
+        raise InputError(f"{run}: has no averages of the weights; they need optimizer.ema_decay")
+    with Checkpoints(run / CHECKPOINTS, config.keep, writes=False) as saved:
+        if not saved.steps:
+            raise InputError(f"{run}: no checkpoint is complete yet")
+        step = step or saved.best or saved.steps[-1]
+        if step not in saved.steps:
+            raise InputError(f"{run}: no checkpoint of step {step}; there are {', '.join(map(str, saved.steps))}")
+        trainer = Trainer(config, None)
+        trainer.restore(saved, step)
+    trainer.write_result(destination, trainer.state.ema if ema else trainer.state.params)
+    return step
 
 
 def _open_folder(folder: Path, config: TrainConfig) -> None:
     """Makes the folder of a run, or checks that it is of a run with these settings."""
-    kept = folder / "config.yaml"
+    kept = folder / CONFIG
     if kept.is_file():
         found = settings.differences(settings.read(kept), config)
         if changed := {k: v for k, v in found.items() if not k.startswith(CHANGEABLE)}:

@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ class Report:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=None)
 
-    def add(self, step: int, metrics: Metrics, learning_rate: float) -> None:
-        """One step more."""
+    def add(self, step: int, metrics: Metrics, learning_rate: Callable[[int], float]) -> None:
+        """One step more; `learning_rate` by how many were made before."""
         loss = float(metrics.loss)
         self._losses.append((loss, float(metrics.grad_norm)))
         self._errors.append(np.stack([np.asarray(metrics.t), np.asarray(metrics.errors)]))
@@ -64,7 +64,7 @@ class Report:
         seconds = time.perf_counter() - self._since
         # A step that is left out must not make the line of all others no number.
         loss, norm = np.array([pair for pair in self._losses if math.isfinite(sum(pair))] or [(math.nan,) * 2]).mean(0)
-        row = {"loss": float(loss), "gradient_norm": float(norm), "learning_rate": learning_rate}
+        row = {"loss": float(loss), "gradient_norm": float(norm), "learning_rate": float(learning_rate(step - 1))}
         t, errors = np.concatenate(self._errors, axis=1)
         for i in range(TIME_BUCKETS):
             low, high = i / TIME_BUCKETS, (i + 1) / TIME_BUCKETS

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.custom_derivatives import SymbolicZero
 
 from acestep_jax.config import NetworkConfig
+from acestep_jax.models.attention_kernels import RESULT
 from acestep_jax.sharding import platform, shard
 
 
@@ -229,15 +230,14 @@ def scan_layers(
     return loop(x, stacks, shared)
 
 
-def _save_all_but_slices(primitive, *_, **__) -> bool:
-    """A part of an array that is kept is not kept a second time: each layer's weights would be copied for the backward
-    pass, all of them."""
-    return primitive not in (jax.lax.slice_p, jax.lax.dynamic_slice_p, jax.lax.squeeze_p)
-
-
-# By `NetworkConfig.remat`, what the backward pass finds instead of computing it again.
+# By `NetworkConfig.remat`, what the backward pass finds instead of computing it again: products with weights and
+# attention, the products alone, or nothing. Elementwise work costs less to do again than to keep, and a layer's weights,
+# sliced out of their stack, would be kept as a copy of all weights.
+_PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 _SAVEABLE = {
-    "none": _save_all_but_slices,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": jax.checkpoint_policies.save_from_both_policies(
+        _PRODUCTS, jax.checkpoint_policies.save_only_these_names(RESULT)
+    ),
+    "dots": _PRODUCTS,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
