@@ -155,11 +155,12 @@ def draw_spectrograms(file: Path, clip: np.ndarray, made: np.ndarray) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.2), layout="constrained", sharey=True)
     for ax, title, sound in zip(axes, ("the clip", "generated with its prompt"), (clip, made), strict=True):
         size = SAMPLE_RATE // 4
-        *_, image = ax.specgram(sound[0], size, SAMPLE_RATE, noverlap=size * 3 // 4, vmin=-110, vmax=-20)
+        sound = sound[0] + 1e-9  # no logarithm of zero
+        *_, image = ax.specgram(sound, size, SAMPLE_RATE, noverlap=size * 3 // 4, vmin=-80, vmax=-20)
         ax.set(title=title, ylim=(0, 600), xlim=(0.125, 9.875), xlabel="s")
     axes[0].set_ylabel("Hz")
     figure.colorbar(image, ax=axes, label="dB")
-    figure.savefig(file, dpi=90)
+    figure.savefig(file, dpi=80)
 
 
 if __name__ == "__main__":
