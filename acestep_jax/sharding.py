@@ -49,7 +49,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) 
     size = data * fsdp * tensor * sequence
     if size != jax.device_count():
         sizes = ", ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, shape, strict=True))
-        raise InputError(f"mesh: {sizes} needs {size} devices, but {jax.device_count()} are present")
+        raise InputError(f"mesh: {sizes} needs {size} devices, but {jax.device_count()} are present; use all of them")
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 

@@ -316,6 +316,9 @@ def test_a_checkpoint_of_other_settings_names_the_leaf(finished, tiny, data, tmp
     other = settings(data, tiny[1], tmp_path / "run", **ENDLESS, lora__rank=8)
     with pytest.raises(InputError, match=r"run: holds a run with other settings \(lora.rank was 4, now 8\); use those"):
         fit(other)
+    fewer = settings(data, tiny[1], tmp_path / "run", **ENDLESS, steps=5)
+    with pytest.raises(InputError, match=r"run: has made 6 steps already, more than steps \(5\)"):
+        fit(fewer)
     train_config.write(tmp_path / "run" / "config.yaml", other)
     with pytest.raises(InputError, match=r"6: ema\.layers\.\S+lora_a is float32\[.*\], expected float32\[.*8\]; "):
         fit(dataclasses.replace(other, steps=9))
@@ -342,8 +345,14 @@ def test_a_full_disk(tiny, data, tmp_path):
 BAD = {
     "rank": (["--lora.rank", "0"], "lora.rank: expected a positive integer, found 0"),
     "targets": (["--lora.targets", '["to_z"]'], "lora.targets: 'to_z' matches no linear layer; there are"),
-    "unknown": (["--lora.rnk", "4"], "--lora.rnk"),
-    "kind": (["--steps", "many"], '"steps"'),
+    "unknown": (["--rank", "4"], "unrecognized arguments: --rank 4; did you mean --lora.rank?"),
+    "kind": (["--steps", "many"], "steps: expected a whole number, found many"),
+    "list": (["--lora.targets", "to_q"], 'lora.targets: expected a list such as \'["one", "two"]\', found to_q'),
+    "choice": (["--dtype", "fp8"], "dtype: expected one of float32, bfloat16, float16, found fp8"),
+    "sample": (
+        ["--report.sample_prompts", "[a]", "--report.sample_seconds", "5"],
+        "sample_seconds: expected 10 to 600",
+    ),
     "steps": (["--steps", "0"], "steps: expected a number of at least 1, found 0"),
     "warmup": (
         ["--optimizer.warmup_steps", "9", "--steps", "9"],
@@ -389,6 +398,8 @@ def test_bad_places(tiny, tiny_base, data, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
     assert "mine: already exists and holds no run" in error(out=tmp_path / "mine")
+    assert "file: is a file; choose another --out" in error(out=tmp_path / "mine" / "file")
+    assert f"the folder {tmp_path / 'none'} does not exist" in error(out=tmp_path / "none" / "run")
     other = tmp_path / "other"
     write_songs(other, tiny[1])
     index = json.loads((other / "index.json").read_text())
@@ -406,7 +417,8 @@ def test_yaml_file(tiny, data, tmp_path, capsys):
     assert train_config.read(tmp_path / "again.yaml") == found
     for text, name in (("lora: {rnak: 3}", "rnak"), ("stpes: 3", "stpes"), ("lora: [", "")):
         file.write_text(text + "\n")
-        assert name in fails(capsys, ["--config", file])
+        error = fails(capsys, ["--config", file])
+        assert name in error and f"settings come from {file} and the command line" in error
 
 
 def test_covers_need_the_audio_tokenizer(tiny, data, tmp_path):

@@ -5,14 +5,19 @@ resolved settings are kept in the run's folder as `config.yaml`.
 """
 
 import dataclasses
+import itertools
 import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from types import NoneType
+from typing import Literal, get_args, get_origin
 
 import jsonargparse
 
 from acestep_jax.config import LoRAConfig, check_dtype
 from acestep_jax.errors import InputError
+from acestep_jax.pipeline import MAX_DURATION, MIN_DURATION
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,6 +183,10 @@ class TrainConfig:
             raise InputError(
                 f"optimizer.warmup_steps: expected less than steps ({self.steps}), found {optimizer.warmup_steps}"
             )
+        if report.sample_prompts and not MIN_DURATION <= report.sample_seconds <= MAX_DURATION:
+            raise InputError(
+                f"report.sample_seconds: expected {MIN_DURATION:g} to {MAX_DURATION:g}, found {report.sample_seconds:g}"
+            )
         above_zero = [
             ("objective.timestep_sigma", objective.timestep_sigma),
             ("optimizer.learning_rate", optimizer.learning_rate),
@@ -213,7 +222,43 @@ def parse(arguments: list[str]) -> TrainConfig:
     try:
         return _instantiate(parser, parser.parse_args(arguments))
     except jsonargparse.ArgumentError as error:
-        raise InputError(f"{error}; `python -m train fit --help` lists all settings") from None
+        files = [value for flag, value in itertools.pairwise(arguments) if flag == "--config"]
+        where = f" (settings come from {', '.join(files)} and the command line)" if files else ""
+        raise InputError(f"{_explain(str(error))}{where}; `python -m train fit --help` lists all settings") from None
+
+
+def _explain(message: str) -> str:
+    """The library's message about a value of the wrong kind or a flag that it does not know, in words."""
+    kinds = dict(_kinds(TrainConfig))
+    if (found := re.search(r'Parser key "([\w.]+)":\n.*(?:Got|Given) value: ([^\n]*)', message, re.DOTALL)) and (
+        kind := kinds.get(found[1])
+    ):
+        return f"{found[1]}: expected {kind}, found {found[2]}"
+    if found := re.fullmatch(r"unrecognized arguments: --([\w.]+)(.*)", message):
+        last = found[1].rpartition(".")[2]
+        if near := [f"--{name}" for name in kinds if name.rpartition(".")[2] == last]:
+            return f"{message}; did you mean {' or '.join(near)}?"
+    return message
+
+
+def _kinds(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every setting by dotted name, with what it may be."""
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        tuple[str, ...]: 'a list such as \'["one", "two"]\'',
+        tuple[float, ...]: "a list such as '[30, 60]'",
+    }
+    for field in dataclasses.fields(config):
+        name, kind = f"{prefix}{field.name}", field.type
+        if NoneType in get_args(kind):  # such as float | None
+            kind = get_args(kind)[0]
+        if dataclasses.is_dataclass(kind):
+            yield from _kinds(kind, f"{name}.")
+        else:
+            yield name, f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else words[kind]
 
 
 def read(path: Path) -> TrainConfig:
@@ -231,7 +276,9 @@ def write(path: Path, config: TrainConfig) -> None:
     """Writes `config.yaml`."""
     parser = _parser()
     values = parser.parse_object(dataclasses.asdict(config))
-    path.write_text(parser.dump(values), encoding="utf-8")
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(parser.dump(values), encoding="utf-8")
+    temporary.replace(path)
 
 
 def differences(a: TrainConfig, b: TrainConfig) -> dict[str, tuple]:

@@ -127,7 +127,10 @@ def read_index(folder: str | Path, *, unfinished: bool = False) -> Index:
         values = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         version = values["schema_version"]
     except FileNotFoundError:
-        raise InputError(f"{folder}: no {INDEX} here, so this is no folder of training data; {again}") from None
+        raise InputError(
+            f"{folder}: no {INDEX} here, so this is no folder of training data; give the DATA_DIR of "
+            "`python -m train preprocess AUDIO_DIR DATA_DIR`"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / INDEX}: damaged ({error!r}); remove the folder and {again}") from None
     if version != SCHEMA_VERSION:

@@ -139,6 +139,11 @@ class Trainer:
         first = 0
         if saved.steps:
             first = saved.steps[-1]
+            if first > config.steps:
+                raise InputError(
+                    f"{folder}: has made {first} steps already, more than steps ({config.steps}); "
+                    "`python -m train export` writes the result of an earlier one"
+                )
             batches.set_state(self.restore(saved, first))
             logger.info("%s: going on from step %d", folder, first)
         report = Report(folder, first, config.steps, config.report.log_every, examples.rate)
@@ -160,10 +165,10 @@ class Trainer:
                 pending = None
                 with report.paused():
                     loss = self._validate(report, step, held_out) if validates else None
+                    if saves:  # before the samples, which may need more memory than there is
+                        saved.save(step, self.state, batches.get_state(), loss)
                     if samples:
                         self._sample(report, step)
-                    if saves:
-                        saved.save(step, self.state, batches.get_state(), loss)
 
     def restore(self, saved: Checkpoints, step: int) -> dict[str, Any]:
         """Takes over the state of a checkpoint; returns that of the data's iterator. Raises as `Checkpoints` does."""
@@ -274,6 +279,10 @@ def export(run: str | Path, destination: str | Path, *, step: int | None = None,
 def _open_folder(folder: Path, config: TrainConfig) -> None:
     """Makes the folder of a run, or checks that it is of a run with these settings."""
     kept = folder / CONFIG
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; choose another --out")
+    if not folder.absolute().parent.is_dir():
+        raise InputError(f"{folder}: the folder {folder.absolute().parent} does not exist; create it first")
     if kept.is_file():
         found = settings.differences(settings.read(kept), config)
         if changed := {k: v for k, v in found.items() if not k.startswith(CHANGEABLE)}:
@@ -282,7 +291,7 @@ def _open_folder(folder: Path, config: TrainConfig) -> None:
     elif folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: already exists and holds no run; remove it or choose another --out")
     if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         settings.write(kept, config)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("run folder")

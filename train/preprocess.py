@@ -305,10 +305,12 @@ def _remove_leftovers(folder: Path, index: Index) -> None:
 
 
 def _report(data_dir: Path, index: Index, counts: Counter, fallbacks: list[str], warnings: list[str]) -> None:
-    hours = sum(song.seconds for song in index.songs) / 3600
+    minutes = sum(song.seconds for song in index.songs) / 60
     shards = len({song.shard for song in index.songs})
     done = ", ".join(f"{count} {what}" for what, count in counts.items())
-    print(f"{data_dir}: {len(index.songs)} songs ({done}), {hours:.2f} h, {shards} shard(s)")
+    print(
+        f"{data_dir}: {len(index.songs)} song{'s' if len(index.songs) > 1 else ''} ({done}), {minutes:.1f} min, {shards} shard(s)"
+    )
     for title, lines in (
         (f"skipped {len(index.skipped)} file(s)", [f"{source}: {reason}" for source, reason in index.skipped]),
         (f"{len(warnings)} value(s) left out", warnings),
