@@ -89,10 +89,6 @@ def generate(options: argparse.Namespace) -> None:
         except UnicodeDecodeError as error:
             raise InputError(f"{lyrics[1:]}: not UTF-8 text ({error}); save it as UTF-8") from None
     mesh = parse_mesh(options.mesh)
-    if mesh is None and jax.process_count() > 1:
-        raise InputError(
-            f"--distributed: give --mesh as well; the processes have {jax.device_count()} devices together"
-        )
     adapters, scales = load_loras(options.lora, options.checkpoint)
     pipe = AceStepPipeline.from_checkpoint(options.checkpoint, dtype=options.dtype, mesh=mesh)
     pipe.load_lora(adapters, scales)
@@ -199,8 +195,13 @@ def use_compilation_cache() -> None:
 
 
 def parse_mesh(text: str | None):
-    """A mesh from such as "data=2,tensor=4"; None from None. Raises InputError if it cannot be."""
+    """A mesh from such as "data=2,tensor=4"; None from None. Raises InputError if it cannot be, or several processes
+    have none."""
     if text is None:
+        if jax.process_count() > 1:
+            raise InputError(
+                f"--distributed: give --mesh as well; the processes have {jax.device_count()} devices together"
+            )
         return None
     sizes = {}
     for part in text.split(","):

@@ -128,8 +128,8 @@ class AceStepPipeline:
     ) -> None:
         """Merges LoRA or DoRA adapters into `transformer`, a new network; songs take no longer than without.
 
-        What they change adds up, in one call or in several. To undo it, keep `plain = pipe.transformer` and set
-        `pipe.transformer = plain`.
+        What the adapters of one call change adds up; a further call starts from the weights that this one made. To
+        undo it, keep `plain = pipe.transformer` and set `pipe.transformer = plain`.
 
         Args:
             adapters: a folder that training or `python -m convert lora-from-torch` made, what `load_adapter` read,

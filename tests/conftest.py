@@ -1,6 +1,9 @@
 """The suite runs on eight devices, so that everything that is sharded is sharded here too."""
 
+import atexit
 import os
+import shutil
+import tempfile
 import warnings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -9,6 +12,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
 import jax
 import pytest
 
+# Most of the time goes into compiling, and many tests, and all worker processes, compile the same programs.
+if "ACESTEP_TEST_CACHE" not in os.environ:
+    os.environ["ACESTEP_TEST_CACHE"] = tempfile.mkdtemp(prefix="acestep-jax-tests-")
+    atexit.register(shutil.rmtree, os.environ["ACESTEP_TEST_CACHE"], ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", os.environ["ACESTEP_TEST_CACHE"])
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 warnings.filterwarnings("ignore", message=".*weight_norm.*", category=FutureWarning)

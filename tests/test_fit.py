@@ -35,15 +35,6 @@ from train.loop import DivergedError, Trainer, fit
 ENDLESS = dict(lora__dropout=0.1, optimizer__ema_decay=0.9)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """The runs of this file share most of their programs."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
 @pytest.fixture(scope="module")
 def data(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "songs"
@@ -71,7 +62,7 @@ def rows(folder, *names):
 def test_what_a_run_leaves(finished, tiny, data):
     folder, result = finished
     assert result == folder / "adapter"
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir() if path.name != ".lock"}
     assert names == {
         *("config.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "loss.png", "samples"),
         *("adapter", "adapter-ema"),
@@ -81,7 +72,8 @@ def test_what_a_run_leaves(finished, tiny, data):
     for name, values in found.items():
         assert [step for step, _ in values] == list(range(1, 7)), name
         assert all(np.isfinite(value) and value > 0 for _, value in values), name
-    assert [step for step, _ in rows(folder, "validation_loss")["validation_loss"]] == [3, 6]
+    # At checkpoints as well, so that the best can be told.
+    assert [step for step, _ in rows(folder, "validation_loss")["validation_loss"]] == [2, 3, 4, 6]
     last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
     assert len([name for name in last if name.startswith("validation_loss_t_")]) == 8
     assert any((folder / "tensorboard").iterdir())
@@ -93,8 +85,9 @@ def test_what_a_run_leaves(finished, tiny, data):
 
 def test_the_latest_checkpoints_and_the_best_stay(finished, tmp_path):
     with Checkpoints(finished[0] / "checkpoints", 2) as saved:
-        # Of 2, 4 and 6 the last two; 6 alone was validated.
-        assert saved.steps == [4, 6] and saved.best == 6
+        losses = dict(rows(finished[0], "validation_loss")["validation_loss"])
+        best = min((2, 4, 6), key=losses.get)
+        assert saved.steps == sorted({4, 6, best}) and saved.best == best
     state = {"w": np.arange(3.0)}  # any tree will do
     with Checkpoints(tmp_path / "checkpoints", 2) as saved:
         for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 4.0)):
@@ -124,18 +117,18 @@ def test_export_of_a_step(finished, tmp_path, capsys):
     """The best by default, here the last; another step; averages; and what is not there."""
     folder, result = finished
     run = lambda *options: main(["export", str(folder), *map(str, options)])  # noqa: E731
-    assert run(tmp_path / "best") == run(tmp_path / "ema", "--ema") == run(tmp_path / "4", "--step", 4) == 0
-    assert capsys.readouterr().out.split() == [
-        *(f"{tmp_path}/best:", "step", "6", f"{tmp_path}/ema:", "step", "6", f"{tmp_path}/4:", "step", "4")
-    ]
+    assert run(tmp_path / "best") == run(tmp_path / "6", "--step", 6) == run(tmp_path / "4", "--step", 4) == 0
+    with Checkpoints(folder / "checkpoints", 2, writes=False) as saved:
+        assert f"{tmp_path}/best: step {saved.best}\n" in capsys.readouterr().out
+    assert run(tmp_path / "ema", "--ema", "--step", 6) == 0
     assert weights(tmp_path / "best").keys() == weights(result).keys()
-    for name, other in (("best", "adapter"), ("ema", "adapter-ema")):
+    for name, other in (("6", "adapter"), ("ema", "adapter-ema")):
         found, expected = weights(tmp_path / name), weights(folder / other)
         assert all(np.array_equal(found[leaf], value) for leaf, value in expected.items())
-    assert not np.array_equal(*(weights(tmp_path / n)["layers.self_attn.to_q.lora_b"] for n in ("4", "best")))
+    assert not np.array_equal(*(weights(tmp_path / n)["layers.self_attn.to_q.lora_b"] for n in ("4", "6")))
     assert run(tmp_path / "best") == 2 and "already exists" in capsys.readouterr().err
     assert run(tmp_path / "3", "--step", 3) == 2
-    assert f"{folder}: no checkpoint of step 3; there are 4, 6" in capsys.readouterr().err
+    assert f"{folder}: no checkpoint of step 3; there are " in capsys.readouterr().err
     assert main(["export", str(tmp_path), str(tmp_path / "none")]) == 2
     assert "config.yaml" in capsys.readouterr().err
 
@@ -220,6 +213,7 @@ def test_two_processes_train_as_one(tiny, data, tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     environment["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
     options = ["--steps", "3", "--report.validate_every", "3", "--save_every", "2"]
+    options += ["--optimizer.accumulation", "1"]
     together = [*options, "--mesh", "data=2,fsdp=1,tensor=4", "--distributed", f"localhost:{free_port()},2,"]
     processes = [
         subprocess.Popen(
@@ -236,13 +230,13 @@ def test_two_processes_train_as_one(tiny, data, tmp_path):
     subprocess.run(command(data, tiny[1], tmp_path / "one", *options), env=environment, check=True, capture_output=True)
     found, expected = (rows(tmp_path / name, "loss", "validation_loss") for name in ("two", "one"))
     for name, values in expected.items():
-        assert len(values) == {"loss": 3, "validation_loss": 1}[name]
+        assert len(values) == {"loss": 3, "validation_loss": 2}[name]
         np.testing.assert_allclose(found[name], values, rtol=1e-5)
     one, two = weights(tmp_path / "one" / "adapter"), weights(tmp_path / "two" / "adapter")
     for leaf, value in one.items():
         assert np.linalg.norm(two[leaf] - value) <= 1e-4 * np.linalg.norm(value), leaf
     with Checkpoints(tmp_path / "two" / "checkpoints", 2) as saved:
-        assert saved.steps == [2, 3]
+        assert saved.steps[-2:] == [2, 3]
 
 
 def test_full_fine_tuning_goes_back_to_torch(tiny, data, tmp_path):
@@ -299,9 +293,9 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(tiny, data, tmp
     out = tmp_path / "run"
     fit(settings(tmp_path / "data", tiny[1], out, **plain, steps=4))
     expected = weights(out / "adapter")
-    poison(tmp_path / "data")
+    poison(tmp_path / "data")  # which the index, and so the check of the data, does not see
     config = settings(tmp_path / "data", tiny[1], out, **plain, steps=9)
-    with pytest.raises(DivergedError, match=r"run: the loss is not a number since step 5, 2 steps in a row; .*rate"):
+    with pytest.raises(DivergedError, match=r"run: the loss is not a number since step 5, 2 steps in a row\. .*rate"):
         fit(config)
     trainer = Trainer(config, None)
     with Checkpoints(out / "checkpoints", 5) as saved:
@@ -348,7 +342,7 @@ BAD = {
     "unknown": (["--rank", "4"], "unrecognized arguments: --rank 4; did you mean --lora.rank?"),
     "kind": (["--steps", "many"], "steps: expected a whole number, found many"),
     "list": (["--lora.targets", "to_q"], 'lora.targets: expected a list such as \'["one", "two"]\', found to_q'),
-    "choice": (["--dtype", "fp8"], "dtype: expected one of float32, bfloat16, float16, found fp8"),
+    "choice": (["--dtype", "fp8"], "dtype: expected one of float32, bfloat16, found fp8"),
     "sample": (
         ["--report.sample_prompts", "[a]", "--report.sample_seconds", "5"],
         "sample_seconds: expected 10 to 600",

@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             use_compilation_cache()
             preprocess(**options)
         elif command == "export":
+            jax.config.update("jax_platforms", "cpu")  # a run that goes on may hold the accelerators
             from train.loop import export
 
             print(f"{options['destination']}: step {export(**options)}")

@@ -1,11 +1,14 @@
 """The checkpoints of a run, through Orbax: written while training goes on, whole or not at all, restored strictly."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from acestep_jax.checkpoint import flatten, is_disk_full, nest
@@ -13,13 +16,6 @@ from acestep_jax.errors import InputError
 from train.step import TrainState
 
 METRIC = "validation_loss"
-
-
-class Saved(NamedTuple):
-    """A checkpoint that was restored."""
-
-    state: TrainState
-    iterator: dict[str, Any]  # of the data
 
 
 class Checkpoints:
@@ -57,18 +53,23 @@ class Checkpoints:
         losses = {found.step: found.metrics[METRIC] for found in self._checkpointer.checkpoints if found.metrics}
         return min(losses, key=losses.get) if losses else None
 
-    def save(self, step: int, state: TrainState, iterator: dict[str, Any], validation_loss: float | None) -> None:
+    def save(self, step: int, state: TrainState, notes: dict[str, Any], validation_loss: float | None) -> None:
         """Copies the state out of the devices, then goes on in the background.
+
+        Args:
+            notes: anything that JSON can hold.
+            validation_loss: what the best is chosen by; None: not known.
 
         Raises:
             InputError: if this or the save before it finds the disk full.
         """
+        known = validation_loss is not None and math.isfinite(validation_loss)
         with self._writing():
             self._checkpointer.save_checkpointables_async(
                 step,
                 {"state": nest(dict(_named(state)))},
-                metrics=None if validation_loss is None else {METRIC: validation_loss},
-                custom_metadata={"iterator": iterator},
+                metrics={METRIC: validation_loss} if known else None,
+                custom_metadata=notes,
             )
 
     def __enter__(self) -> "Checkpoints":
@@ -85,18 +86,35 @@ class Checkpoints:
         finally:
             self._checkpointer.close()
 
-    def restore(self, step: int, target: TrainState) -> Saved:
-        """The checkpoint of a step.
+    def notes(self, step: int) -> dict[str, Any]:
+        """What was given to `save`."""
+        return self._metadata(step).custom_metadata
+
+    def weights(self, step: int, part: str) -> dict[str, np.ndarray]:
+        """The "params" or the "ema" of a step alone, in the host's memory, by dotted path; raises as `restore` does."""
+        host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        target = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
+            for name, leaf in flatten(self._metadata(step).metadata["state"][part])
+        }
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            loaded = self._load(step, {part: nest(target)})
+        return {name: np.asarray(value) for name, value in flatten(loaded[part])}
+
+    def restore(self, step: int, target: TrainState) -> TrainState:
+        """The state of a step.
 
         Args:
             target: shapes, dtypes and shardings of what to restore.
 
         Raises:
-            InputError: naming the first leaf that is missing, unexpected or of another shape or dtype.
+            InputError: naming the first leaf that is missing, unexpected or of another shape or dtype; or if the
+                checkpoint is damaged.
         """
         path = self.folder / str(step)
-        metadata = self._checkpointer.checkpointables_metadata(step)
-        stored = dict(flatten(metadata.metadata["state"]))
+        stored = dict(flatten(self._metadata(step).metadata["state"]))
         wanted = dict(_named(target))
         for name in sorted(wanted.keys() | stored.keys()):
             if name not in stored:
@@ -110,10 +128,25 @@ class Checkpoints:
             else:
                 continue
             raise InputError(f"{path}: {name} {problem}; was it written by a run with other settings?")
-        loaded = self._checkpointer.load_checkpointables(step, {"state": nest(wanted)})
-        arrays = dict(flatten(loaded["state"]))
-        state = jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name, _ in _named(target)])
-        return Saved(state, metadata.custom_metadata["iterator"])
+        arrays = dict(flatten(self._load(step, nest(wanted))))
+        return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name, _ in _named(target)])
+
+    def _metadata(self, step: int):
+        with self._reading(step):
+            return self._checkpointer.checkpointables_metadata(step)
+
+    def _load(self, step: int, target: dict[str, Any]) -> dict[str, Any]:
+        with self._reading(step):
+            return self._checkpointer.load_checkpointables(step, {"state": target})["state"]
+
+    @contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError, KeyError) as error:  # Orbax's and TensorStore's of what is missing or cut short
+            raise InputError(
+                f"{self.folder / str(step)}: damaged ({error}); remove it to go on from the checkpoint before it"
+            ) from error
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from typing import Literal, get_args, get_origin
 
 import jsonargparse
 
-from acestep_jax.config import LoRAConfig, check_dtype
+from acestep_jax.config import LoRAConfig
 from acestep_jax.errors import InputError
 from acestep_jax.pipeline import MAX_DURATION, MIN_DURATION
 
@@ -101,7 +101,7 @@ class ReportConfig:
 
     Args:
         log_every: steps between lines of metrics.jsonl and TensorBoard.
-        validate_every: steps between validations on held-out songs.
+        validate_every: steps between validations on held-out songs, besides those at checkpoints.
         sample_every: steps between samples of sample_prompts.
         sample_prompts: what to make samples of; none: no samples.
         sample_seconds: their duration.
@@ -130,7 +130,7 @@ class TrainConfig:
         mesh: devices for each axis, such as fsdp=4,tensor=2; by default one device.
         save_every: steps between checkpoints, which are written while training goes on.
         keep: how many of the latest checkpoints stay, besides the best.
-        max_bad_steps: how many steps in a row may have a loss that is not a number before the run stops.
+        max_bad_steps: steps in a row whose loss or gradient is no number, after which the run stops.
         lora: adapters.
         objective: loss.
         optimizer: steps.
@@ -144,7 +144,7 @@ class TrainConfig:
     method: Literal["lora", "full"] = "lora"
     steps: int = 2000
     seed: int = 0
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
     remat: Literal["none", "dots", "full"] = "none"
     mesh: str | None = None
     save_every: int = 250
@@ -157,8 +157,6 @@ class TrainConfig:
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
 
     def __post_init__(self):
-        if self.dtype is not None:
-            check_dtype(self.dtype)
         optimizer, objective, examples, report = self.optimizer, self.objective, self.examples, self.report
         at_least = [
             ("steps", self.steps, 1),
@@ -176,6 +174,8 @@ class TrainConfig:
             ("examples.cover", examples.cover, 0),
             *((f"report.{name}", getattr(report, name), 1) for name in ("log_every", "validate_every", "sample_every")),
         ]
+        if self.seed >= 2**32:
+            raise InputError(f"seed: expected a number from 0 to 2^32 - 1, found {self.seed}")
         for name, value, least in at_least:
             if not least <= value < math.inf:
                 raise InputError(f"{name}: expected a number of at least {least}, found {value}")
@@ -192,10 +192,7 @@ class TrainConfig:
             ("optimizer.learning_rate", optimizer.learning_rate),
             ("optimizer.max_grad_norm", optimizer.max_grad_norm),
             ("optimizer.eps", optimizer.eps),
-            (
-                "examples.text2music, repaint and cover together",
-                sum((examples.text2music, examples.repaint, examples.cover)),
-            ),
+            ("examples.text2music + repaint + cover", examples.text2music + examples.repaint + examples.cover),
         ]
         for name, value in above_zero:
             if not 0 < value < math.inf:

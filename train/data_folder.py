@@ -201,9 +201,9 @@ def decode_record(record: bytes) -> dict[str, np.ndarray]:
     return arrays
 
 
-def fingerprint(path: str | Path) -> str:
-    """SHA-256, in hex, of all of a checkpoint that the data depend on: the tokenizer, and configs and weights of the
-    autoencoder and the text encoder. Variants of the model that share those have the same.
+def fingerprint(path: str | Path, networks: Sequence[str] = NETWORKS) -> str:
+    """SHA-256, in hex, of the tokenizer and of configs and weights of some networks of a checkpoint; by default those
+    that the data depend on, which variants of the model may share.
 
     Raises:
         InputError: if there is no checkpoint, or it is damaged.
@@ -215,7 +215,7 @@ def fingerprint(path: str | Path) -> str:
     digest = hashlib.sha256((path / checkpoint.TOKENIZER).read_bytes())
     # How a network is computed is not what it computes.
     manner = {field.name for field in dataclasses.fields(NetworkConfig)}
-    for name in NETWORKS:
+    for name in networks:
         config = dataclasses.asdict(manifest.configs[name])
         values = {key: value for key, value in config.items() if key not in manner}
         digest.update(f"{name} {json.dumps(values, sort_keys=True)}\n".encode())

@@ -38,8 +38,8 @@ class Records:
 
 
 def split(index: Index, fraction: float) -> tuple[list[Song], list[Song]]:
-    """Songs to train on and songs held out. A song's side depends on its audio, so that copies and repeats of it never
-    fall on both; the held-out ones are those of the smallest hashes.
+    """Songs to train on and songs held out. A song's side depends on the bytes of its file, so that copies and repeats
+    of it never fall on both; the held-out ones are those of the smallest hashes.
 
     Raises:
         InputError: if nothing would be left to train on.

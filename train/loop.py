@@ -5,10 +5,10 @@ end, `adapter/` or `model/`. The same command goes on from the last checkpoint.
 """
 
 import contextlib
-import dataclasses
+import fcntl
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from train import dataset
 from train import step as steps
 from train.checkpoints import Checkpoints
 from train.config import TrainConfig
-from train.data_folder import fingerprint, read_index
+from train.data_folder import fingerprint, read_index, text_sha256
 from train.objective import Batch, Frozen, freeze
 from train.report import Report
 
@@ -59,6 +59,7 @@ def fit(config: TrainConfig) -> Path:
     folder = Path(config.out)
     mesh = parse_mesh(config.mesh)
     _check_batch(config, mesh)
+    _check_folder(folder, config)
     index = read_index(config.data)
     if (found := fingerprint(config.checkpoint)) != index.checkpoint:
         raise InputError(
@@ -71,9 +72,20 @@ def fit(config: TrainConfig) -> Path:
         silence = np.asarray(trainer.silence(max(index.crop_seconds) * index.latents_per_second))
         make = lambda songs: dataset.Examples(Path(config.data), index, songs, config.examples, silence)  # noqa: E731
         examples = make(training_songs)
-        _open_folder(folder, config)
-        trainer.run(folder, examples, make(held_out) if held_out else None)
-        return trainer.write_results(folder)
+        _all_here("checked")  # before one of them makes the folder that the others look for
+        if jax.process_index() == 0:
+            folder.mkdir(exist_ok=True)
+        with _locked(folder):
+            if jax.process_index() == 0:
+                settings.write(folder / CONFIG, config)
+            made_from = {
+                "data": text_sha256([[song.sha256, song.text_sha256, song.repeat] for song in index.songs]),
+                "checkpoint": fingerprint(config.checkpoint, ("transformer", "condition_encoder")),
+            }
+            trainer.run(folder, examples, make(held_out) if held_out else None, made_from)
+            result = trainer.write_results(folder)
+            _all_here("results")
+            return result
 
 
 class Trainer:
@@ -108,7 +120,7 @@ class Trainer:
         self.shardings = steps.state_shardings(self.model, params, self.optimizer, config.optimizer)
         self.state = steps.initial_state(params, self.optimizer, config.optimizer, self.shardings)
         self._step = steps.make_step(self.model, self.optimizer, config, self.shardings)
-        self._evaluate = steps.make_evaluation(self.model, config)
+        self._evaluate = steps.make_evaluation(self.model, config, self.shardings)
         self._programs: dict[Any, Callable] = {}
         self._pipeline: AceStepPipeline | None = None
 
@@ -129,8 +141,18 @@ class Trainer:
         self.state, metrics = self._programs[frames](*arguments)
         return metrics
 
-    def run(self, folder: Path, examples: dataset.Examples, held_out: dataset.Examples | None) -> None:
-        """From the last checkpoint in `folder`, or the beginning, to the last step."""
+    def run(
+        self,
+        folder: Path,
+        examples: dataset.Examples,
+        held_out: dataset.Examples | None,
+        made_from: dict[str, str],
+    ) -> None:
+        """From the last checkpoint in `folder`, or the beginning, to the last step.
+
+        Args:
+            made_from: hashes of all that the weights come from besides the settings, by name.
+        """
         config = self.config
         size, accumulation = config.examples.batch_size, config.optimizer.accumulation
         rows = steps.rows_of_process(self.mesh, size)
@@ -139,12 +161,14 @@ class Trainer:
         first = 0
         if saved.steps:
             first = saved.steps[-1]
-            if first > config.steps:
+            notes = saved.notes(first)
+            if changed := [name for name, value in made_from.items() if notes["made_from"][name] != value]:
                 raise InputError(
-                    f"{folder}: has made {first} steps already, more than steps ({config.steps}); "
-                    "`python -m train export` writes the result of an earlier one"
+                    f"{folder}: the {' and the '.join(changed)} of this run changed after its last checkpoint; put "
+                    "back what it began with, or begin a new run with another --out"
                 )
-            batches.set_state(self.restore(saved, first))
+            self.restore(saved, first)
+            batches.set_state(notes["iterator"])
             logger.info("%s: going on from step %d", folder, first)
         report = Report(folder, first, config.steps, config.report.log_every, examples.rate)
         with report, saved:
@@ -156,9 +180,9 @@ class Trainer:
                     self._look_at(report, *pending)
                 pending = step, metrics
                 last = step == config.steps
-                validates = held_out is not None and (last or step % config.report.validate_every == 0)
                 samples = config.report.sample_prompts and (last or step % config.report.sample_every == 0)
                 saves = last or step % config.save_every == 0
+                validates = held_out is not None and (saves or step % config.report.validate_every == 0)
                 if not (validates or samples or saves):
                     continue
                 self._look_at(report, *pending)
@@ -166,24 +190,26 @@ class Trainer:
                 with report.paused():
                     loss = self._validate(report, step, held_out) if validates else None
                     if saves:  # before the samples, which may need more memory than there is
-                        saved.save(step, self.state, batches.get_state(), loss)
+                        notes = {"iterator": batches.get_state(), "made_from": made_from}
+                        saved.save(step, self.state, notes, loss)
                     if samples:
                         self._sample(report, step)
 
-    def restore(self, saved: Checkpoints, step: int) -> dict[str, Any]:
-        """Takes over the state of a checkpoint; returns that of the data's iterator. Raises as `Checkpoints` does."""
+    def restore(self, saved: Checkpoints, step: int) -> None:
+        """Takes over the state of a checkpoint; raises as `Checkpoints.restore` does."""
         target = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), self.state, self.shardings
         )
-        self.state, iterator = saved.restore(step, target)
-        return iterator
+        self.state = None  # there may not be room for two
+        self.state = saved.restore(step, target)
 
     def _look_at(self, report: Report, step: int, metrics: steps.Metrics) -> None:
         report.add(step, metrics, self.learning_rate)
         if (bad := int(metrics.bad_steps)) >= self.config.max_bad_steps:
             raise DivergedError(
-                f"{self.config.out}: the loss is not a number since step {step - bad + 1}, {bad} steps in a row; the "
-                "weights are still those of the step before. Lower optimizer.learning_rate, or look at the data"
+                f"{self.config.out}: the loss is not a number since step {step - bad + 1}, {bad} steps in a row. Begin "
+                "a new run with another --out and a lower optimizer.learning_rate, or look at the data; the "
+                "checkpoints of this one are good"
             )
 
     def _validate(self, report: Report, step: int, held_out: dataset.Examples) -> float:
@@ -224,30 +250,39 @@ class Trainer:
         return self.model.merge(self.state.params if params is None else params, self.model.frozen)
 
     def write_results(self, folder: Path) -> Path:
-        """Writes `adapter/` or `model/`, and with `-ema` to their names those of the averages; returns the former."""
-        name = "adapter" if self.config.method == "lora" else "model"
-        self.write_result(folder / name, self.state.params)
-        if self.state.ema is not None:
-            self.write_result(folder / f"{name}-ema", self.state.ema)
+        """Writes `adapter/` or `model/`, and with `-ema` to their names those of the averages; returns the former.
+
+        A whole checkpoint is not written by several processes: then it is the folder of checkpoints that is returned.
+        """
+        lora = self.config.method == "lora"
+        if not lora and jax.process_count() > 1:
+            logger.warning("%s: write the model with `python -m train export %s DST`, in one process", folder, folder)
+            return folder / CHECKPOINTS
+        name = "adapter" if lora else "model"
+        for target, params in ((folder / name, self.state.params), (folder / f"{name}-ema", self.state.ema)):
+            if params is None:
+                continue
+            arrays = {leaf: on_host(value) for leaf, value in params.items()}
+            if jax.process_index() == 0:  # in place of that of an earlier end of this run
+                fresh = target.with_name(f".{target.name}-new")
+                for left in (fresh, *folder.glob(f".{fresh.name}-*")):
+                    shutil.rmtree(left, ignore_errors=True)
+                write_result(fresh, self.config, arrays)
+                shutil.rmtree(target, ignore_errors=True)
+                fresh.rename(target)
         return folder / name
 
-    def write_result(self, target: Path, params: steps.Params) -> None:
-        """Writes an adapter or a checkpoint, in place of that of an earlier end of the same run."""
-        arrays = {leaf: on_host(value) for leaf, value in params.items()}
-        if jax.process_index():
-            return
-        fresh = target.with_name(f".{target.name}-new")
-        shutil.rmtree(fresh, ignore_errors=True)
-        if self.config.method == "lora":
-            save_adapter(fresh, Adapter(self.config.lora, arrays))
-        else:
-            checkpoint.save_changed(self.config.checkpoint, fresh, "transformer", arrays)
-        shutil.rmtree(target, ignore_errors=True)
-        fresh.rename(target)
+
+def write_result(path: Path, config: TrainConfig, arrays: dict[str, np.ndarray]) -> None:
+    """Writes an adapter or a checkpoint with these weights, whole or not at all; raises InputError if `path` exists."""
+    if config.method == "lora":
+        save_adapter(path, Adapter(config.lora, arrays))
+    else:
+        checkpoint.save_changed(config.checkpoint, path, "transformer", arrays)
 
 
 def export(run: str | Path, destination: str | Path, *, step: int | None = None, ema: bool = False) -> int:
-    """Writes the adapter or the checkpoint of one of a run's steps, also while the run goes on.
+    """Writes the adapter or the checkpoint of one of a run's steps, also while the run goes on; on the host alone.
 
     Args:
         step: one that is kept; None: the best on the held-out songs or, if none was validated, the latest.
@@ -261,7 +296,7 @@ def export(run: str | Path, destination: str | Path, *, step: int | None = None,
     """
     run, destination = Path(run), Path(destination)
     checkpoint.check_new(destination)
-    config = dataclasses.replace(settings.read(run / CONFIG), mesh=None)
+    config = settings.read(run / CONFIG)
     if ema and config.optimizer.ema_decay is None:
         raise InputError(f"{run}: has no averages of the weights; they need optimizer.ema_decay")
     with Checkpoints(run / CHECKPOINTS, config.keep, writes=False) as saved:
@@ -270,31 +305,55 @@ def export(run: str | Path, destination: str | Path, *, step: int | None = None,
         step = step or saved.best or saved.steps[-1]
         if step not in saved.steps:
             raise InputError(f"{run}: no checkpoint of step {step}; there are {', '.join(map(str, saved.steps))}")
-        trainer = Trainer(config, None)
-        trainer.restore(saved, step)
-    trainer.write_result(destination, trainer.state.ema if ema else trainer.state.params)
+        weights = saved.weights(step, "ema" if ema else "params")
+    write_result(destination, config, weights)
     return step
 
 
-def _open_folder(folder: Path, config: TrainConfig) -> None:
-    """Makes the folder of a run, or checks that it is of a run with these settings."""
-    kept = folder / CONFIG
+def _check_folder(folder: Path, config: TrainConfig) -> None:
+    """Whether a run with these settings can begin in this folder, or go on there."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; choose another --out")
     if not folder.absolute().parent.is_dir():
         raise InputError(f"{folder}: the folder {folder.absolute().parent} does not exist; create it first")
-    if kept.is_file():
-        found = settings.differences(settings.read(kept), config)
-        if changed := {k: v for k, v in found.items() if not k.startswith(CHANGEABLE)}:
-            listing = ", ".join(f"{name} was {before!r}, now {now!r}" for name, (before, now) in changed.items())
-            raise InputError(f"{folder}: holds a run with other settings ({listing}); use those, or another --out")
-    elif folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder}: already exists and holds no run; remove it or choose another --out")
-    if jax.process_index() == 0:
-        folder.mkdir(exist_ok=True)
-        settings.write(kept, config)
+    if not (folder / CONFIG).is_file():
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder}: already exists and holds no run; remove it or choose another --out")
+        return
+    made = [int(path.name) for path in (folder / CHECKPOINTS).glob("*") if path.name.isdecimal()]
+    if not made:  # it failed before it had anything to lose
+        return
+    found = settings.differences(settings.read(folder / CONFIG), config)
+    if changed := {k: v for k, v in found.items() if not k.startswith(CHANGEABLE)}:
+        listing = ", ".join(f"{name} was {before!r}, now {now!r}" for name, (before, now) in changed.items())
+        raise InputError(f"{folder}: holds a run with other settings ({listing}); use those, or another --out")
+    if max(made) > config.steps:
+        raise InputError(
+            f"{folder}: has made {max(made)} steps already, more than steps ({config.steps}); `python -m train export` "
+            "writes the result of an earlier one"
+        )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps a second command from going on with the same run beside this one."""
+    if jax.process_index():
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder}: this run is going on in another process; wait for its end or stop it"
+            ) from None
+        yield
+
+
+def _all_here(name: str) -> None:
+    """Waits until every process has come this far."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("run folder")
+        multihost_utils.sync_global_devices(name)
 
 
 def _check_batch(config: TrainConfig, mesh: Mesh | None) -> None:

@@ -1,8 +1,8 @@
 """What is learned from a batch: pure functions, float32 in everything that concerns times and the loss.
 
 x_t = t * noise + (1 - t) * x0 with x0 from the autoencoder's posterior, target v = noise - x0, mean squared error over
-the frames that are there. Everything random about an example comes from its own number in the run, so that it is the
-same whatever batch, device or process it is in.
+the frames that are there. Everything random about an example, but for dropout in adapters, comes from its own number in
+the run, so that it is the same whatever batch, device or process it is in.
 """
 
 from typing import NamedTuple

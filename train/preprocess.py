@@ -214,7 +214,8 @@ class _Writer:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
-        if kind is None or kind is KeyboardInterrupt:
+        # Also after a failure of another kind, such as too little memory for one song: the others are done.
+        if kind is None or not issubclass(kind, InputError):
             self.flush()
 
     def flush(self) -> None:
@@ -308,9 +309,8 @@ def _report(data_dir: Path, index: Index, counts: Counter, fallbacks: list[str],
     minutes = sum(song.seconds for song in index.songs) / 60
     shards = len({song.shard for song in index.songs})
     done = ", ".join(f"{count} {what}" for what, count in counts.items())
-    print(
-        f"{data_dir}: {len(index.songs)} song{'s' if len(index.songs) > 1 else ''} ({done}), {minutes:.1f} min, {shards} shard(s)"
-    )
+    songs = "1 song" if len(index.songs) == 1 else f"{len(index.songs)} songs"
+    print(f"{data_dir}: {songs} ({done}), {minutes:.1f} min, {shards} shard(s)")
     for title, lines in (
         (f"skipped {len(index.skipped)} file(s)", [f"{source}: {reason}" for source, reason in index.skipped]),
         (f"{len(warnings)} value(s) left out", warnings),

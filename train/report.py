@@ -45,11 +45,11 @@ class Report:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         temporary.replace(folder / METRICS)
         self._file = (folder / METRICS).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=None)
 
     def add(self, step: int, metrics: Metrics, learning_rate: Callable[[int], float]) -> None:
-        """One step more; `learning_rate` by how many were made before."""
+        """One step more; `learning_rate` by how many updates were made before."""
         loss = float(metrics.loss)
         self._losses.append((loss, float(metrics.grad_norm)))
         self._errors.append(np.stack([np.asarray(metrics.t), np.asarray(metrics.errors)]))
@@ -64,7 +64,8 @@ class Report:
         seconds = time.perf_counter() - self._since
         # A step that is left out must not make the line of all others no number.
         loss, norm = np.array([pair for pair in self._losses if math.isfinite(sum(pair))] or [(math.nan,) * 2]).mean(0)
-        row = {"loss": float(loss), "gradient_norm": float(norm), "learning_rate": float(learning_rate(step - 1))}
+        rate = float(learning_rate(int(metrics.updates)))
+        row = {"loss": float(loss), "gradient_norm": float(norm), "learning_rate": rate}
         t, errors = np.concatenate(self._errors, axis=1)
         for i in range(TIME_BUCKETS):
             low, high = i / TIME_BUCKETS, (i + 1) / TIME_BUCKETS

@@ -19,6 +19,13 @@ from acestep_jax.stages import COMPILER_OPTIONS
 from train.config import OptimizerConfig, TrainConfig
 from train.objective import Batch, Frozen, draw, stratified_time, velocity_losses
 
+# XLA for TPU would cut each product that meets an fsdp axis into a loop over the devices, a permutation at a time. The
+# compiler's own estimate of that is 2.6 times the one of products with whole gathered weights.
+TPU_OPTIONS = {
+    "xla_tpu_enable_windowed_einsum_for_all_gather": "false",
+    "xla_tpu_enable_windowed_einsum_for_reduce_scatter": "false",
+}
+
 DECAYING = ("kernel", "lora_a", "lora_b")
 
 Params = dict[str, jax.Array]  # by dotted path
@@ -39,6 +46,7 @@ class Metrics(NamedTuple):
     loss: jax.Array  # mean squared error over the valid frames of all its examples
     grad_norm: jax.Array  # before it is limited
     bad_steps: jax.Array  # how many in a row, up to this one, had gradients that are no numbers and were left out
+    updates: jax.Array  # made before this step, which those that were left out are not
     t: jax.Array  # [examples]
     errors: jax.Array  # [examples], mean squared error of each
     frames: jax.Array  # valid ones
@@ -113,15 +121,15 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def initial_state(
     params: Params, optimizer: optax.GradientTransformation, config: OptimizerConfig, shardings: TrainState
 ) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step, which takes over the buffers of `params`."""
 
     def init(params: Params) -> TrainState:
-        params = jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.int32(0), params, optimizer.init(params), params if config.ema_decay else None)
+        ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
+        return TrainState(jnp.int32(0), params, optimizer.init(params), ema)
 
-    # Those that were made here and not loaded are the same in every process.
-    params = {k: v if isinstance(v.sharding, NamedSharding) else np.asarray(v) for k, v in params.items()}
-    return jax.jit(init, out_shardings=shardings)(params)
+    if jax.process_count() > 1:  # those that were made here and not loaded are the same in every process
+        params = {k: v if isinstance(v.sharding, NamedSharding) else np.asarray(v) for k, v in params.items()}
+    return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
 
 
 def state_shardings(
@@ -181,7 +189,7 @@ def make_step(
     """The jitted step: (state, frozen transformer, Frozen, batch [accumulation, B, ...]) -> (state, Metrics).
 
     Gradients and the number of elements add up over devices and parts before one is divided by the other, so that a
-    batch in parts is the batch in one. The state's buffers are donated.
+    batch in parts is the batch in one, but for what dropout in adapters drops. The state's buffers are donated.
     """
     step_size = config.examples.batch_size * config.optimizer.accumulation
     example_key, dropout_key = jax.random.split(jax.random.key(config.seed))
@@ -215,25 +223,30 @@ def make_step(
             loss=errors.sum() / total,
             grad_norm=optax.global_norm(gradients),
             bad_steps=opt_state.notfinite_count,
+            updates=state.step - state.opt_state.total_notfinite,
             t=t.reshape(-1),
             errors=(errors / jnp.maximum(elements, 1.0)).reshape(-1),
             frames=total / batch.mean.shape[-1],
         )
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=COMPILER_OPTIONS)
+    on_tpu = next(iter(shardings.step.device_set)).platform == "tpu"
+    options = COMPILER_OPTIONS | (TPU_OPTIONS if on_tpu else {})
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step), compiler_options=options)
 
 
 VALIDATION_TIMES = 8
 
 
 def validation_times(config: TrainConfig) -> np.ndarray:
-    """[times] float32: the middles of equally likely parts of the training distribution."""
+    """[times] float32: the middles of equally likely parts of the logit-normal distribution."""
     quantiles = (np.arange(VALIDATION_TIMES, dtype=np.float32) + 0.5) / VALIDATION_TIMES
     return np.asarray(stratified_time(quantiles, config.objective.timestep_mu, config.objective.timestep_sigma))
 
 
-def make_evaluation(model: Model, config: TrainConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def make_evaluation(
+    model: Model, config: TrainConfig, shardings: TrainState
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The jitted (params, frozen transformer, Frozen, batch [B, ...]) -> sums over the batch of squared errors and of
     elements at each of `validation_times`, [times] each. Noise depends on the song and the time alone."""
     times = jnp.asarray(validation_times(config))
@@ -251,7 +264,7 @@ def make_evaluation(model: Model, config: TrainConfig) -> Callable[..., tuple[ja
 
         return jax.lax.map(at, (jnp.arange(VALIDATION_TIMES), times))
 
-    return jax.jit(evaluate, compiler_options=COMPILER_OPTIONS)
+    return jax.jit(evaluate, out_shardings=shardings.step, compiler_options=COMPILER_OPTIONS)
 
 
 def _keys(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
