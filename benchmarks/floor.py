@@ -3,7 +3,7 @@
 Padding, blocks of a band that hang over it and elementwise work are not in it, so a time over this floor shows them.
 """
 
-from acestep_jax.config import AutoencoderConfig, TransformerConfig
+from acestep_jax.config import AutoencoderConfig, ConditionEncoderConfig, TransformerConfig
 
 FRAMES_PER_SECOND = 25  # latent frames
 
@@ -22,15 +22,53 @@ TRANSFORMER_SIZES = {
 
 def transformer_flops(config: TransformerConfig, frames: int, condition_tokens: int, batch: int = 1) -> float:
     """One forward pass: `frames` latent frames, `condition_tokens` tokens to attend to, embedded and projected too."""
+    weights, condition, attention = _transformer_products(config, frames, condition_tokens)
+    return 2.0 * batch * (weights + condition + attention)
+
+
+def training_flops(
+    config: TransformerConfig, frames: int, condition_tokens: int, batch: int = 1, *, rank: int | None = None
+) -> float:
+    """Forward and backward pass of all weights, or with `rank` of adapters on the attention's linear layers alone.
+
+    A product of two activations, as in attention, costs twice as much backward. One with a weight does if the weight
+    learns, else as much as forward, or nothing if its input does not depend on what learns, as the condition. Nothing
+    is in it that is computed a second time to save memory.
+    """
+    weights, condition, attention = _transformer_products(config, frames, condition_tokens)
+    if rank is None:
+        return 6.0 * batch * (weights + condition + attention)
+    hidden, tokens = config.hidden_size, -(-frames // config.patch_size)
+    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    adapters = 4 * tokens * (hidden + query) + 2 * (tokens + condition_tokens) * (hidden + key)
+    adapters *= rank * config.num_hidden_layers
+    return 2.0 * batch * (2 * weights + condition + 3 * attention + 3 * adapters)
+
+
+def _transformer_products(config: TransformerConfig, frames: int, condition_tokens: int) -> tuple[int, int, int]:
+    """Multiply-adds of the latents with weights, of the condition with weights, and of attention's two products."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     tokens = -(-frames // config.patch_size)
-    total = tokens * config.patch_size * hidden * (config.in_channels + config.audio_acoustic_hidden_dim)
-    total += condition_tokens * (config.encoder_hidden_size or hidden) * hidden
+    weights = tokens * config.patch_size * hidden * (config.in_channels + config.audio_acoustic_hidden_dim)
+    condition = condition_tokens * (config.encoder_hidden_size or hidden) * hidden
+    attention = 0
     for window in config.windows(config.num_hidden_layers):
         pairs = tokens**2 if window is None else band_pairs(tokens, window)
-        projections = tokens * (4 * hidden * query + 2 * hidden * key + 3 * hidden * mlp)
-        total += projections + 2 * hidden * key * condition_tokens + 2 * query * (pairs + tokens * condition_tokens)
+        weights += tokens * (4 * hidden * query + 2 * hidden * key + 3 * hidden * mlp)
+        condition += 2 * hidden * key * condition_tokens
+        attention += 2 * query * (pairs + tokens * condition_tokens)
+    return weights, condition, attention
+
+
+def lyric_encoder_flops(config: ConditionEncoderConfig, tokens: int, batch: int = 1) -> float:
+    """One forward pass over `tokens` lyric tokens."""
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    total = tokens * config.text_hidden_dim * hidden
+    for window in config.windows(config.num_lyric_encoder_hidden_layers):
+        pairs = tokens**2 if window is None else band_pairs(tokens, window)
+        total += tokens * (2 * hidden * query + 2 * hidden * key + 3 * hidden * mlp) + 2 * query * pairs
     return 2.0 * batch * total
 
 

@@ -90,7 +90,7 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
 
 def _trip_count(condition: list[str]) -> int:
     """Of a loop that counts from 0, as `lax.scan` and `lax.map` do: the constant that its condition compares with."""
-    constants = re.findall(r" = s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
+    constants = re.findall(r" = [su]32\[\]\S* constant\((\d+)\)", "\n".join(condition))
     if len(constants) != 1 or "direction=LT" not in "".join(condition):
         raise ValueError("a loop whose number of rounds is not a constant of its condition")
     return int(constants[0])

@@ -1,7 +1,8 @@
 """Ahead-of-time compilation for TPUs that are not there: `python -m benchmarks.tpu_aot`, with `jax[tpu]` installed.
 
-Compiles the denoising loop (8 turbo steps) and the decoder in bfloat16, as the pipeline runs them, for real topologies
-through libtpu, and prints what one chip needs. Nothing runs: times are the compiler's estimates, not measurements.
+Compiles the denoising loop (8 turbo steps) and the decoder in bfloat16, as the pipeline runs them, or a step of
+training, for real topologies through libtpu, and prints what one chip needs. Nothing runs: times are the compiler's
+estimates, not measurements.
 """
 
 import argparse
@@ -11,10 +12,9 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 # Before jax is imported. libtpu would otherwise ask the network which TPU it is on, and want to be alone.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,20 +22,13 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh
 
-from acestep_jax import checkpoint, stages
-from acestep_jax.config import AutoencoderConfig, ConditionEncoderConfig, NetworkConfig, TransformerConfig
-from acestep_jax.pipeline import bucket
-from acestep_jax.sharding import MESH_AXES, partition_spec, variable_sharding
+from acestep_jax.sharding import MESH_AXES
 from benchmarks import hlo
-from benchmarks.floor import FRAMES_PER_SECOND, TRANSFORMER_SIZES, decoder_flops, transformer_flops
-
-STEPS = 8
-BFLOAT16 = dict(dtype="bfloat16", param_dtype="bfloat16")
+from benchmarks.floor import TRANSFORMER_SIZES
+from benchmarks.tpu_programs import STEPS, Program, programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +45,7 @@ CHIPS = {
     "v5p": Chip(95e9, 459e12, 1.75e9),  # 8 units of 128 x 128
     "v6e": Chip(32e9, 918e12, 1.75e9),  # 4 units of 256 x 256
 }
-TOPOLOGIES = ("v5e:2x2", "v5e:2x4", "v6e:2x2", "v6e:2x4", "v5p:2x2x1")
+TOPOLOGIES = ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v6e:2x2", "v6e:2x4", "v5p:2x2x1")
 
 COLUMNS = (
     "program",
@@ -74,7 +67,8 @@ COLUMNS = (
     "compile s",
 )
 NOTES = """
-All of one chip. total: arguments + temporary + output; it fits if that is within 16 GB (v5e), 32 (v6e) or 95 (v5p).
+All of one chip. output: what does not take the place of an argument. total: arguments + temporary + output; it fits if
+that is within 16 GB (v5e), 32 (v6e) or 95 (v5p).
 TFLOP needed: matrix products of the whole program (benchmarks/floor.py) over the number of chips; counted: the
 compiler's own figure, in which the body of a loop counts once and Pallas kernels not at all. Kernels and collectives:
 how many the program has, and in brackets how often they run. estimate: the scheduler's cycles of every instruction
@@ -86,7 +80,7 @@ collectives cost nothing in it. of roofline: needed / peak over the estimate, so
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tpu_aot", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--stage", nargs="+", choices=("denoise", "decode"), default=["denoise", "decode"])
+    add("--stage", nargs="+", choices=("denoise", "decode", "train"), default=["denoise", "decode"])
     add(
         "--size", nargs="+", choices=TRANSFORMER_SIZES, default=list(TRANSFORMER_SIZES), help="of the transformer [all]"
     )
@@ -94,6 +88,10 @@ def main() -> None:
     add("--seconds", type=float, nargs="+", default=[240, 600], help="of audio [240 600]")
     add("--batch", type=int, nargs="+", default=[1], help="[1]")
     add("--mesh", help="such as tensor=2,sequence=4; without it, data or tensor and sequence, as the batch allows")
+    add("--method", nargs="+", choices=("lora", "full"), default=["lora"], help="of training [lora]")
+    add("--rank", type=int, default=64, help="of adapters [64]")
+    add("--remat", choices=("none", "dots", "full"), default="none", help="of training [none]")
+    add("--accumulation", type=int, default=1, help="parts of a batch in training [1]")
     add("--layers", type=int, help="of the transformer; without it, all")
     add("--condition-tokens", type=int, default=512, help="[512]")
     add("--hlo", type=Path, metavar="DIR", help="write the compiled programs here")
@@ -104,69 +102,30 @@ def main() -> None:
     print_row(["---"] * len(COLUMNS))
     for topology in options.topology:
         devices = topology_devices(topology)
+        chip = CHIPS[topology.split(":")[0]]
         for batch in options.batch:
             mesh = make_mesh(devices, options.mesh, batch)
             for seconds in options.seconds:
-                frames = bucket(round(seconds * FRAMES_PER_SECOND))
-                for program in programs(options, mesh, frames, batch):
+                for program in programs(options, mesh, seconds, batch):
                     row = [program.name, f"{seconds:g} s", str(batch), topology, mesh_text(mesh)]
-                    print_row(row + describe(program, mesh, CHIPS[topology.split(":")[0]], options.hlo, row))
+                    with jax.set_mesh(mesh):
+                        print_row(row + describe(program, mesh.size, chip, options.hlo, row))
     print(NOTES)
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A jitted function with the shapes of its arguments; `flops` is what it needs on all chips together."""
-
-    name: str
-    function: Callable
-    arguments: tuple
-    static: dict[str, Any]
-    flops: float
-
-
-def programs(options: argparse.Namespace, mesh: Mesh, frames: int, batch: int) -> Iterator[Program]:
-    """Those asked for. Every frame of the bucket counts as one of the song."""
-    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    latents = sharded((batch, frames, 64), jnp.float32, ("batch", "sequence", None), mesh)
-    for size in options.size if "denoise" in options.stage else ():
-        layers = dict(num_hidden_layers=options.layers) if options.layers else {}
-        config = TransformerConfig(**TRANSFORMER_SIZES[size] | layers, **BFLOAT16, is_turbo=True)
-        tokens = options.condition_tokens
-        width = config.encoder_hidden_size or config.hidden_size
-        arguments = (
-            abstract("transformer", config, mesh),
-            abstract("condition_encoder", ConditionEncoderConfig(**BFLOAT16), mesh),
-            latents,
-            sharded((batch, tokens, width), jnp.bfloat16, ("batch", None, None), mesh),
-            lengths,
-            lengths,
-            jax.ShapeDtypeStruct((STEPS + 1,), jnp.float32),
-            jax.ShapeDtypeStruct((), jnp.float32),
-            jax.ShapeDtypeStruct((STEPS,), jnp.bool_),
-        )
-        flops = STEPS * transformer_flops(config, frames, tokens, batch)
-        yield Program(f"denoise {size}", stages.denoise, arguments, dict(guided=False, report=None), flops)
-    if "decode" in options.stage:
-        config = AutoencoderConfig(**BFLOAT16)
-        arguments = (abstract("vae", config, mesh), latents, lengths)
-        yield Program("decode", stages.decode, arguments, {}, decoder_flops(config, frames, batch))
-
-
-def describe(program: Program, mesh: Mesh, chip: Chip, folder: Path | None, row: list[str]) -> list[str]:
+def describe(program: Program, chips: int, chip: Chip, folder: Path | None, row: list[str]) -> list[str]:
     """Compiles, and gives the rest of the program's row in the table."""
-    needed = program.flops / mesh.size
-    with jax.set_mesh(mesh):
-        lowered = program.function.lower(*program.arguments, **program.static)
-        start = time.perf_counter()
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if not (used := re.search(r"Used ([\d.]+)G of", str(error))):
-                raise
-            total = float(used[1]) * 2**30
-            return ["", "", "", f"{total / 1e9:.2f}", "**no**", f"{needed / 1e12:.2f}", *[""] * 6]
-        seconds = time.perf_counter() - start
+    needed = program.flops / chips
+    lowered = program.function.lower(*program.arguments, **program.static)
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not (used := re.search(r"Used ([\d.]+)G of", str(error))):
+            raise
+        total = float(used[1]) * 2**30
+        return ["", "", "", f"{total / 1e9:.2f}", "**no**", f"{needed / 1e12:.2f}", *[""] * 6]
+    seconds = time.perf_counter() - start
     text = compiled.as_text()
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
@@ -174,7 +133,8 @@ def describe(program: Program, mesh: Mesh, chip: Chip, folder: Path | None, row:
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     found = hlo.read(text)
     memory = compiled.memory_analysis()
-    parts = memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes
+    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    parts = memory.argument_size_in_bytes, memory.temp_size_in_bytes, output
     estimate = found.cycles / chip.clock + found.pallas_flops / chip.peak
     return [
         *(f"{size / 1e9:.2f}" for size in (*parts, sum(parts))),
@@ -210,20 +170,6 @@ def make_mesh(devices: list, text: str | None, batch: int) -> Mesh:
 
 def mesh_text(mesh: Mesh) -> str:
     return ",".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1) or "one chip"
-
-
-def abstract(name: str, config: NetworkConfig, mesh: Mesh) -> nnx.Module:
-    """The network as `checkpoint.load` places it, without values."""
-    module = checkpoint.abstract(name, config)
-    leaves = {
-        leaf: jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=variable_sharding(variable, mesh))
-        for leaf, variable in checkpoint.leaves(module).items()
-    }
-    return checkpoint.assemble(module, leaves)
-
-
-def sharded(shape: tuple[int, ...], dtype, names: tuple[str | None, ...], mesh: Mesh) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition_spec(names, shape, mesh)))
 
 
 def print_row(cells: Iterable[object]) -> None:

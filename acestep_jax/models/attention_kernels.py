@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from acestep_jax.models.layers import KEPT
+
 # Queries that share one pass over the keys in full attention: no array of [T, T] scores is ever made.
 QUERY_BLOCK = 256
 
@@ -21,11 +23,8 @@ CPU_SCORES = 1 << 20
 # Largest tile of Pallas' splash attention, tokens.
 SPLASH_BLOCK = 1024
 
-# The name, for `jax.checkpoint`, of what the backward pass needs besides q, k and v.
-RESULT = "attention"
-
 # Keeps a block's masks and scores out of memory until the backward pass, but for what it would need them all to make.
-_recomputed = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(RESULT))
+_recomputed = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
 
 
 def chunked(
@@ -149,7 +148,7 @@ def splash(
             block_kv_dkv=block_kv,
             use_fused_bwd_kernel=True,
         ),
-        residual_checkpoint_name=RESULT,
+        residual_checkpoint_name=KEPT,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
@@ -183,8 +182,8 @@ def _attend_forward(q, k, v, visible, dropout_key, dropout):
     if dropout_key is not None:
         weights = weights * _kept(dropout_key, dropout, weights.shape)
     y = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
-    y = checkpoint_name(y.astype(q.dtype).reshape(q.shape), RESULT)
-    return y, (q, k, v, visible, dropout_key, dropout, y, checkpoint_name(norm, RESULT))
+    y = checkpoint_name(y.astype(q.dtype).reshape(q.shape), KEPT)
+    return y, (q, k, v, visible, dropout_key, dropout, y, checkpoint_name(norm, KEPT))
 
 
 def _attend_backward(residuals, dy):

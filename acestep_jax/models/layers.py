@@ -15,8 +15,22 @@ from flax import nnx
 from jax.custom_derivatives import SymbolicZero
 
 from acestep_jax.config import NetworkConfig
-from acestep_jax.models.attention_kernels import RESULT
 from acestep_jax.sharding import platform, shard
+
+# The name, for `jax.checkpoint`, of results besides products with weights that cost much to compute again.
+KEPT = "kept"
+
+# By `NetworkConfig.remat`, what the backward pass finds instead of computing it again: products with weights and what
+# is named KEPT, the products alone, or nothing. Elementwise work costs less to do again than to keep, and a layer's
+# weights, sliced out of their stack, would be kept as a copy of all weights.
+_PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_SAVEABLE = {
+    "none": jax.checkpoint_policies.save_from_both_policies(
+        _PRODUCTS, jax.checkpoint_policies.save_only_these_names(KEPT)
+    ),
+    "dots": _PRODUCTS,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def parameter(value: jax.Array, *axes: str | None) -> nnx.Param:
@@ -228,16 +242,3 @@ def scan_layers(
         return jax.lax.scan(body, x, (jnp.arange(len(windows) // size), learning))[0]
 
     return loop(x, stacks, shared)
-
-
-# By `NetworkConfig.remat`, what the backward pass finds instead of computing it again: products with weights and
-# attention, the products alone, or nothing. Elementwise work costs less to do again than to keep, and a layer's weights,
-# sliced out of their stack, would be kept as a copy of all weights.
-_PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-_SAVEABLE = {
-    "none": jax.checkpoint_policies.save_from_both_policies(
-        _PRODUCTS, jax.checkpoint_policies.save_only_these_names(RESULT)
-    ),
-    "dots": _PRODUCTS,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}

@@ -12,10 +12,11 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from acestep_jax.config import LoRAConfig
 from acestep_jax.errors import InputError
-from acestep_jax.models.layers import dot_general
+from acestep_jax.models.layers import KEPT, dot_general
 
 Network = TypeVar("Network", bound=nnx.Module)
 
@@ -55,9 +56,10 @@ class LoRALinear(nnx.Module):
         y = _matmul(x, self.kernel[...].astype(self.dtype))
         dropped = x
         if self.dropout_key is not None:
-            keep = jax.random.bernoulli(self.dropout_key[...], 1.0 - self.dropout, x.shape)
+            # Kept for the backward pass: random numbers cost more to make again, and much more to compile again.
+            keep = checkpoint_name(_bernoulli(self.dropout_key[...], 1.0 - self.dropout, x.shape), KEPT)
             dropped = jnp.where(keep, x / (1.0 - self.dropout), 0)
-        y = y + _matmul(_matmul(dropped, a), b) * self.scaling
+        y = y + _expand(_matmul(dropped, a) * self.scaling, b)
         if self.lora_magnitude is not None:
             weight = _sum(self.kernel[...], self.lora_a[...], self.lora_b[...], self.scaling)
             y = y * (self.lora_magnitude[...] / jax.lax.stop_gradient(_column_norm(weight))).astype(y.dtype)
@@ -202,6 +204,29 @@ def _sum(kernel: jax.Array, a: jax.Array, b: jax.Array, scaling: float) -> jax.A
 
 def _column_norm(weight: jax.Array) -> jax.Array:  # [..., in, out] -> [..., out]
     return jnp.linalg.norm(weight.astype(jnp.float32), axis=-2)
+
+
+def _bernoulli(key: jax.Array, p: float, shape: tuple[int, ...]) -> jax.Array:
+    """True with probability p, to 2^-16: two of one random word, which is most of the cost of dropout."""
+    *rows, columns = shape
+    words = jax.random.bits(key, (*rows, -(-columns // 2)))
+    halves = jnp.concatenate([words >> 16, words & 0xFFFF], axis=-1)[..., :columns]
+    return halves < round(p * 2**16)
+
+
+@jax.custom_vjp
+def _expand(h: jax.Array, b: jax.Array) -> jax.Array:  # [..., r], [r, out] -> [..., out]
+    return _matmul(h, b)
+
+
+def _expand_backward(residuals, dy):
+    """JAX's own derivative makes the transpose of B's gradient, for which XLA on a CPU transposes dy [..., out]."""
+    h, b = residuals
+    rows = tuple(range(h.ndim - 1))
+    return dot_general(dy, b, (((dy.ndim - 1,), (1,)), ((), ()))), dot_general(h, dy, ((rows, rows), ((), ())))
+
+
+_expand.defvjp(lambda h, b: (_expand(h, b), (h, b)), _expand_backward)
 
 
 def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -1,0 +1,181 @@
+"""The programs that `benchmarks.tpu_aot` compiles, with the shapes of their arguments as a mesh holds them."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from acestep_jax import checkpoint, stages
+from acestep_jax.config import (
+    AudioTokenDetokenizerConfig,
+    AudioTokenizerConfig,
+    AutoencoderConfig,
+    ConditionEncoderConfig,
+    LoRAConfig,
+    NetworkConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+)
+from acestep_jax.models.lora import add_lora
+from acestep_jax.pipeline import bucket
+from acestep_jax.sharding import partition_spec, variable_sharding
+from benchmarks.floor import (
+    FRAMES_PER_SECOND,
+    TRANSFORMER_SIZES,
+    decoder_flops,
+    lyric_encoder_flops,
+    training_flops,
+    transformer_flops,
+)
+from train import step as steps
+from train.config import DataConfig, OptimizerConfig, TrainConfig
+from train.objective import Batch, Frozen
+
+STEPS = 8
+PROMPT_TOKENS = 128  # in training, of the condition tokens; the others are the lyrics'
+BFLOAT16 = dict(dtype="bfloat16", param_dtype="bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function with the shapes of its arguments; `flops` is what it needs on all chips together."""
+
+    name: str
+    function: Callable
+    arguments: tuple
+    static: dict[str, Any]
+    flops: float
+
+
+def programs(options: argparse.Namespace, mesh: Mesh, seconds: float, batch: int) -> Iterator[Program]:
+    """Those asked for. Every frame of a bucket counts as one of the song."""
+    frames = round(seconds * FRAMES_PER_SECOND)
+    if "denoise" in options.stage:
+        for size in options.size:
+            yield denoise_program(options, mesh, size, bucket(frames), batch)
+    if "train" in options.stage:
+        for size in options.size:
+            for method in options.method:
+                yield train_program(options, mesh, size, method, frames, batch)
+    if "decode" in options.stage:
+        config, length = AutoencoderConfig(**BFLOAT16), bucket(frames)
+        arguments = (abstract("vae", config, mesh), _latents(batch, length, mesh), _counts(batch))
+        yield Program("decode", stages.decode, arguments, {}, decoder_flops(config, length, batch))
+
+
+def denoise_program(options: argparse.Namespace, mesh: Mesh, size: str, frames: int, batch: int) -> Program:
+    config, tokens = transformer_config(options, size), options.condition_tokens
+    width = config.encoder_hidden_size or config.hidden_size
+    arguments = (
+        abstract("transformer", config, mesh),
+        abstract("condition_encoder", ConditionEncoderConfig(**BFLOAT16), mesh),
+        _latents(batch, frames, mesh),
+        sharded((batch, tokens, width), jnp.bfloat16, ("batch", None, None), mesh),
+        _counts(batch),
+        _counts(batch),
+        jax.ShapeDtypeStruct((STEPS + 1,), jnp.float32),
+        jax.ShapeDtypeStruct((), jnp.float32),
+        jax.ShapeDtypeStruct((STEPS,), jnp.bool_),
+    )
+    flops = STEPS * transformer_flops(config, frames, tokens, batch)
+    return Program(f"denoise {size}", stages.denoise, arguments, dict(guided=False, report=None), flops)
+
+
+def train_program(options: argparse.Namespace, mesh: Mesh, size: str, method: str, frames: int, batch: int) -> Program:
+    """The step of `python -m train fit --dtype bfloat16`, all tasks in the mixture. `batch`: of a step, in
+    `options.accumulation` parts."""
+    lora = method == "lora"
+    part, lyrics = batch // options.accumulation, options.condition_tokens - 1 - PROMPT_TOKENS
+    settings = TrainConfig(
+        data="",
+        checkpoint="",
+        out="",
+        method=method,
+        dtype="bfloat16",
+        remat=options.remat,
+        lora=LoRAConfig(rank=options.rank, alpha=2.0 * options.rank),
+        optimizer=OptimizerConfig(accumulation=options.accumulation),
+        examples=DataConfig(batch_size=part),
+    )
+    config = dataclasses.replace(
+        transformer_config(options, size), param_dtype="bfloat16" if lora else "float32", remat=options.remat
+    )
+    transformer = abstract("transformer", config, mesh, settings.lora if lora else None)
+    model, params = steps.Model.take_apart(transformer, nnx.LoRAParam if lora else nnx.Param, mesh)
+    optimizer = steps.make_optimizer(settings.optimizer, settings.steps)
+    shardings = steps.state_shardings(model, params, optimizer, settings.optimizer)
+    state = jax.eval_shape(lambda p: steps.TrainState(jnp.int32(0), p, optimizer.init(p), None), params)
+    state = jax.tree.map(_placed, state, shardings)
+
+    encoder = ConditionEncoderConfig(**BFLOAT16)
+    text_encoder = TextEncoderConfig(**BFLOAT16)
+    embedding = checkpoint.leaves(abstract("text_encoder", text_encoder, mesh))["embed_tokens.embedding"].get_value()
+    frozen = Frozen(
+        abstract("condition_encoder", encoder, mesh),
+        embedding,
+        abstract("audio_tokenizer", AudioTokenizerConfig(**BFLOAT16), mesh),
+        abstract("audio_token_detokenizer", AudioTokenDetokenizerConfig(**BFLOAT16), mesh),
+        jax.ShapeDtypeStruct((1, 1, encoder.hidden_size), jnp.bfloat16, sharding=NamedSharding(mesh, P())),
+    )
+    shape = lambda *axes, dtype=jnp.int32: jax.ShapeDtypeStruct(  # noqa: E731
+        (options.accumulation, part, *axes), dtype, sharding=steps.batch_sharding(mesh, 1)
+    )
+    latents = shape(frames, config.audio_acoustic_hidden_dim, dtype=jnp.float32)
+    examples = Batch(
+        mean=latents,
+        std=latents,
+        lengths=shape(),
+        text=shape(PROMPT_TOKENS, encoder.text_hidden_dim, dtype=jnp.bfloat16),
+        text_lengths=shape(),
+        lyric_ids=shape(lyrics),
+        lyric_lengths=shape(),
+        tasks=shape(),
+        windows=shape(2),
+        numbers=shape(dtype=jnp.uint32),
+    )
+    step = steps.make_step(model, optimizer, settings, shardings)
+    rank = options.rank if lora else None
+    flops = training_flops(config, frames, options.condition_tokens, batch, rank=rank)
+    flops += lyric_encoder_flops(encoder, lyrics, batch)
+    name = f"train {method} {size}, remat {options.remat}"
+    return Program(name, step, (state, model.frozen, frozen, examples), {}, flops)
+
+
+def transformer_config(options: argparse.Namespace, size: str) -> TransformerConfig:
+    layers = dict(num_hidden_layers=options.layers) if options.layers else {}
+    return TransformerConfig(**TRANSFORMER_SIZES[size] | layers, **BFLOAT16, is_turbo=True)
+
+
+def abstract(name: str, config: NetworkConfig, mesh: Mesh, adapters: LoRAConfig | None = None) -> nnx.Module:
+    """The network as `checkpoint.load` places it, without values; with adapters, if any."""
+    module = checkpoint.abstract(name, config)
+    if adapters is not None:
+        make = checkpoint.NETWORKS[name][0]
+        module = jax.eval_shape(lambda: add_lora(make(config, rngs=nnx.Rngs(0)), adapters, rngs=nnx.Rngs(0)))
+    leaves = {
+        leaf: jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=variable_sharding(variable, mesh))
+        for leaf, variable in checkpoint.leaves(module).items()
+    }
+    return checkpoint.assemble(module, leaves)
+
+
+def sharded(shape: tuple[int, ...], dtype, names: tuple[str | None, ...], mesh: Mesh) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition_spec(names, shape, mesh)))
+
+
+def _placed(x: jax.ShapeDtypeStruct, sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _latents(batch: int, frames: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    return sharded((batch, frames, 64), jnp.float32, ("batch", "sequence", None), mesh)
+
+
+def _counts(batch: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((batch,), jnp.int32)
