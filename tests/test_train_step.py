@@ -253,10 +253,9 @@ def test_meshes_train_as_one_device(tiny, configs, frozen, method):
         np.testing.assert_allclose(found, losses, rtol=1e-5)
         for ours, theirs in ((state.params, alone.params), (state.ema, alone.ema)):
             for leaf, value in theirs.items():
+                # By norm: Adam divides gradients by their size, so that one that is rounding alone makes a whole step.
                 difference = np.asarray(ours[leaf], np.float64) - value
                 assert np.linalg.norm(difference) <= 1e-5 * np.linalg.norm(value), leaf
-                # Adam divides gradients by their size: where one is rounding alone, so is the step, up to the rate.
-                assert np.abs(difference).max() <= 1e-4 * np.abs(value).max(), leaf
         if axes.get("fsdp", 1) > 1:
             leaf = "layers.self_attn.to_q." + ("lora_a" if method == "lora" else "kernel")
             moments = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, dict))
