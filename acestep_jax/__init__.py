@@ -4,6 +4,7 @@ from acestep_jax.config import TransformerConfig
 from acestep_jax.errors import InputError
 from acestep_jax.models.transformer import AceStepTransformer1DModel
 from acestep_jax.pipeline import AceStepPipeline, AudioPipelineOutput
+from acestep_jax.request import Request
 from acestep_jax.sharding import make_mesh
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "AceStepTransformer1DModel",
     "AudioPipelineOutput",
     "InputError",
+    "Request",
     "TransformerConfig",
     "make_mesh",
 ]

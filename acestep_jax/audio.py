@@ -60,6 +60,35 @@ def read(path: str | Path, sample_rate: int, channels: int = 2) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(audio, (len(audio), channels)).T)
 
 
+def splice(
+    source: np.ndarray, made: np.ndarray, mask: np.ndarray, source_samples: tuple[int, int], fade: int
+) -> np.ndarray:
+    """What was made, in the mask; outside of it the source, sample for sample. [channels, samples] all.
+
+    Within the mask, next to samples of the source that are kept, the source fades out. What was made is scaled down
+    where it is louder than full scale.
+
+    Args:
+        mask: [samples] bool.
+        source_samples: first and one past the last that the source has; it cannot fade where it has none.
+        fade: samples.
+    """
+    weight = mask.astype(np.float32)
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8))) + 1
+    bounds = [0, *edges.tolist(), len(mask)]
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        if not mask[start]:
+            continue
+        length = min(fade, (end - start) // 2)
+        ramp = (np.arange(length, dtype=np.float32) + 0.5) / max(length, 1)
+        if 0 < start and source_samples[0] <= start and start + length <= source_samples[1]:
+            weight[start : start + length] = ramp
+        if end < len(mask) and source_samples[0] <= end - length and end <= source_samples[1]:
+            weight[end - length : end] = ramp[::-1]
+    loudest = np.abs(made[:, mask]).max(initial=1.0)
+    return np.where(weight == 0, source, weight * (made / loudest) + (1 - weight) * source).astype(np.float32)
+
+
 def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
     """The path, if a file can be written there.
 
@@ -99,6 +128,12 @@ def write(path: str | Path, audio: np.ndarray, sample_rate: int, *, overwrite: b
     # Encoded in memory first: libsndfile does not report a full disk, Python's files do.
     encoded = io.BytesIO()
     channels = frames.shape[1]
+    if subtype.startswith("PCM"):
+        # Whole numbers by our own scale, which is that of reading: libsndfile's two differ, and a sample that is read
+        # and written would not be the same.
+        scale = 2.0 ** (int(subtype[4:]) - 1)
+        whole = np.clip(np.round(frames.astype(np.float64) * scale), -scale, scale - 1)
+        frames = (whole * (2.0**31 / scale)).astype(np.int32)
     with soundfile.SoundFile(encoded, "w", sample_rate, channels, format=kind, subtype=subtype) as file:
         for start in range(0, len(frames), BLOCK_FRAMES):
             file.write(frames[start : start + BLOCK_FRAMES])

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import operator
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,40 +16,44 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from acestep_jax import audio, checkpoint, stages
+from acestep_jax import audio, checkpoint, stages, tasks, torch_noise
 from acestep_jax.adapter import Adapter, merge_adapters, resolve_adapters
+from acestep_jax.codec import Codec, bucket, on_host
 from acestep_jax.errors import InputError
-from acestep_jax.flow_matching import custom_schedule, schedule
 from acestep_jax.models.audio_tokenizer import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer
 from acestep_jax.models.autoencoder import AutoencoderOobleck
 from acestep_jax.models.condition_encoder import AceStepConditionEncoder
 from acestep_jax.models.text_encoder import Qwen3Model
 from acestep_jax.models.transformer import AceStepTransformer1DModel
-from acestep_jax.prompt import MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS, lyric_text, prompt_text, tokenize
+from acestep_jax.prompt import MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS, PAD, tokenize
+from acestep_jax.request import Audio, Plan, Request, collect, is_key
+from acestep_jax.request import plan as make_plan
+from acestep_jax.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 
-MIN_DURATION, MAX_DURATION = 10.0, 600.0  # seconds
-
 # Lengths are padded to multiples of these, so that few programs are compiled; padding is masked.
 PROMPT_BUCKET, LYRIC_BUCKET = 64, 256  # tokens
-FRAMES_BUCKET = 256  # latent frames; more for long songs, see `bucket`
+FADE = 0.025  # seconds at each end of a repainted region, in which its source fades out and in
 
 
 @dataclasses.dataclass(frozen=True)
 class AudioPipelineOutput:
     """What a pipeline returns.
 
-    audios: [B, channels, samples] float32 in [-1, 1]; None with `output_type="latent"`.
-    latents: [B, frames, 64] float32.
+    audios: [B, channels, samples] float32, silent after the end of a shorter song; None with `output_type="latent"`.
+    latents: [B, frames, 64] float32, zero there.
     sample_rate: Hz.
     seeds: of each song, to make it again; None for given noise or keys.
+    samples, frames: of each song.
     """
 
     audios: np.ndarray | None
     latents: np.ndarray
     sample_rate: int
-    seeds: tuple[int, ...] | None
+    seeds: tuple[int | None, ...] | None
+    samples: tuple[int, ...]
+    frames: tuple[int, ...]
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> list[Path]:
         """Writes WAV, FLAC, OGG or MP3, by suffix. A batch becomes `song-0.wav`, `song-1.wav`, ...
@@ -69,8 +72,8 @@ class AudioPipelineOutput:
             paths = [path.with_stem(f"{path.stem}-{i}") for i in range(len(self.audios))]
         for target in paths:
             audio.check_output(target, overwrite=overwrite)
-        for target, song in zip(paths, self.audios, strict=True):
-            audio.write(target, song, self.sample_rate, overwrite=overwrite)
+        for target, song, samples in zip(paths, self.audios, self.samples, strict=True):
+            audio.write(target, song[:, :samples], self.sample_rate, overwrite=overwrite)
         return paths
 
 
@@ -145,9 +148,9 @@ class AceStepPipeline:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Request | Sequence[str | Request],
         lyrics: str | Sequence[str] = "",
-        audio_duration: float | None = 60.0,
+        audio_duration: float | None = None,
         vocal_language: str | Sequence[str] = "en",
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -156,6 +159,14 @@ class AceStepPipeline:
         seed: int | Sequence[int] | jax.Array | None = None,
         latents: np.ndarray | jax.Array | None = None,
         task_type: str = "text2music",
+        track_name: str | None = None,
+        complete_track_classes: Sequence[str] = (),
+        src_audio: Audio | None = None,
+        reference_audio: Audio | None = None,
+        audio_codes: str | Sequence[str] | None = None,
+        repainting_start: float | Sequence[float] | None = None,
+        repainting_end: float | Sequence[float] | None = None,
+        audio_cover_strength: float = 1.0,
         output_type: str = "np",
         callback_on_step_end: stages.StepCallback | None = None,
         instruction: str | None = None,
@@ -166,80 +177,141 @@ class AceStepPipeline:
         timesignature: str | int | None = None,
         cfg_interval_start: float = 0.0,
         cfg_interval_end: float = 1.0,
+        cfg_interval_in: str = "t",
         timesteps: Sequence[float] | None = None,
+        solver: str = "euler",
+        guidance: str = "apg",
+        cover_mode: str = "switch",
+        cover_noise_strength: float = 0.0,
+        repaint_injection_ratio: float = 0.0,
+        noise: str = "jax",
+        attend_to_padding: bool = False,
     ) -> AudioPipelineOutput:
-        """Makes a song for each prompt.
+        """Makes a song for each prompt, or for each `Request`.
 
         Args:
-            prompt: one, or several for a batch.
-            lyrics, vocal_language: one for all songs or one for each; "[Instrumental]" asks for no voice.
-            audio_duration: seconds, 10 to 600; None: 60.
-            num_inference_steps, guidance_scale, shift: None: the variant's own, 8 steps, no guidance and shift 3 for
-                turbo; 50 steps, guidance 7 and shift 1 for base and sft.
+            prompt: one, or several for a batch; a `Request` has all that one song is asked for, in place of the
+                arguments that it names.
+            lyrics, vocal_language, audio_codes: one for all songs or one for each.
             seed: a number, or one for each song; song i of one number s has seed s + i. Or a JAX key, or one for each
                 song. The same seed gives the same song, alone or in any batch. None: a new one, found in the result.
             latents: the noise to start from, [B, frames, 64], instead of a seed's.
-            task_type: "text2music".
+            audio_duration, bpm, keyscale, timesignature, instruction, task_type, track_name, complete_track_classes,
+                src_audio, reference_audio, repainting_start, repainting_end, audio_cover_strength: for all songs, see
+                `Request`.
             output_type: "np", or "latent" to leave out the decoding.
             callback_on_step_end: called with step, timestep and latents [B, frames, 64] after each step. What it
                 raises is raised when the program has ended.
-            instruction: None: that of text to music.
             max_text_length, max_lyric_length: tokens that are read; what is longer is cut, with a warning.
-            bpm: beats per minute, 30 to 300; keyscale: such as "F# minor"; timesignature: 2, 3, 4 or 6. None: the
-                model decides.
-            cfg_interval_start, cfg_interval_end: guidance acts while start <= 1 - t <= end, as in diffusers; steps
-                outside take as long as those within.
-            timesteps: falling times within (0, 1], instead of num_inference_steps and shift.
+            num_inference_steps, guidance_scale, shift, timesteps, solver, guidance, cfg_interval_start,
+                cfg_interval_end, cfg_interval_in, cover_mode, cover_noise_strength, repaint_injection_ratio, noise,
+                attend_to_padding: see `Sampling`.
 
         Returns:
-            Audio scaled to a peak of -1 dBFS, and latents.
+            Audio and latents. Songs have a peak of -1 dBFS, but for repainted ones: outside of the regions these are
+            their source, sample for sample.
 
         Raises:
             InputError: if an argument is out of range or of the wrong shape.
+            OSError: if a sound file cannot be read.
         """
-        if task_type != "text2music":
-            raise InputError(f'task_type: only "text2music" is there so far, found {task_type!r}')
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        shared = dict(
+            audio_duration=audio_duration,
+            bpm=bpm,
+            keyscale=keyscale,
+            timesignature=timesignature,
+            instruction=instruction,
+            task_type=task_type,
+            track_name=track_name,
+            complete_track_classes=complete_track_classes,
+            src_audio=src_audio,
+            reference_audio=reference_audio,
+            repainting_start=repainting_start,
+            repainting_end=repainting_end,
+            audio_cover_strength=audio_cover_strength,
+        )
+        each = dict(lyrics=lyrics, vocal_language=vocal_language, audio_codes=audio_codes)
+        requests = collect(prompt, each, shared, seed, latents)
         # One song is a batch of its own right: it is replicated over data, with a warning.
-        if self.mesh is not None and len(prompts) > 1 and len(prompts) % self.mesh.shape["data"]:
+        if self.mesh is not None and len(requests) > 1 and len(requests) % self.mesh.shape["data"]:
             raise InputError(
-                f"prompt: {len(prompts)} do not divide by the mesh's data={self.mesh.shape['data']}; give a multiple "
+                f"prompt: {len(requests)} do not divide by the mesh's data={self.mesh.shape['data']}; give a multiple "
                 "of that, or use a mesh with data=1"
             )
-        duration = _check_duration(audio_duration)
-        texts, words = self._texts(prompts, lyrics, vocal_language, duration, bpm, keyscale, timesignature, instruction)
-        times = self._times(num_inference_steps, shift, timesteps)
-        scale = self._guidance(guidance_scale)
-        guided_steps = _guided_steps(times, cfg_interval_start, cfg_interval_end)
+        plans = [make_plan(request, self.codec.model) for request in requests]
+        for name in sorted({plan.task_type for plan in plans if not tasks.TASKS[plan.task_type].turbo}):
+            if self.transformer.config.turbo:
+                logger.warning("task_type %s: turbo models were not trained for it; use a base model", name)
         if output_type not in ("np", "latent"):
             raise InputError(f'output_type: expected "np" or "latent", found {output_type!r}')
-
-        frames = math.ceil(duration * self.latents_per_second)
-        channels = self.transformer.config.audio_acoustic_hidden_dim
-        seeds, noise = self._noise(seed, latents, (len(prompts), frames, channels))
-        lengths = np.full(len(prompts), frames, np.int32)
-        tokens = self._tokenize(texts, max_text_length, PROMPT_BUCKET, "prompt")
-        lyric_tokens = self._tokenize(words, max_lyric_length, LYRIC_BUCKET, "lyrics")
+        sampling = Sampling(
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            shift=shift,
+            timesteps=timesteps,
+            solver=solver,
+            guidance=guidance,
+            cfg_interval_start=cfg_interval_start,
+            cfg_interval_end=cfg_interval_end,
+            cfg_interval_in=cfg_interval_in,
+            cover_mode=cover_mode,
+            cover_noise_strength=cover_noise_strength,
+            repaint_injection_ratio=repaint_injection_ratio,
+            noise=noise,
+            attend_to_padding=attend_to_padding,
+        )
+        if cover_noise_strength and any(plan.task_type != "cover" for plan in plans):
+            raise InputError("cover_noise_strength: only covers start from their source; leave it at 0 for others")
+        times, guided_steps, scale = sampling.schedule(self.transformer.config.turbo)
+        seeds, keys, drawn = self._noise(requests, [plan.frames for plan in plans], noise, sampling.draws_noise)
+        lengths = np.array([plan.frames for plan in plans], np.int32)
+        weak = any(plan.cover_strength < 1 for plan in plans)
+        texts = [plan.text for plan in plans] + [plan.plain_text for plan in plans if weak]
+        words = [plan.lyrics for plan in plans] * (2 if weak else 1)
+        longest = dict(multiple=1, pad=PAD) if attend_to_padding else {}
+        tokens = self._tokenize(texts, max_text_length, PROMPT_BUCKET, "prompt", **longest)
+        lyric_tokens = self._tokenize(words, max_lyric_length, LYRIC_BUCKET, "lyrics", **longest)
 
         with _on_mesh(self.mesh), _progress_bar() as bar:
-            bar.set_description("encoding the text")
-            condition, condition_lengths = stages.encode(
-                self.text_encoder, self.condition_encoder, tokens, lyric_tokens
+            bar.set_description("encoding")
+            clean, source = self._source_latents(plans, drawn.shape[1])
+            references, owners = self._references(plans)
+            condition = stages.encode(
+                self.text_encoder,
+                self.condition_encoder,
+                tokens,
+                lyric_tokens,
+                references,
+                None if owners is None else np.tile(owners, 2 if weak else 1),
+                attend_to_padding=attend_to_padding,
             )
+            cover = None
+            if weak:
+                condition, plain = (
+                    stages.Condition(*half) for half in zip(*(jnp.split(x, 2) for x in condition), strict=True)
+                )
+                cover = stages.Cover(plain, np.array([plan.cover_strength for plan in plans], np.float32))
+            injection = None
+            if repaint_injection_ratio and any(plan.kept for plan in plans):
+                steps = np.int32(round(repaint_injection_ratio * (len(times) - 1)))
+                injection = stages.Injection(drawn, clean, steps)
             bar.update()
             bar.set_description(f"denoising in {len(times) - 1} steps")
-            with self._reporter.watching(callback_on_step_end, frames) as report:
+            with self._reporter.watching(callback_on_step_end, lengths.max()) as report:
                 x = stages.denoise(
                     self.transformer,
                     self.condition_encoder,
-                    noise,
-                    condition,
-                    condition_lengths,
+                    times[0] * drawn + (1 - times[0]) * clean if cover_noise_strength else drawn,
                     lengths,
+                    condition,
+                    stages.Context(source, _rows(plans, "silent", drawn), _rows(plans, "mask", drawn)),
                     times,
                     np.float32(scale),
                     guided_steps,
-                    guided=scale > 1.0,
+                    keys if sampling.draws_noise else None,
+                    cover,
+                    injection,
+                    program=stages.Program(solver, guidance if scale > 1 else None, cover_mode == "blend"),
                     report=report,
                 )
                 x.block_until_ready()
@@ -247,102 +319,121 @@ class AceStepPipeline:
             audios = None
             if output_type == "np":
                 bar.set_description("decoding")
-                audios = stages.decode(self.vae, x, lengths)
-                audios = on_host(audios)[:, :, : frames * self.vae.hop_length]
+                audios = on_host(stages.decode(self.vae, x, lengths, np.array([not plan.kept for plan in plans])))
+                audios = self._finish(plans, audios)
             bar.update()
             bar.set_description("done")
-        return AudioPipelineOutput(audios, on_host(x)[:, :frames], self.sample_rate, seeds)
+        latents = on_host(x)[:, : lengths.max()]
+        samples = tuple(plan.samples for plan in plans)
+        return AudioPipelineOutput(audios, latents, self.sample_rate, seeds, samples, tuple(lengths.tolist()))
 
-    def _texts(self, prompts, lyrics, language, duration, bpm, keyscale, timesignature, instruction):
-        if not prompts:
-            raise InputError("prompt: the list is empty; give at least one")
-        texts = [
-            prompt_text(
-                text,
-                audio_duration=duration,
-                bpm=bpm,
-                keyscale=keyscale,
-                timesignature=timesignature,
-                instruction=instruction,
-            )
-            for text in prompts
-        ]
-        lyrics = _for_each(lyrics, len(prompts), "lyrics")
-        languages = _for_each(language, len(prompts), "vocal_language")
-        return texts, [lyric_text(*pair) for pair in zip(lyrics, languages, strict=True)]
+    @property
+    def codec(self) -> Codec:
+        """The networks between songs, latents and codes."""
+        return Codec(self.vae, self.condition_encoder, self.audio_tokenizer, self.audio_token_detokenizer)
 
-    def _tokenize(self, texts, max_length, bucket, what):
-        return tokenize(self.tokenizer, texts, max_length=max_length, multiple=bucket, what=what)
+    def _tokenize(self, texts, max_length, multiple, what, **options):
+        return tokenize(self.tokenizer, texts, max_length=max_length, what=what, **dict(multiple=multiple) | options)
 
-    def _times(self, num_inference_steps, shift, timesteps) -> np.ndarray:
-        if timesteps is not None:
-            return custom_schedule(timesteps)
-        steps, default_shift = (8, 3.0) if self.transformer.config.turbo else (50, 1.0)
-        return schedule(
-            steps if num_inference_steps is None else num_inference_steps, default_shift if shift is None else shift
-        )
+    def _source_latents(self, plans: Sequence[Plan], size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Latents of the songs to work on, and what the transformer is shown of them; zeros where there is none.
+        [B, size, 64] float32 each."""
+        clean = np.zeros((len(plans), size, self.transformer.config.audio_acoustic_hidden_dim), np.float32)
+        codes = {i: plan.codes for i, plan in enumerate(plans) if plan.codes is not None}
+        if rows := [i for i, plan in enumerate(plans) if plan.source is not None]:
+            clean[rows] = self.codec.encode([plans[i].source for i in rows], size)
+        if rows := [i for i, plan in enumerate(plans) if plan.tokenized]:
+            found = self.codec.tokenize(clean[rows], [plans[i].frames for i in rows])
+            codes |= dict(zip(rows, found, strict=True))
+        source = clean.copy()
+        if codes:
+            made = self.codec.detokenize(list(codes.values()), size)
+            for i, latents in zip(codes, made, strict=True):
+                source[i] = latents
+                if plans[i].source is None:
+                    clean[i] = latents
+        return clean, source
 
-    def _guidance(self, guidance_scale) -> float:
-        turbo = self.transformer.config.turbo
-        if guidance_scale is None:
-            return 1.0 if turbo else 7.0
-        if not 0 <= guidance_scale < math.inf:
-            raise InputError(f"guidance_scale: expected a number of at least 0, found {guidance_scale}")
-        if turbo and guidance_scale > 1:
-            logger.warning("guidance_scale %s is ignored: guidance is distilled into turbo models", guidance_scale)
-            return 1.0
-        return float(guidance_scale)
+    def _references(self, plans: Sequence[Plan]) -> tuple[jax.Array, np.ndarray] | tuple[None, None]:
+        """Latents of the reference clips [N, 750, 64], and which of them is each song's, N for none."""
+        rows = [i for i, plan in enumerate(plans) if plan.reference is not None]
+        if not rows:
+            return None, None
+        waves = np.stack([plans[i].reference for i in rows])
+        owners = np.full(len(plans), len(rows), np.int32)
+        owners[rows] = np.arange(len(rows))
+        return stages.encode_audio(self.vae, waves, np.full(len(rows), waves.shape[-1], np.int32)), owners
 
-    def _noise(self, seed, latents, shape):
-        batch = shape[0]
-        if latents is not None:
-            given = np.asarray(latents, np.float32)
-            if given.shape != shape:
+    def _finish(self, plans: Sequence[Plan], audios: np.ndarray) -> np.ndarray:
+        """Cut to the longest song; silent after the others; with the source outside of what was repainted."""
+        songs = np.zeros((*audios.shape[:2], max(plan.samples for plan in plans)), np.float32)
+        for song, made, plan in zip(songs, audios, plans, strict=True):
+            made = made[:, : plan.samples]
+            if plan.kept:
+                mask = np.repeat(plan.mask, self.vae.hop_length)[: plan.samples]
+                source = plan.source[:, : plan.samples]
+                made = audio.splice(source, made, mask, plan.source_samples, round(FADE * self.sample_rate))
+            song[:, : plan.samples] = made
+        return songs
+
+    def _noise(
+        self, requests: Sequence[Request], frames: Sequence[int], kind: str, needs_keys: bool
+    ) -> tuple[tuple[int | None, ...] | None, jax.Array, np.ndarray]:
+        """Seeds where there are some, each song's key [B], and its noise [B, bucket, 64], which begins the same in
+        every bucket."""
+        shape = (bucket(max(frames)), self.transformer.config.audio_acoustic_hidden_dim)
+        seeds, keys = _seeds(requests, needs_keys)
+        noise = np.zeros((len(requests), *shape), np.float32)
+        if any(request.latents is None for request in requests):
+            # Drawn on the host, so that it may go to any device, mesh or process.
+            noise = np.array(stages.noise(keys, shape)) if kind == "jax" else self._torch_noise(kind, seeds, shape)
+        for i, request in enumerate(requests):
+            if request.latents is None:
+                continue
+            given, expected = np.asarray(request.latents, np.float32), (frames[i], shape[1])
+            if given.shape != expected:
                 raise InputError(
-                    f"latents: expected shape {list(shape)} (songs, frames, channels), found {list(given.shape)}"
+                    f"latents: expected {list(expected)} (frames, channels) for each song, found {list(given.shape)}"
                 )
-            return None, np.pad(given, ((0, 0), (0, bucket(shape[1]) - shape[1]), (0, 0)))
-        if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
-            data = np.asarray(jax.random.key_data(seed))
-            keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(seed))
-            if keys.ndim == 0:
-                keys = jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(batch))
-            if keys.shape != (batch,):
-                raise InputError(f"seed: expected one key or {batch}, found {list(seed.shape)}")
-            return None, _draw(keys, shape)
-        if seed is None:
-            seed = secrets.randbelow(2**32 - batch)
-            if jax.process_count() > 1:
-                seed = int(multihost_utils.broadcast_one_to_all(np.uint32(seed)))
-        try:
-            seeds = [operator.index(s) for s in np.atleast_1d(np.asarray(seed)).tolist()]
-        except TypeError:
-            raise InputError(f"seed: expected whole numbers or a key of jax.random.key, found {seed!r}") from None
-        if np.ndim(seed) == 0:
-            seeds = [seeds[0] + i for i in range(batch)]
-        if len(seeds) != batch:
-            raise InputError(f"seed: expected one number or {batch}, found {len(seeds)}")
-        if bad := [s for s in seeds if not 0 <= s < 2**32]:
-            raise InputError(f"seed: expected numbers from 0 to 2^32 - 1, found {bad[0]}")
-        keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-        return tuple(seeds), _draw(keys, shape)
+            noise[i] = np.pad(given, ((0, shape[0] - frames[i]), (0, 0)))
+        return seeds, keys, noise
+
+    def _torch_noise(self, kind: str, seeds: tuple[int | None, ...] | None, shape: tuple[int, int]) -> np.ndarray:
+        threads = torch_noise.gpu_threads(kind)
+        if seeds is None or None in seeds:
+            raise InputError("noise: PyTorch's is drawn from numbers; give a number as the seed of every song, no key")
+        drawn = [torch_noise.cuda_normal(seed, math.prod(shape), threads).reshape(shape) for seed in seeds]
+        # PyTorch draws in the network's dtype.
+        return np.stack(drawn).astype(self.transformer.config.dtype).astype(np.float32)
 
 
-def _draw(keys: jax.Array, shape: tuple[int, int, int]) -> np.ndarray:
-    """Noise on the host, so that it may go to any device, mesh or process; the longer bucket begins with the same."""
-    return np.asarray(stages.noise(keys, (bucket(shape[1]), shape[2])))
+def _seeds(requests: Sequence[Request], needed: bool) -> tuple[tuple[int | None, ...] | None, jax.Array]:
+    """Seeds, new ones for songs that have none and need one, and the keys of all. None: a key or noise was given."""
+    fresh = secrets.randbelow(2**32 - len(requests))
+    if jax.process_count() > 1:
+        fresh = int(multihost_utils.broadcast_one_to_all(np.uint32(fresh)))
+    seeds, keys = [], []
+    for i, request in enumerate(requests):
+        seed = request.seed
+        if is_key(seed):
+            seeds.append(None)
+            keys.append(seed)
+            continue
+        if seed is None and (request.latents is None or needed):
+            seed = fresh + i
+        if seed is not None and not 0 <= seed < 2**32:
+            raise InputError(f"seed: expected numbers from 0 to 2^32 - 1, found {seed}")
+        seeds.append(seed)
+        keys.append(jax.random.key(np.uint32(seed or 0)))
+    return None if set(seeds) == {None} else tuple(seeds), jnp.stack(keys)
 
 
-def bucket(frames: int) -> int:
-    """`frames`, rounded up to a multiple of FRAMES_BUCKET, or of an eighth of the power of two below: at most an eighth
-    more than asked for beyond 2048 frames, and 31 sizes up to 600 s."""
-    step = max(FRAMES_BUCKET, 2 ** (frames - 1).bit_length() // 16)
-    return -(-frames // step) * step
-
-
-def on_host(x: jax.Array) -> np.ndarray:
-    """All of an array, also of one that is spread over several processes."""
-    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+def _rows(plans: Sequence[Plan], name: str, like: np.ndarray) -> np.ndarray:
+    """[B, size] bool: a field of all plans, true in the padding."""
+    rows = np.ones(like.shape[:2], bool)
+    for row, plan in zip(rows, plans, strict=True):
+        row[: plan.frames] = getattr(plan, name)
+    return rows
 
 
 def _progress_bar() -> tqdm:
@@ -351,27 +442,3 @@ def _progress_bar() -> tqdm:
 
 def _on_mesh(mesh: Mesh | None):
     return jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext()
-
-
-def _for_each(value, batch: int, name: str) -> list[str]:
-    values = [value] * batch if isinstance(value, str) else list(value)
-    if len(values) != batch:
-        raise InputError(f"{name}: expected one text or {batch}, one for each prompt, found {len(values)}")
-    return values
-
-
-def _check_duration(duration: float | None) -> float:
-    duration = 60.0 if duration is None else float(duration)
-    if not MIN_DURATION <= duration <= MAX_DURATION:
-        raise InputError(f"audio_duration: expected {MIN_DURATION:g} to {MAX_DURATION:g} seconds, found {duration:g}")
-    return duration
-
-
-def _guided_steps(times: np.ndarray, start: float, end: float) -> np.ndarray:
-    """[N] bool. Decided here, in double precision, because a step may lie right on a border."""
-    if not 0.0 <= start <= end <= 1.0:
-        raise InputError(
-            f"cfg_interval_start, cfg_interval_end: expected 0 <= start <= end <= 1, found {start} and {end}"
-        )
-    progress = 1.0 - times[:-1].astype(np.float64)
-    return (start <= progress) & (progress <= end)

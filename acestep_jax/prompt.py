@@ -9,18 +9,14 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from acestep_jax import tasks
 from acestep_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# What the prompt asks for, by task. The order is that of the tasks' numbers in training data.
-INSTRUCTIONS = {
-    "text2music": "Fill the audio semantic mask based on the given conditions:",
-    "repaint": "Repaint the mask area based on the given conditions:",
-    "cover": "Generate audio semantic tokens based on the given conditions:",
-}
 MAX_PROMPT_TOKENS = 256
 MAX_LYRIC_TOKENS = 2048
+PAD = "<|endoftext|>"
 TIME_SIGNATURES = ("2", "3", "4", "6")
 
 
@@ -59,7 +55,7 @@ def prompt_text(
     timesignature = "" if timesignature is None else str(timesignature).strip()
     if timesignature and timesignature not in TIME_SIGNATURES:
         raise InputError(f"timesignature: expected one of {', '.join(TIME_SIGNATURES)}, found {timesignature!r}")
-    instruction = instruction or INSTRUCTIONS["text2music"]
+    instruction = instruction or tasks.instruction("text2music")
     if not instruction.endswith(":"):
         instruction += ":"
     metas = (
@@ -76,12 +72,15 @@ def lyric_text(lyrics: str, vocal_language: str) -> str:
     return f"# Languages\n{vocal_language}\n\n# Lyric\n{lyrics}<|endoftext|>"
 
 
-def tokenize(tokenizer: Tokenizer, texts: list[str], *, max_length: int, multiple: int, what: str) -> Tokens:
+def tokenize(
+    tokenizer: Tokenizer, texts: list[str], *, max_length: int, multiple: int, what: str, pad: str | None = None
+) -> Tokens:
     """Tokenises a batch; warns with the number of tokens that a text loses past `max_length`.
 
     Args:
         multiple: lengths are padded to a multiple of it, so that programs are compiled for few lengths.
         what: the name of the texts in messages.
+        pad: the token to pad with, where padding is not masked; None: number 0.
 
     Raises:
         InputError: if `max_length` is below 1, or a text holds what is no Unicode character.
@@ -107,7 +106,7 @@ def tokenize(tokenizer: Tokenizer, texts: list[str], *, max_length: int, multipl
             tokenizer.no_truncation()
     rows = [encoding.ids for encoding in encodings]
     size = -(-max(map(len, rows)) // multiple) * multiple
-    ids = np.zeros((len(rows), size), np.int32)
+    ids = np.full((len(rows), size), (pad and tokenizer.token_to_id(pad)) or 0, np.int32)
     mask = np.zeros((len(rows), size), bool)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from acestep_jax import checkpoint, stages
+from acestep_jax.codec import bucket
 from acestep_jax.config import (
     AudioTokenDetokenizerConfig,
     AudioTokenizerConfig,
@@ -23,7 +24,6 @@ from acestep_jax.config import (
     TransformerConfig,
 )
 from acestep_jax.models.lora import add_lora
-from acestep_jax.pipeline import bucket
 from acestep_jax.sharding import partition_spec, variable_sharding
 from benchmarks.floor import (
     FRAMES_PER_SECOND,

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from acestep_jax import AceStepPipeline, pipeline, stages
-from acestep_jax.pipeline import bucket
+from acestep_jax import AceStepPipeline, Request, pipeline, stages
+from acestep_jax.codec import bucket
 from tests.parity import assert_close, relative_error
 
 PROGRAMS = ("noise", "encode", "denoise", "decode")
@@ -35,7 +35,7 @@ def test_a_song_in_its_bucket_is_the_song_without(pipe, monkeypatch, seconds):
     """Padded by 249 frames of 512, so that whole windows and blocks of attention are padding, and by 187; and so are
     the lyrics and the prompt."""
     padded = pipe("piano", seed=1, audio_duration=seconds, **SHORT)
-    for name, value in dict(bucket=lambda n: n, PROMPT_BUCKET=1, LYRIC_BUCKET=1).items():
+    for name, value in dict(bucket=lambda n: n, PROMPT_BUCKET=1, LYRIC_BUCKET=1).items():  # as the pipeline sees them
         monkeypatch.setattr(pipeline, name, value)
     alone = pipe("piano", seed=1, audio_duration=seconds, **SHORT)
     assert padded.latents.shape[1] == alone.latents.shape[1] < bucket(padded.latents.shape[1])
@@ -44,9 +44,7 @@ def test_a_song_in_its_bucket_is_the_song_without(pipe, monkeypatch, seconds):
 
 
 def test_noise_begins_the_same_in_every_bucket(pipe):
-    _, short = pipe._noise(4, None, (2, 250, 8))
-    _, same = pipe._noise(4, None, (2, 256, 8))
-    _, long = pipe._noise(4, None, (2, 3000, 8))
+    short, same, long = (noise(pipe, [4, 5], frames) for frames in (250, 256, 3000))
     assert short.shape == (2, 256, 8) and long.shape == (2, 3072, 8)
     np.testing.assert_array_equal(short, same)
     np.testing.assert_array_equal(long[:, :256], short)
@@ -56,12 +54,12 @@ def test_noise_begins_the_same_in_every_bucket(pipe):
 
 def test_what_pads_the_noise_changes_nothing(pipe):
     """Given noise is padded with zeros, that of a seed with more noise."""
-    _, noise = pipe._noise(2, None, (1, 263, 8))
-    assert noise[:, 263:].any()
+    drawn = noise(pipe, [2], 263)
+    assert drawn[:, 263:].any()
     arguments = SHORT | dict(audio_duration=10.5)
-    given, drawn = pipe("piano", latents=noise[:, :263], **arguments), pipe("piano", seed=2, **arguments)
-    assert_close(given.latents, drawn.latents, 1e-6)
-    assert_close(given.audios, drawn.audios, 1e-6)
+    given, seeded = pipe("piano", latents=drawn[:, :263], **arguments), pipe("piano", seed=2, **arguments)
+    assert_close(given.latents, seeded.latents, 1e-6)
+    assert_close(given.audios, seeded.audios, 1e-6)
 
 
 def test_ten_requests_compile_one_program_for_each_bucket(pipe):
@@ -86,6 +84,10 @@ def test_guidance_is_data(tiny_base):
         other = pipe("piano", **arguments | changed)
         assert relative_error(other.latents, first.latents) > 1e-3
     assert programs() == before
+
+
+def noise(pipe, seeds, frames):
+    return pipe._noise([Request("a", seed=seed) for seed in seeds], [frames] * len(seeds), "jax", False)[2]
 
 
 def programs():

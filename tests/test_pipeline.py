@@ -12,6 +12,7 @@ from diffusers import AceStepPipeline as TorchPipeline
 from acestep_jax import AceStepPipeline, InputError, checkpoint, make_mesh, stages
 from acestep_jax.adapter import Adapter, save_adapter
 from acestep_jax.config import LoRAConfig
+from acestep_jax.request import collect
 from tests.adapters import ATTENTION, CONFIG, random_adapter
 from tests.parity import assert_close, normal, relative_error
 
@@ -59,7 +60,7 @@ def test_turbo_matches_diffusers(tiny, pipe):
 
 GUIDED = {
     "all_steps": {},
-    "interval": dict(cfg_interval_start=0.2, cfg_interval_end=0.5),
+    "interval": dict(cfg_interval_start=0.2, cfg_interval_end=0.5, cfg_interval_in="progress"),
     "timesteps": dict(timesteps=[1.0, 0.7, 0.5, 0.1]),
 }
 
@@ -68,10 +69,11 @@ GUIDED = {
 def test_guidance_matches_diffusers(tiny_base, base_pipe, case):
     noise = normal(1, FRAMES, CHANNELS)
     arguments = SONG | dict(num_inference_steps=10, guidance_scale=5.0, shift=2.0) | GUIDED[case]
-    reference = torch_song(tiny_base[0], "techno", noise, **arguments)
+    theirs = {name: value for name, value in arguments.items() if name != "cfg_interval_in"}
+    reference = torch_song(tiny_base[0], "techno", noise, **theirs)
     assert_same_song(base_pipe("techno", latents=noise, **arguments), reference)
     if case == "interval":
-        everywhere = torch_song(tiny_base[0], "techno", noise, **arguments | dict(cfg_interval_end=1.0))
+        everywhere = torch_song(tiny_base[0], "techno", noise, **theirs | dict(cfg_interval_end=1.0))
         assert relative_error(everywhere[0], reference[0]) > 0.01
 
 
@@ -86,8 +88,8 @@ def test_batch_matches_diffusers(tiny, pipe):
 def test_defaults_are_the_variants(pipe, base_pipe, monkeypatch):
     seen = []
 
-    def denoise(*arguments, guided, report):
-        seen.append((arguments[6], float(arguments[7]), guided))
+    def denoise(*arguments, program, report):
+        seen.append((arguments[6], float(arguments[7]), program.guidance))
         return jnp.asarray(arguments[2])
 
     monkeypatch.setattr(stages, "denoise", denoise)
@@ -95,9 +97,9 @@ def test_defaults_are_the_variants(pipe, base_pipe, monkeypatch):
         model("x", audio_duration=10, output_type="latent")
     (turbo_times, _, turbo_guided), (base_times, base_scale, base_guided) = seen
     np.testing.assert_allclose(turbo_times[:8], [1, 0.954545, 0.9, 0.833333, 0.75, 0.642857, 0.5, 0.3], atol=1e-6)
-    assert len(turbo_times) == 9 and not turbo_guided
+    assert len(turbo_times) == 9 and turbo_guided is None
     np.testing.assert_allclose(base_times, np.linspace(1, 0, 51), atol=1e-6)
-    assert base_guided and base_scale == 7.0
+    assert base_guided == "apg" and base_scale == 7.0
 
 
 def test_same_seed_alone_or_in_a_batch(pipe):
@@ -127,9 +129,10 @@ def test_same_seed_on_one_device_or_eight(tiny_base, base_pipe, axes):
 
 
 def test_seeds_and_keys(pipe):
-    def noise(prompt, **arguments):
-        seeds, x = pipe._noise(arguments.get("seed"), None, (len(prompt), 5, CHANNELS))
-        return seeds, x[:, :5]
+    def noise(prompt, frames=5, seed=None):
+        requests = collect(list(prompt), {}, {}, seed, None)
+        seeds, _, x = pipe._noise(requests, [frames] * len(prompt), "jax", False)
+        return seeds, x[:, :frames]
 
     seeds, two = noise("ab", seed=[4, 4])
     assert seeds == (4, 4)
@@ -141,7 +144,7 @@ def test_seeds_and_keys(pipe):
     assert noise("ab", seed=np.int64(4))[0] == noise("ab", seed=jnp.int32(4))[0] == (4, 5)
     fresh, other = noise("a"), noise("a")
     assert fresh[0] != other[0] and relative_error(fresh[1], other[1]) > 0.1
-    longer = pipe._noise(4, None, (1, 9, CHANNELS))[1]
+    _, longer = noise("a", frames=300, seed=4)
     np.testing.assert_array_equal(longer[:, :5], one)
 
 
@@ -208,13 +211,12 @@ BAD = {
     "shift: expected a number above 0, found -1": dict(shift=-1),
     "guidance_scale: expected a number of at least 0, found -0.1": dict(guidance_scale=-0.1),
     "guidance_scale: expected a number of at least 0, found inf": dict(guidance_scale=float("inf")),
-    "task_type": dict(task_type="cover"),
     "seed: expected whole numbers": dict(seed=1.5),
     "bpm: expected 30 to 300": dict(bpm=-5),
-    r"latents: expected shape \[1, 250, 8\]": dict(latents=np.zeros((1, 8, 250), np.float32)),
-    "lyrics: expected one text or 1": dict(lyrics=["a", "b"]),
-    "vocal_language: expected one text or 1": dict(vocal_language=["en", "de"]),
-    "seed: expected one number or 1, found 2": dict(seed=[1, 2]),
+    r"latents: expected \[250, 8\]": dict(latents=np.zeros((1, 8, 250), np.float32)),
+    "lyrics: expected one or 1, one for each prompt, found 2": dict(lyrics=["a", "b"]),
+    "vocal_language: expected one or 1": dict(vocal_language=["en", "de"]),
+    "seed: expected one or 1, one for each prompt, found 2": dict(seed=[1, 2]),
     "seed: expected numbers from 0": dict(seed=-1),
     "output_type": dict(output_type="pt"),
     "cfg_interval_start": dict(cfg_interval_start=0.6, cfg_interval_end=0.5),

@@ -17,9 +17,9 @@ import torch
 from diffusers import AutoencoderOobleck
 
 from acestep_jax import AceStepPipeline, InputError, checkpoint
+from acestep_jax.codec import bucket
 from acestep_jax.models import autoencoder
-from acestep_jax.pipeline import bucket
-from acestep_jax.prompt import INSTRUCTIONS
+from acestep_jax.request import Model, Request, plan
 from tests.parity import assert_close, normal
 from train import __main__, data_folder, preprocess
 from train.data_folder import TASKS, crop_durations, fingerprint, read_index, read_records, text_key
@@ -129,9 +129,12 @@ def test_texts_are_those_of_the_pipeline(tiny, tmp_path):
     pipe = AceStepPipeline(None, None, *networks, tokenizer=checkpoint.load_tokenizer(tiny[1]))
     texts, words, seen = {}, [], {}
     for task in TASKS:
-        for duration in (2, 3):
-            pipeline_texts = ([song.caption], lyrics, "de", duration, 90, "A minor", "4", INSTRUCTIONS[task])
-            (texts[task, duration],), words = pipe._texts(*pipeline_texts)
+        for seconds in (2, 3):
+            source = None if task == "text2music" else np.ones((2, seconds * 48_000), np.float32)
+            asked = Request(song.caption, lyrics, None, "de", **known, task_type=task, src_audio=source)
+            model = Model(48_000, 1920, 2, 64_000, 5)
+            made = plan(dataclasses.replace(asked, audio_duration=10.0 if source is None else None), model)
+            texts[task, seconds], words = made.text.replace("10 seconds", f"{seconds} seconds"), [made.lyrics]
     record = record_of(folder, song)
     for (task, duration), text in texts.items():
         tokens = pipe._tokenize([text], 256, 64, "prompt")

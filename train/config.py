@@ -17,7 +17,7 @@ import jsonargparse
 
 from acestep_jax.config import LoRAConfig
 from acestep_jax.errors import InputError
-from acestep_jax.pipeline import MAX_DURATION, MIN_DURATION
+from acestep_jax.request import MAX_DURATION, MIN_DURATION
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,10 +31,9 @@ from safetensors.numpy import save
 from acestep_jax import checkpoint
 from acestep_jax.config import NetworkConfig
 from acestep_jax.errors import InputError
-from acestep_jax.prompt import INSTRUCTIONS
 
 SCHEMA_VERSION = 1
-TASKS = tuple(INSTRUCTIONS)  # the place of a task here is its number
+TASKS = ("text2music", "repaint", "cover")  # the place of a task here is its number
 INDEX = "index.json"
 SHARD_PATTERN = "songs-*.array_record"
 NETWORKS = ("text_encoder", "vae")  # that the data depend on

@@ -22,9 +22,9 @@ from jax.sharding import Mesh
 from acestep_jax import AceStepPipeline, checkpoint
 from acestep_jax.adapter import Adapter, save_adapter
 from acestep_jax.cli import parse_mesh
+from acestep_jax.codec import on_host
 from acestep_jax.errors import InputError
 from acestep_jax.models.lora import add_lora
-from acestep_jax.pipeline import on_host
 from acestep_jax.sharding import variable_sharding
 from acestep_jax.stages import REFERENCE_FRAMES
 from train import config as settings

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.scipy.special import ndtri
 
+from acestep_jax import tasks
 from acestep_jax.flow_matching import schedule
 from acestep_jax.models.audio_tokenizer import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer
 from acestep_jax.models.condition_encoder import AceStepConditionEncoder
@@ -137,17 +138,16 @@ def context_latents(frozen: Frozen, batch: Batch, x0: jax.Array) -> jax.Array:
     """
     frames = x0.shape[1]
     silence = frozen.condition_encoder.silence(frames).astype(jnp.float32)
-    task = batch.tasks[:, None, None]
-    position = jnp.arange(frames)[None, :, None]
-    begin, end = batch.windows[:, 0, None, None], batch.windows[:, 1, None, None]
+    task = batch.tasks[:, None]
+    position = jnp.arange(frames)
+    begin, end = batch.windows[:, 0, None], batch.windows[:, 1, None]
     kept = (task == REPAINT) & ((position < begin) | (position >= end))
-    source = jnp.where(kept, x0, silence)
+    source, silent = x0, ~kept
     if frozen.audio_tokenizer is not None:
         quantized, _ = frozen.audio_tokenizer.tokenize(x0, frozen.condition_encoder.silence_latent[...])
         covered = frozen.audio_token_detokenizer(quantized)[:, :frames].astype(jnp.float32)
-        source = jnp.where(task == COVER, covered, source)
-    mask = jnp.broadcast_to(jnp.where(kept, 0.0, 1.0), x0.shape)
-    return jnp.concatenate([source, mask], axis=-1)
+        source, silent = jnp.where((task == COVER)[:, :, None], covered, x0), silent & (task != COVER)
+    return tasks.context_latents(source, silence, silent, ~kept)
 
 
 def freeze(networks: dict[str, nnx.Module], embedding: jax.Array, reference_frames: int) -> Frozen:

@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from acestep_jax import audio, stages
+from acestep_jax import audio, stages, tasks
 from acestep_jax import checkpoint as checkpoints
+from acestep_jax.codec import bucket
 from acestep_jax.config import check_dtype
 from acestep_jax.errors import InputError
 from acestep_jax.models.autoencoder import AutoencoderOobleck
 from acestep_jax.models.text_encoder import Qwen3Model
-from acestep_jax.pipeline import LYRIC_BUCKET, PROMPT_BUCKET, bucket
-from acestep_jax.prompt import INSTRUCTIONS, MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS, lyric_text, prompt_text, tokenize
+from acestep_jax.pipeline import LYRIC_BUCKET, PROMPT_BUCKET
+from acestep_jax.prompt import MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS, lyric_text, prompt_text, tokenize
 from train import data_folder
 from train.data_folder import TASKS, Index, Song
 from train.sidecars import Sidecars, Texts
@@ -286,7 +287,7 @@ def _prompts(texts: Texts, seconds: float, crop_seconds: Sequence[float]) -> dic
             bpm=texts.bpm,
             keyscale=texts.keyscale,
             timesignature=texts.timesignature,
-            instruction=INSTRUCTIONS[task],
+            instruction=tasks.instruction(task),
         )
         for duration in data_folder.crop_durations(seconds, crop_seconds)
         for task in TASKS
