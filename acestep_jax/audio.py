@@ -1,7 +1,6 @@
 """Audio files, through libsndfile; resampled by soxr."""
 
 import io
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import soundfile
 import soxr
 
 from acestep_jax.errors import InputError
+from acestep_jax.files import publish_file
 
 # What a suffix means to libsndfile: format and subtype.
 FORMATS = {
@@ -137,13 +137,5 @@ def write(path: str | Path, audio: np.ndarray, sample_rate: int, *, overwrite: b
     with soundfile.SoundFile(encoded, "w", sample_rate, channels, format=kind, subtype=subtype) as file:
         for start in range(0, len(frames), BLOCK_FRAMES):
             file.write(frames[start : start + BLOCK_FRAMES])
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.absolute().parent)
-    temporary = Path(name)
-    try:
-        with open(handle, "wb") as file:
-            file.write(encoded.getbuffer())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with publish_file(path) as temporary:
+        temporary.write_bytes(encoded.getbuffer())

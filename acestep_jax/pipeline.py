@@ -268,9 +268,15 @@ class AceStepPipeline:
         weak = any(plan.cover_strength < 1 for plan in plans)
         texts = [plan.text for plan in plans] + [plan.plain_text for plan in plans if weak]
         words = [plan.lyrics for plan in plans] * (2 if weak else 1)
-        longest = dict(multiple=1, pad=PAD) if attend_to_padding else {}
-        tokens = self._tokenize(texts, max_text_length, PROMPT_BUCKET, "prompt", **longest)
-        lyric_tokens = self._tokenize(words, max_lyric_length, LYRIC_BUCKET, "lyrics", **longest)
+        # Padding that counts must be diffusers': to the longest of the batch, with its token.
+        multiples = (1, 1) if attend_to_padding else (PROMPT_BUCKET, LYRIC_BUCKET)
+        pad = PAD if attend_to_padding else None
+        tokens, lyric_tokens = (
+            tokenize(self.tokenizer, texts_, max_length=most, multiple=multiple, what=what, pad=pad)
+            for texts_, most, multiple, what in zip(
+                (texts, words), (max_text_length, max_lyric_length), multiples, ("prompt", "lyrics"), strict=True
+            )
+        )
 
         with _on_mesh(self.mesh), _progress_bar() as bar:
             bar.set_description("encoding")
@@ -291,10 +297,11 @@ class AceStepPipeline:
                     stages.Condition(*half) for half in zip(*(jnp.split(x, 2) for x in condition), strict=True)
                 )
                 cover = stages.Cover(plain, np.array([plan.cover_strength for plan in plans], np.float32))
-            injection = None
+            mask, injection = _rows(plans, "mask", drawn), None
             if repaint_injection_ratio and any(plan.kept for plan in plans):
                 steps = np.int32(round(repaint_injection_ratio * (len(times) - 1)))
-                injection = stages.Injection(drawn, clean, steps)
+                made = mask | ~np.array([[plan.kept] for plan in plans])
+                injection = stages.Injection(made, drawn, clean, steps)
             bar.update()
             bar.set_description(f"denoising in {len(times) - 1} steps")
             with self._reporter.watching(callback_on_step_end, lengths.max()) as report:
@@ -304,7 +311,7 @@ class AceStepPipeline:
                     times[0] * drawn + (1 - times[0]) * clean if cover_noise_strength else drawn,
                     lengths,
                     condition,
-                    stages.Context(source, _rows(plans, "silent", drawn), _rows(plans, "mask", drawn)),
+                    stages.Context(source, _rows(plans, "silent", drawn), mask),
                     times,
                     np.float32(scale),
                     guided_steps,
@@ -331,9 +338,6 @@ class AceStepPipeline:
     def codec(self) -> Codec:
         """The networks between songs, latents and codes."""
         return Codec(self.vae, self.condition_encoder, self.audio_tokenizer, self.audio_token_detokenizer)
-
-    def _tokenize(self, texts, max_length, multiple, what, **options):
-        return tokenize(self.tokenizer, texts, max_length=max_length, what=what, **dict(multiple=multiple) | options)
 
     def _source_latents(self, plans: Sequence[Plan], size: int) -> tuple[np.ndarray, np.ndarray]:
         """Latents of the songs to work on, and what the transformer is shown of them; zeros where there is none.

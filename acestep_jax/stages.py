@@ -62,8 +62,10 @@ class Cover(NamedTuple):
 
 
 class Injection(NamedTuple):
-    """Of repainting: what is put back outside of the mask after each of the first steps, at that step's noise level."""
+    """Of repainting: what is put back where nothing is made anew, after each of the first steps and at their noise
+    level."""
 
+    made: jax.Array  # [B, T] bool, true in all of other songs
     noise: jax.Array  # [B, T, 64] float32
     source: jax.Array  # [B, T, 64] float32
     steps: jax.Array  # int32
@@ -225,7 +227,7 @@ def denoise(
         if injection is not None:
             t = times[i + 1]
             outside = t * injection.noise + (1 - t) * injection.source
-            x = jnp.where(context.mask[:, :, None] | (i >= injection.steps), x, outside)
+            x = jnp.where(injection.made[:, :, None] | (i >= injection.steps), x, outside)
         if report is not None:
             report(i, times[i], x)
         return x

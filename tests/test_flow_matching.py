@@ -165,8 +165,8 @@ def test_solvers_are_exact_on_straight_paths(solver):
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("ab2", 2), ("ab3", 3)])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_order_of_convergence(solver, order, shift):
-    """dx/dt = (1 + cos(3 t)) x, with steps of equal length and of growing ones: the error falls by 2^order for each doubling
-    of the steps. In double precision, so that rounding is not what is left."""
+    """dx/dt = (1 + cos(3 t)) x, with steps of equal length and of growing ones: the error falls by 2^order for each
+    doubling of the steps. In double precision, so that rounding is not what is left."""
     exact = np.exp(-1 - np.sin(3.0) / 3)
     with jax.enable_x64(True):
 

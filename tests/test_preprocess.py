@@ -1,6 +1,7 @@
 """From songs to training data: the data are what torch and the pipeline make, and nothing is made twice."""
 
 import collections
+import dataclasses
 import functools
 import os
 import resource
@@ -16,9 +17,10 @@ import soundfile
 import torch
 from diffusers import AutoencoderOobleck
 
-from acestep_jax import AceStepPipeline, InputError, checkpoint
+from acestep_jax import InputError, checkpoint
 from acestep_jax.codec import bucket
 from acestep_jax.models import autoencoder
+from acestep_jax.prompt import tokenize
 from acestep_jax.request import Model, Request, plan
 from tests.parity import assert_close, normal
 from train import __main__, data_folder, preprocess
@@ -125,8 +127,7 @@ def test_texts_are_those_of_the_pipeline(tiny, tmp_path):
     (song,) = index.songs
     assert (song.caption, song.lyrics, song.language, song.repeat) == ("zxq, slow piano", lyrics, "de", 2)
     assert {name: getattr(song, name) for name in known} == known
-    networks = [load(tiny[1], None, name) for name in ("text_encoder", "vae")]
-    pipe = AceStepPipeline(None, None, *networks, tokenizer=checkpoint.load_tokenizer(tiny[1]))
+    text_encoder, tokenizer = load(tiny[1], None, "text_encoder"), checkpoint.load_tokenizer(tiny[1])
     texts, words, seen = {}, [], {}
     for task in TASKS:
         for seconds in (2, 3):
@@ -137,13 +138,13 @@ def test_texts_are_those_of_the_pipeline(tiny, tmp_path):
             texts[task, seconds], words = made.text.replace("10 seconds", f"{seconds} seconds"), [made.lyrics]
     record = record_of(folder, song)
     for (task, duration), text in texts.items():
-        tokens = pipe._tokenize([text], 256, 64, "prompt")
-        hidden = np.asarray(jax.jit(lambda network, ids: network(ids))(pipe.text_encoder, tokens.ids))
+        tokens = tokenize(tokenizer, [text], max_length=256, multiple=64, what="prompt")
+        hidden = np.asarray(jax.jit(lambda network, ids: network(ids))(text_encoder, tokens.ids))
         seen[text_key(task, duration)] = hidden[0][tokens.mask[0]]
     assert record.keys() == {"mean", "std", "lyric_ids", *seen}
     for key, hidden in seen.items():
         assert_close(record[key], hidden, 1e-6)
-    tokens = pipe._tokenize(words, 2048, 256, "lyrics")
+    tokens = tokenize(tokenizer, words, max_length=2048, multiple=256, what="lyrics")
     assert song.lyric_tokens == len(record["lyric_ids"]) and song.prompt_tokens == max(map(len, seen.values()))
     assert record["lyric_ids"].dtype == np.int32 and np.array_equal(record["lyric_ids"], tokens.ids[0][tokens.mask[0]])
     assert len({hidden.tobytes() for hidden in seen.values()}) == 6

@@ -91,6 +91,12 @@ def torch_loss(theirs, frozen, batch, config):
     return total / elements
 
 
+def norm_error(ours, theirs):
+    """By norm: Adam divides gradients by their size, so that one that is rounding alone makes a whole step."""
+    theirs = np.asarray(theirs, np.float64)
+    return np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs)
+
+
 def load_transformers(tiny):
     theirs = TorchTransformer.from_pretrained(tiny[0], subfolder="transformer").train()
     return theirs, from_module("transformer", checkpoint.read_manifest(tiny[1]).configs["transformer"], theirs)
@@ -134,7 +140,7 @@ def test_full_step_matches_torch(tiny, configs, frozen, name):
     for leaf, value in expected.items():
         moved = value[...] - before[leaf]
         assert np.abs(moved).max() > 0, leaf
-        assert relative_error(state.params[leaf], value[...]) <= 1e-4, leaf
+        assert norm_error(state.params[leaf], value[...]) <= 1e-4, leaf
         if name == "sgd":  # the gradient itself; Adam's first step knows its sign alone
             assert relative_error(state.params[leaf] - before[leaf], moved) <= 1e-3, leaf
 
@@ -194,7 +200,7 @@ def test_lora_step_matches_peft(tiny, configs, frozen, name):
     assert abs(float(metrics.loss) / loss.item() - 1) <= 1e-5
     for leaf, value in adapter_leaves(theirs).items():
         assert np.abs(value - before[leaf]).max() > 0, leaf
-        assert relative_error(state.params[leaf], value) <= 1e-4, leaf
+        assert norm_error(state.params[leaf], value) <= 1e-4, leaf
         if name == "sgd":
             assert relative_error(state.params[leaf] - before[leaf], value - before[leaf]) <= 1e-3, leaf
 
@@ -253,9 +259,7 @@ def test_meshes_train_as_one_device(tiny, configs, frozen, method):
         np.testing.assert_allclose(found, losses, rtol=1e-5)
         for ours, theirs in ((state.params, alone.params), (state.ema, alone.ema)):
             for leaf, value in theirs.items():
-                # By norm: Adam divides gradients by their size, so that one that is rounding alone makes a whole step.
-                difference = np.asarray(ours[leaf], np.float64) - value
-                assert np.linalg.norm(difference) <= 1e-5 * np.linalg.norm(value), leaf
+                assert norm_error(ours[leaf], value) <= 1e-5, leaf
         if axes.get("fsdp", 1) > 1:
             leaf = "layers.self_attn.to_q." + ("lora_a" if method == "lora" else "kernel")
             moments = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, dict))
@@ -279,7 +283,7 @@ def test_dropout_differs_by_step_and_layer_and_not_in_evaluation(tiny):
 def test_a_bad_step_changes_nothing(tiny, configs, frozen):
     """A song that is no number: its step is left out and counted, and the next one learns again."""
     _, ours = load_transformers(tiny)
-    settings = config(optimizer__accumulation=1, optimizer__ema_decay=0.5, method="full")
+    settings = config(optimizer__accumulation=1, optimizer__ema_decay=0.75, method="full")
     model, step, state = prepare(ours, settings)
     good = parts(configs, 1)
     bad = good._replace(mean=np.where(np.arange(2)[None, :, None, None] == 1, np.nan, good.mean).astype(np.float32))

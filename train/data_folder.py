@@ -17,7 +17,6 @@ import errno
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from safetensors.numpy import save
 from acestep_jax import checkpoint
 from acestep_jax.config import NetworkConfig
 from acestep_jax.errors import InputError
+from acestep_jax.files import publish_file
 
 SCHEMA_VERSION = 1
 TASKS = ("text2music", "repaint", "cover")  # the place of a task here is its number
@@ -240,20 +240,12 @@ def text_sha256(values: Any) -> str:
 
 def _write(path: Path, write) -> None:
     """Calls `write` with a temporary path, which takes the name `path` if all went well and is removed otherwise."""
-    handle, name = tempfile.mkstemp(prefix=".", suffix=f"-{path.name}", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
     try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        with publish_file(path) as temporary:
+            write(temporary)
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise
         raise InputError(
             f"{path}: the disk is full; make room and run the same command again, it goes on from there"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
