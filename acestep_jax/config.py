@@ -160,12 +160,25 @@ class TransformerConfig(AttentionConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConditionEncoderConfig(AttentionConfig):
-    """Lyric, timbre and text encoders. `layer_types` is the lyric encoder's; the timbre encoder alternates."""
+    """Lyric, timbre and text encoders. `layer_types` is the lyric encoder's; the timbre encoder alternates.
+
+    timbre_special_token: whether a learned token before the reference's frames gathers what they have in common, in
+        place of the first frame. ACE-Step's own code for XL models does that, and so they were trained; diffusers reads
+        the first frame for all models, and leaves the token, which all checkpoints have, unused. So it is true for XL
+        models converted from ACE-Step's layout, and false for those from diffusers'.
+    """
 
     text_hidden_dim: int = 1024
     timbre_hidden_dim: int = 64
     num_lyric_encoder_hidden_layers: int = 8
     num_timbre_encoder_hidden_layers: int = 4
+    timbre_special_token: bool = False
+
+    def to_hf(self) -> dict[str, Any]:
+        """As for other networks; neither layout has a key for `timbre_special_token`."""
+        values = super().to_hf()
+        del values["timbre_special_token"]
+        return values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@
 and the text encoder. See also diffusers' `scripts/convert_ace_step_to_diffusers.py`.
 """
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -119,12 +120,17 @@ def split_config(values: dict[str, Any], source: str) -> dict[str, NetworkConfig
         raise InputError(
             f"{source}: unknown key(s) {', '.join(unknown)}; the checkpoint may be of another model or a newer version"
         )
-    return {
+    configs = {
         "transformer": TransformerConfig.from_hf(transformer, source),
         "condition_encoder": ConditionEncoderConfig.from_hf(condition, source),
         "audio_tokenizer": AudioTokenizerConfig.from_hf(tokenizer, source),
         "audio_token_detokenizer": AudioTokenDetokenizerConfig.from_hf(detokenizer, source),
     }
+    # What makes an XL model is that its transformer is wider than its encoders.
+    configs["condition_encoder"] = dataclasses.replace(
+        configs["condition_encoder"], timbre_special_token="encoder_hidden_size" in transformer
+    )
+    return configs
 
 
 def join_config(configs: dict[str, NetworkConfig]) -> dict[str, Any]:

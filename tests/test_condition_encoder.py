@@ -12,6 +12,7 @@ from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncod
 from acestep_jax import checkpoint
 from acestep_jax.config import ConditionEncoderConfig
 from acestep_jax.models.condition_encoder import SILENCE_FRAMES
+from convert.original import split_config
 from tests.parity import assert_close, convert, make_pair, normal, relative_error, run_jax, run_torch
 
 SMALL = dict(
@@ -154,3 +155,38 @@ def test_default_config_is_that_of_torch():
     with torch.device("meta"):
         theirs = dict(TorchConditionEncoder().config)
     assert ConditionEncoderConfig().to_hf() == {k: v for k, v in theirs.items() if not k.startswith("_")}
+
+
+def test_a_token_of_its_own_reads_the_reference():
+    """ACE-Step's way for XL models: the special token before the frames, and read out after the layers."""
+    theirs, ours = pair()
+    arrays = inputs()
+    first = run(ours, arrays)
+    xl = convert("condition_encoder", theirs, dataclasses.replace(ours.config, timbre_special_token=True))
+
+    class Prepend(torch.nn.Module):
+        def __init__(self, linear, token):
+            super().__init__()
+            self.linear, self.token = linear, token
+
+        def forward(self, x):
+            x = self.linear(x)
+            return torch.cat([self.token.expand(len(x), 1, -1), x], dim=1)
+
+    encoder = theirs.timbre_encoder
+    plain, encoder.embed_tokens = encoder.embed_tokens, Prepend(encoder.embed_tokens, encoder.special_token)
+    try:
+        expected = run_torch(theirs, *arrays)
+    finally:
+        encoder.embed_tokens = plain
+    assert_same_condition(run(xl, arrays), expected)
+    assert relative_error(first[0], expected[0]) > 1e-3
+
+
+def test_models_with_a_timbre_token_are_told_by_their_layout():
+    """XL models in ACE-Step's own layout; their config in diffusers' has no such key."""
+    values = dict(hidden_size=2048, num_attention_heads=16)
+    assert not split_config(values, "")["condition_encoder"].timbre_special_token
+    xl = split_config(dict(values, hidden_size=2560, encoder_hidden_size=2048), "")["condition_encoder"]
+    assert xl.timbre_special_token and xl.hidden_size == 2048
+    assert "timbre_special_token" not in xl.to_hf()

@@ -32,7 +32,10 @@ class AceStepLyricEncoder(Encoder):
 
 
 class AceStepTimbreEncoder(Encoder):
-    """Latents of a reference clip, [N, T, 64] -> one token each, [N, D]: the first position after the final norm."""
+    """Latents of a reference clip, [N, T, 64] -> one token each, [N, D]: the first position after the final norm.
+
+    That is the first frame, or a token of its own, see `ConditionEncoderConfig.timbre_special_token`.
+    """
 
     def __init__(self, config: ConditionEncoderConfig, *, rngs: nnx.Rngs):
         num_layers = config.num_timbre_encoder_hidden_layers
@@ -41,11 +44,15 @@ class AceStepTimbreEncoder(Encoder):
         self.embed_tokens = linear(
             config.timbre_hidden_dim, config.hidden_size, (None, "embed"), config, use_bias=True, rngs=rngs
         )
-        # Part of every checkpoint; diffusers does not read it.
+        # Part of every checkpoint, whether it is read or not.
         self.special_token = _token(config, rngs)
 
     def __call__(self, reference_latents: jax.Array) -> jax.Array:
-        return self.encode(self.embed_tokens(reference_latents))[:, 0]
+        x = self.embed_tokens(reference_latents)
+        if self.config.timbre_special_token:
+            token = jnp.broadcast_to(self.special_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
+            x = jnp.concatenate([token, x], axis=1)
+        return self.encode(x)[:, 0]
 
 
 class AceStepConditionEncoder(nnx.Module):
