@@ -278,6 +278,9 @@ class AceStepPipeline:
             )
         )
 
+        if attend_to_padding:
+            self._check_padding(lyric_tokens.mask.sum(1))
+
         with _on_mesh(self.mesh), _progress_bar() as bar:
             bar.set_description("encoding")
             clean, source = self._source_latents(plans, drawn.shape[1])
@@ -338,6 +341,18 @@ class AceStepPipeline:
     def codec(self) -> Codec:
         """The networks between songs, latents and codes."""
         return Codec(self.vae, self.condition_encoder, self.audio_tokenizer, self.audio_token_detokenizer)
+
+    def _check_padding(self, lengths: np.ndarray) -> None:
+        """Warns where padding of lyrics, which reads the lyrics before it, is so far from them that it reads nothing:
+        what the torch model makes of it then, the mean of everything, is not made here."""
+        window = self.condition_encoder.config.sliding_window
+        if (most := lengths.max() - lengths.min()) > window:
+            logger.warning(
+                "attend_to_padding: lyrics differ by %d tokens, more than the window of %d: not exactly what diffusers "
+                "computes",
+                most,
+                window,
+            )
 
     def _source_latents(self, plans: Sequence[Plan], size: int) -> tuple[np.ndarray, np.ndarray]:
         """Latents of the songs to work on, and what the transformer is shown of them; zeros where there is none.

@@ -32,6 +32,7 @@ from train.__main__ import main
 from train.checkpoints import Checkpoints
 from train.loop import DivergedError, Trainer, fit
 
+NO_VALIDATION = dict(examples__validation_fraction=0.0)  # one program less to compile
 ENDLESS = dict(lora__dropout=0.1, optimizer__ema_decay=0.9)
 
 
@@ -175,7 +176,7 @@ def command(data, native, out, *options):
     return [*run, *lora, *examples, "--optimizer.warmup_steps", "1", *options]
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(tiny, data, tmp_path, kills):
     """SIGKILL at random moments, checkpoints every other step: the weights are those of an undisturbed run."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -200,7 +201,7 @@ def test_killed_at_any_moment(tiny, data, tmp_path, kills):
         process.send_signal(signal.SIGKILL)
         process.communicate()
         killed.append(process.returncode)
-    assert killed.count(-signal.SIGKILL) >= kills - 1  # the last may have been faster
+    assert killed.count(-signal.SIGKILL) >= max(1, kills - 1)  # the last may have been faster
     subprocess.run(command(data, tiny[1], out, *options), env=environment, check=True, capture_output=True)
     for name in ("adapter", "adapter-ema"):
         expected = (whole / name / "adapter.safetensors").read_bytes()
@@ -208,6 +209,7 @@ def test_killed_at_any_moment(tiny, data, tmp_path, kills):
     assert rows(out, "loss", "validation_loss") == rows(whole, "loss", "validation_loss")
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tiny, data, tmp_path):
     """Four devices each on one mesh, each process with its own part of the batches, against one device."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -241,7 +243,9 @@ def test_two_processes_train_as_one(tiny, data, tmp_path):
 
 def test_full_fine_tuning_goes_back_to_torch(tiny, data, tmp_path):
     """`model/` is a whole checkpoint: the transformer is another, everything else the same, and diffusers runs it."""
-    result = fit(settings(data, tiny[1], tmp_path / "run", method="full", steps=2, examples__crop_seconds=()))
+    result = fit(
+        settings(data, tiny[1], tmp_path / "run", method="full", steps=2, **NO_VALIDATION, examples__crop_seconds=())
+    )
     assert result == tmp_path / "run" / "model"
     to_torch(result, tmp_path / "torch", layout="diffusers")
     found, expected = tensors(tmp_path / "torch"), tensors(tiny[0])
@@ -262,7 +266,7 @@ def test_full_fine_tuning_goes_back_to_torch(tiny, data, tmp_path):
 
 def test_no_other_program_than_the_compiled_one(tiny, data, tmp_path):
     """A batch of another shape or dtype is an error, not a compilation."""
-    config = settings(data, tiny[1], tmp_path / "run")
+    config = settings(data, tiny[1], tmp_path / "run", **NO_VALIDATION)
     trainer = Trainer(config, None)
     from tests.training import random_batch
 
@@ -289,7 +293,7 @@ def poison(folder):
 def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(tiny, data, tmp_path):
     """Four good steps, then data that are no numbers: two bad steps, and the checkpoint of step 4 is the last."""
     shutil.copytree(data, tmp_path / "data")
-    plain = dict(max_bad_steps=2, examples__validation_fraction=0.0, keep=5)
+    plain = dict(max_bad_steps=2, **NO_VALIDATION, keep=5)
     out = tmp_path / "run"
     fit(settings(tmp_path / "data", tiny[1], out, **plain, steps=4))
     expected = weights(out / "adapter")
@@ -325,7 +329,7 @@ def test_a_checkpoint_of_other_settings_names_the_leaf(finished, tiny, data, tmp
 def test_a_full_disk(tiny, data, tmp_path):
     """No file may grow beyond 20 kB, which a checkpoint needs: what was there before stays."""
     out = tmp_path / "run"
-    config = settings(data, tiny[1], out, save_every=1, steps=3)
+    config = settings(data, tiny[1], out, save_every=1, steps=3, **NO_VALIDATION)
     fit(dataclasses.replace(config, steps=2))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))

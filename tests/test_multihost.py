@@ -23,7 +23,9 @@ def command(tiny, out, *options):
     return [*run, "--duration", "10", "--steps", "2", "--out", str(out), *options]
 
 
-@pytest.mark.parametrize("mesh", ["data=2,tensor=4", "fsdp=2,tensor=2,sequence=2"])
+@pytest.mark.parametrize(
+    "mesh", ["data=2,tensor=4", pytest.param("fsdp=2,tensor=2,sequence=2", marks=pytest.mark.slow)]
+)
 def test_two_processes_make_the_song_of_one(tiny, tmp_path, mesh):
     """Each holds a part of the weights, and process 0 alone writes."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}

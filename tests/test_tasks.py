@@ -84,16 +84,21 @@ def test_tasks_match_diffusers(pipe, theirs, case):
     assert relative_error(found.latents, plain.latents) > 1e-3
 
 
-def test_a_ragged_batch_matches_diffusers(pipe, theirs):
-    """diffusers attends to the padding of the shorter texts, and so can we."""
+def test_a_ragged_batch_matches_diffusers(pipe, theirs, caplog):
+    """diffusers attends to the padding of the shorter texts, and so can we, as far as padding sees the text."""
     noise = normal(2, 300, CHANNELS)
     prompts = ["short", "a prompt that is much longer than the other one, so that there is padding"]
-    arguments = PARTS | dict(lyrics=["[verse]\nla la la la la la", "x"], audio_duration=12.0, guidance_scale=1.0)
+    window = pipe.condition_encoder.config.sliding_window
+    lyrics = ["[verse]\nla la la " + "o" * window, "[verse]\nla la la "]
+    arguments = PARTS | dict(lyrics=lyrics, audio_duration=12.0, guidance_scale=1.0, shift=3.0)
     expected = torch_latents(theirs, prompts, noise, **arguments)
     found = pipe(prompts, latents=noise, output_type="latent", attend_to_padding=True, **arguments)
     assert_close(found.latents, expected, 1e-4)
+    assert "attend_to_padding" not in caplog.text
     masked = pipe(prompts, latents=noise, output_type="latent", **arguments)
     assert relative_error(masked.latents, expected) > 1e-3
+    pipe(prompts, output_type="latent", attend_to_padding=True, **arguments | dict(lyrics=[lyrics[0] + "o", lyrics[1]]))
+    assert f"differ by {window + 1} tokens, more than the window of {window}" in caplog.text
 
 
 def test_sixteen_songs_at_once_are_sixteen_songs(pipe):
@@ -111,8 +116,8 @@ def test_sixteen_songs_at_once_are_sixteen_songs(pipe):
     requests = []
     for i in range(16):
         kind = kinds[i % len(kinds)]
-        length = {} if "src_audio" in kind or "audio_codes" in kind else dict(audio_duration=10 + 0.3 * i)
-        requests.append(Request(f"song {i} " + "long " * i, lyrics="la " * (3 * i), seed=100 + i, **kind, **length))
+        length = {} if "src_audio" in kind or "audio_codes" in kind else dict(audio_duration=10 + 0.015 * i)
+        requests.append(Request(f"song {i} " + "long " * i, lyrics="la " * (2 * i), seed=100 + i, **kind, **length))
     sampling = dict(num_inference_steps=2, guidance_scale=2.0, repaint_injection_ratio=0.5)
     batch = pipe(requests, **sampling)
     assert len(set(batch.samples)) > 8 and batch.seeds == tuple(range(100, 116))

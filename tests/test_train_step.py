@@ -237,7 +237,7 @@ def test_parts_of_a_batch_are_the_batch(tiny, configs, frozen):
 MESHES = [dict(data=2, fsdp=2, tensor=2)]
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "full"])
 def test_meshes_train_as_one_device(tiny, configs, frozen, method):
     """Ten steps on eight devices against one."""
     changes = dict(method=method, lora=LoRAConfig(rank=4, alpha=8.0, dropout=0.2))
