@@ -10,7 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
 
 # LLVM's optimisation takes more time than it saves on programs as small as these.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
 
 import jax
 import pytest
@@ -20,6 +20,7 @@ if "ACESTEP_TEST_CACHE" not in os.environ:
     os.environ["ACESTEP_TEST_CACHE"] = tempfile.mkdtemp(prefix="acestep-jax-tests-")
     atexit.register(shutil.rmtree, os.environ["ACESTEP_TEST_CACHE"], ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", os.environ["ACESTEP_TEST_CACHE"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 warnings.filterwarnings("ignore", message=".*weight_norm.*", category=FutureWarning)

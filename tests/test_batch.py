@@ -204,6 +204,8 @@ def test_tasks_on_the_command_line(tiny, tmp_path, source, capsys, monkeypatch):
         raise Seen
 
     monkeypatch.setattr(AceStepPipeline, "__call__", call)
+    pipe = AceStepPipeline.from_checkpoint(tiny[1])
+    monkeypatch.setattr(AceStepPipeline, "from_checkpoint", lambda *_, **__: pipe)
 
     def arguments(*options):
         with pytest.raises(Seen):

@@ -32,7 +32,8 @@ from train.__main__ import main
 from train.checkpoints import Checkpoints
 from train.loop import DivergedError, Trainer, fit
 
-NO_VALIDATION = dict(examples__validation_fraction=0.0)  # one program less to compile
+# Nothing that is not looked at: three networks and a program less to compile.
+SMALL = dict(examples__validation_fraction=0.0, examples__cover=0.0)
 ENDLESS = dict(lora__dropout=0.1, optimizer__ema_decay=0.9)
 
 
@@ -243,9 +244,7 @@ def test_two_processes_train_as_one(tiny, data, tmp_path):
 
 def test_full_fine_tuning_goes_back_to_torch(tiny, data, tmp_path):
     """`model/` is a whole checkpoint: the transformer is another, everything else the same, and diffusers runs it."""
-    result = fit(
-        settings(data, tiny[1], tmp_path / "run", method="full", steps=2, **NO_VALIDATION, examples__crop_seconds=())
-    )
+    result = fit(settings(data, tiny[1], tmp_path / "run", method="full", steps=2, **SMALL, examples__crop_seconds=()))
     assert result == tmp_path / "run" / "model"
     to_torch(result, tmp_path / "torch", layout="diffusers")
     found, expected = tensors(tmp_path / "torch"), tensors(tiny[0])
@@ -266,7 +265,7 @@ def test_full_fine_tuning_goes_back_to_torch(tiny, data, tmp_path):
 
 def test_no_other_program_than_the_compiled_one(tiny, data, tmp_path):
     """A batch of another shape or dtype is an error, not a compilation."""
-    config = settings(data, tiny[1], tmp_path / "run", **NO_VALIDATION)
+    config = settings(data, tiny[1], tmp_path / "run", **SMALL)
     trainer = Trainer(config, None)
     from tests.training import random_batch
 
@@ -293,7 +292,7 @@ def poison(folder):
 def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(tiny, data, tmp_path):
     """Four good steps, then data that are no numbers: two bad steps, and the checkpoint of step 4 is the last."""
     shutil.copytree(data, tmp_path / "data")
-    plain = dict(max_bad_steps=2, **NO_VALIDATION, keep=5)
+    plain = dict(max_bad_steps=2, **SMALL, keep=5)
     out = tmp_path / "run"
     fit(settings(tmp_path / "data", tiny[1], out, **plain, steps=4))
     expected = weights(out / "adapter")
@@ -329,7 +328,7 @@ def test_a_checkpoint_of_other_settings_names_the_leaf(finished, tiny, data, tmp
 def test_a_full_disk(tiny, data, tmp_path):
     """No file may grow beyond 20 kB, which a checkpoint needs: what was there before stays."""
     out = tmp_path / "run"
-    config = settings(data, tiny[1], out, save_every=1, steps=3, **NO_VALIDATION)
+    config = settings(data, tiny[1], out, save_every=1, steps=3, **SMALL)
     fit(dataclasses.replace(config, steps=2))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
