@@ -321,7 +321,7 @@ class AceStepPipeline:
                     keys if sampling.draws_noise else None,
                     cover,
                     injection,
-                    program=stages.Program(solver, guidance if scale > 1 else None, cover_mode == "blend"),
+                    program=stages.Program(solver, guidance if scale > 1 else None, weak and cover_mode == "blend"),
                     report=report,
                 )
                 x.block_until_ready()
@@ -333,7 +333,9 @@ class AceStepPipeline:
                 audios = self._finish(plans, audios)
             bar.update()
             bar.set_description("done")
-        latents = on_host(x)[:, : lengths.max()]
+        latents = np.array(on_host(x)[:, : lengths.max()])
+        for row, length in zip(latents, lengths, strict=True):
+            row[length:] = 0
         samples = tuple(plan.samples for plan in plans)
         return AudioPipelineOutput(audios, latents, self.sample_rate, seeds, samples, tuple(lengths.tolist()))
 

@@ -65,26 +65,29 @@ def programs(options: argparse.Namespace, mesh: Mesh, seconds: float, batch: int
                 yield train_program(options, mesh, size, method, frames, batch)
     if "decode" in options.stage:
         config, length = AutoencoderConfig(**BFLOAT16), bucket(frames)
-        arguments = (abstract("vae", config, mesh), _latents(batch, length, mesh), _counts(batch))
+        scaled = jax.ShapeDtypeStruct((batch,), jnp.bool_)
+        arguments = (abstract("vae", config, mesh), _latents(batch, length, mesh), _counts(batch), scaled)
         yield Program("decode", stages.decode, arguments, {}, decoder_flops(config, length, batch))
 
 
 def denoise_program(options: argparse.Namespace, mesh: Mesh, size: str, frames: int, batch: int) -> Program:
     config, tokens = transformer_config(options, size), options.condition_tokens
     width = config.encoder_hidden_size or config.hidden_size
+    latents, counts = _latents(batch, frames, mesh), _counts(batch)
+    flags = jax.ShapeDtypeStruct((batch, frames), jnp.bool_)
     arguments = (
         abstract("transformer", config, mesh),
         abstract("condition_encoder", ConditionEncoderConfig(**BFLOAT16), mesh),
-        _latents(batch, frames, mesh),
-        sharded((batch, tokens, width), jnp.bfloat16, ("batch", None, None), mesh),
-        _counts(batch),
-        _counts(batch),
+        latents,
+        counts,
+        stages.Condition(sharded((batch, tokens, width), jnp.bfloat16, ("batch", None, None), mesh), counts),
+        stages.Context(latents, flags, flags),
         jax.ShapeDtypeStruct((STEPS + 1,), jnp.float32),
         jax.ShapeDtypeStruct((), jnp.float32),
-        jax.ShapeDtypeStruct((STEPS,), jnp.bool_),
+        jax.ShapeDtypeStruct((STEPS + 1,), jnp.bool_),
     )
     flops = STEPS * transformer_flops(config, frames, tokens, batch)
-    return Program(f"denoise {size}", stages.denoise, arguments, dict(guided=False, report=None), flops)
+    return Program(f"denoise {size}", stages.denoise, arguments, dict(program=stages.Program(), report=None), flops)
 
 
 def train_program(options: argparse.Namespace, mesh: Mesh, size: str, method: str, frames: int, batch: int) -> Program:

@@ -129,7 +129,7 @@ def test_sixteen_songs_at_once_are_sixteen_songs(pipe):
         assert alone.samples == batch.samples[i : i + 1] and alone.frames == batch.frames[i : i + 1]
         assert_close(batch.latents[i, : alone.frames[0]], alone.latents[0])
         assert_close(batch.audios[i, :, : alone.samples[0]], alone.audios[0])
-        assert not batch.audios[i, :, alone.samples[0] :].any()
+        assert not batch.audios[i, :, alone.samples[0] :].any() and not batch.latents[i, alone.frames[0] :].any()
 
 
 # Repaint
