@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from acestep_jax import audio
 from acestep_jax.codec import bucket
 from acestep_jax.errors import InputError
 from acestep_jax.files import publish_file
-from acestep_jax.pipeline import AceStepPipeline
+from acestep_jax.pipeline import AceStepPipeline, AudioPipelineOutput
 from acestep_jax.request import Request
 from acestep_jax.request import plan as make_plan
 from acestep_jax.sampling import Sampling
@@ -61,7 +63,7 @@ def read(path: str | Path, out_dir: str | Path, defaults: dict[str, Any]) -> tup
     """
     path, out_dir = Path(path), Path(out_dir)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at what else Unicode takes for an end of line
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
     songs, errors, names = [], [], {}
@@ -71,8 +73,10 @@ def read(path: str | Path, out_dir: str | Path, defaults: dict[str, Any]) -> tup
         place = f"{path}:{number}"
         try:
             song = _song(line, place, path.parent, out_dir, defaults, number)
-            if (earlier := names.setdefault(song.path, place)) != place:
-                raise InputError(f"name: {song.path.name} is that of {earlier} already; give another")
+            if (earlier := names.setdefault(song.settings_path, place)) != place:
+                raise InputError(f"name: {song.path.stem} is that of {earlier} already; give another")
+            if song.settings_path.resolve() == path.resolve():
+                raise InputError(f"name: {song.settings_path} is the file of requests itself; give another")
             songs.append(song)
         except InputError as error:
             errors.append(f"{place}: {error}")
@@ -89,7 +93,7 @@ def _song(line: str, place: str, folder: Path, out_dir: Path, defaults: dict, nu
     if not isinstance(own, dict):
         raise InputError(f"expected a JSON object, found {line.strip()[:40]}")
     name = own.pop("name", f"{number:05}")
-    if not isinstance(name, str) or not name or Path(name).name != name:
+    if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
         raise InputError(f"name: expected the name of a file, without folders, found {name!r}")
     if unknown := sorted(own.keys() - _REQUEST - _SAMPLING):
         known = ", ".join(sorted(_REQUEST | _SAMPLING))
@@ -100,19 +104,14 @@ def _song(line: str, place: str, folder: Path, out_dir: Path, defaults: dict, nu
             if not isinstance(own[key], str):
                 raise InputError(f"{key}: expected the name of a sound file, found {own[key]!r}")
             values[key] = str(folder / own[key])
-    if not isinstance(values.get("prompt"), str):
-        raise InputError(f"prompt: expected a text, found {values.get('prompt')!r}")
-    try:
-        request = Request(**{key: _frozen(value) for key, value in values.items() if key in _REQUEST})
-        sampling = Sampling(**{key: _frozen(value) for key, value in values.items() if key in _SAMPLING})
-    except TypeError as error:
-        raise InputError(f"a value of the wrong kind ({error})") from None
-    target = out_dir / name
-    return Song(place, target if target.suffix else target.with_suffix(".wav"), values, request, sampling)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    request = Request(**{"prompt": None} | {key: value for key, value in values.items() if key in _REQUEST})
+    sampling = Sampling(**{key: value for key, value in values.items() if key in _SAMPLING})
+    suffix = "" if Path(name).suffix.lower() in audio.FORMATS else ".wav"
+    path = out_dir / f"{name}{suffix}"
+    for source in (request.src_audio, request.reference_audio):
+        if source is not None and Path(source).resolve() == path.resolve():
+            raise InputError(f"name: {path} is a source or reference of the song itself; give another")
+    return Song(place, path, values, request, sampling)
 
 
 def generate(
@@ -120,28 +119,47 @@ def generate(
 ) -> Iterator[tuple[Song, str | None]]:
     """Makes the songs that are not there yet; yields each with None, or with what went wrong.
 
-    Songs of one sampling and one bucket of duration make a batch. The settings are written after the sound, so a song
-    that has both is finished.
+    Songs of one sampling and one bucket of duration make a batch. The sound is written after the settings, so a song
+    that has both is finished. Of several processes, the first decides what is to be made, and writes.
 
     Args:
         about: what else the songs depend on, such as the checkpoint; kept with the settings.
         overwrite: whether to make finished songs again.
     """
     groups: dict[tuple, list[Song]] = {}
-    for song in songs:
+    for song, error in zip(songs, _agree([_unfinished(song, about, overwrite) for song in songs]), strict=True):
+        if error is not None:
+            yield song, error or None
+            continue
         try:
-            if not overwrite and _is_finished(song, about):
-                yield song, None
-                continue
-            audio.check_output(song.path, overwrite=overwrite)
             frames = make_plan(song.request, pipe.codec.model).frames
-        except (InputError, OSError, TypeError, ValueError) as error:
+        except (InputError, OSError) as error:
             yield song, str(error)
             continue
         groups.setdefault((song.sampling, bucket(frames)), []).append(song)
     for _, members in sorted(groups.items(), key=lambda item: item[0][1]):
         for start in range(0, len(members), batch_size):
             yield from _make(pipe, members[start : start + batch_size], about, overwrite)
+
+
+def _unfinished(song: Song, about: dict, overwrite: bool) -> str | None:
+    """None for a song that is to be made, nothing for one that is finished, or why it cannot be written."""
+    try:
+        if not overwrite and _is_finished(song, about):
+            return ""
+        audio.check_output(song.path, overwrite=overwrite)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _agree(decisions: list[str | None]) -> list[str | None]:
+    """Those of process 0, whose disk has the songs; the others make what it makes."""
+    if jax.process_count() == 1:
+        return decisions
+    codes = np.array([{None: 0, "": 1}.get(decision, 2) for decision in decisions], np.int32)
+    words = [None, "", "not made, see the first process"]
+    return [words[code] for code in multihost_utils.broadcast_one_to_all(codes)]
 
 
 def _make(pipe: AceStepPipeline, songs: list[Song], about: dict, overwrite: bool) -> Iterator[tuple[Song, str | None]]:
@@ -152,7 +170,7 @@ def _make(pipe: AceStepPipeline, songs: list[Song], about: dict, overwrite: bool
     requests += requests[-1:] * (-len(requests) % multiple)
     try:
         made = pipe(requests, **dataclasses.asdict(songs[0].sampling))
-    except (InputError, OSError, TypeError, ValueError, jax.errors.JaxRuntimeError) as error:
+    except (InputError, OSError, ValueError, jax.errors.JaxRuntimeError) as error:
         if len(songs) > 1:
             for song in songs:
                 yield from _make(pipe, [song], about, overwrite)
@@ -162,34 +180,42 @@ def _make(pipe: AceStepPipeline, songs: list[Song], about: dict, overwrite: bool
     for i, song in enumerate(songs):
         try:
             if jax.process_index() == 0:
-                audio.write(song.path, made.audios[i, :, : made.samples[i]], made.sample_rate, overwrite=overwrite)
-                settings = dict(
-                    request=song.values,
-                    seed=made.seeds[i],
-                    seconds=made.samples[i] / made.sample_rate,
-                    sample_rate=made.sample_rate,
-                )
-                text = json.dumps(settings | about, indent=2, ensure_ascii=False) + "\n"
-                with publish_file(song.settings_path) as temporary:
-                    temporary.write_text(text, encoding="utf-8")
+                _write(song, made, i, about, overwrite)
         except (InputError, OSError) as error:
             yield song, str(error)
         else:
             yield song, None
 
 
+def _write(song: Song, made: AudioPipelineOutput, i: int, about: dict, overwrite: bool) -> None:
+    """The settings first: a song whose sound is there too is finished, whatever stopped the run."""
+    settings = dict(
+        request=song.values,
+        seed=made.seeds[i],
+        seconds=made.samples[i] / made.sample_rate,
+        sample_rate=made.sample_rate,
+    )
+    if overwrite:
+        song.path.unlink(missing_ok=True)
+    with publish_file(song.settings_path) as temporary:
+        temporary.write_text(json.dumps(settings | about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    audio.write(song.path, made.audios[i, :, : made.samples[i]], made.sample_rate)
+
+
 def _is_finished(song: Song, about: dict) -> bool:
-    """Whether the song is there. Raises InputError if it was made otherwise."""
-    if not song.path.exists() or not song.settings_path.exists():
-        return False
-    try:
-        found = json.loads(song.settings_path.read_text(encoding="utf-8"))
-        same = found["request"] == song.values and all(found[key] == value for key, value in about.items())
-    except (ValueError, KeyError, TypeError):
-        same = False
-    if not same:
+    """Whether the song is there. Raises InputError if it, or another file of that name, was made otherwise."""
+    found = {}
+    if song.settings_path.exists():
+        try:
+            found = json.loads(song.settings_path.read_text(encoding="utf-8"))
+            if found["request"] == song.values and all(found[key] == about[key] for key in about if key != "version"):
+                return song.path.exists()
+        except (ValueError, KeyError, TypeError):
+            found = {}
+        if not song.path.exists() and "request" in found:  # of a song that was never finished
+            return False
         raise InputError(
-            f"{song.path}: already exists, made with other settings; remove it, give another name, or ask for it to be "
-            "overwritten"
+            f"{song.settings_path}: already exists, made with other settings; remove it and the song, give another "
+            "name, or ask for it to be overwritten"
         )
-    return True
+    return False

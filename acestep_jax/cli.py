@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     add("prompt", metavar="PROMPT", nargs="?", help="what the music is like")
     add("--checkpoint", metavar="DIR", required=True, help="a checkpoint that `python -m convert from-torch` made")
     add("--out", metavar="FILE", default="song.wav", help=f"{', '.join(audio.FORMATS)}, by suffix [song.wav]")
-    add("--overwrite", action="store_true", help="replace FILE if it exists")
+    add("--overwrite", action="store_true", help="replace FILE, or the songs of --batch, if they exist")
     add("--lyrics", metavar="TEXT", default="", help='the lyrics, "[Instrumental]", or @FILE to read them from a file')
     add("--language", metavar="CODE", default="en", help="of the lyrics [en]")
     add("--duration", metavar="SECONDS", type=float, help="10 to 600 [60; with --source, as long as that]")
@@ -130,8 +130,13 @@ def generate(options: argparse.Namespace) -> int | None:
         songs, failures = read_batch(options, arguments)
     elif options.prompt is None:
         raise InputError("give a PROMPT, or --batch with a file of them")
+    elif options.out_dir is not None:
+        raise InputError("--out-dir: is for the songs of --batch; use --out for one song")
     elif writes:
         audio.check_output(options.out, overwrite=options.overwrite)
+        for name, path in (("--source", options.source), ("--reference", options.reference)):
+            if path is not None and Path(path).resolve() == Path(options.out).resolve():
+                raise InputError(f"--out: {options.out} is the {name} itself; choose another name")
     mesh = parse_mesh(options.mesh)
     adapters, scales = load_loras(options.lora, options.checkpoint)
     pipe = AceStepPipeline.from_checkpoint(options.checkpoint, dtype=options.dtype, mesh=mesh)
@@ -200,14 +205,14 @@ def run_batch(pipe: AceStepPipeline, songs: list[batch.Song], failures: list[str
         checkpoint=str(Path(options.checkpoint).resolve()),
         dtype=options.dtype,
         lora=options.lora,
-        acestep_jax=importlib.metadata.version("acestep-jax"),
+        version=importlib.metadata.version("acestep-jax"),
     )
     for song, error in batch.generate(pipe, songs, options.batch_size, about, overwrite=options.overwrite):
-        if error is None:
-            print(song.path, flush=True)
-        else:
+        if error is not None:
             failures.append(f"{song.place}: {error}")
-    for failure in failures:
+        elif jax.process_index() == 0:
+            print(song.path, flush=True)
+    for failure in failures if jax.process_index() == 0 else ():
         print(f"acestep-jax: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
@@ -216,7 +221,9 @@ def tokenize(options: argparse.Namespace) -> None:
     """Prints the codes of a song, or writes them to a file."""
     use_compilation_cache()
     out = None if options.out is None else Path(options.out)
-    if out is not None and out.exists() and not options.overwrite:
+    if out is not None and not out.absolute().parent.is_dir():
+        raise InputError(f"{out}: the folder {out.absolute().parent} does not exist; create it first")
+    if out is not None and out.exists() and (out.is_dir() or not options.overwrite):
         raise InputError(f"{out}: already exists; remove it, choose another name, or use --overwrite")
     codes = Codec.from_checkpoint(options.checkpoint, dtype=options.dtype).song_to_codes(options.song)
     text = codes_to_text(codes)

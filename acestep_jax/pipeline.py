@@ -80,8 +80,9 @@ class AudioPipelineOutput:
 class AceStepPipeline:
     """The networks of a checkpoint, put together. Text encoding, denoising and decoding are a compiled program each.
 
-    A new number of songs or steps compiles once, and so does a new pair of buckets of duration and of text; prompts,
-    seeds, times and strengths are data. One pipeline serves one thread at a time.
+    A new number of songs or steps compiles once, and so does a new pair of buckets of duration and of text, and a new
+    number of sources, references or codes among the songs; prompts, seeds, times, regions and strengths are data, and
+    so is what the sources hold. One pipeline serves one thread at a time.
     """
 
     def __init__(
@@ -265,41 +266,31 @@ class AceStepPipeline:
         times, guided_steps, scale = sampling.schedule(self.transformer.config.turbo)
         seeds, keys, drawn = self._noise(requests, [plan.frames for plan in plans], noise, sampling.draws_noise)
         lengths = np.array([plan.frames for plan in plans], np.int32)
-        weak = any(plan.cover_strength < 1 for plan in plans)
-        texts = [plan.text for plan in plans] + [plan.plain_text for plan in plans if weak]
-        words = [plan.lyrics for plan in plans] * (2 if weak else 1)
-        # Padding that counts must be diffusers': to the longest of the batch, with its token.
-        multiples = (1, 1) if attend_to_padding else (PROMPT_BUCKET, LYRIC_BUCKET)
-        pad = PAD if attend_to_padding else None
-        tokens, lyric_tokens = (
-            tokenize(self.tokenizer, texts_, max_length=most, multiple=multiple, what=what, pad=pad)
-            for texts_, most, multiple, what in zip(
-                (texts, words), (max_text_length, max_lyric_length), multiples, ("prompt", "lyrics"), strict=True
-            )
-        )
-
-        if attend_to_padding:
-            self._check_padding(lyric_tokens.mask.sum(1))
+        strengths = np.array([plan.cover_strength for plan in plans], np.float32)
+        limits = (max_text_length, max_lyric_length)
 
         with _on_mesh(self.mesh), _progress_bar() as bar:
             bar.set_description("encoding")
             clean, source = self._source_latents(plans, drawn.shape[1])
-            references, owners = self._references(plans)
-            condition = stages.encode(
-                self.text_encoder,
-                self.condition_encoder,
-                tokens,
-                lyric_tokens,
-                references,
-                None if owners is None else np.tile(owners, 2 if weak else 1),
-                attend_to_padding=attend_to_padding,
-            )
+            references = self._references(plans)
+            words = [plan.lyrics for plan in plans]
+            texts, plain = [plan.text for plan in plans], [plan.plain_text for plan in plans]
             cover = None
-            if weak:
-                condition, plain = (
-                    stages.Condition(*half) for half in zip(*(jnp.split(x, 2) for x in condition), strict=True)
+            if (strengths == 1).all():
+                condition = self._encode(texts, words, references, limits, attend_to_padding)
+            elif attend_to_padding:  # texts and plain texts are not padded for each other
+                pair = [self._encode(which, words, references, limits, True) for which in (texts, plain)]
+                size = max(one.tokens.shape[1] for one in pair)
+                condition, plain_condition = (
+                    one._replace(tokens=jnp.pad(one.tokens, ((0, 0), (0, size - one.tokens.shape[1]), (0, 0))))
+                    for one in pair
                 )
-                cover = stages.Cover(plain, np.array([plan.cover_strength for plan in plans], np.float32))
+                cover = stages.Cover(plain_condition, strengths)
+            else:  # of one length, so that one can take the other's place
+                both = self._encode(texts + plain, words * 2, references, limits, False)
+                halves = zip(*(jnp.split(x, 2) for x in both), strict=True)
+                condition, plain_condition = (stages.Condition(*half) for half in halves)
+                cover = stages.Cover(plain_condition, strengths)
             mask, injection = _rows(plans, "mask", drawn), None
             if repaint_injection_ratio and any(plan.kept for plan in plans):
                 steps = np.int32(round(repaint_injection_ratio * (len(times) - 1)))
@@ -321,7 +312,9 @@ class AceStepPipeline:
                     keys if sampling.draws_noise else None,
                     cover,
                     injection,
-                    program=stages.Program(solver, guidance if scale > 1 else None, weak and cover_mode == "blend"),
+                    program=stages.Program(
+                        solver, guidance if scale > 1 else None, cover is not None and cover_mode == "blend"
+                    ),
                     report=report,
                 )
                 x.block_until_ready()
@@ -375,11 +368,40 @@ class AceStepPipeline:
                     clean[i] = latents
         return clean, source
 
-    def _references(self, plans: Sequence[Plan]) -> tuple[jax.Array, np.ndarray] | tuple[None, None]:
+    def _encode(
+        self,
+        texts: list[str],
+        words: list[str],
+        references: tuple[jax.Array, np.ndarray] | None,
+        limits: tuple[int, int],
+        attend_to_padding: bool,
+    ) -> stages.Condition:
+        """The condition of songs, or of several times the songs that the references are for."""
+        pad = PAD if attend_to_padding else None
+        # Padding that counts must be diffusers': to the longest of the batch, with its token.
+        multiples = (1, 1) if attend_to_padding else (PROMPT_BUCKET, LYRIC_BUCKET)
+        tokens = tokenize(self.tokenizer, texts, max_length=limits[0], multiple=multiples[0], what="prompt", pad=pad)
+        lyrics = tokenize(self.tokenizer, words, max_length=limits[1], multiple=multiples[1], what="lyrics", pad=pad)
+        if attend_to_padding:
+            self._check_padding(lyrics.mask.sum(1))
+        clips, owners = references or (None, None)
+        if owners is not None:
+            owners = np.tile(owners, len(texts) // len(owners))
+        return stages.encode(
+            self.text_encoder,
+            self.condition_encoder,
+            tokens,
+            lyrics,
+            clips,
+            owners,
+            attend_to_padding=attend_to_padding,
+        )
+
+    def _references(self, plans: Sequence[Plan]) -> tuple[jax.Array, np.ndarray] | None:
         """Latents of the reference clips [N, 750, 64], and which of them is each song's, N for none."""
         rows = [i for i, plan in enumerate(plans) if plan.reference is not None]
         if not rows:
-            return None, None
+            return None
         waves = np.stack([plans[i].reference for i in rows])
         owners = np.full(len(plans), len(rows), np.int32)
         owners[rows] = np.arange(len(rows))
@@ -404,28 +426,26 @@ class AceStepPipeline:
         every bucket."""
         shape = (bucket(max(frames)), self.transformer.config.audio_acoustic_hidden_dim)
         seeds, keys = _seeds(requests, needs_keys)
-        noise = np.zeros((len(requests), *shape), np.float32)
-        if any(request.latents is None for request in requests):
-            # Drawn on the host, so that it may go to any device, mesh or process.
-            noise = np.array(stages.noise(keys, shape)) if kind == "jax" else self._torch_noise(kind, seeds, shape)
+        # Drawn on the host, so that it may go to any device, mesh or process.
+        noise = np.array(stages.noise(keys, shape))
         for i, request in enumerate(requests):
-            if request.latents is None:
+            size = (frames[i], shape[1])
+            if request.latents is not None:
+                given = np.asarray(request.latents, np.float32)
+                if given.shape != size:
+                    raise InputError(
+                        f"latents: expected {list(size)} (frames, channels) for each song, found {list(given.shape)}"
+                    )
+            elif kind == "jax":
                 continue
-            given, expected = np.asarray(request.latents, np.float32), (frames[i], shape[1])
-            if given.shape != expected:
-                raise InputError(
-                    f"latents: expected {list(expected)} (frames, channels) for each song, found {list(given.shape)}"
-                )
+            elif seeds is None or seeds[i] is None:
+                raise InputError("noise: PyTorch's is drawn from numbers; give a number as the seed, no key")
+            else:
+                drawn = torch_noise.cuda_normal(seeds[i], math.prod(size), torch_noise.gpu_threads(kind))
+                # PyTorch draws in the network's dtype.
+                given = drawn.reshape(size).astype(self.transformer.config.dtype).astype(np.float32)
             noise[i] = np.pad(given, ((0, shape[0] - frames[i]), (0, 0)))
         return seeds, keys, noise
-
-    def _torch_noise(self, kind: str, seeds: tuple[int | None, ...] | None, shape: tuple[int, int]) -> np.ndarray:
-        threads = torch_noise.gpu_threads(kind)
-        if seeds is None or None in seeds:
-            raise InputError("noise: PyTorch's is drawn from numbers; give a number as the seed of every song, no key")
-        drawn = [torch_noise.cuda_normal(seed, math.prod(shape), threads).reshape(shape) for seed in seeds]
-        # PyTorch draws in the network's dtype.
-        return np.stack(drawn).astype(self.transformer.config.dtype).astype(np.float32)
 
 
 def _seeds(requests: Sequence[Request], needed: bool) -> tuple[tuple[int | None, ...] | None, jax.Array]:

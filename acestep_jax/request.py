@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from acestep_jax import audio, tasks
-from acestep_jax.errors import InputError
+from acestep_jax.errors import InputError, check_number, check_text
 from acestep_jax.prompt import lyric_text, prompt_text
 
 MIN_DURATION, MAX_DURATION = 10.0, 600.0  # seconds
@@ -39,9 +39,9 @@ class Request:
     src_audio: the song to work on, a file or an array [channels, samples] at the pipeline's sample rate.
     reference_audio: what it should sound like, likewise; None: the model decides.
     audio_codes: "<|audio_code_123|>...", 5 in a second, to make a cover of instead of a song.
-    repainting_start, repainting_end: seconds of the source, of what repaint makes anew and lego fills; None: from the
-        beginning, to the end; one of each, or as many starts as ends for several regions. What begins before 0 or ends
-        after the source makes the song longer.
+    repainting_start, repainting_end: seconds of the source, of what repaint makes anew and lego fills; None, or -1 for
+        the end: from the beginning, to the end; one of each, or as many starts as ends for several regions. What begins
+        before 0 or ends after the source makes the song longer.
     audio_cover_strength: 0 to 1, how long or how much the source of a cover counts.
     seed: from 0 to 2^32 - 1, or a JAX key. None: a new one.
     latents: the noise to start from, [frames, 64], instead of a seed's.
@@ -67,6 +67,32 @@ class Request:
     seed: int | jax.Array | None = None
     latents: np.ndarray | None = None
 
+    def __post_init__(self):
+        """Raises InputError if a value is of the wrong kind."""
+        for name in ("prompt", "lyrics", "vocal_language", "task_type"):
+            check_text(name, getattr(self, name))
+        for name in ("keyscale", "instruction", "track_name", "audio_codes"):
+            if getattr(self, name) is not None:
+                check_text(name, getattr(self, name))
+        for name in ("audio_duration", "audio_cover_strength"):
+            if name != "audio_duration" or self.audio_duration is not None:
+                check_number(name, getattr(self, name))
+        if self.bpm is not None:
+            check_number("bpm", self.bpm, whole=True)
+        if self.seed is not None and not is_key(self.seed):
+            check_number("seed", self.seed, whole=True)
+        if isinstance(self.complete_track_classes, str):
+            raise InputError(
+                f"complete_track_classes: expected a list of tracks, found {self.complete_track_classes!r}"
+            )
+        for name in ("repainting_start", "repainting_end"):
+            value = getattr(self, name)
+            if isinstance(value, np.ndarray):
+                object.__setattr__(self, name, value := value.tolist())
+            for item in value if isinstance(value, list | tuple) else [value]:
+                if item is not None:
+                    check_number(name, item)
+
 
 def collect(prompt: str | Request | Sequence[str | Request], each: dict, shared: dict, seed, latents) -> list[Request]:
     """A request for each prompt; one that is a `Request` already stays.
@@ -81,11 +107,11 @@ def collect(prompt: str | Request | Sequence[str | Request], each: dict, shared:
         InputError: if there is no prompt, a list is of another length, a seed is none, or a `Request` comes with
             further values of its own fields.
     """
-    prompts = [prompt] if isinstance(prompt, str | Request) else list(prompt)
+    prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
     if not prompts:
         raise InputError("prompt: the list is empty; give at least one")
     count = len(prompts)
-    lists = {name: [v] * count if v is None or isinstance(v, str) else list(v) for name, v in each.items()}
+    lists = {name: list(v) if isinstance(v, list | tuple) else [v] * count for name, v in each.items()}
     lists["latents"] = [None] * count if latents is None else list(np.asarray(latents, np.float32))
     lists["seed"] = _seed_of_each(seed, count)
     for name, values in lists.items():
@@ -95,7 +121,7 @@ def collect(prompt: str | Request | Sequence[str | Request], each: dict, shared:
     requests = []
     for i, item in enumerate(prompts):
         values = shared | {name: list_[i] for name, list_ in lists.items()}
-        if isinstance(item, str):
+        if not isinstance(item, Request):
             item = Request(item, **values)
         elif given := [k for k, v in values.items() if v is not None and not np.array_equal(v, defaults[k])]:
             raise InputError(f"{given[0]}: prompt {i} is a Request, which has its own; set it there")
@@ -203,11 +229,11 @@ def plan(request: Request, model: Model) -> Plan:
 
     seconds = _duration(request.audio_duration) if request.audio_duration is not None else frames / model.rate
     names = request.complete_track_classes or ([request.track_name] if request.track_name else ())
+    usual = tasks.instruction(task_type, names)
     told = dict(audio_duration=seconds, bpm=request.bpm, keyscale=request.keyscale, timesignature=request.timesignature)
-    instruction = request.instruction or tasks.instruction(task_type, names)
     return Plan(
         task_type=task_type,
-        text=prompt_text(request.prompt, instruction=instruction, **told),
+        text=prompt_text(request.prompt, instruction=request.instruction or usual, **told),
         lyrics=lyric_text(request.lyrics, request.vocal_language),
         plain_text=prompt_text(request.prompt, instruction=tasks.instruction("text2music"), **told),
         frames=frames,
@@ -261,9 +287,9 @@ def _lay_out(
     left, mask = 0, np.ones(frames, bool)
     if task.has_regions:
         starts, ends = (
-            x if isinstance(x, Sequence) else [x] for x in (request.repainting_start, request.repainting_end)
+            x if isinstance(x, list | tuple) else [x] for x in (request.repainting_start, request.repainting_end)
         )
-        if len(starts) != len(ends):
+        if len(starts) != len(ends) or not starts:
             raise InputError(
                 f"repainting_start, repainting_end: expected as many of both, found {len(starts)} and {len(ends)}"
             )
@@ -284,7 +310,10 @@ def load_audio(source: Audio, name: str, model: Model) -> np.ndarray:
         name = str(source)
         samples = audio.read(source, model.sample_rate, model.channels)
     else:
-        samples = np.atleast_2d(np.asarray(source, np.float32))
+        samples = np.atleast_2d(np.asarray(source))
+        if not np.issubdtype(samples.dtype, np.floating):
+            raise InputError(f"{name}: expected a file or an array of floating-point samples, found {samples.dtype}")
+        samples = samples.astype(np.float32)
         if samples.ndim != 2 or samples.shape[0] not in (1, model.channels):
             raise InputError(
                 f"{name}: expected an array [1 or {model.channels} channels, samples] at {model.sample_rate} Hz, or a "

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from acestep_jax.errors import InputError
+from acestep_jax.errors import InputError, check_number, check_text
 from acestep_jax.flow_matching import GUIDANCE, SOLVERS, custom_schedule, late_start, schedule
+from acestep_jax.torch_noise import gpu_threads
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,23 @@ class Sampling:
 
     def __post_init__(self):
         """Raises InputError if a value is none that there is."""
+        for name in ("solver", "guidance", "cfg_interval_in", "cover_mode", "noise"):
+            check_text(name, getattr(self, name))
+        names = ["cfg_interval_start", "cfg_interval_end", "cover_noise_strength", "repaint_injection_ratio"]
+        for name in names + [name for name in ("guidance_scale", "shift") if getattr(self, name) is not None]:
+            check_number(name, getattr(self, name))
+        if self.num_inference_steps is not None:
+            check_number("num_inference_steps", self.num_inference_steps, whole=True)
+        if self.timesteps is not None:
+            if isinstance(self.timesteps, np.ndarray):
+                object.__setattr__(self, "timesteps", tuple(self.timesteps.tolist()))
+            if not isinstance(self.timesteps, list | tuple):
+                raise InputError(f"timesteps: expected a list of numbers, found {self.timesteps!r}")
+            for t in self.timesteps:
+                check_number("timesteps", t)
+            object.__setattr__(self, "timesteps", tuple(self.timesteps))
+        if self.noise != "jax":
+            gpu_threads(self.noise)
         _check_choice("solver", self.solver, SOLVERS)
         _check_choice("guidance", self.guidance, GUIDANCE)
         _check_choice("cfg_interval_in", self.cfg_interval_in, INTERVALS)

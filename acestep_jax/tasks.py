@@ -48,7 +48,6 @@ class Task:
     turbo: bool = True
 
 
-# The order of the first three is that of the tasks' numbers in training data.
 TASKS = {
     "text2music": Task("Fill the audio semantic mask based on the given conditions:", needs_audio=False),
     "repaint": Task("Repaint the mask area based on the given conditions:", has_regions=True, silent_regions=True),
@@ -125,24 +124,31 @@ def extent(
 
     Args:
         starts: seconds; None: 0.
-        ends: seconds; None, or a number below 0: the end of the source.
+        ends: seconds; None or -1: the end of the source.
         source_frames: of the source.
         rate: latent frames in a second.
         max_seconds: the longest song.
 
     Raises:
-        InputError: if a region is empty, or the song becomes longer than max_seconds.
+        InputError: if a region is empty or does not touch the source, or the song becomes longer than max_seconds.
     """
     regions, source_seconds = [], source_frames / rate
     for start, end in zip(starts, ends, strict=True):
         start = 0.0 if start is None else float(start)
-        end = source_seconds if end is None or end < 0 else float(end)
+        end = source_seconds if end is None or end == -1 and start >= 0 else float(end)
         if not start < end:  # also where either is not a number
             raise InputError(
                 f"repainting_start, repainting_end: expected a start before the end, found {start:g} and {end:g} s "
                 f"(the song has {source_seconds:g} s)"
             )
         regions.append((start, end))
+    # What lies between would be silence that nobody asked for.
+    if (late := max(start for start, _ in regions)) > source_seconds:
+        raise InputError(f"repainting_start: expected at most the song's end, {source_seconds:g} s, found {late:g} s")
+    if (early := min(end for _, end in regions)) < 0:
+        raise InputError(
+            f"repainting_end: expected 0 s or later, where the song begins, or -1 for its end, found {early:g} s"
+        )
     left = max(0.0, -min(start for start, _ in regions))
     seconds = left + max(source_seconds, max(end for _, end in regions))
     if seconds > max_seconds:

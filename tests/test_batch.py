@@ -89,13 +89,22 @@ def test_a_song_with_other_settings_is_not_overwritten(tiny, tmp_path, capsys):
     first = (tmp_path / "out" / "a.wav").read_bytes()
     write_lines(tmp_path / "requests.jsonl", dict(prompt="drums", audio_duration=10, name="a"))
     assert run(tiny, tmp_path) == 1
-    assert "a.wav: already exists, made with other settings" in capsys.readouterr().err
+    assert "a.json: already exists, made with other settings" in capsys.readouterr().err
     assert (tmp_path / "out" / "a.wav").read_bytes() == first
     assert run(tiny, tmp_path, "--overwrite") == 0
     assert (tmp_path / "out" / "a.wav").read_bytes() != first
-    (tmp_path / "out" / "a.json").unlink()
+    (tmp_path / "out" / "a.json").rename(tmp_path / "kept.json")
     assert run(tiny, tmp_path) == 1
     assert "a.wav: already exists; remove it" in capsys.readouterr().err
+    # Stopped between the settings and the sound: made again.
+    (tmp_path / "kept.json").rename(tmp_path / "out" / "a.json")
+    (tmp_path / "out" / "a.wav").unlink()
+    assert run(tiny, tmp_path) == 0 and (tmp_path / "out" / "a.wav").exists()
+    # Somebody else's file.
+    (tmp_path / "out" / "a.wav").unlink()
+    (tmp_path / "out" / "a.json").write_text('{"mine": 1}')
+    assert run(tiny, tmp_path) == 1
+    assert (tmp_path / "out" / "a.json").read_text() == '{"mine": 1}'
 
 
 def test_one_song_of_a_batch_that_fails(tiny, tmp_path, monkeypatch):
@@ -122,9 +131,16 @@ LINES = {
     "unknown key(s) bmp; expected some of name, attend_to_padding, audio_codes": dict(prompt="x", bmp=90),
     "prompt: expected a text, found None": dict(seed=1),
     "name: expected the name of a file, without folders, found 'a/b'": dict(prompt="x", name="a/b"),
-    "name: first.wav is that of": dict(prompt="x", name="first"),
+    "name: first is that of": dict(prompt="x", name="first.flac"),
+    "name: expected the name of a file, without folders, found '..'": dict(prompt="x", name=".."),
+    "keyscale: expected a text, found 5": dict(prompt="x", keyscale=5),
+    "noise: expected a text, found None": dict(prompt="x", noise=None),
+    "timesteps: expected a list of numbers, found {'a': 1}": dict(prompt="x", timesteps={"a": 1}),
+    "lyrics: expected a text, found None": dict(prompt="x", lyrics=None),
+    "audio_duration: expected a number, found 'long'": dict(prompt="x", audio_duration="long"),
+    "seed: expected a whole number, found 1.5": dict(prompt="x", seed=1.5),
     "solver: expected one of euler": dict(prompt="x", solver="dpm"),
-    "a value of the wrong kind": dict(prompt="x", repaint_injection_ratio="half"),
+    "repaint_injection_ratio: expected a number, found 'half'": dict(prompt="x", repaint_injection_ratio="half"),
     "src_audio: expected the name of a sound file, found 3": dict(prompt="x", src_audio=3),
 }
 
@@ -137,10 +153,38 @@ def test_bad_lines(tmp_path, message):
     assert errors[0].startswith(f"{tmp_path / 'requests.jsonl'}:2: {message}")
 
 
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    """Not at what else Unicode takes for an end of line, which JSON may hold as it is; names with dots are names."""
+    line = json.dumps(dict(prompt="x", lyrics="one\u2028two\x85", name="No. 5"), ensure_ascii=False)
+    write_lines(tmp_path / "requests.jsonl", line, dict(prompt="y"))
+    songs, errors = batch.read(tmp_path / "requests.jsonl", tmp_path, {})
+    assert not errors and [song.path.name for song in songs] == ["No. 5.wav", "00002.wav"]
+    assert songs[0].request.lyrics == "one\u2028two\x85"
+
+
+def test_sources_are_not_overwritten(tiny, tmp_path, capsys, source):
+    """Neither by a song of a batch nor by one alone, even when asked to overwrite."""
+    wave = tmp_path / source
+    before = wave.read_bytes()
+    options = [
+        "--task",
+        "cover",
+        "--source",
+        str(wave),
+        "--out",
+        str(wave),
+        "--overwrite",
+        "--checkpoint",
+        str(tiny[1]),
+    ]
+    assert cli.main(["generate", "x", *options]) == 2
+    assert "source.wav is the --source itself; choose another name" in capsys.readouterr().err
+    write_lines(tmp_path / "requests.jsonl", dict(prompt="x", name=source, src_audio=source, task_type="cover"))
+    _, errors = batch.read(tmp_path / "requests.jsonl", tmp_path, {})
+    assert "is a source or reference of the song itself" in errors[0] and wave.read_bytes() == before
+
+
 VALUES = {
-    "audio_duration": dict(audio_duration="long"),
-    "bpm": dict(bpm="fast"),
-    "seed": dict(seed="x"),
     "tasks": dict(task_type="repaint", src_audio="source.wav", repainting_start=5, repainting_end=4),
 }
 

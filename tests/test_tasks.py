@@ -101,6 +101,16 @@ def test_a_ragged_batch_matches_diffusers(pipe, theirs, caplog):
     assert f"differ by {window + 1} tokens, more than the window of {window}" in caplog.text
 
 
+def test_a_weak_cover_pads_its_two_texts_apart(pipe, theirs):
+    """As diffusers does, where padding counts: the texts of a cover and of text to music differ by a few tokens."""
+    noise = normal(2, 100, CHANNELS)
+    source, prompts = song(4.0), ["short", "a prompt that is much longer"]
+    arguments = PARTS | dict(lyrics=["x", "x"], task_type="cover", audio_cover_strength=0.5, guidance_scale=1.0)
+    expected = torch_latents(theirs, prompts, noise, src_audio=source, audio_duration=12.0, shift=3.0, **arguments)
+    ours = dict(attend_to_padding=True, cover_mode="blend", audio_duration=12.0, shift=3.0, output_type="latent")
+    assert_close(pipe(prompts, latents=noise, src_audio=source, **arguments, **ours).latents, expected, 1e-4)
+
+
 def test_sixteen_songs_at_once_are_sixteen_songs(pipe):
     """Each with its own prompt, lyrics, seed, length, task and reference."""
     kinds = [
@@ -204,6 +214,7 @@ def test_regions_make_a_song_longer(pipe):
         ([None], [None], 0, 300, [(0, 300)]),
         ([8.5], [-1], 0, 300, [(212, 300)]),
         ([-2.01], [1.0], 51, 351, [(0, 76)]),
+        ([-2], [0], 50, 350, [(0, 50)]),
         ([11], [14.5], 0, 362, [(275, 362)]),
         ([0, 5.0], [0.01, 6], 0, 300, [(0, 1), (125, 150)]),
     ],
@@ -362,6 +373,29 @@ BAD = {
     "task_type: expected one of text2music, repaint, cover, extract, lego, complete, found 'remix'": dict(
         task_type="remix"
     ),
+    "audio_duration: expected a number, found 'abc'": dict(audio_duration="abc"),
+    "prompt: expected a text, found 5": dict(prompt=5),
+    "lyrics: expected a text, found None": dict(lyrics=None),
+    "bpm: expected a whole number, found '120'": dict(bpm="120"),
+    "audio_codes: expected a text, found 5": dict(audio_codes=5),
+    "num_inference_steps: expected a whole number, found 8.0": dict(num_inference_steps=8.0),
+    "guidance_scale: expected a number, found '7'": dict(guidance_scale="7"),
+    "timesteps: expected a list of numbers, found 'abc'": dict(timesteps="abc"),
+    "complete_track_classes: expected a list of tracks, found 'vocals'": dict(
+        task_type="complete", src_audio=song(2.0), complete_track_classes="vocals"
+    ),
+    "repainting_start: expected a number, found '1'": REPAINT | dict(repainting_start="1"),
+    "repainting_start, repainting_end: expected as many of both, found 0 and 0": REPAINT
+    | dict(repainting_start=[], repainting_end=[]),
+    "repainting_start: expected at most the song's end, 2 s, found 5 s": REPAINT
+    | dict(repainting_start=5, repainting_end=6),
+    "repainting_end: expected 0 s or later, where the song begins, or -1 for its end, found -5 s": REPAINT
+    | dict(repainting_start=-20, repainting_end=-5),
+    "src_audio: expected a file or an array of floating-point samples, found int16": REPAINT
+    | dict(src_audio=np.ones((2, RATE), np.int16)),
+    "unknown track 'kazoo'": dict(
+        task_type="extract", src_audio=song(2.0), track_name="kazoo", instruction="take the kazoo:"
+    ),
     "expected a start before the end, found 5 and 4 s": REPAINT | dict(repainting_start=5, repainting_end=4),
     "expected a start before the end, found nan": REPAINT | dict(repainting_start=float("nan")),
     "with these the song is 601 s long, expected at most 600 s": REPAINT | dict(repainting_end=601),
@@ -413,7 +447,7 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input(pipe, message):
     with pytest.raises(InputError, match=message.replace("<|audio_code_N|>", r"<\|audio_code_N\|>")):
-        pipe("x", **BAD[message])
+        pipe(**dict(prompt="x") | BAD[message])
 
 
 def test_bad_files(pipe, tmp_path):
@@ -447,17 +481,21 @@ def test_a_request_has_its_own_settings(pipe):
 
 
 def test_noise_of_torch(pipe):
-    """It begins the same in every bucket, and the network's dtype rounds it."""
+    """As much as the song needs, not its bucket; the network's dtype rounds it."""
     seeds, _, noise = pipe._noise([Request("x", seed=0)], [300], "torch", False)
     np.testing.assert_allclose(noise[0, 0, :4], [-0.92466259, -0.42534414, -2.64384580, 0.14518388], atol=2e-6)
-    assert seeds == (0,) and noise.shape == (1, bucket(300), CHANNELS)
+    assert seeds == (0,) and noise.shape == (1, bucket(300), CHANNELS) and not noise[:, 300:].any()
     found = pipe("x", seed=0, noise="torch", audio_duration=12, output_type="latent", num_inference_steps=1)
     given = pipe("x", latents=noise[:, :300], audio_duration=12, output_type="latent", num_inference_steps=1)
     assert_close(found.latents, given.latents, 1e-6)
     half = AceStepPipeline.__new__(AceStepPipeline)
-    half.transformer = type("Half", (), {"config": dataclasses.replace(pipe.transformer.config, dtype="bfloat16")})
-    rounded = half._noise([Request("x", seed=0)], [300], "torch", False)[2]
-    np.testing.assert_array_equal(rounded, noise.astype(jnp.bfloat16).astype(np.float32))
+    config = dataclasses.replace(pipe.transformer.config, dtype="bfloat16", audio_acoustic_hidden_dim=64)
+    half.transformer = type("Half", (), {"config": config})
+    rounded = half._noise([Request("x", seed=0)], [1968], "torch", False)[2]  # 78.7 s, the longest for any GPU
+    np.testing.assert_array_equal(rounded, rounded.astype(jnp.bfloat16).astype(np.float32))
+    np.testing.assert_allclose(rounded[0, 0, :4], noise[0, 0, :4], rtol=0.004)
+    with pytest.raises(InputError, match="depend on the GPU; name it"):
+        half._noise([Request("x", seed=0)], [1969], "torch", False)
 
 
 @pytest.mark.parametrize("solver", ["ab3", "sde"])
