@@ -64,7 +64,7 @@ INSTRUMENTS = {
     # basses
     "synth bass": Instrument("saw", 400, 2500, sustain=0.6, decay=0.25),
     "sub bass": Instrument("triangle", 250, 600, attack=0.012, decay=1.5, sustain=0.7, level=1.2),
-    "acid bass": Instrument("saw", 350, 4500, sweep=0.09, decay=0.3, sustain=0.4),
+    "acid bass": Instrument("saw", 350, 3000, sweep=0.09, decay=0.3, sustain=0.4),
     "saw bass": Instrument("saw", 900, 3000, sustain=0.7, detune=10),
     "upright bass": Instrument("string", 500, 1800, decay=0.7, sustain=0.1, release=0.12, level=1.3),
     "finger bass": Instrument("string", 700, 3000, sweep=0.1, decay=0.5, sustain=0.3, level=1.2),
@@ -80,7 +80,7 @@ INSTRUMENTS = {
     "synth stab": Instrument("saw", 500, 5000, decay=0.25, detune=14),
     "synth pluck": Instrument("saw", 500, 5000, sweep=0.08, decay=0.3, release=0.12),
     "soft pluck": Instrument("triangle", 1500, 4000, attack=0.01, decay=0.9, release=0.4),
-    "acid lead": Instrument("square", 500, 5000, sweep=0.07, decay=0.25, level=0.9),
+    "acid lead": Instrument("square", 500, 4000, sweep=0.07, decay=0.25, level=0.9),
     "muted guitar": Instrument("string", 900, 4000, sweep=0.05, decay=0.12, release=0.04, level=1.3),
     "nylon guitar": Instrument("string", 900, 3500, sweep=0.12, decay=0.7, release=0.2, level=1.3),
     "steel guitar": Instrument("string", 1800, 7000, sweep=0.2, decay=0.8, release=0.2, level=1.2),
