@@ -171,7 +171,7 @@ STYLES = {
         reverb=0.5,
     ),
     "waltz": Style(
-        ("waltz", "slow waltz", "romantic waltz"),
+        ("waltz", "ballroom waltz", "romantic waltz"),
         ("romantic", "graceful", "dreamy"),
         (84, 132),
         "brushes",
