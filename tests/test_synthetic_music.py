@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from acestep_jax import AceStepPipeline, AudioPipelineOutput
 from benchmarks import prompt_adherence
 from benchmarks.music_analysis import RATE, Heard, listen
 from examples.synthetic_music import __main__ as command
@@ -66,8 +67,8 @@ def test_notes_are_in_key_and_in_time():
         bass = [note for track in song.tracks if track.role == "bass" for note in track.notes]
         assert not bass or bass[0].pitch % 12 == song.key.tonic
         if song.has_drums:
-            kicks = [n for n in song.tracks[0].notes if DRUMS[n.pitch] == "kick"]
-            assert kicks and all((4 * note.start) % 1 == 0 for note in kicks)
+            hits = [note.start % 1 for note in song.tracks[0].notes if DRUMS[note.pitch] in ("kick", "snare", "hat")]
+            assert np.mean(np.isin(hits, [0, 0.5, 0.5 + STYLES[song.style].swing])) > 0.5
 
 
 def test_a_longer_song_begins_as_a_shorter_one():
@@ -181,15 +182,6 @@ def test_listening_to_known_signals():
     assert not silence.has_drums and not silence.has_key(Key(0, "major").pitch_classes)
 
 
-def test_listening_to_songs():
-    seeds = (2_000_003, 2_000_004, 2_000_006, 2_000_009)
-    requests = [request(seed) for seed in seeds]
-    heard = [listen(render(compose(seed, 10), 10), SAMPLE_RATE) for seed in seeds]
-    for check in prompt_adherence.CHECKS.values():
-        right, chance = prompt_adherence.score(check, heard, requests)
-        assert right == 1 and chance < 1
-
-
 def test_score_against_other_requests():
     requests = [dataclasses.replace(request(0), bpm=bpm) for bpm in (70, 100, 170)]
     heard = [Heard(bpm, np.full(12, 1 / 12), 0.0) for bpm in (140, 100, 100)]
@@ -197,7 +189,20 @@ def test_score_against_other_requests():
     assert prompt_adherence.score(check, heard, requests) == (2 / 3, 1 / 6)
 
 
-def test_prompt_adherence_of_a_model(tiny, capsys):
-    assert prompt_adherence.main(["--checkpoint", str(tiny[1]), "--prompts", "2"]) == 0
-    out = capsys.readouterr().out
-    assert out.count(" bpm: ") == 2 and out.count("|---|") == 1 and "drums or none" in out
+def test_prompt_adherence_asks_the_model(monkeypatch, capsys):
+    """With the composer in the model's place, which knows the songs by their captions."""
+    seeds = {
+        request(seed).caption: seed for seed in range(prompt_adherence.FIRST_SEED, prompt_adherence.FIRST_SEED + 3)
+    }
+
+    def pipe(prompt, *, lyrics, audio_duration, seed, bpm, keyscale, timesignature):
+        song = compose(seeds[prompt], audio_duration)
+        assert (bpm, keyscale, timesignature) == (song.bpm, str(song.key), str(song.beats))
+        assert lyrics == "[Instrumental]" and seed < 3
+        return AudioPipelineOutput(render(song, audio_duration)[None], None, SAMPLE_RATE, (seed,))
+
+    monkeypatch.setattr(AceStepPipeline, "from_checkpoint", lambda path: pipe)
+    assert prompt_adherence.main(["--checkpoint", "there", "--prompts", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(" bpm: ") == 3
+    assert all(f"| {name} | 100% |" in printed for name in prompt_adherence.CHECKS)

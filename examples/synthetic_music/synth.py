@@ -20,7 +20,7 @@ PEAK = 10 ** (-1 / 20)  # -1 dBFS
 LOUDNESS = 10 ** (-17 / 20)  # root mean square before the limiter
 TABLE = 2048  # points of a period
 TOP = 16000.0  # Hz, no partial is higher
-FADE = 0.05  # seconds, at the end
+FADE_IN, FADE_OUT = 0.002, 0.05  # seconds, of the whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,6 +338,7 @@ def _mastered(sound: np.ndarray) -> np.ndarray:
     smooth = np.convolve(np.pad(lowest, 10, mode="edge"), np.full(21, 1 / 21), "valid")
     at = np.arange(sound.shape[-1])
     sound *= np.interp(at, (np.arange(len(smooth)) + 0.5) * block, smooth).astype(np.float32)
-    fade = min(round(FADE * SAMPLE_RATE), sound.shape[-1])
-    sound[:, -fade:] *= np.linspace(1, 0, fade, dtype=np.float32)
+    for fade, part in ((FADE_IN, sound), (FADE_OUT, sound[:, ::-1])):
+        size = round(fade * SAMPLE_RATE)
+        part[:, :size] *= np.linspace(0, 1, size, dtype=np.float32)
     return sound * np.float32(PEAK / max(np.abs(sound).max(), 1e-9))
