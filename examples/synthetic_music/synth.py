@@ -76,7 +76,7 @@ INSTRUMENTS = {
     "piano": Instrument("saw", 900, 4500, sweep=0.25, decay=0.9, release=0.15, level=1.1),
     "electric piano": Instrument("tine", 900, 5000, sweep=0.2, decay=1.1, release=0.15, level=1.1),
     "organ": Instrument("organ", 5000, attack=0.01, sustain=1.0, release=0.05, level=0.7),
-    "accordion": Instrument("pulse", 3000, attack=0.03, sustain=1.0, release=0.06, detune=12, level=0.7),
+    "accordion": Instrument("pulse", 2000, attack=0.04, sustain=1.0, release=0.12, detune=12, level=0.7),
     "synth stab": Instrument("saw", 500, 5000, decay=0.25, detune=14),
     "synth pluck": Instrument("saw", 500, 5000, sweep=0.08, decay=0.3, release=0.12),
     "soft pluck": Instrument("triangle", 1500, 6000, decay=0.6, release=0.3, level=1.3),
@@ -165,8 +165,8 @@ def render(song: Song, seconds: float) -> np.ndarray:
     for track in song.tracks:
         sound = _drums(song, track, rng, size) if track.role == "drums" else _pitched(song, track, size) * pushed
         sound *= ROLES[track.role][1]
-        if not song.has_drums and track.role in ("chords", "arp"):
-            sound *= 1.6  # they keep the time where no drums do
+        if not song.has_drums and track.role == "arp":
+            sound *= 1.6  # it keeps the time where no drums do
         if style.echo and track.role in ("chords", "arp", "lead"):
             _add_echo(sound, round(0.75 * 60 / song.bpm * SAMPLE_RATE), style.echo)
         dry += sound
