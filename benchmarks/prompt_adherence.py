@@ -1,0 +1,106 @@
+"""Does the music do what the prompt says? `python -m benchmarks.prompt_adherence --checkpoint DIR`.
+
+For a model trained on songs of `examples.synthetic_music`: asks for songs that it was not trained on, and judges tempo,
+key and drums of what it makes by `benchmarks.music_analysis`. Beside each figure stands that of the same audio judged
+against the requests of all the other songs: what a model that ignores its prompt would reach.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from acestep_jax import AceStepPipeline, InputError
+from acestep_jax.pipeline import MAX_DURATION, MIN_DURATION
+from benchmarks.music_analysis import Heard, listen
+from examples.synthetic_music.caption import Request, request
+from examples.synthetic_music.compose import compose
+from examples.synthetic_music.synth import SAMPLE_RATE, render
+from examples.synthetic_music.theory import parse_key
+
+FIRST_SEED = 1_000_000  # songs to train on have lower ones
+
+Check = Callable[[Heard, Request], bool]
+CHECKS: dict[str, Check] = {
+    "tempo within 4 %, or its double or half": lambda heard, asked: heard.has_tempo(asked.bpm),
+    "key: its seven notes carry 70 %": lambda heard, asked: heard.has_key(parse_key(asked.keyscale).pitch_classes),
+    "key: the best of the twelve scales": lambda heard, asked: heard.has_best_key(
+        parse_key(asked.keyscale).pitch_classes
+    ),
+    "drums or none": lambda heard, asked: heard.has_drums == asked.has_drums,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 after an error message."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.prompt_adherence", description=__doc__.split("\n")[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", metavar="DIR", help="the model to judge")
+    source.add_argument("--composer", action="store_true", help="judge the composer's own songs: the measure's ceiling")
+    parser.add_argument("--prompts", metavar="N", type=int, default=50, help="[50]")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each song [10]")
+    options = parser.parse_args(arguments)
+    try:
+        if options.prompts < 2:
+            raise InputError(f"--prompts: expected 2 or more, found {options.prompts}")
+        if not MIN_DURATION <= options.seconds <= MAX_DURATION:
+            raise InputError(f"--seconds: expected {MIN_DURATION:g} to {MAX_DURATION:g}, found {options.seconds:g}")
+        seeds = range(FIRST_SEED, FIRST_SEED + options.prompts)
+        requests = [request(seed) for seed in seeds]
+        if options.composer:
+            songs = ((render(compose(seed, options.seconds), options.seconds), SAMPLE_RATE) for seed in seeds)
+        else:
+            songs = generate(AceStepPipeline.from_checkpoint(options.checkpoint), requests, options.seconds)
+        heard = []
+        for (audio, rate), asked in zip(songs, requests, strict=True):
+            heard.append(listen(audio, rate))
+            print(line(heard[-1], asked), flush=True)
+    except (InputError, OSError) as error:
+        print(f"prompt_adherence: {error}", file=sys.stderr)
+        return 2
+    print("\n| | right | against the other songs' requests |\n|---|---|---|")
+    for name, check in CHECKS.items():
+        right, chance = score(check, heard, requests)
+        print(f"| {name} | {right:.0%} | {chance:.0%} |")
+    for name, present in (("with", True), ("without", False)):
+        some = [h.has_drums == present for h, asked in zip(heard, requests, strict=True) if asked.has_drums == present]
+        print(f"| of {len(some)} songs {name} drums | {np.mean(some) if some else np.nan:.0%} | |")
+    return 0
+
+
+def generate(pipe: AceStepPipeline, requests: Sequence[Request], seconds: float) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields a song for each request, [channels, samples], and its rate in Hz; the seeds count from 0."""
+    for seed, asked in enumerate(requests):
+        song = pipe(
+            asked.caption,
+            lyrics="[Instrumental]",
+            audio_duration=seconds,
+            seed=seed,
+            bpm=asked.bpm,
+            keyscale=asked.keyscale,
+            timesignature=asked.timesignature,
+        )
+        yield song.audios[0], song.sample_rate
+
+
+def score(check: Check, heard: Sequence[Heard], requests: Sequence[Request]) -> tuple[float, float]:
+    """The share of songs that pass: against their own requests, and against those of all other songs, two or more."""
+    passed = np.array([[check(song, asked) for asked in requests] for song in heard], float)  # [songs, requests]
+    count = len(passed)
+    return float(passed.trace() / count), float((passed.sum() - passed.trace()) / (count * (count - 1)))
+
+
+def line(heard: Heard, asked: Request) -> str:
+    """A song's request and what was heard."""
+    share = heard.share(parse_key(asked.keyscale).pitch_classes)
+    failed = [name.partition(" ")[0].strip(":") for name, check in CHECKS.items() if not check(heard, asked)]
+    return (
+        f"{asked.bpm:4} bpm: {heard.tempo:5.1f}   {asked.keyscale:8}: {share:.2f}   "
+        f"{'drums' if asked.has_drums else 'none':5}: {heard.percussive:.2f}   "
+        f"{asked.caption[:60]:60} {'not ' + ', '.join(failed) if failed else ''}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
