@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from acestep_jax import AceStepPipeline, InputError
-from acestep_jax.pipeline import MAX_DURATION, MIN_DURATION
+from acestep_jax.request import MAX_DURATION, MIN_DURATION
 from benchmarks.music_analysis import Heard, listen
 from examples.synthetic_music.caption import Request, request
 from examples.synthetic_music.compose import compose

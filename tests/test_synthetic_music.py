@@ -199,7 +199,8 @@ def test_prompt_adherence_asks_the_model(monkeypatch, capsys):
         song = compose(seeds[prompt], audio_duration)
         assert (bpm, keyscale, timesignature) == (song.bpm, str(song.key), str(song.beats))
         assert lyrics == "[Instrumental]" and seed < 3
-        return AudioPipelineOutput(render(song, audio_duration)[None], None, SAMPLE_RATE, (seed,))
+        audio = render(song, audio_duration)
+        return AudioPipelineOutput(audio[None], None, SAMPLE_RATE, (seed,), (audio.shape[1],), (0,))
 
     monkeypatch.setattr(AceStepPipeline, "from_checkpoint", lambda path: pipe)
     assert prompt_adherence.main(["--checkpoint", "there", "--prompts", "3"]) == 0

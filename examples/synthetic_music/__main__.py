@@ -10,7 +10,7 @@ from pathlib import Path
 
 from acestep_jax import audio
 from acestep_jax.errors import InputError
-from acestep_jax.pipeline import MAX_DURATION
+from acestep_jax.request import MAX_DURATION
 from examples.synthetic_music.caption import request
 from examples.synthetic_music.compose import compose
 from examples.synthetic_music.styles import STYLES
