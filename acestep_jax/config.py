@@ -241,9 +241,14 @@ class TextEncoderConfig(AttentionConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig(NetworkConfig):
-    """Oobleck, from waveform to latents and back. The defaults are ACE-Step's: 48 kHz stereo, 25 frames a second."""
+    """Oobleck, from waveform to latents and back. The defaults are ACE-Step's: 48 kHz stereo, 25 frames a second.
+
+    encoder_hidden_size: what the encoder gives for a frame, means and spreads.
+    encoder_channels: of the encoder's first layer; None: encoder_hidden_size, the one width that diffusers knows.
+    """
 
     encoder_hidden_size: int = 128
+    encoder_channels: int | None = None
     downsampling_ratios: tuple[int, ...] = (2, 4, 4, 6, 10)
     channel_multiples: tuple[int, ...] = (1, 2, 4, 8, 16)
     decoder_channels: int = 128
@@ -260,6 +265,16 @@ class AutoencoderConfig(NetworkConfig):
                 "AutoencoderConfig: channel_multiples and downsampling_ratios must be of one length, found "
                 f"{self.channel_multiples} and {self.downsampling_ratios}"
             )
+
+    def to_hf(self) -> dict[str, Any]:
+        """See `NetworkConfig.to_hf`; raises InputError if diffusers has no such network."""
+        values = super().to_hf()
+        if values.pop("encoder_channels") is not None:
+            raise InputError(
+                f"AutoencoderConfig.encoder_channels: diffusers' encoder begins with encoder_hidden_size "
+                f"({self.encoder_hidden_size}) channels, this one with {self.encoder_channels}"
+            )
+        return values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

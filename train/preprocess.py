@@ -68,7 +68,7 @@ def preprocess(
         raise InputError(f"crop_seconds: expected 1 to {MAX_CROP_SECONDS:g} seconds, found {list(crop_seconds)}")
     if dtype is not None:
         check_dtype(dtype)
-    sources = _find(audio_dir)
+    sources = find_audio(audio_dir)
     _check_destination(data_dir)
     sidecars = Sidecars(audio_dir, sources)
     configs = checkpoints.read_manifest(checkpoint).configs
@@ -234,8 +234,8 @@ class _Writer:
         )
 
 
-def _find(audio_dir: Path) -> list[str]:
-    """The audio files below a folder, as paths in it."""
+def find_audio(audio_dir: Path) -> list[str]:
+    """The audio files below a folder, as paths in it, sorted; raises InputError if there are none."""
     if not audio_dir.is_dir():
         raise InputError(f"{audio_dir}: no such folder; expected one with songs")
     files = (file for file in audio_dir.rglob("*") if file.suffix.lower() in SUFFIXES)

@@ -134,7 +134,8 @@ class OobleckEncoder(nnx.Module):
     """
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
-        channels = [config.encoder_hidden_size * m for m in (1, *config.channel_multiples)]
+        first = config.encoder_channels or config.encoder_hidden_size
+        channels = [first * m for m in (1, *config.channel_multiples)]
         self.conv1 = Conv(config.audio_channels, channels[0], 7, config, padding=3, rngs=rngs)
         self.block = nnx.List(
             OobleckEncoderBlock(channels[i], channels[i + 1], stride, config, rngs=rngs)
@@ -182,6 +183,12 @@ class DiagonalGaussian(NamedTuple):
 
     mean: jax.Array  # [B, T, 64]
     std: jax.Array  # [B, T, 64]
+
+    @classmethod
+    def of(cls, y: jax.Array) -> "DiagonalGaussian":
+        """From what the encoder gives, [B, T, 2 * 64]."""
+        mean, scale = jnp.split(y, 2, axis=-1)
+        return cls(mean, jax.nn.softplus(scale) + 1e-4)
 
     def sample(self, key: jax.Array) -> jax.Array:
         """[B, T, 64]: mean + std * noise."""
@@ -234,9 +241,7 @@ class AutoencoderOobleck(nnx.Module):
             return windows.keep(y[0, : windows.size], first)
 
         y = jax.lax.map(run, jnp.arange(x.shape[0] * windows.count))
-        y = y.reshape(x.shape[0], -1, y.shape[-1])[:, :frames]
-        mean, scale = jnp.split(y, 2, axis=-1)
-        return DiagonalGaussian(mean, jax.nn.softplus(scale) + 1e-4)
+        return DiagonalGaussian.of(y.reshape(x.shape[0], -1, y.shape[-1])[:, :frames])
 
     def decode(
         self, latents: jax.Array, lengths: jax.Array | None = None, *, tile_frames: int | None = None
