@@ -5,6 +5,7 @@ the weights. The fields of `NetworkConfig` are JAX's own and never appear there.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -245,10 +246,13 @@ class AutoencoderConfig(NetworkConfig):
 
     encoder_hidden_size: what the encoder gives for a frame, means and spreads.
     encoder_channels: of the encoder's first layer; None: encoder_hidden_size, the one width that diffusers knows.
+    patch_size: samples that the outermost layers take as one step, side by side in their channels; diffusers knows 1.
+        What costs most at few channels are the layers at full rate.
     """
 
     encoder_hidden_size: int = 128
     encoder_channels: int | None = None
+    patch_size: int = 1
     downsampling_ratios: tuple[int, ...] = (2, 4, 4, 6, 10)
     channel_multiples: tuple[int, ...] = (1, 2, 4, 8, 16)
     decoder_channels: int = 128
@@ -266,14 +270,17 @@ class AutoencoderConfig(NetworkConfig):
                 f"{self.channel_multiples} and {self.downsampling_ratios}"
             )
 
+    @property
+    def hop_length(self) -> int:
+        """Samples of a latent frame."""
+        return self.patch_size * math.prod(self.downsampling_ratios)
+
     def to_hf(self) -> dict[str, Any]:
         """See `NetworkConfig.to_hf`; raises InputError if diffusers has no such network."""
         values = super().to_hf()
-        if values.pop("encoder_channels") is not None:
-            raise InputError(
-                f"AutoencoderConfig.encoder_channels: diffusers' encoder begins with encoder_hidden_size "
-                f"({self.encoder_hidden_size}) channels, this one with {self.encoder_channels}"
-            )
+        for name, known in (("encoder_channels", None), ("patch_size", 1)):
+            if (value := values.pop(name)) != known:
+                raise InputError(f"AutoencoderConfig.{name}: diffusers knows {known} alone, found {value}")
         return values
 
 

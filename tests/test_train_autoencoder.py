@@ -109,7 +109,7 @@ def test_spectral_distance_is_that_of_torch():
         convergence = [(torch.linalg.norm((a - b)[:, i]) / torch.linalg.norm(b[:, i])).item() for i in (0, 1)]
         expected.append(np.mean(convergence) + (a.log() - b.log()).abs().mean().item())
     assert_close(reconstruction.spectral_distance(x, y, (256, 64)), np.float32(np.mean(expected)))
-    assert float(reconstruction.spectral_distance(y, y, (256, 64))) == 0
+    assert float(reconstruction.spectral_distance(y, y, (256, 64))) < 1e-6
 
 
 def test_spectral_distance_has_a_gradient_at_silence():
@@ -302,7 +302,7 @@ def test_the_encoder_can_be_narrower_than_its_output():
     )
     vae = jax.eval_shape(lambda: AutoencoderOobleck(network, rngs=nnx.Rngs(0)))
     assert vae.encoder.conv1.kernel.shape == (7, 2, 4) and vae.encoder.conv2.kernel.shape == (3, 64, 16)
-    with pytest.raises(InputError, match="encoder_channels: diffusers' encoder begins with"):
+    with pytest.raises(InputError, match="encoder_channels: diffusers knows None alone"):
         network.to_hf()
 
 

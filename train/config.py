@@ -214,13 +214,15 @@ class OobleckConfig:
 
     Args:
         latent_channels: of a latent frame.
-        downsampling_ratios: even; their product is the samples of a latent frame.
+        patch_size: samples that the outermost layers take as one step.
+        downsampling_ratios: even; their product, times patch_size, is the samples of a latent frame.
         channel_multiples: of the widths below, after each of the ratios.
-        encoder_channels: of the encoder at full rate.
-        decoder_channels: of the decoder at full rate.
+        encoder_channels: of the encoder's outermost layers.
+        decoder_channels: of the decoder's outermost layers.
     """
 
     latent_channels: int = 64
+    patch_size: int = 1
     downsampling_ratios: tuple[int, ...] = (2, 4, 4, 6, 10)
     channel_multiples: tuple[int, ...] = (1, 2, 4, 8, 16)
     encoder_channels: int = 128
@@ -233,6 +235,7 @@ class OobleckConfig:
             encoder_channels=self.encoder_channels,
             decoder_input_channels=self.latent_channels,
             decoder_channels=self.decoder_channels,
+            patch_size=self.patch_size,
             downsampling_ratios=self.downsampling_ratios,
             channel_multiples=self.channel_multiples,
         )
@@ -311,8 +314,8 @@ class AutoencoderTrainConfig:
 
     @property
     def crop_samples(self) -> int:
-        hop = math.prod(self.model.downsampling_ratios)
-        return round(self.crop_seconds * self.model.network.sampling_rate / hop) * hop
+        network = self.model.network
+        return round(self.crop_seconds * network.sampling_rate / network.hop_length) * network.hop_length
 
 
 Config = TypeVar("Config", TrainConfig, AutoencoderTrainConfig)

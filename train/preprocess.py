@@ -76,7 +76,7 @@ def preprocess(
     index = Index(
         checkpoint=data_folder.fingerprint(checkpoint),
         dtype=dtype or configs["text_encoder"].dtype,
-        latents_per_second=vae.sampling_rate / np.prod(vae.downsampling_ratios).item(),
+        latents_per_second=vae.sampling_rate / vae.hop_length,
         latent_channels=vae.decoder_input_channels,
         crop_seconds=tuple(sorted({float(crop) for crop in crop_seconds})),
     )

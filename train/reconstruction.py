@@ -39,7 +39,9 @@ def spectral_distance(x: jax.Array, y: jax.Array, windows: Sequence[int]) -> jax
     total = 0.0
     for window in windows:
         a, b = (power(z, window) + FLOOR**2 for z in (x, y))
-        error, norm = (jnp.sqrt(z.sum(axis=(0, 2, 3))) for z in (jnp.square(jnp.sqrt(a) - jnp.sqrt(b)), b))
+        # Next to nothing is added where it may be nothing: the root's derivative is infinite there.
+        error = jnp.sqrt(jnp.square(jnp.sqrt(a) - jnp.sqrt(b)).sum(axis=(0, 2, 3)) + 1e-12)
+        norm = jnp.sqrt(b.sum(axis=(0, 2, 3)))
         total += (error / norm).mean() + 0.5 * jnp.abs(jnp.log(a) - jnp.log(b)).mean()
     return total / len(windows)
 
