@@ -326,8 +326,7 @@ def load(
     for argument, value in (("dtype", dtype), ("param_dtype", param_dtype)):
         if value is not None:
             check_dtype(value, argument)
-    names = None if names is None else list(names)
-    manifest = read_manifest(path, names)
+    manifest = read_manifest(path, None if names is None else ())  # those named are looked for below
     names = list(manifest.configs if names is None else names)
     if absent := [name for name in names if name not in manifest.configs]:
         raise InputError(f"{path}: has no {', '.join(absent)}, only {', '.join(manifest.configs)}")

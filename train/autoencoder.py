@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 RESULT = "vae"
 VALIDATION_BATCHES = 8
+INITIAL_SPREAD = -2.0  # before softplus: a deviation of 0.13
 MIN_POWER = 1e-6  # of a crop to validate on: silence has no SI-SDR
 
 
@@ -246,13 +247,15 @@ def run(trainer: Trainer, folder: Path, songs: Songs, held_out: Songs | None, ma
 
 
 def initial(config: AutoencoderConfig, seed: int) -> AutoencoderOobleck:
-    """A network that begins near a chain of plain convolutions: full residual branches would, one after the other,
-    amplify their input a thousandfold."""
+    """A network that begins near a chain of plain convolutions, with little noise on its latents: full residual
+    branches would, one after the other, amplify their input a thousandfold, and noise hide what there is to learn."""
     network = AutoencoderOobleck(config, rngs=nnx.Rngs(seed))
-    for path, variable in nnx.to_flat_state(nnx.state(network)):
-        name = ".".join(map(str, path))
+    for name, variable in checkpoint.leaves(network).items():
+        value = variable.get_value()
         if ".res_unit" in name and name.endswith("conv2.kernel") or name == "decoder.conv2.kernel":
-            variable.set_value(0.1 * variable.get_value())
+            variable.set_value(0.1 * value)
+        elif name == "encoder.conv2.bias":
+            variable.set_value(value.at[value.size // 2 :].set(INITIAL_SPREAD))
     return network
 
 
