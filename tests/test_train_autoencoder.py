@@ -23,6 +23,7 @@ from train import config as settings
 from train.__main__ import main
 from train.checkpoints import Checkpoints
 from train.config import AdamConfig, AutoencoderTrainConfig, OobleckConfig, ReconstructionConfig
+from train.crops import Songs, read_songs
 from train.loop import DivergedError
 
 MODEL = OobleckConfig(
@@ -189,7 +190,7 @@ def test_result_reconstructs_as_the_run_did(run, songs):
     with Checkpoints(folder / "checkpoints", 2, writes=False) as saved:
         weights, square = saved.weights(40, "ema"), saved.notes(40)["square"]
     network = checkpoint.assemble(checkpoint.abstract("vae", vae.config), weights)
-    crops, _, _ = autoencoder.read_songs(config)
+    crops, _, _ = read_songs(config)
     x = crops.draw(2, 9).astype(np.float32)
     posterior, sound = jax.jit(lambda n: (p := autoencoder.encode(n, x), autoencoder.decode(n, p.mean)))(network)
     again, same_sound = jax.jit(lambda n: (p := n.encode(x), n.decode(p.mean)))(vae)
@@ -275,8 +276,8 @@ def test_a_run_of_other_settings_or_songs_does_not_go_on(run, songs, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(songs, tmp_path, monkeypatch):
-    draw = autoencoder.Songs.draw
-    monkeypatch.setattr(autoencoder.Songs, "draw", lambda *args: draw(*args) if len(args) < 4 else draw(*args) * np.inf)
+    draw = Songs.draw
+    monkeypatch.setattr(Songs, "draw", lambda *args: draw(*args) if len(args) < 4 else draw(*args) * np.inf)
     with pytest.raises(DivergedError, match="not a number since step 1, 5 steps in a row"):
         autoencoder.train(run_settings(songs, tmp_path / "run"))
 
