@@ -47,7 +47,9 @@ def main() -> None:
     encode, decode = (jax.jit(f, compiler_options=COMPILER_OPTIONS) for f in (type(vae).encode, type(vae).decode))
     frames = RATE * vae.config.decoder_input_channels / vae.hop_length
     measure.print_header()
-    print(f"{len(songs)} songs, {options.seconds:g} s of each; {soundfile.__libsndfile_version__}; medians\n")
+    print(
+        f"{len(songs)} songs, {options.seconds:g} s of each; libsndfile {soundfile.__libsndfile_version__}; medians\n"
+    )
     row = measure.print_table(["", "rate", "SI-SDR, dB", "distance of spectra"])
     row("autoencoder", f"{frames:.0f} values/s", *score(songs, lambda song: through(encode, decode, vae, song)))
     for name, settings in CODECS.items():

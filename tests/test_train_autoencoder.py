@@ -277,7 +277,9 @@ def test_a_run_of_other_settings_or_songs_does_not_go_on(run, songs, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run(songs, tmp_path, monkeypatch):
     draw = Songs.draw
-    monkeypatch.setattr(Songs, "draw", lambda *args: draw(*args) if len(args) < 4 else draw(*args) * np.inf)
+    monkeypatch.setattr(
+        Songs, "draw", lambda *args: draw(*args) if len(args) < 4 else np.full_like(draw(*args), np.nan)
+    )
     with pytest.raises(DivergedError, match="not a number since step 1, 5 steps in a row"):
         autoencoder.train(run_settings(songs, tmp_path / "run"))
 
