@@ -177,7 +177,7 @@ def save(
     path: str | Path,
     configs: dict[str, NetworkConfig],
     arrays: Iterable[tuple[str, np.ndarray | jax.Array]],
-    tokenizer: str,
+    tokenizer: str | None,
     tokenizer_config: dict[str, Any],
     extra_files: dict[str, Any] | None = None,
 ) -> None:
@@ -186,7 +186,7 @@ def save(
     Args:
         configs: by the names of `NETWORKS`.
         arrays: pairs of dotted name (network first) and value, every leaf once.
-        tokenizer: the text of `tokenizer.json`.
+        tokenizer: the text of `tokenizer.json`; None: there is none, beside single networks.
         tokenizer_config: see `Manifest`.
         extra_files: name to a function that writes the file of that name, given its path.
 
@@ -210,7 +210,8 @@ def save(
         if wanted:
             raise KeyError(f"no value for {sorted(wanted)}")
         ocp.partial.finalize(weights)
-        (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
+        if tokenizer is not None:
+            (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
         for name, write in (extra_files or {}).items():
             write(folder / name)
         values = {
@@ -255,8 +256,16 @@ def save_changed(source: str | Path, destination: str | Path, name: str, arrays:
     )
 
 
-def read_manifest(path: str | Path) -> Manifest:
-    """Reads `config.json`; raises InputError if `path` holds no checkpoint of this library."""
+def read_manifest(path: str | Path, required: Iterable[str] | None = None) -> Manifest:
+    """Reads `config.json`.
+
+    Args:
+        required: networks that must be there; None: all but the optional ones.
+
+    Raises:
+        InputError: if `path` holds no checkpoint of this library, or lacks one of them.
+    """
+    required = NETWORKS.keys() - set(OPTIONAL_NETWORKS) if required is None else set(required)
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; expected an acestep-jax checkpoint")
@@ -277,7 +286,7 @@ def read_manifest(path: str | Path) -> Manifest:
     tokenizer_config = values.pop("tokenizer_config", {})
     if unknown := sorted(values.keys() - NETWORKS.keys()):
         raise InputError(f"{path / CONFIG}: unknown network(s) {', '.join(unknown)}")
-    if missing := sorted(NETWORKS.keys() - set(OPTIONAL_NETWORKS) - values.keys()):
+    if missing := sorted(required - set(OPTIONAL_NETWORKS) - values.keys()):
         raise InputError(f"{path / CONFIG}: the network(s) {', '.join(missing)} are missing")
     configs = {}
     for name, (_, config) in NETWORKS.items():
@@ -317,7 +326,7 @@ def load(
     for argument, value in (("dtype", dtype), ("param_dtype", param_dtype)):
         if value is not None:
             check_dtype(value, argument)
-    manifest = read_manifest(path)
+    manifest = read_manifest(path, None if names is None else ())  # those named are looked for below
     names = list(manifest.configs if names is None else names)
     if absent := [name for name in names if name not in manifest.configs]:
         raise InputError(f"{path}: has no {', '.join(absent)}, only {', '.join(manifest.configs)}")

@@ -5,6 +5,7 @@ the weights. The fields of `NetworkConfig` are JAX's own and never appear there.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -254,9 +255,17 @@ class TextEncoderConfig(AttentionConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig(NetworkConfig):
-    """Oobleck, from waveform to latents and back. The defaults are ACE-Step's: 48 kHz stereo, 25 frames a second."""
+    """Oobleck, from waveform to latents and back. The defaults are ACE-Step's: 48 kHz stereo, 25 frames a second.
+
+    encoder_hidden_size: what the encoder gives for a frame, means and spreads.
+    encoder_channels: of the encoder's first layer; None: encoder_hidden_size, the one width that diffusers knows.
+    patch_size: samples that the outermost layers take as one step, side by side in their channels; diffusers knows 1.
+        What costs most at few channels are the layers at full rate.
+    """
 
     encoder_hidden_size: int = 128
+    encoder_channels: int | None = None
+    patch_size: int = 1
     downsampling_ratios: tuple[int, ...] = (2, 4, 4, 6, 10)
     channel_multiples: tuple[int, ...] = (1, 2, 4, 8, 16)
     decoder_channels: int = 128
@@ -273,6 +282,19 @@ class AutoencoderConfig(NetworkConfig):
                 "AutoencoderConfig: channel_multiples and downsampling_ratios must be of one length, found "
                 f"{self.channel_multiples} and {self.downsampling_ratios}"
             )
+
+    @property
+    def hop_length(self) -> int:
+        """Samples of a latent frame."""
+        return self.patch_size * math.prod(self.downsampling_ratios)
+
+    def to_hf(self) -> dict[str, Any]:
+        """See `NetworkConfig.to_hf`; raises InputError if diffusers has no such network."""
+        values = super().to_hf()
+        for name, known in (("encoder_channels", None), ("patch_size", 1)):
+            if (value := values.pop(name)) != known:
+                raise InputError(f"AutoencoderConfig.{name}: diffusers knows {known} alone, found {value}")
+        return values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -87,5 +87,5 @@ def decoder_flops(config: AutoencoderConfig, frames: int, batch: int = 1) -> flo
         total += samples * 2 * stride * inputs * outputs  # each input frame meets 2 * stride taps
         samples *= stride
         total += samples * 3 * (7 + 1) * outputs**2
-    total += samples * 7 * channels[-1] * config.audio_channels
+    total += samples * 7 * channels[-1] * config.patch_size * config.audio_channels
     return 2.0 * batch * total

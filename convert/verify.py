@@ -6,7 +6,6 @@ before the next, so memory stays near twice the largest network in float32.
 
 import dataclasses
 import gc
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -130,7 +129,7 @@ def rows(opened: TorchCheckpoint) -> Iterator[Row]:
     del both
 
     both = _Both(opened, "vae")
-    ratio = math.prod(opened.configs["vae"].downsampling_ratios)
+    ratio = opened.configs["vae"].hop_length
     audio = 0.1 * normal(1, opened.configs["vae"].audio_channels, 100 * ratio)
     latents, row = both.compare(
         "autoencoder encode",

@@ -238,6 +238,46 @@ def test_tiles_without_room_between_overlaps_are_refused():
     assert ours.config.audio_channels == jax.eval_shape(decode, ours, latents(ours, 40), 40).shape[1]
 
 
+SMALL = dict(
+    encoder_hidden_size=8, encoder_channels=6, decoder_channels=6, downsampling_ratios=[2, 4], channel_multiples=[2, 3]
+)
+
+
+@functools.cache
+def patched():
+    """Patches of three samples, and the same network on what they hold side by side."""
+    sizes = SMALL | dict(decoder_input_channels=4)
+    ours = checkpoint.abstract("vae", AutoencoderConfig(**sizes, patch_size=3, audio_channels=2))
+    arrays = {name: 0.1 * normal(*v.shape, seed=i) for i, (name, v) in enumerate(checkpoint.leaves(ours).items())}
+    plain = checkpoint.abstract("vae", AutoencoderConfig(**sizes, audio_channels=6))
+    return checkpoint.assemble(ours, arrays), checkpoint.assemble(plain, arrays)
+
+
+def test_patches_are_channels():
+    """What is left of a patch does not count."""
+    ours, plain = patched()
+    assert ours.hop_length == 3 * plain.hop_length == 24
+    x, z = audio(ours, extra=2), latents(ours)
+    side_by_side = x[:, :, : FRAMES * 24].reshape(2, 2, -1, 3).transpose(0, 3, 1, 2).reshape(2, 6, -1)
+    assert_close(encode(ours, x).mean, encode(plain, side_by_side).mean, 1e-6)
+    sound = np.asarray(decode(plain, z)).reshape(2, 3, 2, -1).transpose(0, 2, 3, 1).reshape(2, 2, -1)
+    assert_close(decode(ours, z), sound, 1e-6)
+
+
+def test_patches_in_tiles_and_padding():
+    ours, _ = patched()
+    z, x = latents(ours, 87), audio(ours, 87, 7)
+    assert_close(decode(ours, z, 45), decode(ours, z), 1e-6)
+    assert_close(encode(ours, x, 45).mean, encode(ours, x).mean, 1e-6)
+    length = 50 * ours.hop_length + 5
+    padded = np.where(np.arange(x.shape[-1]) < length, x, np.nan)
+    for tile in (512, 45):
+        found = encode(ours, padded, tile, np.array([length] * 2, np.int32)).mean[:, :50]
+        assert_close(found, encode(ours, x[:, :, :length]).mean, 1e-6)
+        found = decode(ours, z, tile, np.array([50] * 2, np.int32))[:, :, : 50 * ours.hop_length]
+        assert_close(found, decode(ours, z[:, :50]), 1e-6)
+
+
 def test_config_and_dtype():
     """The keys are torch's, what is not supported is refused, and a bfloat16 config computes in bfloat16."""
     with torch.device("meta"):

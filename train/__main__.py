@@ -29,17 +29,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--dtype", help=f"of the encoders: {', '.join(DTYPES)} [as stored]")
 
-    # Its settings are those of `train.config`, which parses them.
+    # The settings of the next two are those of `train.config`, which parses them.
+    commands.add_parser(
+        "autoencoder", help="train an autoencoder on a folder of audio", add_help=False, allow_abbrev=False
+    )
     command = commands.add_parser(
         "fit", help="fine-tune the transformer on such data", add_help=False, allow_abbrev=False
     )
     command.add_argument("--distributed", nargs="?", const="")
 
-    command = commands.add_parser("export", help="write the adapter or the checkpoint of one of a run's steps")
+    command = commands.add_parser("export", help="write the result of one of a run's steps")
     command.add_argument("run", metavar="RUN_DIR", help="the folder of a run, which may still go on")
     command.add_argument("destination", metavar="DST", help="the folder to make")
     command.add_argument("--step", type=int, help="[the best on the held-out songs, or the latest]")
-    command.add_argument("--ema", action="store_true", help="the averages of the weights")
+    command.add_argument(
+        "--ema", action="store_true", help="the averages of the weights; an autoencoder is always made of them"
+    )
     return parser
 
 
@@ -50,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(options)
     try:
         command = options.pop("command")
-        if settings and command != "fit":
+        if settings and command not in ("fit", "autoencoder"):
             raise InputError(f"unknown argument(s) {' '.join(settings)}; see `python -m train {command} --help`")
         if command == "preprocess":
             from train.preprocess import preprocess
@@ -59,9 +64,22 @@ def main(arguments: list[str] | None = None) -> int:
             preprocess(**options)
         elif command == "export":
             jax.config.update("jax_platforms", "cpu")  # a run that goes on may hold the accelerators
-            from train.loop import export
+            from train import autoencoder, loop
 
-            print(f"{options['destination']}: step {export(**options)}")
+            if autoencoder.is_run(options["run"]):
+                del options["ema"]
+                step = autoencoder.export(**options)
+            else:
+                step = loop.export(**options)
+            print(f"{options['destination']}: step {step}")
+        elif command == "autoencoder":
+            from train import config
+
+            settings = config.parse(settings, config.AutoencoderTrainConfig)
+            use_compilation_cache()
+            from train.autoencoder import train
+
+            print(train(settings))
         else:
             from train import config
 

@@ -53,6 +53,17 @@ class Checkpoints:
         losses = {found.step: found.metrics[METRIC] for found in self._checkpointer.checkpoints if found.metrics}
         return min(losses, key=losses.get) if losses else None
 
+    def choose(self, step: int | None) -> int:
+        """This step or, if it is None, the best, or the latest if none was validated; raises InputError if it is not
+        kept."""
+        if not self.steps:
+            raise InputError(f"{self.folder.parent}: no checkpoint is complete yet")
+        step = step or self.best or self.steps[-1]
+        if step not in self.steps:
+            kept = ", ".join(map(str, self.steps))
+            raise InputError(f"{self.folder.parent}: no checkpoint of step {step}; there are {kept}")
+        return step
+
     def save(self, step: int, state: TrainState, notes: dict[str, Any], validation_loss: float | None) -> None:
         """Copies the state out of the devices, then goes on in the background.
 

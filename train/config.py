@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
-from typing import Literal, get_args, get_origin
+from typing import ClassVar, Literal, TypeVar, get_args, get_origin
 
 import jsonargparse
 
-from acestep_jax.config import LoRAConfig
+from acestep_jax.config import AutoencoderConfig, LoRAConfig
 from acestep_jax.errors import InputError
 from acestep_jax.request import MAX_DURATION, MIN_DURATION
 
@@ -69,7 +69,7 @@ class ObjectiveConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class AdamConfig:
     """AdamW with a warm-up, then a cosine to a hundredth of the learning rate.
 
     Args:
@@ -80,7 +80,6 @@ class OptimizerConfig:
         beta2: decay of the second moment.
         eps: added to the root of the second moment.
         max_grad_norm: gradients are scaled down to this norm.
-        accumulation: batches of one step.
         ema_decay: keeps an exponential moving average of the weights, beside them.
     """
 
@@ -91,8 +90,28 @@ class OptimizerConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     max_grad_norm: float = 1.0
-    accumulation: int = 4
     ema_decay: float | None = None
+
+    def check(self, steps: int) -> None:
+        """Raises InputError if a value cannot be used in a run of so many steps."""
+        _at_least(("warmup_steps", self.warmup_steps or 0, 0), ("weight_decay", self.weight_decay, 0), of="optimizer.")
+        _above_zero(
+            *((name, getattr(self, name)) for name in ("learning_rate", "max_grad_norm", "eps")), of="optimizer."
+        )
+        _below_one(("beta1", self.beta1), ("beta2", self.beta2), ("ema_decay", self.ema_decay or 0), of="optimizer.")
+        if (self.warmup_steps or 0) >= steps:
+            raise InputError(f"optimizer.warmup_steps: expected less than steps ({steps}), found {self.warmup_steps}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(AdamConfig):
+    """AdamW with a warm-up, then a cosine to a hundredth of the learning rate.
+
+    Args:
+        accumulation: batches of one step.
+    """
+
+    accumulation: int = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +135,7 @@ class ReportConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run of fine-tuning.
+    """Fine-tune the transformer of a checkpoint.
 
     Args:
         data: folder that `python -m train preprocess` made.
@@ -156,77 +175,194 @@ class TrainConfig:
     examples: DataConfig = dataclasses.field(default_factory=DataConfig)
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
 
+    command: ClassVar[str] = "fit"
+
     def __post_init__(self):
-        optimizer, objective, examples, report = self.optimizer, self.objective, self.examples, self.report
-        at_least = [
+        objective, examples, report = self.objective, self.examples, self.report
+        _at_least(
             ("steps", self.steps, 1),
-            ("seed", self.seed, 0),
             ("save_every", self.save_every, 1),
             ("keep", self.keep, 1),
             ("max_bad_steps", self.max_bad_steps, 1),
-            ("optimizer.accumulation", optimizer.accumulation, 1),
-            ("optimizer.warmup_steps", optimizer.warmup_steps or 0, 0),
-            ("optimizer.weight_decay", optimizer.weight_decay, 0),
+            ("optimizer.accumulation", self.optimizer.accumulation, 1),
             ("examples.batch_size", examples.batch_size, 1),
             ("examples.workers", examples.workers, 0),
             ("examples.text2music", examples.text2music, 0),
             ("examples.repaint", examples.repaint, 0),
             ("examples.cover", examples.cover, 0),
             *((f"report.{name}", getattr(report, name), 1) for name in ("log_every", "validate_every", "sample_every")),
-        ]
-        if self.seed >= 2**32:
-            raise InputError(f"seed: expected a number from 0 to 2^32 - 1, found {self.seed}")
-        for name, value, least in at_least:
-            if not least <= value < math.inf:
-                raise InputError(f"{name}: expected a number of at least {least}, found {value}")
-        if (optimizer.warmup_steps or 0) >= self.steps:
-            raise InputError(
-                f"optimizer.warmup_steps: expected less than steps ({self.steps}), found {optimizer.warmup_steps}"
-            )
+        )
+        _check_seed(self.seed)
+        self.optimizer.check(self.steps)
         if report.sample_prompts and not MIN_DURATION <= report.sample_seconds <= MAX_DURATION:
             raise InputError(
                 f"report.sample_seconds: expected {MIN_DURATION:g} to {MAX_DURATION:g}, found {report.sample_seconds:g}"
             )
-        above_zero = [
+        _above_zero(
             ("objective.timestep_sigma", objective.timestep_sigma),
-            ("optimizer.learning_rate", optimizer.learning_rate),
-            ("optimizer.max_grad_norm", optimizer.max_grad_norm),
-            ("optimizer.eps", optimizer.eps),
             ("examples.text2music + repaint + cover", examples.text2music + examples.repaint + examples.cover),
-        ]
-        for name, value in above_zero:
-            if not 0 < value < math.inf:
-                raise InputError(f"{name}: expected a number above 0, found {value}")
-        below_one = [
+        )
+        _below_one(
             ("objective.condition_dropout", objective.condition_dropout),
-            ("optimizer.beta1", optimizer.beta1),
-            ("optimizer.beta2", optimizer.beta2),
             ("examples.validation_fraction", examples.validation_fraction),
-            *([("optimizer.ema_decay", optimizer.ema_decay)] if optimizer.ema_decay is not None else []),
-        ]
-        for name, value in below_one:
-            if not 0 <= value < 1:
-                raise InputError(f"{name}: expected a number from 0 to below 1, found {value}")
+        )
 
 
-def parse(arguments: list[str]) -> TrainConfig:
-    """The settings that a command line asks for, files of `--config` included.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OobleckConfig:
+    """An autoencoder from nothing, for 48 kHz stereo.
+
+    Args:
+        latent_channels: of a latent frame.
+        patch_size: samples that the outermost layers take as one step.
+        downsampling_ratios: even; their product, times patch_size, is the samples of a latent frame.
+        channel_multiples: of the widths below, after each of the ratios.
+        encoder_channels: of the encoder's outermost layers.
+        decoder_channels: of the decoder's outermost layers.
+    """
+
+    latent_channels: int = 64
+    patch_size: int = 1
+    downsampling_ratios: tuple[int, ...] = (2, 4, 4, 6, 10)
+    channel_multiples: tuple[int, ...] = (1, 2, 4, 8, 16)
+    encoder_channels: int = 128
+    decoder_channels: int = 128
+
+    @property
+    def network(self) -> AutoencoderConfig:
+        return AutoencoderConfig(
+            encoder_hidden_size=2 * self.latent_channels,
+            encoder_channels=self.encoder_channels,
+            decoder_input_channels=self.latent_channels,
+            decoder_channels=self.decoder_channels,
+            patch_size=self.patch_size,
+            downsampling_ratios=self.downsampling_ratios,
+            channel_multiples=self.channel_multiples,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReconstructionConfig:
+    """What an autoencoder learns by, see `train.reconstruction`.
+
+    Args:
+        windows: of the spectra, in samples, even.
+        spectrum: weight of the spectra's distance.
+        waveform: weight of the mean absolute error of the samples.
+        kl: weight of the divergence of the posterior, in nats a value, from N(0, 1).
+    """
+
+    windows: tuple[int, ...] = (2048, 1024, 512, 256, 128)
+    spectrum: float = 1.0
+    waveform: float = 10.0
+    kl: float = 1e-2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderTrainConfig:
+    """Train an autoencoder from random weights.
+
+    Args:
+        data: folder of audio files, with subfolders.
+        out: folder of the run; if it is there, the run goes on from its last checkpoint.
+        steps: optimizer steps.
+        seed: of everything random.
+        batch_size: crops of a step.
+        crop_seconds: their length, in whole latent frames.
+        validation_fraction: share of the files that is held out, at least one if it is not 0.
+        save_every: steps between checkpoints and validations.
+        log_every: steps between lines of metrics.jsonl and TensorBoard.
+        keep: how many of the latest checkpoints stay, besides the best.
+        max_bad_steps: steps in a row whose loss or gradient is no number, after which the run stops.
+        model: sizes.
+        loss: what is learned.
+        optimizer: steps.
+    """
+
+    data: str
+    out: str
+    steps: int = 10000
+    seed: int = 0
+    batch_size: int = 8
+    crop_seconds: float = 1.28
+    validation_fraction: float = 0.05
+    save_every: int = 500
+    log_every: int = 20
+    keep: int = 2
+    max_bad_steps: int = 5
+    model: OobleckConfig = dataclasses.field(default_factory=OobleckConfig)
+    loss: ReconstructionConfig = dataclasses.field(default_factory=ReconstructionConfig)
+    optimizer: AdamConfig = dataclasses.field(default_factory=AdamConfig)
+
+    command: ClassVar[str] = "autoencoder"
+
+    def __post_init__(self):
+        names = ("steps", "batch_size", "save_every", "log_every", "keep", "max_bad_steps")
+        _at_least(*((name, getattr(self, name), 1) for name in names))
+        _at_least(*((name, getattr(self.loss, name), 0) for name in ("spectrum", "waveform", "kl")), of="loss.")
+        _check_seed(self.seed)
+        self.optimizer.check(self.steps)
+        _below_one(("validation_fraction", self.validation_fraction))
+        if not self.loss.windows or any(window < 2 or window % 2 for window in self.loss.windows):
+            raise InputError(f"loss.windows: expected even numbers of samples, found {list(self.loss.windows)}")
+        longest = max(self.loss.windows) / self.model.network.sampling_rate
+        if not longest <= self.crop_seconds < math.inf or self.crop_samples < 1:
+            raise InputError(
+                f"crop_seconds: expected at least a latent frame and the longest window ({longest:g} s), found "
+                f"{self.crop_seconds:g}"
+            )
+
+    @property
+    def crop_samples(self) -> int:
+        network = self.model.network
+        return round(self.crop_seconds * network.sampling_rate / network.hop_length) * network.hop_length
+
+
+Config = TypeVar("Config", TrainConfig, AutoencoderTrainConfig)
+
+
+def _at_least(*settings: tuple[str, float, float], of: str = "") -> None:
+    for name, value, least in settings:
+        if not least <= value < math.inf:
+            raise InputError(f"{of}{name}: expected a number of at least {least}, found {value}")
+
+
+def _above_zero(*settings: tuple[str, float], of: str = "") -> None:
+    for name, value in settings:
+        if not 0 < value < math.inf:
+            raise InputError(f"{of}{name}: expected a number above 0, found {value}")
+
+
+def _below_one(*settings: tuple[str, float], of: str = "") -> None:
+    for name, value in settings:
+        if not 0 <= value < 1:
+            raise InputError(f"{of}{name}: expected a number from 0 to below 1, found {value}")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed: expected a number from 0 to 2^32 - 1, found {seed}")
+
+
+def parse(arguments: list[str], kind: type[Config] = TrainConfig) -> Config:
+    """The settings of this kind that a command line asks for, files of `--config` included.
 
     Raises:
         InputError: naming the setting that is unknown, missing or of the wrong kind.
     """
-    parser = _parser()
+    parser = _parser(kind)
     try:
-        return _instantiate(parser, parser.parse_args(arguments))
+        return _instantiate(parser, parser.parse_args(arguments), kind)
     except jsonargparse.ArgumentError as error:
         files = [value for flag, value in itertools.pairwise(arguments) if flag == "--config"]
         where = f" (settings come from {', '.join(files)} and the command line)" if files else ""
-        raise InputError(f"{_explain(str(error))}{where}; `python -m train fit --help` lists all settings") from None
+        help_ = f"`python -m train {kind.command} --help` lists all settings"
+        raise InputError(f"{_explain(str(error), kind)}{where}; {help_}") from None
 
 
-def _explain(message: str) -> str:
+def _explain(message: str, config: type) -> str:
     """The library's message about a value of the wrong kind or a flag that it does not know, in words."""
-    kinds = dict(_kinds(TrainConfig))
+    kinds = dict(_kinds(config))
     if (found := re.search(r'Parser key "([\w.]+)":\n.*(?:Got|Given) value: ([^\n]*)', message, re.DOTALL)) and (
         kind := kinds.get(found[1])
     ):
@@ -247,6 +383,7 @@ def _kinds(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:
         str: "text",
         tuple[str, ...]: 'a list such as \'["one", "two"]\'',
         tuple[float, ...]: "a list such as '[30, 60]'",
+        tuple[int, ...]: "a list of whole numbers such as '[2, 4]'",
     }
     for field in dataclasses.fields(config):
         name, kind = f"{prefix}{field.name}", field.type
@@ -258,27 +395,27 @@ def _kinds(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield name, f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else words[kind]
 
 
-def read(path: Path) -> TrainConfig:
+def read(path: Path, kind: type[Config] = TrainConfig) -> Config:
     """The settings that a run has kept; raises InputError if there are none, or they cannot be used."""
     if not path.is_file():
-        raise InputError(f"{path.parent}: no {path.name} here, so this is no run of `python -m train fit`")
-    parser = _parser()
+        raise InputError(f"{path.parent}: no {path.name} here, so this is no run of `python -m train {kind.command}`")
+    parser = _parser(kind)
     try:
-        return _instantiate(parser, parser.parse_path(str(path)))
+        return _instantiate(parser, parser.parse_path(str(path)), kind)
     except (jsonargparse.ArgumentError, OSError) as error:
         raise InputError(f"{path}: {error}") from None
 
 
-def write(path: Path, config: TrainConfig) -> None:
+def write(path: Path, config: Config) -> None:
     """Writes `config.yaml`."""
-    parser = _parser()
+    parser = _parser(type(config))
     values = parser.parse_object(dataclasses.asdict(config))
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(parser.dump(values), encoding="utf-8")
     temporary.replace(path)
 
 
-def differences(a: TrainConfig, b: TrainConfig) -> dict[str, tuple]:
+def differences(a: Config, b: Config) -> dict[str, tuple]:
     """The settings that two runs do not share, by dotted name, with both values."""
     flat = [_flatten(dataclasses.asdict(config)) for config in (a, b)]
     return {name: (value, flat[1][name]) for name, value in flat[0].items() if value != flat[1][name]}
@@ -291,15 +428,15 @@ def _flatten(values: dict, prefix: str = "") -> dict:
     return result
 
 
-def _parser() -> jsonargparse.ArgumentParser:
+def _parser(kind: type[Config]) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
-        prog="python -m train fit", description="Fine-tune the transformer of a checkpoint.", exit_on_error=False
+        prog=f"python -m train {kind.command}", description=kind.__doc__.split("\n")[0], exit_on_error=False
     )
     parser.add_argument("--config", action="config", help="a YAML file with any of these settings")
-    parser.add_class_arguments(TrainConfig)
+    parser.add_class_arguments(kind)
     return parser
 
 
-def _instantiate(parser: jsonargparse.ArgumentParser, values) -> TrainConfig:
+def _instantiate(parser: jsonargparse.ArgumentParser, values, kind: type[Config]) -> Config:
     values = parser.instantiate(values)
-    return TrainConfig(**{field.name: values[field.name] for field in dataclasses.fields(TrainConfig)})
+    return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})

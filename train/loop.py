@@ -6,6 +6,7 @@ end, `adapter/` or `model/`. The same command goes on from the last checkpoint.
 
 import contextlib
 import fcntl
+import functools
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -39,8 +40,8 @@ from train.report import Report
 logger = logging.getLogger(__name__)
 
 # What a run may change when it goes on: nothing that the weights depend on, but for the length of the schedule.
-CHANGEABLE = ("steps", "out", "save_every", "keep", "max_bad_steps", "mesh", "remat", "examples.workers", "report.")
-
+CHANGEABLE = ("steps", "out", "save_every", "log_every", "keep", "max_bad_steps", "mesh", "remat", "examples.workers")
+CHANGEABLE += ("report.",)
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
 
@@ -59,7 +60,7 @@ def fit(config: TrainConfig) -> Path:
     folder = Path(config.out)
     mesh = parse_mesh(config.mesh)
     _check_batch(config, mesh)
-    _check_folder(folder, config)
+    check_folder(folder, config)
     index = read_index(config.data)
     if (found := fingerprint(config.checkpoint)) != index.checkpoint:
         raise InputError(
@@ -75,7 +76,7 @@ def fit(config: TrainConfig) -> Path:
         _all_here("checked")  # before one of them makes the folder that the others look for
         if jax.process_index() == 0:
             folder.mkdir(exist_ok=True)
-        with _locked(folder):
+        with locked(folder):
             if jax.process_index() == 0:
                 settings.write(folder / CONFIG, config)
             made_from = {
@@ -263,14 +264,19 @@ class Trainer:
             if params is None:
                 continue
             arrays = {leaf: on_host(value) for leaf, value in params.items()}
-            if jax.process_index() == 0:  # in place of that of an earlier end of this run
-                fresh = target.with_name(f".{target.name}-new")
-                for left in (fresh, *folder.glob(f".{fresh.name}-*")):
-                    shutil.rmtree(left, ignore_errors=True)
-                write_result(fresh, self.config, arrays)
-                shutil.rmtree(target, ignore_errors=True)
-                fresh.rename(target)
+            if jax.process_index() == 0:
+                replace(target, functools.partial(write_result, config=self.config, arrays=arrays))
         return folder / name
+
+
+def replace(target: Path, write: Callable[[Path], None]) -> None:
+    """Writes a folder in place of that of an earlier end of the run."""
+    fresh = target.with_name(f".{target.name}-new")
+    for left in (fresh, *target.parent.glob(f".{fresh.name}-*")):
+        shutil.rmtree(left, ignore_errors=True)
+    write(fresh)
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)
 
 
 def write_result(path: Path, config: TrainConfig, arrays: dict[str, np.ndarray]) -> None:
@@ -300,18 +306,14 @@ def export(run: str | Path, destination: str | Path, *, step: int | None = None,
     if ema and config.optimizer.ema_decay is None:
         raise InputError(f"{run}: has no averages of the weights; they need optimizer.ema_decay")
     with Checkpoints(run / CHECKPOINTS, config.keep, writes=False) as saved:
-        if not saved.steps:
-            raise InputError(f"{run}: no checkpoint is complete yet")
-        step = step or saved.best or saved.steps[-1]
-        if step not in saved.steps:
-            raise InputError(f"{run}: no checkpoint of step {step}; there are {', '.join(map(str, saved.steps))}")
+        step = saved.choose(step)
         weights = saved.weights(step, "ema" if ema else "params")
     write_result(destination, config, weights)
     return step
 
 
-def _check_folder(folder: Path, config: TrainConfig) -> None:
-    """Whether a run with these settings can begin in this folder, or go on there."""
+def check_folder(folder: Path, config: settings.Config) -> None:
+    """Raises InputError if a run with these settings can neither begin in this folder nor go on there."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; choose another --out")
     if not folder.absolute().parent.is_dir():
@@ -323,7 +325,7 @@ def _check_folder(folder: Path, config: TrainConfig) -> None:
     made = [int(path.name) for path in (folder / CHECKPOINTS).glob("*") if path.name.isdecimal()]
     if not made:  # it failed before it had anything to lose
         return
-    found = settings.differences(settings.read(folder / CONFIG), config)
+    found = settings.differences(settings.read(folder / CONFIG, type(config)), config)
     if changed := {k: v for k, v in found.items() if not k.startswith(CHANGEABLE)}:
         listing = ", ".join(f"{name} was {before!r}, now {now!r}" for name, (before, now) in changed.items())
         raise InputError(f"{folder}: holds a run with other settings ({listing}); use those, or another --out")
@@ -335,7 +337,7 @@ def _check_folder(folder: Path, config: TrainConfig) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Keeps a second command from going on with the same run beside this one."""
     if jax.process_index():
         yield

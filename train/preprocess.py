@@ -69,7 +69,7 @@ def preprocess(
         raise InputError(f"crop_seconds: expected 1 to {MAX_CROP_SECONDS:g} seconds, found {list(crop_seconds)}")
     if dtype is not None:
         check_dtype(dtype)
-    sources = _find(audio_dir)
+    sources = find_audio(audio_dir)
     _check_destination(data_dir)
     sidecars = Sidecars(audio_dir, sources)
     configs = checkpoints.read_manifest(checkpoint).configs
@@ -77,7 +77,7 @@ def preprocess(
     index = Index(
         checkpoint=data_folder.fingerprint(checkpoint),
         dtype=dtype or configs["text_encoder"].dtype,
-        latents_per_second=vae.sampling_rate / np.prod(vae.downsampling_ratios).item(),
+        latents_per_second=vae.sampling_rate / vae.hop_length,
         latent_channels=vae.decoder_input_channels,
         crop_seconds=tuple(sorted({float(crop) for crop in crop_seconds})),
     )
@@ -235,8 +235,8 @@ class _Writer:
         )
 
 
-def _find(audio_dir: Path) -> list[str]:
-    """The audio files below a folder, as paths in it."""
+def find_audio(audio_dir: Path) -> list[str]:
+    """The audio files below a folder, as paths in it, sorted; raises InputError if there are none."""
     if not audio_dir.is_dir():
         raise InputError(f"{audio_dir}: no such folder; expected one with songs")
     files = (file for file in audio_dir.rglob("*") if file.suffix.lower() in SUFFIXES)

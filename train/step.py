@@ -16,7 +16,7 @@ from acestep_jax.models.lora import DropoutKey, without_dropout
 from acestep_jax.models.transformer import AceStepTransformer1DModel
 from acestep_jax.sharding import variable_sharding
 from acestep_jax.stages import COMPILER_OPTIONS
-from train.config import OptimizerConfig, TrainConfig
+from train.config import AdamConfig, TrainConfig
 from train.objective import Batch, Frozen, draw, stratified_time, velocity_losses
 
 # XLA for TPU would cut each product that meets an fsdp axis into a loop over the devices, a permutation at a time. The
@@ -54,7 +54,7 @@ class Metrics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A transformer in parts: what learns, the keys of dropout, and the rest."""
+    """A network in parts: what learns, the keys of dropout, and the rest."""
 
     graphdef: nnx.GraphDef
     paths: dict[str, tuple]
@@ -92,7 +92,7 @@ class Model:
         return nnx.merge(self.graphdef, learnt, nnx.from_flat_state(fresh), frozen)
 
 
-def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def learning_rate(config: AdamConfig, steps: int) -> optax.Schedule:
     """Linear warm-up, then a cosine to a hundredth of the peak at the last of `steps`."""
     peak = config.learning_rate
     warmup = min(100, steps // 10) if config.warmup_steps is None else config.warmup_steps
@@ -102,7 +102,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(peak / warmup, peak, warmup, steps, 0.01 * peak)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: AdamConfig, steps: int) -> optax.GradientTransformation:
     """AdamW with clipping; steps whose gradients are not finite change nothing and are counted."""
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
@@ -119,7 +119,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def initial_state(
-    params: Params, optimizer: optax.GradientTransformation, config: OptimizerConfig, shardings: TrainState
+    params: Params, optimizer: optax.GradientTransformation, config: AdamConfig, shardings: TrainState
 ) -> TrainState:
     """The state before the first step, which takes over the buffers of `params`."""
 
@@ -133,7 +133,7 @@ def initial_state(
 
 
 def state_shardings(
-    model: Model, params: Params, optimizer: optax.GradientTransformation, config: OptimizerConfig
+    model: Model, params: Params, optimizer: optax.GradientTransformation, config: AdamConfig
 ) -> TrainState:
     """Where the leaves of a state live: moments and averages with their weights, counters everywhere."""
     whole = next(iter(model.shardings.values()))

@@ -134,8 +134,10 @@ class OobleckEncoder(nnx.Module):
     """
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
-        channels = [config.encoder_hidden_size * m for m in (1, *config.channel_multiples)]
-        self.conv1 = Conv(config.audio_channels, channels[0], 7, config, padding=3, rngs=rngs)
+        first = config.encoder_channels or config.encoder_hidden_size
+        channels = [first * m for m in (1, *config.channel_multiples)]
+        self.patch_size = config.patch_size
+        self.conv1 = Conv(config.patch_size * config.audio_channels, channels[0], 7, config, padding=3, rngs=rngs)
         self.block = nnx.List(
             OobleckEncoderBlock(channels[i], channels[i + 1], stride, config, rngs=rngs)
             for i, stride in enumerate(config.downsampling_ratios)
@@ -144,6 +146,9 @@ class OobleckEncoder(nnx.Module):
         self.conv2 = Conv(channels[-1], config.encoder_hidden_size, 3, config, padding=1, rngs=rngs)
 
     def __call__(self, x: jax.Array, length: jax.Array | None = None) -> jax.Array:
+        if (size := self.patch_size) > 1:
+            x = x[:, : x.shape[1] // size * size].reshape(x.shape[0], -1, size * x.shape[2])
+            length = None if length is None else length // size
         x = self.conv1(x, length)
         for block in self.block:
             x = block(x, length)
@@ -166,7 +171,9 @@ class OobleckDecoder(nnx.Module):
             for i, stride in enumerate(config.downsampling_ratios[::-1])
         )
         self.snake1 = Snake(channels[-1], config)
-        self.conv2 = Conv(channels[-1], config.audio_channels, 7, config, padding=3, use_bias=False, rngs=rngs)
+        outputs = config.patch_size * config.audio_channels
+        self.conv2 = Conv(channels[-1], outputs, 7, config, padding=3, use_bias=False, rngs=rngs)
+        self.audio_channels = config.audio_channels
 
     def __call__(self, x: jax.Array, length: jax.Array | None = None) -> jax.Array:
         x = self.conv1(x, length)
@@ -174,7 +181,7 @@ class OobleckDecoder(nnx.Module):
             x = block(x, length)
             if length is not None:
                 length = length * block.stride
-        return self.conv2(self.snake1(x), length)
+        return self.conv2(self.snake1(x), length).reshape(x.shape[0], -1, self.audio_channels)
 
 
 class DiagonalGaussian(NamedTuple):
@@ -182,6 +189,12 @@ class DiagonalGaussian(NamedTuple):
 
     mean: jax.Array  # [B, T, 64]
     std: jax.Array  # [B, T, 64]
+
+    @classmethod
+    def of(cls, y: jax.Array) -> "DiagonalGaussian":
+        """From what the encoder gives, [B, T, 2 * 64]."""
+        mean, scale = jnp.split(y, 2, axis=-1)
+        return cls(mean, jax.nn.softplus(scale) + 1e-4)
 
     def sample(self, key: jax.Array) -> jax.Array:
         """[B, T, 64]: mean + std * noise."""
@@ -193,7 +206,7 @@ class AutoencoderOobleck(nnx.Module):
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.hop_length = math.prod(config.downsampling_ratios)  # samples in a latent frame
+        self.hop_length = config.hop_length  # samples in a latent frame
         self.encoder = OobleckEncoder(config, rngs=rngs)
         self.decoder = OobleckDecoder(config, rngs=rngs)
 
@@ -234,9 +247,7 @@ class AutoencoderOobleck(nnx.Module):
             return windows.keep(y[0, : windows.size], first)
 
         y = jax.lax.map(run, jnp.arange(x.shape[0] * windows.count))
-        y = y.reshape(x.shape[0], -1, y.shape[-1])[:, :frames]
-        mean, scale = jnp.split(y, 2, axis=-1)
-        return DiagonalGaussian(mean, jax.nn.softplus(scale) + 1e-4)
+        return DiagonalGaussian.of(y.reshape(x.shape[0], -1, y.shape[-1])[:, :frames])
 
     def decode(
         self, latents: jax.Array, lengths: jax.Array | None = None, *, tile_frames: int | None = None
@@ -354,7 +365,8 @@ def _decoder_reach(config: AutoencoderConfig) -> int:
 
 def _encoder_reach(config: AutoencoderConfig) -> int:
     """Samples to either side of a frame that its latents depend on."""
-    reach, rate = 3, 1
+    rate = config.patch_size
+    reach = 4 * rate
     for stride in config.downsampling_ratios:
         reach += (_UNIT_REACH + 2 * stride) * rate
         rate *= stride

@@ -1,0 +1,125 @@
+"""How near an autoencoder's output is to its input, beside two codecs.
+
+`python -m benchmarks.reconstruction CHECKPOINT AUDIO_DIR`. The same excerpts go through the autoencoder (means of the
+posterior) and, by libsndfile, through Opus and MP3.
+"""
+
+import argparse
+import functools
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import soundfile
+
+from acestep_jax import audio, checkpoint
+from acestep_jax.errors import InputError
+from acestep_jax.stages import COMPILER_OPTIONS
+from benchmarks import measure
+from train.preprocess import find_audio
+from train.reconstruction import si_sdr, spectral_distance
+
+RATE = 48000
+WINDOWS = (4096, 2048, 1024, 512, 256, 128)
+
+# Settings of libsndfile for 64 kbit/s, which it takes as a level of compression: of Opus on the whole 256 - 250 level
+# kbit/s a channel, of MP3 always 320 - 288 level.
+CODECS = {
+    "Opus": dict(format="OGG", subtype="OPUS", compression_level=(256 - 64 / 2) / 250),
+    "MP3": dict(format="MP3", subtype="MPEG_LAYER_III", compression_level=(320 - 64) / 288, bitrate_mode="CONSTANT"),
+}
+MOST_DELAY = 4096  # samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reconstruction", description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", metavar="DIR", help="a native checkpoint with a vae")
+    parser.add_argument("audio_dir", metavar="AUDIO_DIR", help="songs that it was not trained on")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each song, from its middle [10]")
+    parser.add_argument("--songs", type=int, default=20, help="at most, evenly over the folder [20]")
+    options = parser.parse_args()
+
+    songs = read(Path(options.audio_dir), options.songs, round(options.seconds * RATE))
+    (vae,) = checkpoint.load(options.checkpoint, names=["vae"]).values()
+    encode, decode = (jax.jit(f, compiler_options=COMPILER_OPTIONS) for f in (type(vae).encode, type(vae).decode))
+    frames = RATE * vae.config.decoder_input_channels / vae.hop_length
+    measure.print_header()
+    print(
+        f"{len(songs)} songs, {options.seconds:g} s of each; libsndfile {soundfile.__libsndfile_version__}; medians\n"
+    )
+    row = measure.print_table(["", "rate", "SI-SDR, dB", "distance of spectra"])
+    row("autoencoder", f"{frames:.0f} values/s", *score(songs, lambda song: through(encode, decode, vae, song)))
+    for name, settings in CODECS.items():
+        sizes: list[int] = []
+        figures = score(songs, functools.partial(through_codec, settings=settings, sizes=sizes))
+        row(name, f"{np.mean(sizes) * 8 / options.seconds / 1000:.0f} kbit/s", *figures)
+
+    latents = encode(vae, songs[0][None]).mean
+    times = [_seconds(lambda: decode(vae, latents)) for _ in range(6)]
+    print(f"\ndecoding {options.seconds:g} s takes {np.median(times[1:]):.2f} s")
+
+
+def read(folder: Path, most: int, samples: int) -> list[np.ndarray]:
+    """The middles of songs evenly over a folder, [2, samples]; shorter songs are left out."""
+    sources = find_audio(folder)
+    picked = [sources[i] for i in np.unique(np.linspace(0, len(sources) - 1, most).round().astype(int))]
+    songs = [audio.read(folder / source, RATE) for source in picked]
+    excerpts = []
+    for song in songs:
+        if (spare := song.shape[1] - samples) >= 0:
+            excerpts.append(song[:, spare // 2 : spare // 2 + samples])
+    if not excerpts:
+        raise InputError(f"{folder}: no song is as long as {samples / RATE:g} s")
+    return excerpts
+
+
+def score(songs: list[np.ndarray], process: Callable[[np.ndarray], np.ndarray]) -> tuple[str, str]:
+    """Medians over songs of SI-SDR and of the distance of spectra."""
+    ratios, distances = [], []
+    for song in songs:
+        result = process(song)
+        ratios.append(float(si_sdr(result[None], song[None])[0]))
+        distances.append(float(_distance(result[None], song[None])))
+    return f"{np.median(ratios):.1f}", f"{np.median(distances):.2f}"
+
+
+@jax.jit
+def _distance(x: jax.Array, y: jax.Array) -> jax.Array:
+    return spectral_distance(x, y, WINDOWS)
+
+
+def through(encode, decode, vae, song: np.ndarray) -> np.ndarray:
+    """[2, samples] of the same length: the last frame may be cut."""
+    padding = -song.shape[1] % vae.hop_length
+    sound = np.pad(song, ((0, 0), (0, padding)))[None]
+    return np.asarray(decode(vae, encode(vae, sound).mean))[0, :, : song.shape[1]]
+
+
+def through_codec(song: np.ndarray, settings: dict, sizes: list[int]) -> np.ndarray:
+    """[2, samples], shifted by what the codec delays; notes the bytes."""
+    file = io.BytesIO()
+    soundfile.write(file, song.T, RATE, **settings)
+    sizes.append(file.tell())
+    file.seek(0)
+    result = soundfile.read(file, dtype="float32")[0].T
+    spread = song.shape[1] + MOST_DELAY
+    # Of all shifts, the one of the highest correlation.
+    product = np.fft.rfft(result.mean(0), 2 * spread) * np.fft.rfft(song.mean(0), 2 * spread).conj()
+    correlation = np.fft.irfft(product)
+    shifts = np.arange(-MOST_DELAY, MOST_DELAY + 1)
+    shift = int(shifts[np.argmax(correlation[shifts])])
+    padded = np.pad(result, ((0, 0), (MOST_DELAY, 2 * MOST_DELAY)))
+    return padded[:, MOST_DELAY + shift :][:, : song.shape[1]]
+
+
+def _seconds(call: Callable[[], jax.Array]) -> float:
+    start = time.perf_counter()
+    call().block_until_ready()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

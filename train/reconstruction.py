@@ -1,0 +1,62 @@
+"""What an autoencoder learns by, and is measured by: distance of spectra, divergence of the posterior, SI-SDR.
+
+Audio is [B, 2, samples]. Spectra are taken of mid and side, so that what differs between left and right counts
+as much as what they share. All in float32.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from acestep_jax.models.autoencoder import DiagonalGaussian
+
+# Magnitudes below it count as it, a sine of full scale being 1 (-80 dB): synthetic music has true silence between notes
+# and above its highest partial, where a logarithm would go on to count errors that nobody hears.
+FLOOR = 1e-4
+
+
+def power(x: jax.Array, window: int) -> jax.Array:
+    """Squared magnitudes under a Hann window that moves by half its length, 1 for a sine of full scale.
+
+    [..., samples] -> [..., frames, window / 2 + 1], with frames = samples // (window / 2) - 1.
+    """
+    hop = window // 2
+    blocks = x[..., : x.shape[-1] // hop * hop].reshape(*x.shape[:-1], -1, hop)
+    frames = jnp.concatenate([blocks[..., :-1, :], blocks[..., 1:, :]], axis=-1)
+    hann = 0.5 - 0.5 * jnp.cos(2 * jnp.pi / window * jnp.arange(window))  # its sum is window / 2
+    spectrum = jnp.fft.rfft(frames * (hann * (4 / window)))
+    return jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+
+
+def spectral_distance(x: jax.Array, y: jax.Array, windows: Sequence[int]) -> jax.Array:
+    """Of audio x from the true y: spectral convergence and mean absolute difference of the logarithms (in nats) of
+    magnitudes, added, as a mean over windows. Scalar.
+
+    Spectral convergence is |X - Y| / |Y| in the Frobenius norm, for mid and side apart.
+    """
+    x, y = ((a[:, :1] + jnp.array([[1.0], [-1.0]]) * a[:, 1:]) / 2 for a in (x, y))  # mid and side
+    total = 0.0
+    for window in windows:
+        a, b = (power(z, window) + FLOOR**2 for z in (x, y))
+        # Next to nothing is added where it may be nothing: the root's derivative is infinite there.
+        error = jnp.sqrt(jnp.square(jnp.sqrt(a) - jnp.sqrt(b)).sum(axis=(0, 2, 3)) + 1e-12)
+        norm = jnp.sqrt(b.sum(axis=(0, 2, 3)))
+        total += (error / norm).mean() + 0.5 * jnp.abs(jnp.log(a) - jnp.log(b)).mean()
+    return total / len(windows)
+
+
+def divergence(posterior: DiagonalGaussian) -> jax.Array:
+    """Of the posterior from N(0, 1), in nats, as a mean over all its values. Scalar."""
+    mean, std = (a.astype(jnp.float32) for a in posterior)
+    return 0.5 * (jnp.square(mean) + jnp.square(std) - 1.0 - 2.0 * jnp.log(std)).mean()
+
+
+def si_sdr(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Scale-invariant ratio of signal to distortion of audio x, given the true y, both channels as one. [B], in dB.
+
+    Source: Le Roux et al., SDR - half-baked or well done? (2019).
+    """
+    x, y = (a.reshape(a.shape[0], -1) for a in (x, y))
+    signal = (x * y).sum(-1, keepdims=True) / (jnp.square(y).sum(-1, keepdims=True) + 1e-12) * y
+    return 10.0 * jnp.log10((jnp.square(signal).sum(-1) + 1e-12) / (jnp.square(x - signal).sum(-1) + 1e-12))
