@@ -188,18 +188,25 @@ def _make(pipe: AceStepPipeline, songs: list[Song], about: dict, overwrite: bool
 
 
 def _write(song: Song, made: AudioPipelineOutput, i: int, about: dict, overwrite: bool) -> None:
-    """The settings first: a song whose sound is there too is finished, whatever stopped the run."""
+    """The settings first: a song whose sound is there too is finished, whatever stopped the run. Where they take the
+    place of others, the sound first: what is there stays until there is something better."""
     settings = dict(
         request=song.values,
         seed=made.seeds[i],
         seconds=made.samples[i] / made.sample_rate,
         sample_rate=made.sample_rate,
     )
-    if overwrite:
-        song.path.unlink(missing_ok=True)
-    with publish_file(song.settings_path) as temporary:
-        temporary.write_text(json.dumps(settings | about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    audio.write(song.path, made.audios[i, :, : made.samples[i]], made.sample_rate)
+
+    def write_settings() -> None:
+        with publish_file(song.settings_path) as temporary:
+            temporary.write_text(json.dumps(settings | about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def write_sound() -> None:
+        wave = made.audios[i, :, : made.samples[i]]
+        audio.write(song.path, wave, made.sample_rate, overwrite=overwrite)
+
+    for write in (write_sound, write_settings) if overwrite else (write_settings, write_sound):
+        write()
 
 
 def _is_finished(song: Song, about: dict) -> bool:
