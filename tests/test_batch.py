@@ -45,14 +45,14 @@ def test_songs_and_settings_failures_and_a_second_run(tiny, tmp_path, capsys, so
         dict(name="take.flac", prompt="drums", audio_duration=10.2, seed=2, lyrics="la"),
         dict(name="cover", prompt="flute", task_type="cover", src_audio=source, seed=3),
         dict(name="gone", prompt="flute", task_type="cover", src_audio="gone.wav"),
-        dict(prompt="long", audio_duration=30, seed=4),
+        dict(prompt="long", audio_duration=21, seed=4),
     )
     sizes = []
     denoise = stages.denoise
     monkeypatch.setattr(stages, "denoise", lambda *a, **k: sizes.append(a[2].shape) or denoise(*a, **k))
     assert run(tiny, tmp_path, "--batch-size", 2) == 1
     captured = capsys.readouterr()
-    assert sizes == [(2, 256, 8), (1, 256, 8), (1, 768, 8)]  # 10 and 10.2 s, the cover of 2 s, 30 s
+    assert sizes == [(2, 256, 8), (1, 256, 8), (1, 768, 8)]  # 10 and 10.2 s, the cover of 2 s, 21 s
     made = ["00001", "take", "cover", "00007"]
     assert names(tmp_path / "out") == sorted(
         [f"{name}.json" for name in made] + ["00001.wav", "take.flac", "cover.wav", "00007.wav"]

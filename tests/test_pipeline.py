@@ -113,7 +113,9 @@ def test_same_seed_alone_or_in_a_batch(pipe):
     assert relative_error(batch.audios[:1], alone.audios) > 0.1
 
 
-@pytest.mark.parametrize("axes", [dict(data=2, tensor=4), dict(fsdp=2, tensor=2, sequence=2)])
+@pytest.mark.parametrize(
+    "axes", [dict(data=2, tensor=2, sequence=2), pytest.param(dict(fsdp=4, tensor=2), marks=pytest.mark.slow)]
+)
 def test_same_seed_on_one_device_or_eight(tiny_base, base_pipe, axes):
     """Guided, with a number of tokens that divides by the mesh and an audio that is decoded in tiles."""
     arguments = SONG | dict(audio_duration=20.8, num_inference_steps=2)

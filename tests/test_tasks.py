@@ -53,35 +53,36 @@ def torch_latents(theirs, prompt, noise, **arguments):
     return theirs(prompt, latents=torch.from_numpy(noise), output_type="latent", **arguments).audios.numpy()
 
 
-SOURCE, REFERENCE = song(12.0), song(7.0, seed=3)
-CODES = "".join(f"<|audio_code_{i * 997 % 64_000}|>" for i in range(60))
+SOURCE, REFERENCE = song(4.0), song(7.0, seed=3)
+CODES = "".join(f"<|audio_code_{i * 997 % 64_000}|>" for i in range(20))
 TASKS = {
     "cover": dict(task_type="cover", src_audio=SOURCE),
     "cover of codes": dict(audio_codes=CODES),
     "cover, blended": dict(task_type="cover", src_audio=SOURCE, audio_cover_strength=0.4),
-    "repaint": dict(task_type="repaint", src_audio=SOURCE, repainting_start=3.0, repainting_end=7.3),
-    "repaint to the end": dict(task_type="repaint", src_audio=SOURCE, repainting_start=8.5),
+    "repaint": dict(task_type="repaint", src_audio=SOURCE, repainting_start=1.0, repainting_end=2.3),
+    "repaint to the end": dict(task_type="repaint", src_audio=SOURCE, repainting_start=2.5),
     "extract": dict(task_type="extract", src_audio=SOURCE, track_name="vocals"),
     "extract, no name": dict(task_type="extract", src_audio=SOURCE),
     "lego": dict(task_type="lego", src_audio=SOURCE, track_name="backing_vocals"),
-    "lego in a window": dict(task_type="lego", src_audio=SOURCE, track_name="bass", repainting_end=5.0),
+    "lego in a window": dict(task_type="lego", src_audio=SOURCE, track_name="bass", repainting_end=1.5),
     "complete": dict(task_type="complete", src_audio=SOURCE, complete_track_classes=["drums", "bass"]),
     "reference": dict(reference_audio=REFERENCE),
-    "long reference": dict(task_type="cover", src_audio=SOURCE, reference_audio=song(41.0, seed=4)),
+    "long reference": dict(task_type="cover", src_audio=SOURCE, reference_audio=song(31.0, seed=4)),
 }
 
 
 @pytest.mark.parametrize("case", TASKS)
 def test_tasks_match_diffusers(pipe, theirs, case):
     """The same noise, in float32; guided, so that the branch without condition has the right context."""
-    noise = normal(1, 300, CHANNELS)
+    noise = normal(1, 100 if {"src_audio", "audio_codes"} & TASKS[case].keys() else 300, CHANNELS)
     arguments = PARTS | dict(guidance_scale=3.0, shift=1.0, audio_duration=12.0) | TASKS[case]
     expected = torch_latents(theirs, "soft rock", noise, **arguments)
     ours = dict(cover_mode="blend") if "blended" in case else {}
     found = pipe("soft rock", latents=noise, output_type="latent", **arguments, **ours)
     assert_close(found.latents, expected, 1e-4)
-    plain = pipe("soft rock", latents=noise, output_type="latent", **PARTS, audio_duration=12.0, guidance_scale=3.0)
-    assert relative_error(found.latents, plain.latents) > 1e-3
+    given = np.pad(noise, ((0, 0), (0, 300 - noise.shape[1]), (0, 0)))
+    text = pipe("soft rock", latents=given, output_type="latent", **PARTS, audio_duration=12.0, guidance_scale=3.0)
+    assert relative_error(found.latents, text.latents[:, : noise.shape[1]]) > 1e-3
 
 
 def test_a_ragged_batch_matches_diffusers(pipe, theirs, caplog):
@@ -116,12 +117,12 @@ def test_sixteen_songs_at_once_are_sixteen_songs(pipe):
     kinds = [
         {},
         dict(reference_audio=REFERENCE),
-        dict(task_type="cover", src_audio=song(4.0, 1)),
-        dict(task_type="cover", src_audio=song(3.33, 2), audio_cover_strength=0.5, reference_audio=song(2.0, 5)),
-        dict(task_type="repaint", src_audio=song(6.1, 3), repainting_start=[1.0, 4], repainting_end=[2.5, 5]),
-        dict(task_type="lego", src_audio=song(5.0, 4), track_name="drums", repainting_start=2.0),
-        dict(audio_codes=CODES[: 20 * 19]),
-        dict(task_type="complete", src_audio=song(2.52, 6), complete_track_classes=("bass",)),
+        dict(task_type="cover", src_audio=song(2.0, 1)),
+        dict(task_type="cover", src_audio=song(1.33, 2), audio_cover_strength=0.5, reference_audio=song(2.0, 5)),
+        dict(task_type="repaint", src_audio=song(3.1, 3), repainting_start=[0.5, 2], repainting_end=[1.25, 2.5]),
+        dict(task_type="lego", src_audio=song(2.5, 4), track_name="drums", repainting_start=1.0),
+        dict(audio_codes=CODES[: 20 * 9]),
+        dict(task_type="complete", src_audio=song(1.52, 6), complete_track_classes=("bass",)),
     ]
     requests = []
     for i in range(16):

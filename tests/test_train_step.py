@@ -180,7 +180,7 @@ def adapter_leaves(theirs):
     return {name: np.stack([rows[i] for i in sorted(rows)]) for name, rows in found.items()}
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "dora"])
+@pytest.mark.parametrize("name", [pytest.param("sgd", marks=pytest.mark.slow), "adamw", "dora"])
 def test_lora_step_matches_peft(tiny, configs, without_covers, name):
     """PEFT on the diffusers model: the loss to 1e-5, every factor after the step to 1e-4."""
     make, make_theirs, clips = OPTIMIZERS["adamw" if name == "dora" else name]
