@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from acestep_jax.pipeline import AceStepPipeline, AudioPipelineOutput
 from acestep_jax.request import Request
 from acestep_jax.request import plan as make_plan
 from acestep_jax.sampling import Sampling
-
-logger = logging.getLogger(__name__)
 
 _REQUEST = {field.name for field in dataclasses.fields(Request)} - {"latents"}
 _SAMPLING = {field.name for field in dataclasses.fields(Sampling)}

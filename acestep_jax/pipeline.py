@@ -275,22 +275,12 @@ class AceStepPipeline:
             references = self._references(plans)
             words = [plan.lyrics for plan in plans]
             texts, plain = [plan.text for plan in plans], [plan.plain_text for plan in plans]
-            cover = None
-            if (strengths == 1).all():
-                condition = self._encode(texts, words, references, limits, attend_to_padding)
-            elif attend_to_padding:  # texts and plain texts are not padded for each other
-                pair = [self._encode(which, words, references, limits, True) for which in (texts, plain)]
-                size = max(one.tokens.shape[1] for one in pair)
-                condition, plain_condition = (
-                    one._replace(tokens=jnp.pad(one.tokens, ((0, 0), (0, size - one.tokens.shape[1]), (0, 0))))
-                    for one in pair
-                )
-                cover = stages.Cover(plain_condition, strengths)
-            else:  # of one length, so that one can take the other's place
-                both = self._encode(texts + plain, words * 2, references, limits, False)
-                halves = zip(*(jnp.split(x, 2) for x in both), strict=True)
-                condition, plain_condition = (stages.Condition(*half) for half in halves)
-                cover = stages.Cover(plain_condition, strengths)
+            condition, cover = self._encode(texts, words, references, limits, attend_to_padding), None
+            if (strengths < 1).any():
+                turned = self._encode(plain, words, references, limits, attend_to_padding)
+                size = max(condition.tokens.shape[1], turned.tokens.shape[1])  # so that one can take the other's place
+                condition, turned = _padded(condition, size), _padded(turned, size)
+                cover = stages.Cover(turned, strengths)
             mask, injection = _rows(plans, "mask", drawn), None
             if repaint_injection_ratio and any(plan.kept for plan in plans):
                 steps = np.int32(round(repaint_injection_ratio * (len(times) - 1)))
@@ -376,7 +366,7 @@ class AceStepPipeline:
         limits: tuple[int, int],
         attend_to_padding: bool,
     ) -> stages.Condition:
-        """The condition of songs, or of several times the songs that the references are for."""
+        """The condition of songs with these texts and lyrics."""
         pad = PAD if attend_to_padding else None
         # Padding that counts must be diffusers': to the longest of the batch, with its token.
         multiples = (1, 1) if attend_to_padding else (PROMPT_BUCKET, LYRIC_BUCKET)
@@ -385,8 +375,6 @@ class AceStepPipeline:
         if attend_to_padding:
             self._check_padding(lyrics.mask.sum(1))
         clips, owners = references or (None, None)
-        if owners is not None:
-            owners = np.tile(owners, len(texts) // len(owners))
         return stages.encode(
             self.text_encoder,
             self.condition_encoder,
@@ -467,6 +455,12 @@ def _seeds(requests: Sequence[Request], needed: bool) -> tuple[tuple[int | None,
         seeds.append(seed)
         keys.append(jax.random.key(np.uint32(seed or 0)))
     return None if set(seeds) == {None} else tuple(seeds), jnp.stack(keys)
+
+
+def _padded(condition: stages.Condition, size: int) -> stages.Condition:
+    """With zeros up to so many tokens, which do not count."""
+    tokens = jnp.pad(condition.tokens, ((0, 0), (0, size - condition.tokens.shape[1]), (0, 0)))
+    return condition._replace(tokens=tokens)
 
 
 def _rows(plans: Sequence[Plan], name: str, like: np.ndarray) -> np.ndarray:

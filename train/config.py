@@ -17,6 +17,7 @@ import jsonargparse
 
 from acestep_jax.config import AutoencoderConfig, LoRAConfig
 from acestep_jax.errors import InputError
+from acestep_jax.files import publish_file
 from acestep_jax.request import MAX_DURATION, MIN_DURATION
 
 
@@ -410,9 +411,8 @@ def write(path: Path, config: Config) -> None:
     """Writes `config.yaml`."""
     parser = _parser(type(config))
     values = parser.parse_object(dataclasses.asdict(config))
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(parser.dump(values), encoding="utf-8")
-    temporary.replace(path)
+    with publish_file(path) as temporary:
+        temporary.write_text(parser.dump(values), encoding="utf-8")
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple]:
