@@ -94,22 +94,28 @@ class Trainer:
         )
         self.state = saved.restore(step, target)
 
-    def _losses(self, sound: jax.Array, result: jax.Array, posterior: DiagonalGaussian) -> tuple[jax.Array, ...]:
-        """The loss and its parts, of the result [B, channels, samples] for `sound`."""
+    def _losses(
+        self, sound: jax.Array, result: jax.Array, posterior: DiagonalGaussian, share: jax.Array | float = 1.0
+    ) -> tuple[jax.Array, ...]:
+        """The loss and its parts, of the result [B, channels, samples] for `sound`.
+
+        share: of the weight of the spectra.
+        """
         loss = self.config.loss
         spectrum = reconstruction.spectral_distance(result, sound, loss.windows)
         waveform = jnp.abs(result - sound).mean()
         kl = reconstruction.divergence(posterior)
-        return loss.spectrum * spectrum + loss.waveform * waveform + loss.kl * kl, spectrum, waveform, kl
+        return share * loss.spectrum * spectrum + loss.waveform * waveform + loss.kl * kl, spectrum, waveform, kl
 
     def _update(self, state: TrainState, crops: jax.Array) -> tuple[TrainState, Metrics]:
         sound = crops.astype(jnp.float32)
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+        share = jnp.minimum((state.step + 1) / max(self.config.loss.spectrum_warmup, 1), 1.0)
 
         def objective(params: Params):
             network = self.model.merge(params, self.model.frozen)
             posterior = encode(network, sound)
-            loss, *parts = self._losses(sound, decode(network, posterior.sample(key)), posterior)
+            loss, *parts = self._losses(sound, decode(network, posterior.sample(key)), posterior, share)
             return loss, parts
 
         (loss, parts), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)

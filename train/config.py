@@ -249,12 +249,14 @@ class ReconstructionConfig:
     Args:
         windows: of the spectra, in samples, even.
         spectrum: weight of the spectra's distance.
+        spectrum_warmup: steps in which it grows to that from 0: phases are learned first, by the waveform.
         waveform: weight of the mean absolute error of the samples.
         kl: weight of the divergence of the posterior, in nats a value, from N(0, 1).
     """
 
     windows: tuple[int, ...] = (2048, 1024, 512, 256, 128)
     spectrum: float = 1.0
+    spectrum_warmup: int = 0
     waveform: float = 10.0
     kl: float = 1e-2
 
@@ -300,7 +302,8 @@ class AutoencoderTrainConfig:
     def __post_init__(self):
         names = ("steps", "batch_size", "save_every", "log_every", "keep", "max_bad_steps")
         _at_least(*((name, getattr(self, name), 1) for name in names))
-        _at_least(*((name, getattr(self.loss, name), 0) for name in ("spectrum", "waveform", "kl")), of="loss.")
+        weights = ("spectrum", "spectrum_warmup", "waveform", "kl")
+        _at_least(*((name, getattr(self.loss, name), 0) for name in weights), of="loss.")
         _check_seed(self.seed)
         self.optimizer.check(self.steps)
         _below_one(("validation_fraction", self.validation_fraction))
