@@ -62,6 +62,8 @@ OPTIONAL_NETWORKS = ("audio_tokenizer", "audio_token_detokenizer")
 FORMAT, FORMAT_VERSION = "acestep-jax", 1
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "weights"
 
+SMALL_MODEL = Path(__file__).parent / "small_model"  # the checkpoint that comes with the package
+
 BATCH_BYTES = 256 * 2**20  # written at once by `save`
 
 # Orbax names every file it touches, and logs what it also raises.
@@ -180,6 +182,8 @@ def save(
     tokenizer: str | None,
     tokenizer_config: dict[str, Any],
     extra_files: dict[str, Any] | None = None,
+    *,
+    compress: bool = False,
 ) -> None:
     """Writes a checkpoint, whole or not at all, some arrays at a time: not all of them need be in memory.
 
@@ -189,6 +193,7 @@ def save(
         tokenizer: the text of `tokenizer.json`; None: there is none, beside single networks.
         tokenizer_config: see `Manifest`.
         extra_files: name to a function that writes the file of that name, given its path.
+        compress: trained weights hardly get smaller, and it takes time and memory, but the latents of silence do.
 
     Raises:
         InputError: see `publish`; nothing is left behind.
@@ -201,7 +206,7 @@ def save(
         wanted = set(shapes)
         weights = (folder / WEIGHTS).absolute()
         context = ocp.Context()
-        context.array.saving.use_compression = False  # weights hardly compress, and it takes time and memory
+        context.array.saving.use_compression = compress
         for batch in batches(arrays):
             wanted -= batch.keys()
             with context:

@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="turn a prompt into an audio file")
     add = generate.add_argument
     add("prompt", metavar="PROMPT", nargs="?", help="what the music is like")
-    add("--checkpoint", metavar="DIR", required=True, help="a checkpoint that `python -m convert from-torch` made")
+    _add_checkpoint(generate, "a checkpoint that `python -m convert from-torch` made")
     add("--out", metavar="FILE", default="song.wav", help=f"{', '.join(audio.FORMATS)}, by suffix [song.wav]")
     add("--overwrite", action="store_true", help="replace FILE, or the songs of --batch, if they exist")
     add("--lyrics", metavar="TEXT", default="", help='the lyrics, "[Instrumental]", or @FILE to read them from a file')
@@ -88,13 +88,18 @@ def _parser() -> argparse.ArgumentParser:
         else:
             add("codes", metavar="CODES", help="as tokenize writes them, or @FILE to read them from a file")
             add("--out", metavar="FILE", default="song.wav", help=f"{', '.join(audio.FORMATS)}, by suffix [song.wav]")
-        add("--checkpoint", metavar="DIR", required=True, help="a native checkpoint")
+        _add_checkpoint(command, "a native checkpoint")
         add("--dtype", help=f"{', '.join(DTYPES)} [as stored]")
         add("--overwrite", action="store_true", help="replace the output if it exists")
 
     info = commands.add_parser("info", help="versions, devices, and what a checkpoint holds")
-    info.add_argument("--checkpoint", metavar="DIR", help="a native checkpoint")
+    _add_checkpoint(info, "a native checkpoint")
     return parser
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser, what: str) -> None:
+    path = checkpoint.SMALL_MODEL
+    parser.add_argument("--checkpoint", metavar="DIR", default=path, help=f"{what} [the small model of this package]")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -260,9 +265,8 @@ def info(options: argparse.Namespace) -> None:
     for package in ("acestep-jax", "jax", "flax", "orbax-checkpoint"):
         print(f"{package:<24} {importlib.metadata.version(package)}")
     print(f"{'devices':<24} {', '.join(map(str, jax.devices()))}")
-    if options.checkpoint is None:
-        return
     path = Path(options.checkpoint)
+    print(f"{'checkpoint':<24} {path}")
     manifest = checkpoint.read_manifest(path)
     stored = checkpoint.stored_leaves(path)
     print(f"{'variant':<24} {manifest.configs['transformer'].variant}")
@@ -287,7 +291,7 @@ def add_lora_options(parser: argparse.ArgumentParser, *, required: bool = False)
     )
 
 
-def load_loras(entries: list[str | float], path: str) -> tuple[list[Adapter], list[float]]:
+def load_loras(entries: list[str | float], path: str | Path) -> tuple[list[Adapter], list[float]]:
     """Adapters and their scales from the values of --lora (text) and --lora-scale (numbers), in the order given.
 
     Raises:

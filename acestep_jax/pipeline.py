@@ -110,12 +110,12 @@ class AceStepPipeline:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None
+        cls, path: str | Path = checkpoint.SMALL_MODEL, *, dtype: str | None = None, mesh: Mesh | None = None
     ) -> "AceStepPipeline":
         """Loads a native checkpoint.
 
         Args:
-            path: a folder that `python -m convert from-torch` made.
+            path: a folder that `python -m convert from-torch` made; by default the small model of this package.
             dtype: "float32", "bfloat16" or "float16", of weights and computation; None: as stored.
             mesh: from `acestep_jax.make_mesh`; None: the first device.
 

@@ -17,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--seconds", type=float, default=30.0, help="of each [30]")
     add("--seed", type=int, default=0, help="of the first; the others follow [0]")
     add("--style", choices=tuple(STYLES), metavar="NAME", help=f"{', '.join(STYLES)} [all]")
+    add("--untold", metavar="SHARE", type=float, default=0.0, help="of texts without tempo, key and time signature [0]")
     add("--workers", metavar="N", type=int, default=2, help="processes [2]")
     options = parser.parse_args(arguments)
     try:

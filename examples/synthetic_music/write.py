@@ -9,6 +9,8 @@ import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from acestep_jax import audio
 from acestep_jax.errors import InputError
 from acestep_jax.request import MAX_DURATION
@@ -20,11 +22,21 @@ SETTINGS = ".synthetic_music"  # what the songs of a folder have in common
 
 
 def write_songs(
-    out_dir: str | Path, songs: int, seconds: float, seed: int = 0, style: str | None = None, workers: int = 1
+    out_dir: str | Path,
+    songs: int,
+    seconds: float,
+    seed: int = 0,
+    style: str | None = None,
+    untold: float = 0.0,
+    workers: int = 1,
 ) -> Iterator[int]:
     """Writes `00000.flac` with `00000.txt` and so on, song i of seed + i; yields how many are there so far.
 
     Songs that are there already are kept: a folder grows, and a run that was stopped goes on.
+
+    Args:
+        style: one of `STYLES`; None: all.
+        untold: share of the songs whose text leaves out tempo, key and time signature, as users often do.
 
     Raises:
         InputError: if a number is out of range, or the folder holds something else, or songs of other settings.
@@ -33,13 +45,14 @@ def write_songs(
         ("songs", songs, 1, 100_000),
         ("seconds", seconds, 1, MAX_DURATION),
         ("seed", seed, 0, 2**62),
+        ("untold", untold, 0, 1),
         ("workers", workers, 1, 1024),
     ):
         if not lowest <= value <= highest:
             raise InputError(f"--{name}: expected {lowest:g} to {highest:g}, found {value:g}")
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = json.dumps({"seconds": seconds, "seed": seed, "style": style})
+    settings = json.dumps({"seconds": seconds, "seed": seed, "style": style, "untold": untold})
     note = folder / SETTINGS
     if not note.exists():
         if any(folder.iterdir()):
@@ -48,7 +61,7 @@ def write_songs(
     elif (found := note.read_text(encoding="utf-8")) != settings:
         raise InputError(f"{folder}: holds songs of {found}, not {settings}; use those settings, or name a new folder")
     missing = [i for i in range(songs) if not (folder / f"{i:05}.flac").exists()]
-    jobs = [(folder / f"{i:05}.flac", seed + i, seconds, style) for i in missing]
+    jobs = [(folder / f"{i:05}.flac", seed + i, seconds, style, untold) for i in missing]
     done = songs - len(jobs)
     if workers == 1 or not jobs:
         yield done
@@ -61,13 +74,13 @@ def write_songs(
             yield (done := done + 1)
 
 
-def _write(job: tuple[Path, int, float, str | None]) -> None:
+def _write(job: tuple[Path, int, float, str | None, float]) -> None:
     """The text first: where there is audio, the song is whole."""
-    path, seed, seconds, style = job
+    path, seed, seconds, style, untold = job
     asked = request(seed, style)
-    path.with_suffix(".txt").write_text(
-        f"caption: {asked.caption}\nbpm: {asked.bpm}\nkeyscale: {asked.keyscale}\n"
-        f"timesignature: {asked.timesignature}\nlyrics: [Instrumental]\n",
-        encoding="utf-8",
-    )
+    facts = f"bpm: {asked.bpm}\nkeyscale: {asked.keyscale}\ntimesignature: {asked.timesignature}\n"
+    if np.random.default_rng([seed, 4]).random() < untold:
+        facts = ""
+    text = f"caption: {asked.caption}\n{facts}lyrics: [Instrumental]\n"
+    path.with_suffix(".txt").write_text(text, encoding="utf-8")
     audio.write(path, render(compose(seed, seconds, style), seconds), SAMPLE_RATE, overwrite=True)

@@ -1,0 +1,70 @@
+"""`python -m examples.small_model`: the steps of making the small model that `train` does not know."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from acestep_jax import checkpoint
+from acestep_jax.cli import use_compilation_cache
+from acestep_jax.errors import InputError
+from acestep_jax.prompt import PAD
+from examples.small_model.requests import song_and_prompt
+from examples.small_model.start import TEXT_ENCODER, write_packed, write_start
+from examples.small_model.text_encoder import FIRST_SEED, train_text_encoder
+from examples.small_model.tokenizer import train_tokenizer
+
+TOKENIZER_PROMPTS = 20_000
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 after an error message."""
+    parser = argparse.ArgumentParser(prog="python -m examples.small_model", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser("text-encoder", help="train a tokenizer and a text encoder")
+    command.add_argument("destination", metavar="DST", type=Path, help="the folder to make")
+    command.add_argument("--steps", type=int, default=1500, help="[1500]")
+    command.add_argument("--batch-size", type=int, default=32, help="[32]")
+    command.add_argument("--seed", type=int, default=0, help="[0]")
+    command = commands.add_parser("start", help="the checkpoint that the transformer's training starts from")
+    command.add_argument("destination", metavar="DST", type=Path, help="the folder to make")
+    command.add_argument("--vae", metavar="DIR", type=Path, required=True, help="of `python -m train autoencoder`")
+    command.add_argument("--text-encoder", metavar="DIR", type=Path, required=True, help="of the command of this name")
+    command.add_argument("--seed", type=int, default=0, help="[0]")
+    command = commands.add_parser("pack", help="the trained checkpoint as it is shipped")
+    command.add_argument("source", metavar="SRC", type=Path, help="a native checkpoint")
+    command.add_argument("destination", metavar="DST", type=Path, help="the folder to make")
+    command.add_argument("--dtype", default="bfloat16", help="of the weights [bfloat16]")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "text-encoder":
+            text_encoder(options.destination, options.steps, options.batch_size, options.seed)
+        elif options.command == "start":
+            vae = checkpoint.load(options.vae, names=["vae"])["vae"]
+            encoder = checkpoint.load(options.text_encoder, names=["text_encoder"])["text_encoder"]
+            tokenizer = checkpoint.load_tokenizer(options.text_encoder)
+            write_start(options.destination, vae, encoder, tokenizer, options.seed)
+        else:
+            write_packed(options.source, options.destination, options.dtype)
+    except (InputError, OSError) as error:
+        print(f"small_model: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def text_encoder(destination: Path, steps: int, batch_size: int, seed: int) -> None:
+    """Trains both, and writes them as a checkpoint of one network."""
+    use_compilation_cache()
+    checkpoint.check_new(destination)
+    prompts = (song_and_prompt(FIRST_SEED + i)[1] for i in range(TOKENIZER_PROMPTS))
+    tokenizer = train_tokenizer(prompts, TEXT_ENCODER.vocab_size)
+    network, errors = train_text_encoder(TEXT_ENCODER, tokenizer, steps=steps, batch_size=batch_size, seed=seed)
+    print(f"facts that the text encoder cannot tell: {np.mean(errors[-50:]):.1%} of their variance")
+    arrays = [(f"text_encoder.{leaf}", np.asarray(v.get_value())) for leaf, v in checkpoint.leaves(network).items()]
+    config = {"pad_token": PAD}
+    checkpoint.save(destination, {"text_encoder": network.config}, arrays, tokenizer.to_str(), config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

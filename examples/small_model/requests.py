@@ -1,0 +1,74 @@
+"""Prompts for composed music, as users would write them, and the facts that they tell."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from acestep_jax import tasks
+from acestep_jax.prompt import prompt_text
+from examples.synthetic_music.caption import WORDS, caption
+from examples.synthetic_music.compose import Song, draft
+from examples.synthetic_music.styles import STYLES
+
+INSTRUMENTS = tuple(
+    dict.fromkeys(name for style in STYLES.values() for p in style.parts.values() for name in p.instruments)
+)
+OCTAVES = (1, 2, 4, 8)  # tempo as angles that go round so many times in an octave: near tempi lie near each other
+
+
+def song_and_prompt(seed: int) -> tuple[Song, str]:
+    """A song and one of many texts that may ask for it. Tempo, key and bar are told more often than not, by a field or
+    in the caption; the caption is a whole one or a few words."""
+    song, rng = draft(seed), np.random.default_rng([seed, 5])
+    text = caption(song) if rng.random() < 0.7 else _few_words(song, rng)
+    told = rng.random(3) < (0.0 if rng.random() < 0.25 else 0.9)
+    if rng.random() < 0.2:
+        text = text.lower()
+    return song, prompt_text(
+        text,
+        audio_duration=int(rng.integers(10, 61)),
+        bpm=song.bpm if told[0] else None,
+        keyscale=str(song.key) if told[1] else None,
+        timesignature=song.beats if told[2] else None,
+        instruction=tasks.instruction(str(rng.choice(["text2music", "repaint", "cover"]))),
+    )
+
+
+def _few_words(song: Song, rng: np.random.Generator) -> str:
+    """Such as "lofi piano, 80 bpm"."""
+    words = [str(rng.choice(STYLES[song.style].names))]
+    names = [track.instrument for track in song.tracks if track.role != "drums"]
+    for name in rng.permutation(names)[: rng.integers(3)]:
+        words.append(str(rng.choice(WORDS.get(name, (name,)))))
+    text = (" " if rng.random() < 0.5 else ", ").join(words)
+    if rng.random() < 0.5:
+        text += f", {song.bpm} bpm"
+    if rng.random() < 0.3:
+        text += f", {song.key}"
+    if rng.random() < 0.3 and not song.has_drums:
+        text += ", no drums"
+    return text
+
+
+def facts(song: Song) -> np.ndarray:
+    """What a listener could tell, as numbers: tempo, tonic, scale, mode, drums, style, instruments. float32."""
+    octave = 2 * np.pi * np.log2(song.bpm)
+    angles = [f(octave * n) for n in OCTAVES for f in (np.sin, np.cos)]
+    instruments = {track.instrument for track in song.tracks}
+    return np.array(
+        [
+            np.log2(song.bpm / 110),
+            *angles,
+            *_which(range(12), [song.key.tonic]),
+            *_which(range(12), song.key.pitch_classes),
+            song.key.mode == "minor",
+            song.has_drums,
+            *_which(STYLES, [song.style]),
+            *_which(INSTRUMENTS, instruments),
+        ],
+        np.float32,
+    )
+
+
+def _which(names: Sequence, chosen: Sequence) -> list[bool]:
+    return [name in chosen for name in names]

@@ -1,0 +1,139 @@
+"""The checkpoint that the transformer's training starts from: a trained autoencoder and text encoder, random weights
+in all other networks, and the latents of silence.
+
+The condition encoder and the networks of the audio codes stay random: a random layer keeps what its input tells apart,
+and the transformer learns to read it. Lyrics and references are made silent there, as there is nothing to sing.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tokenizers import Tokenizer
+
+from acestep_jax import checkpoint
+from acestep_jax.checkpoint import NETWORKS
+from acestep_jax.config import (
+    AudioTokenDetokenizerConfig,
+    AudioTokenizerConfig,
+    ConditionEncoderConfig,
+    NetworkConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+)
+from acestep_jax.models.autoencoder import AutoencoderOobleck
+from acestep_jax.models.condition_encoder import SILENCE_FRAMES
+from acestep_jax.models.text_encoder import Qwen3Model
+from acestep_jax.prompt import PAD
+
+_NARROW: dict[str, Any] = dict(
+    hidden_size=128,
+    intermediate_size=256,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    sliding_window=64,
+    rope_theta=10000.0,
+)
+TEXT_ENCODER = TextEncoderConfig(
+    vocab_size=1536,
+    hidden_size=128,
+    intermediate_size=256,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    num_hidden_layers=2,
+    rope_theta=10000.0,
+)
+CONFIGS: dict[str, NetworkConfig] = {
+    "transformer": TransformerConfig(
+        hidden_size=256,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        sliding_window=32,
+        rope_theta=10000.0,
+        encoder_hidden_size=_NARROW["hidden_size"],
+        model_version="base",
+    ),
+    "condition_encoder": ConditionEncoderConfig(
+        **_NARROW,
+        text_hidden_dim=TEXT_ENCODER.hidden_size,
+        num_lyric_encoder_hidden_layers=1,
+        num_timbre_encoder_hidden_layers=1,
+    ),
+    "audio_tokenizer": AudioTokenizerConfig(
+        **_NARROW, fsq_dim=_NARROW["hidden_size"], num_attention_pooler_hidden_layers=1
+    ),
+    "audio_token_detokenizer": AudioTokenDetokenizerConfig(**_NARROW, num_attention_pooler_hidden_layers=1),
+}
+
+
+def write_start(
+    destination: Path, vae: AutoencoderOobleck, text_encoder: Qwen3Model, tokenizer: Tokenizer, seed: int
+) -> None:
+    """Writes the checkpoint, in float32. Raises InputError if `destination` exists."""
+    networks = {"text_encoder": text_encoder, "vae": vae}
+    networks |= {
+        name: NETWORKS[name][0](config, rngs=nnx.Rngs(seed + i)) for i, (name, config) in enumerate(CONFIGS.items())
+    }
+    _set_up(networks["transformer"])
+    encoder = networks["condition_encoder"]
+    for part in (encoder.lyric_encoder, encoder.timbre_encoder):
+        part.norm.scale.set_value(jnp.zeros_like(part.norm.scale[...]))
+    encoder.silence_latent.set_value(silence(vae))
+    configs = {name: networks[name].config for name in NETWORKS}
+    arrays = [
+        (f"{name}.{leaf}", np.asarray(variable.get_value()))
+        for name in configs
+        for leaf, variable in checkpoint.leaves(networks[name]).items()
+    ]
+    checkpoint.save(destination, configs, arrays, tokenizer.to_str(), {"pad_token": PAD})
+
+
+def silence(vae: AutoencoderOobleck) -> jax.Array:
+    """[1, SILENCE_FRAMES, latent channels]: what the encoder makes of it, the same but for the ends."""
+    frames = 64
+    ends = jax.jit(lambda vae, sound: vae.encode(sound).mean)(vae, jnp.zeros((1, 2, frames * vae.hop_length)))
+    half = frames // 2
+    middle = jnp.repeat(ends[:, half : half + 1], SILENCE_FRAMES - frames, axis=1)
+    return jnp.concatenate([ends[:, :half], middle, ends[:, half:]], axis=1)
+
+
+def _set_up(transformer: nnx.Module) -> None:
+    """Every layer begins as a small change of what it reads: open gates, no modulation, small outputs."""
+    depth = transformer.config.num_hidden_layers
+    for name, variable in checkpoint.leaves(transformer).items():
+        value = variable.get_value()
+        if name == "layers.scale_shift_table":
+            variable.set_value(jnp.zeros_like(value).at[..., 2, :].set(1.0).at[..., 5, :].set(1.0))
+        elif name == "scale_shift_table":
+            variable.set_value(jnp.zeros_like(value))
+        elif name.endswith(("time_proj.kernel", "proj_out_conv.kernel")):
+            variable.set_value(0.1 * value)
+        elif name.endswith(("to_out.kernel", "down_proj.kernel")):
+            variable.set_value(value / (3 * depth) ** 0.5)
+
+
+def write_packed(source: Path, destination: Path, dtype: str) -> None:
+    """Writes a copy of a checkpoint with its weights in another dtype, computed in float32, compressed.
+
+    Raises:
+        InputError: if `source` is no checkpoint or `destination` exists.
+    """
+    manifest = checkpoint.read_manifest(source)
+    stored = checkpoint.network_leaves(source, manifest)
+    configs = {n: dataclasses.replace(c, dtype="float32", param_dtype=dtype) for n, c in manifest.configs.items()}
+    arrays = (
+        (f"{name}.{leaf}", value.astype(jnp.dtype(dtype)))
+        for name, shapes in stored.items()
+        for leaf, value in checkpoint.read_leaves(source, name, shapes).items()
+    )
+    tokenizer = (source / checkpoint.TOKENIZER).read_text(encoding="utf-8")
+    checkpoint.save(destination, configs, arrays, tokenizer, manifest.tokenizer_config, compress=True)

@@ -1,0 +1,31 @@
+"""A tokenizer for prompts of composed music: byte-level BPE, as Qwen's, learned from such prompts."""
+
+from collections.abc import Iterable
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from acestep_jax.prompt import PAD
+
+# Qwen's splits digits; here a tempo is one token, so that a small network need not learn to put numbers together.
+_WORDS = r"\n+| ?[A-Za-z]+| ?\d+| ?[^\sA-Za-z\d]+|\s"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Ends every text with `<|endoftext|>`, which is also what `texts` may hold."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()  # all bytes: no text is unknown
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=sorted(alphabet), special_tokens=[PAD], show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {PAD}", special_tokens=[(PAD, tokenizer.token_to_id(PAD))]
+    )
+    return tokenizer
