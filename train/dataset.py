@@ -11,10 +11,11 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from acestep_jax.errors import InputError
-from acestep_jax.pipeline import LYRIC_BUCKET, PROMPT_BUCKET
 from train.config import DataConfig
 from train.data_folder import TASKS, Index, Song, crop_durations, decode_record, text_key
 from train.objective import REPAINT, TEXT2MUSIC, Batch
+
+TEXT_MULTIPLE = 32  # tokens; so that much the same data give much the same programs, which may be compiled already
 
 # The streams of random numbers that do not come from JAX.
 _SHUFFLE, _EXAMPLE, _CROP = range(3)
@@ -73,8 +74,8 @@ class Examples:
                 "preprocess again with --crop-seconds (only the texts are encoded anew)"
             )
         self.records = Records(folder, songs)
-        self.text_size = _round_up(max(song.prompt_tokens for song in index.songs), PROMPT_BUCKET)
-        self.lyric_size = _round_up(max(song.lyric_tokens for song in index.songs), LYRIC_BUCKET)
+        self.text_size = _round_up(max(song.prompt_tokens for song in index.songs), TEXT_MULTIPLE)
+        self.lyric_size = _round_up(max(song.lyric_tokens for song in index.songs), TEXT_MULTIPLE)
 
     def make(self, i: int, number: int, crop: float, task: int, rng: np.random.Generator | None) -> Batch:
         """Example `number` of the run, of song i: a random crop and, for repaint, a random window; without `rng`, the
