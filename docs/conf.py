@@ -118,7 +118,7 @@ def resolve(app, env, node, content):
     """A name in backticks: a link to the one object that ends so, or plain code."""
     if node.get("reftype") != "obj":
         return None
-    domain = env.domains.python_domain
+    domain = env.get_domain("py")
     found = domain.find_obj(env, node.get("py:module"), node.get("py:class"), node["reftarget"], None, 1)
     if len(found) != 1:
         return content
