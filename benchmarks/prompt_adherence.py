@@ -14,6 +14,7 @@ import numpy as np
 from acestep_jax import AceStepPipeline, InputError
 from acestep_jax.request import MAX_DURATION, MIN_DURATION
 from benchmarks.music_analysis import Heard, listen
+from benchmarks.reconstruction import through_autoencoder
 from examples.synthetic_music.caption import Request, request
 from examples.synthetic_music.compose import compose
 from examples.synthetic_music.synth import SAMPLE_RATE, render
@@ -38,10 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", metavar="DIR", help="the model to judge")
     source.add_argument("--composer", action="store_true", help="judge the composer's own songs: the measure's ceiling")
+    parser.add_argument("--vae", metavar="DIR", help="the composer's songs, through the autoencoder of this checkpoint")
     parser.add_argument("--prompts", metavar="N", type=int, default=50, help="[50]")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each song [10]")
     options = parser.parse_args(arguments)
     try:
+        if options.vae and not options.composer:
+            raise InputError("--vae: is for the songs of --composer; the model's own come out of its autoencoder")
         if options.prompts < 2:
             raise InputError(f"--prompts: expected 2 or more, found {options.prompts}")
         if not MIN_DURATION <= options.seconds <= MAX_DURATION:
@@ -49,7 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
         seeds = range(FIRST_SEED, FIRST_SEED + options.prompts)
         requests = [request(seed) for seed in seeds]
         if options.composer:
-            songs = ((render(compose(seed, options.seconds), options.seconds), SAMPLE_RATE) for seed in seeds)
+            songs = (render(compose(seed, options.seconds), options.seconds) for seed in seeds)
+            if options.vae:
+                process = through_autoencoder(options.vae)
+                songs = map(process, songs)
+            songs = ((song, SAMPLE_RATE) for song in songs)
         else:
             songs = generate(AceStepPipeline.from_checkpoint(options.checkpoint), requests, options.seconds)
         heard = []

@@ -44,20 +44,20 @@ def main() -> None:
 
     songs = read(Path(options.audio_dir), options.songs, round(options.seconds * RATE))
     (vae,) = checkpoint.load(options.checkpoint, names=["vae"]).values()
-    encode, decode = (jax.jit(f, compiler_options=COMPILER_OPTIONS) for f in (type(vae).encode, type(vae).decode))
     frames = RATE * vae.config.decoder_input_channels / vae.hop_length
     measure.print_header()
     print(
         f"{len(songs)} songs, {options.seconds:g} s of each; libsndfile {soundfile.__libsndfile_version__}; medians\n"
     )
     row = measure.print_table(["", "rate", "SI-SDR, dB", "distance of spectra"])
-    row("autoencoder", f"{frames:.0f} values/s", *score(songs, lambda song: through(encode, decode, vae, song)))
+    row("autoencoder", f"{frames:.0f} values/s", *score(songs, through_autoencoder(options.checkpoint)))
     for name, settings in CODECS.items():
         sizes: list[int] = []
         figures = score(songs, functools.partial(through_codec, settings=settings, sizes=sizes))
         row(name, f"{np.mean(sizes) * 8 / options.seconds / 1000:.0f} kbit/s", *figures)
 
-    latents = encode(vae, songs[0][None]).mean
+    decode = jax.jit(type(vae).decode, compiler_options=COMPILER_OPTIONS)
+    latents = np.zeros((1, songs[0].shape[1] // vae.hop_length, vae.config.decoder_input_channels), np.float32)
     times = [_seconds(lambda: decode(vae, latents)) for _ in range(6)]
     print(f"\ndecoding {options.seconds:g} s takes {np.median(times[1:]):.2f} s")
 
@@ -91,11 +91,17 @@ def _distance(x: jax.Array, y: jax.Array) -> jax.Array:
     return spectral_distance(x, y, WINDOWS)
 
 
-def through(encode, decode, vae, song: np.ndarray) -> np.ndarray:
-    """[2, samples] of the same length: the last frame may be cut."""
-    padding = -song.shape[1] % vae.hop_length
-    sound = np.pad(song, ((0, 0), (0, padding)))[None]
-    return np.asarray(decode(vae, encode(vae, sound).mean))[0, :, : song.shape[1]]
+def through_autoencoder(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
+    """What encodes and decodes a song, [2, samples], by the autoencoder of a checkpoint."""
+    (vae,) = checkpoint.load(path, names=["vae"]).values()
+    encode, decode = (jax.jit(f, compiler_options=COMPILER_OPTIONS) for f in (type(vae).encode, type(vae).decode))
+
+    def process(song: np.ndarray) -> np.ndarray:
+        padding = -song.shape[1] % vae.hop_length  # the last frame may be cut
+        sound = np.pad(song, ((0, 0), (0, padding)))[None]
+        return np.asarray(decode(vae, encode(vae, sound).mean))[0, :, : song.shape[1]]
+
+    return process
 
 
 def through_codec(song: np.ndarray, settings: dict, sizes: list[int]) -> np.ndarray:
