@@ -1,4 +1,4 @@
-"""Does the music do what the prompt says? `python -m benchmarks.prompt_adherence --checkpoint DIR`.
+"""Does the music do what the prompt says? `python -m benchmarks.prompt_adherence`.
 
 For a model trained on songs of `examples.synthetic_music`: asks for songs that it was not trained on, and judges tempo,
 key and drums of what it makes by `benchmarks.music_analysis`. Beside each figure stands that of the same audio judged
@@ -12,14 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from acestep_jax import AceStepPipeline, InputError
+from acestep_jax.checkpoint import SMALL_MODEL
 from acestep_jax.request import MAX_DURATION, MIN_DURATION
 from benchmarks.music_analysis import Heard, listen
 from benchmarks.reconstruction import through_autoencoder
+from benchmarks.spectrograms import draw
 from examples.synthetic_music.caption import Request, request
 from examples.synthetic_music.compose import compose
 from examples.synthetic_music.synth import SAMPLE_RATE, render
 from examples.synthetic_music.theory import parse_key
 
+PICTURES = 6
 FIRST_SEED = 1_000_000  # songs to train on have lower ones
 
 Check = Callable[[Heard, Request], bool]
@@ -36,12 +39,13 @@ CHECKS: dict[str, Check] = {
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after an error message."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prompt_adherence", description=__doc__.split("\n")[0])
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", metavar="DIR", help="the model to judge")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint", metavar="DIR", default=SMALL_MODEL, help="the model to judge [the small one]")
     source.add_argument("--composer", action="store_true", help="judge the composer's own songs: the measure's ceiling")
     parser.add_argument("--vae", metavar="DIR", help="the composer's songs, through the autoencoder of this checkpoint")
     parser.add_argument("--prompts", metavar="N", type=int, default=50, help="[50]")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each song [10]")
+    parser.add_argument("--pictures", metavar="FILE", help="PNG with the spectrograms of the first six songs")
     options = parser.parse_args(arguments)
     try:
         if options.vae and not options.composer:
@@ -60,10 +64,15 @@ def main(arguments: list[str] | None = None) -> int:
             songs = ((song, SAMPLE_RATE) for song in songs)
         else:
             songs = generate(AceStepPipeline.from_checkpoint(options.checkpoint), requests, options.seconds)
-        heard = []
+        heard, first = [], []
         for (audio, rate), asked in zip(songs, requests, strict=True):
             heard.append(listen(audio, rate))
             print(line(heard[-1], asked), flush=True)
+            if options.pictures and len(first) < PICTURES:
+                first.append(audio)
+        if options.pictures:
+            titles = [f"{asked.caption} [{asked.bpm} bpm, {asked.keyscale}]" for asked in requests[:PICTURES]]
+            draw(options.pictures, first, titles, rate)
     except (InputError, OSError) as error:
         print(f"prompt_adherence: {error}", file=sys.stderr)
         return 2
