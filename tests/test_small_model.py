@@ -81,7 +81,7 @@ def test_text_encoder_learns(tokenizer):
         num_hidden_layers=1,
     )
     network, errors = train_text_encoder(config, tokenizer, steps=150, batch_size=16)
-    assert errors[0] > 0.9 and np.mean(errors[-10:]) < 0.8
+    assert errors[0] > 0.8 and np.mean(errors[-10:]) < 0.8
     assert network.config == config
 
 

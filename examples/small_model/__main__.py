@@ -60,7 +60,7 @@ def text_encoder(destination: Path, steps: int, batch_size: int, seed: int) -> N
     prompts = (song_and_prompt(FIRST_SEED + i)[1] for i in range(TOKENIZER_PROMPTS))
     tokenizer = train_tokenizer(prompts, TEXT_ENCODER.vocab_size)
     network, errors = train_text_encoder(TEXT_ENCODER, tokenizer, steps=steps, batch_size=batch_size, seed=seed)
-    print(f"facts that the text encoder cannot tell: {np.mean(errors[-50:]):.1%} of their variance")
+    print(f"mean error of the last 50 steps: {np.mean(errors[-50:]):.3f} of {np.mean(errors[:1]):.3f} at first")
     arrays = [(f"text_encoder.{leaf}", np.asarray(v.get_value())) for leaf, v in checkpoint.leaves(network).items()]
     config = {"pad_token": PAD}
     checkpoint.save(destination, {"text_encoder": network.config}, arrays, tokenizer.to_str(), config)

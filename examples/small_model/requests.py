@@ -13,7 +13,7 @@ from examples.synthetic_music.styles import STYLES
 INSTRUMENTS = tuple(
     dict.fromkeys(name for style in STYLES.values() for p in style.parts.values() for name in p.instruments)
 )
-OCTAVES = (1, 2, 4, 8)  # tempo as angles that go round so many times in an octave: near tempi lie near each other
+TURNS = (0.5, 1, 2, 4)  # tempo as angles that turn so often in an octave, so that near tempi lie near each other
 
 
 def song_and_prompt(seed: int) -> tuple[Song, str]:
@@ -52,13 +52,10 @@ def _few_words(song: Song, rng: np.random.Generator) -> str:
 
 def facts(song: Song) -> np.ndarray:
     """What a listener could tell, as numbers: tempo, tonic, scale, mode, drums, style, instruments. float32."""
-    octave = 2 * np.pi * np.log2(song.bpm)
-    angles = [f(octave * n) for n in OCTAVES for f in (np.sin, np.cos)]
     instruments = {track.instrument for track in song.tracks}
     return np.array(
         [
-            np.log2(song.bpm / 110),
-            *angles,
+            *tempo_facts(song.bpm),
             *_which(range(12), [song.key.tonic]),
             *_which(range(12), song.key.pitch_classes),
             song.key.mode == "minor",
@@ -68,6 +65,19 @@ def facts(song: Song) -> np.ndarray:
         ],
         np.float32,
     )
+
+
+def tempo_facts(bpm: float) -> list[float]:
+    """Numbers that a linear layer can tell it from, to a few per cent."""
+    octave = np.log2(bpm / 110)
+    return [octave, *(f(2 * np.pi * n * octave) for n in TURNS for f in (np.sin, np.cos))]
+
+
+# What is heard first should be told best: tempo and key count for more than each of the instruments.
+_SIZES = {"tempo": (1 + 2 * len(TURNS), 3.0), "key": (25, 1.0), "drums": (1, 3.0)}
+FACT_WEIGHTS = np.concatenate(
+    [np.full(size, weight) for size, weight in _SIZES.values()] + [np.full(len(STYLES) + len(INSTRUMENTS), 0.5)]
+).astype(np.float32)
 
 
 def _which(names: Sequence, chosen: Sequence) -> list[bool]:

@@ -1,7 +1,8 @@
-"""The text encoder of the small model: a two-layer Qwen3 that learns to sum a prompt up in its last token.
+"""The text encoder of the small model: a two-layer Qwen3 that learns to sum a prompt up.
 
 Qwen3-Embedding, which the large models read prompts with, is trained to put what a text means into its last token. Here
-a linear layer on that token tells the song's tempo, key, drums, style and instruments; it is dropped afterwards.
+a linear layer tells the song's tempo, key, drums, style and instruments, from the last token and from the mean of all,
+which is what cross-attention sees before it has learned where to look. The layer is dropped afterwards.
 """
 
 import jax
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from acestep_jax.config import TextEncoderConfig
 from acestep_jax.models.text_encoder import Qwen3Model
 from acestep_jax.prompt import MAX_PROMPT_TOKENS, Tokens, tokenize
-from examples.small_model.requests import facts, song_and_prompt
+from examples.small_model.requests import FACT_WEIGHTS, facts, song_and_prompt, tempo_facts
 
 FIRST_SEED = 2**40  # its songs are never composed, for training or as tests
 
@@ -25,33 +26,49 @@ def train_text_encoder(
 ) -> tuple[Qwen3Model, list[float]]:
     """Returns the network and the error of each step: the share of the facts' variance that it could not tell."""
     network = Qwen3Model(config, rngs=nnx.Rngs(seed))
+    _relate_numbers(network, tokenizer, seed)
     graph, params = nnx.split(network)
     known = np.stack([facts(song_and_prompt(FIRST_SEED + i)[0]) for i in range(1000)])
-    mean, variance = known.mean(0), known.var(0) + 1e-4
-    head = jnp.zeros((config.hidden_size, known.shape[1])), jnp.asarray(mean)
+    mean, scale = known.mean(0), FACT_WEIGHTS / (known.var(0) + 1e-4)
+    # Two readers, of the last token and of the mean: kernels and biases.
+    head = jnp.zeros((2, config.hidden_size, known.shape[1])), jnp.stack([mean, mean])
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 20, steps, 1e-5)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
     state = (params, head), optimizer.init((params, head))
 
-    def error(learned, ids, last, wanted):
-        params, (kernel, bias) = learned
+    def error(learned, ids, mask, wanted):
+        params, (kernels, biases) = learned
         hidden = nnx.merge(graph, params)(ids)
-        summary = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return (jnp.square(summary @ kernel + bias - wanted) / variance).mean()
+        last = jnp.take_along_axis(hidden, mask.sum(1)[:, None, None] - 1, axis=1)[:, 0]
+        average = (hidden * mask[:, :, None]).sum(1) / mask.sum(1)[:, None]
+        told = jnp.einsum("rbd,rdf->rbf", jnp.stack([last, average]), kernels) + biases[:, None]
+        return (jnp.square(told - wanted) * scale).mean()
 
     @jax.jit
-    def step(state, ids, last, wanted):
+    def step(state, ids, mask, wanted):
         learned, moments = state
-        loss, gradients = jax.value_and_grad(error)(learned, ids, last, wanted)
+        loss, gradients = jax.value_and_grad(error)(learned, ids, mask, wanted)
         updates, moments = optimizer.update(gradients, moments, learned)
         return (optax.apply_updates(learned, updates), moments), loss
 
     losses = []
     for i in tqdm(range(steps), "text encoder", disable=None):
         tokens, wanted = batch(tokenizer, FIRST_SEED + (1 + i) * batch_size, batch_size)
-        state, loss = step(state, tokens.ids, tokens.mask.sum(1) - 1, wanted)
+        state, loss = step(state, tokens.ids, tokens.mask, wanted)
         losses.append(float(loss))
     return nnx.merge(graph, state[0][0]), losses
+
+
+def _relate_numbers(network: Qwen3Model, tokenizer: Tokenizer, seed: int) -> None:
+    """Numbers begin as what `tempo_facts` says of them, so that what is learned of one holds for its neighbours."""
+    words = {i: token.strip("Ġ") for token, i in tokenizer.get_vocab().items()}  # the tokenizer's sign for a space
+    numbers = {i: int(word) for i, word in words.items() if word.isdecimal()}
+    rows = np.array([i for i, n in numbers.items() if n > 0])
+    facts = np.stack([tempo_facts(numbers[i]) for i in rows])
+    table = network.embed_tokens.embedding
+    mix = np.random.default_rng(seed).standard_normal((facts.shape[1], table.shape[1])) / facts.shape[1] ** 0.5
+    size = np.std(table[...]) / np.std(facts @ mix)
+    table.set_value(table[...].at[rows].set(size * (facts @ mix)))
 
 
 def batch(tokenizer: Tokenizer, seed: int, size: int) -> tuple[Tokens, np.ndarray]:

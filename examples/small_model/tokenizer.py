@@ -1,5 +1,6 @@
 """A tokenizer for prompts of composed music: byte-level BPE, as Qwen's, learned from such prompts."""
 
+import itertools
 from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -8,6 +9,8 @@ from acestep_jax.prompt import PAD
 
 # Qwen's splits digits; here a tempo is one token, so that a small network need not learn to put numbers together.
 _WORDS = r"\n+| ?[A-Za-z]+| ?\d+| ?[^\sA-Za-z\d]+|\s"
+
+MANY = 1000
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -24,7 +27,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=sorted(alphabet), special_tokens=[PAD], show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    numbers = [f" {n}" for n in range(10, 301)] * MANY  # each a token, however rare among the texts
+    tokenizer.train_from_iterator(itertools.chain(texts, numbers), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {PAD}", special_tokens=[(PAD, tokenizer.token_to_id(PAD))]
     )
