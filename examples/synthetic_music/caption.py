@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from examples.synthetic_music.compose import Song, draft
-from examples.synthetic_music.styles import STYLES
+from examples.synthetic_music.styles import Style
 
 MOODS = {"major": ("bright", "warm", "happy", "cheerful"), "minor": ("melancholic", "moody", "bittersweet", "brooding")}
 TEMPOS = ((84, ("slow", "unhurried")), (108, ("mid-tempo", "relaxed")), (136, ("upbeat", "lively")))
@@ -76,8 +76,8 @@ class Request:
     has_drums: bool
 
 
-def request(seed: int, style: str | None = None) -> Request:
-    """What the song of a seed would be asked for by, without making it. `style`: one of `STYLES`; None: any."""
+def request(seed: int, style: str | Style | None = None) -> Request:
+    """What the song of a seed would be asked for by, without making it. `style`: see `draft`."""
     song = draft(seed, style)
     return Request(caption(song), song.bpm, str(song.key), str(song.beats), song.has_drums)
 
@@ -92,7 +92,7 @@ def caption(song: Song) -> str:
     moods = [song.mood, pick(MOODS[song.key.mode])]
     mood = pick(moods)
     tempo = pick(next((words for limit, words in TEMPOS if song.bpm < limit), FAST))
-    style = pick(STYLES[song.style].names)
+    style = pick(song.data.names)
     names = [track.instrument for track in song.tracks if track.role != "drums"]
     names = list(dict.fromkeys(names))  # a piano may play chords and melody
     instruments = [pick(WORDS.get(name, (_with_article(name),))) for name in rng.permutation(names)]

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from examples.synthetic_music.styles import STYLES
+from examples.synthetic_music.styles import STYLES, Style
 from examples.synthetic_music.theory import PROGRESSIONS, Key
 
 STEPS = 4  # of a beat
@@ -46,10 +46,12 @@ class Track:
 
 @dataclasses.dataclass(frozen=True)
 class Song:
-    """style: of `STYLES`. progression: degrees of the chords. Tracks have notes if made by `compose`."""
+    """style: its name in `STYLES`, or the first of its own; data: what it is. progression: degrees of the chords.
+    Tracks have notes if made by `compose`."""
 
     seed: int
     style: str
+    data: Style
     mood: str
     bpm: int
     key: Key
@@ -58,24 +60,23 @@ class Song:
 
     @property
     def beats(self) -> int:
-        return STYLES[self.style].beats
+        return self.data.beats
 
     @property
     def has_drums(self) -> bool:
         return any(track.role == "drums" for track in self.tracks)
 
 
-def draft(seed: int, style: str | None = None) -> Song:
+def draft(seed: int, style: str | Style | None = None) -> Song:
     """A song without its notes: whatever a caption tells of it, whatever its length.
 
     Args:
         seed: at least 0.
-        style: one of `STYLES`; None: drawn as well.
+        style: one of `STYLES`, or a style that is not there; None: one of them, drawn as well.
     """
     rng = np.random.default_rng([seed, 0])
-    name = str(rng.choice(list(STYLES)))
-    name = style or name
-    data = STYLES[name]
+    drawn = str(rng.choice(list(STYLES)))
+    name, data = (style.names[0], style) if isinstance(style, Style) else (style or drawn, STYLES[style or drawn])
     mode = "minor" if rng.random() < data.minor else "major"
     tracks = []
     if rng.random() < data.drums:
@@ -90,6 +91,7 @@ def draft(seed: int, style: str | None = None) -> Song:
     return Song(
         seed=seed,
         style=name,
+        data=data,
         mood=_pick(rng, data.moods),
         bpm=int(rng.integers(data.bpm[0], data.bpm[1] + 1)),
         key=Key(int(rng.integers(12)), mode),
@@ -98,7 +100,7 @@ def draft(seed: int, style: str | None = None) -> Song:
     )
 
 
-def compose(seed: int, seconds: float, style: str | None = None) -> Song:
+def compose(seed: int, seconds: float, style: str | Style | None = None) -> Song:
     """The song of `draft` with notes that begin within `seconds`; a longer song begins as a shorter one does."""
     song = draft(seed, style)
     bars = math.ceil(seconds * song.bpm / 60 / song.beats)
@@ -106,7 +108,7 @@ def compose(seed: int, seconds: float, style: str | None = None) -> Song:
     for number, track in enumerate(song.tracks):
         rng = np.random.default_rng([seed, 1, number])
         notes = _drums(song, track, bars) if track.role == "drums" else _pitched(song, track, bars, rng)
-        notes = (_swung(note, STYLES[song.style].swing) for note in notes)
+        notes = (_swung(note, song.data.swing) for note in notes)
         tracks.append(dataclasses.replace(track, notes=tuple(notes)))
     return dataclasses.replace(song, tracks=tuple(tracks))
 
@@ -136,7 +138,7 @@ def _drums(song: Song, track: Track, bars: int) -> list[Note]:
 
 
 def _pitched(song: Song, track: Track, bars: int, rng: np.random.Generator) -> list[Note]:
-    style, notes = STYLES[song.style], []
+    style, notes = song.data, []
     centre = ROLES[track.role][0]
     phrase = len(song.progression) * style.bars  # bars
     if track.role == "lead":
@@ -172,7 +174,7 @@ def _bass(key: Key, degree: int, character: str, lowest: int) -> int:
 
 def _melody(song: Song, track: Track, rng: np.random.Generator, bars: int) -> list[list[Note]]:
     """A walk over the scale, in chord tones on the beats that count, for each bar of a phrase; starts from 0."""
-    style = STYLES[song.style]
+    style = song.data
     tonic = song.key.pitch(0, ROLES["lead"][0] - 9)
     place, melody = int(rng.choice([0, 2, 4])), []
     for bar in range(bars):

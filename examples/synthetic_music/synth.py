@@ -12,7 +12,6 @@ from collections.abc import Callable
 import numpy as np
 
 from examples.synthetic_music.compose import DRUMS, ROLES, Song, Track
-from examples.synthetic_music.styles import STYLES
 from examples.synthetic_music.theory import hertz
 
 SAMPLE_RATE = 48000  # Hz
@@ -159,7 +158,7 @@ KITS = {
 def render(song: Song, seconds: float) -> np.ndarray:
     """[2, samples] float32 at `SAMPLE_RATE`, with a peak of -1 dBFS."""
     size = round(seconds * SAMPLE_RATE)
-    style, rng = STYLES[song.style], np.random.default_rng([song.seed, 2])
+    style, rng = song.data, np.random.default_rng([song.seed, 2])
     dry, wet = np.zeros((2, 2, size), np.float32)
     pushed = _ducking(song, size, style.duck)
     for track in song.tracks:

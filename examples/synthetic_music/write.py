@@ -4,6 +4,7 @@ A module of its own: processes that are spawned do not find what is defined in `
 """
 
 import concurrent.futures
+import dataclasses
 import json
 import multiprocessing
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from acestep_jax.errors import InputError
 from acestep_jax.request import MAX_DURATION
 from examples.synthetic_music.caption import request
 from examples.synthetic_music.compose import compose
+from examples.synthetic_music.styles import Style
 from examples.synthetic_music.synth import SAMPLE_RATE, render
 
 SETTINGS = ".synthetic_music"  # what the songs of a folder have in common
@@ -26,7 +28,7 @@ def write_songs(
     songs: int,
     seconds: float,
     seed: int = 0,
-    style: str | None = None,
+    style: str | Style | None = None,
     untold: float = 0.0,
     workers: int = 1,
 ) -> Iterator[int]:
@@ -35,7 +37,7 @@ def write_songs(
     Songs that are there already are kept: a folder grows, and a run that was stopped goes on.
 
     Args:
-        style: one of `STYLES`; None: all.
+        style: one of `STYLES`, or a style that is not there; None: all of them.
         untold: share of the songs whose text leaves out tempo, key and time signature, as users often do.
 
     Raises:
@@ -52,7 +54,8 @@ def write_songs(
             raise InputError(f"--{name}: expected {lowest:g} to {highest:g}, found {value:g}")
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = json.dumps({"seconds": seconds, "seed": seed, "style": style, "untold": untold})
+    known = dataclasses.asdict(style) if isinstance(style, Style) else style
+    settings = json.dumps({"seconds": seconds, "seed": seed, "style": known, "untold": untold})
     note = folder / SETTINGS
     if not note.exists():
         if any(folder.iterdir()):
@@ -74,7 +77,7 @@ def write_songs(
             yield (done := done + 1)
 
 
-def _write(job: tuple[Path, int, float, str | None, float]) -> None:
+def _write(job: tuple[Path, int, float, str | Style | None, float]) -> None:
     """The text first: where there is audio, the song is whole."""
     path, seed, seconds, style, untold = job
     asked = request(seed, style)
