@@ -1,0 +1,94 @@
+"""`python notebooks/execute.py [NAME ...]`: runs the notebooks and keeps their outputs in them.
+
+Each runs in a fresh kernel in a temporary folder. What it writes to the standard error is dropped: warnings that name
+local paths, and progress bars.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+FOLDER = Path(__file__).parent
+# A cell that an owner of the right hardware or packages would see more in says so itself; none takes longer than this.
+TIMEOUT = 3600  # seconds
+
+
+def names() -> list[str]:
+    """Of all notebooks, in order."""
+    return sorted(file.stem for file in FOLDER.glob("*.ipynb"))
+
+
+def read(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def execute(notebook: nbformat.NotebookNode) -> None:
+    """Runs the cells in a temporary folder, with this repository on the path. Raises CellExecutionError."""
+    paths = [str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TQDM_DISABLE": "1"}
+    with tempfile.TemporaryDirectory(prefix="acestep-jax-notebook-") as folder:
+        client = NotebookClient(
+            notebook, timeout=TIMEOUT, record_timing=False, resources={"metadata": {"path": folder}}
+        )
+        client.execute(env=environment)
+
+
+def clean(notebook: nbformat.NotebookNode) -> None:
+    """Leaves what does not change from run to run by itself."""
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags")
+        cell.metadata = {"tags": tags} if tags else {}
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                if "metadata" in output:
+                    output.metadata = {}
+
+
+def write(name: str, notebook: nbformat.NotebookNode) -> None:
+    """Whole or not at all."""
+    temporary = FOLDER / f".{name}.ipynb.tmp"
+    try:
+        nbformat.validate(notebook)
+        temporary.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+        temporary.replace(FOLDER / f"{name}.ipynb")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 1 if a notebook failed, which stays as it was."""
+    parser = argparse.ArgumentParser(prog="python notebooks/execute.py", description=__doc__.split("\n")[0])
+    parser.add_argument("names", metavar="NAME", nargs="*", help=f"{', '.join(names())} [all]")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.names) - set(names()):
+        parser.error(f"no notebook called {', '.join(sorted(unknown))}")
+    status = 0
+    for name in options.names or names():
+        notebook, start = read(name), time.monotonic()
+        try:
+            execute(notebook)
+        except CellExecutionError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            status = 1
+            continue
+        clean(notebook)
+        write(name, notebook)
+        size = (FOLDER / f"{name}.ipynb").stat().st_size
+        print(f"{name}: {time.monotonic() - start:.0f} s, {size / 1e6:.1f} MB", flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
