@@ -35,7 +35,11 @@ def execute(notebook: nbformat.NotebookNode) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TQDM_DISABLE": "1"}
     with tempfile.TemporaryDirectory(prefix="acestep-jax-notebook-") as folder:
         client = NotebookClient(
-            notebook, timeout=TIMEOUT, record_timing=False, resources={"metadata": {"path": folder}}
+            notebook,
+            timeout=TIMEOUT,
+            record_timing=False,
+            coalesce_streams=True,
+            resources={"metadata": {"path": folder}},
         )
         client.execute(env=environment)
 
