@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from acestep_jax import AceStepPipeline, AudioPipelineOutput
+from acestep_jax import AceStepPipeline, AudioPipelineOutput, InputError
 from benchmarks import prompt_adherence
 from benchmarks.music_analysis import RATE, Heard, listen
 from examples.synthetic_music import __main__ as command
@@ -17,7 +17,7 @@ from examples.synthetic_music.compose import DRUMS, ROLES, compose, draft, onset
 from examples.synthetic_music.styles import STYLES
 from examples.synthetic_music.synth import INSTRUMENTS, KITS, PEAK, SAMPLE_RATE, render
 from examples.synthetic_music.theory import NAMES, Key, hertz, parse_key
-from examples.synthetic_music.write import SETTINGS
+from examples.synthetic_music.write import SETTINGS, write_songs
 from train.sidecars import Sidecars
 
 
@@ -109,6 +109,20 @@ def test_sound(style):
     assert np.abs(sound[:, [0, -1]]).max() < 1e-3
     assert np.abs(sound[0] - sound[1]).max() > 1e-3  # stereo
     assert np.array_equal(sound, render(compose(3, 4, style), 4))
+
+
+def test_a_style_of_ones_own(tmp_path):
+    style = dataclasses.replace(STYLES["lullaby"], names=("glockenspiel polka",), bpm=(180, 190))
+    assert list(write_songs(tmp_path / "songs", 2, 2, seed=5, style=style)) == [0, 1, 2]
+    for i in range(2):
+        song, text = draft(5 + i, style), (tmp_path / "songs" / f"0000{i}.txt").read_text()
+        assert song.style == "glockenspiel polka" and song.data == style and 180 <= song.bpm <= 190
+        assert "glockenspiel polka" in text.lower() and f"bpm: {song.bpm}\n" in text
+    sound, _ = soundfile.read(tmp_path / "songs" / "00000.flac", dtype="float32")
+    np.testing.assert_allclose(sound.T, render(compose(5, 2, style), 2), atol=1e-6)
+    assert list(write_songs(tmp_path / "songs", 2, 2, seed=5, style=style)) == [2]
+    with pytest.raises(InputError, match="holds songs of"):
+        next(write_songs(tmp_path / "songs", 2, 2, seed=5, style=dataclasses.replace(style, bpm=(181, 190))))
 
 
 def test_instruments_neither_click_nor_alias():
