@@ -13,7 +13,7 @@ from IPython.display import Audio, display
 
 from acestep_jax import audio as audio_files
 
-TICKS = (100, 300, 1000, 3000, 10000)  # Hz
+TICKS = (100, 500, 1000, 2000, 4000, 8000)  # Hz
 
 
 def run(command: str) -> None:
@@ -44,7 +44,7 @@ def play(audio: np.ndarray, rate: int = 48000) -> None:
 
 def show(audio: np.ndarray, title: str = "", rate: int = 48000, regions: Sequence[tuple[float, float]] = ()) -> None:
     """A spectrogram. audio: [channels, samples]; regions: (start, end) in seconds, which are marked."""
-    figure, axes = plt.subplots(figsize=(8, 1.9), dpi=64)
+    figure, axes = plt.subplots(figsize=(8, 2.1), dpi=64)
     draw(axes, audio, title, rate, regions)
     figure.tight_layout()
     plt.show()

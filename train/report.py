@@ -183,15 +183,12 @@ class Panel(NamedTuple):
 
 
 def draw(folder: Path, panels: list[Panel]) -> None:
-    """`loss.png`, from `metrics.jsonl`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """`loss.png`, from `metrics.jsonl`. Without pyplot, whose backend is the caller's, such as a notebook."""
+    from matplotlib.figure import Figure
 
     rows = read_metrics(folder)
-    figure, all_axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained")
-    for panel, axes in zip(panels, np.atleast_1d(all_axes), strict=True):
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         for name, label in panel.lines.items():
             if points := [(row["step"], row[name]) for row in rows if row.get(name) is not None]:
                 marker = "o" if name.startswith("validation_") else ""
@@ -202,4 +199,3 @@ def draw(folder: Path, panels: list[Panel]) -> None:
     temporary = folder / ".loss.png"
     figure.savefig(temporary, dpi=120)
     temporary.replace(folder / "loss.png")
-    pyplot.close(figure)
