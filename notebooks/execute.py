@@ -16,8 +16,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 FOLDER = Path(__file__).parent
-# A cell that an owner of the right hardware or packages would see more in says so itself; none takes longer than this.
-TIMEOUT = 3600  # seconds
+TIMEOUT = 3600  # seconds, of a cell
 
 
 def names() -> list[str]:
