@@ -51,9 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--cover-strength", metavar="STRENGTH", type=float, default=1.0, help="0 to 1, part of the steps [1]")
     add("--cover-noise", metavar="STRENGTH", type=float, help="0 to 1, start that near to the source of a cover [0]")
     add("--reference", metavar="FILE", help="music of the timbre that is wanted")
-    add("--steps", type=int, help="[turbo: 8; base, sft: 50]")
-    add("--shift", type=float, help="of the time steps towards the noise [turbo: 3; base, sft: 1]")
-    add("--guidance", type=float, help="strength, 1 for none [turbo: none; base, sft: 7]")
+    add("--steps", type=int, help="[turbo: 8; others: 50]")
+    add("--shift", type=float, help="of the time steps towards the noise [turbo: 3; others: 1]")
+    add("--guidance", type=float, help="strength, 1 for none [turbo: none; base, sft: 7; small: 3]")
     add("--guidance-rule", choices=GUIDANCE, help="[apg]")
     add("--solver", choices=SOLVERS, help="[euler]")
     add(

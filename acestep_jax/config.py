@@ -155,7 +155,7 @@ class TransformerConfig(AttentionConfig):
 
     @property
     def variant(self) -> str:
-        """The name that the model goes by: turbo, base or sft."""
+        """The name that the model goes by: turbo, base, sft or small."""
         return self.model_version or ("turbo" if self.turbo else "base")
 
 

@@ -263,7 +263,7 @@ class AceStepPipeline:
         )
         if cover_noise_strength and any(plan.task_type != "cover" for plan in plans):
             raise InputError("cover_noise_strength: only covers start from their source; leave it at 0 for others")
-        times, guided_steps, scale = sampling.schedule(self.transformer.config.turbo)
+        times, guided_steps, scale = sampling.schedule(self.transformer.config.turbo, self.transformer.config.variant)
         seeds, keys, drawn = self._noise(requests, [plan.frames for plan in plans], noise, sampling.draws_noise)
         lengths = np.array([plan.frames for plan in plans], np.int32)
         strengths = np.array([plan.cover_strength for plan in plans], np.float32)

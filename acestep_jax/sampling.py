@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 COVER_MODES = ("switch", "blend")
 INTERVALS = ("t", "progress")
+GUIDANCE_SCALES = {"small": 3.0}  # of variants for which 7 is too much
 
 
 class Schedule(NamedTuple):
@@ -31,7 +32,7 @@ class Sampling:
     """The fields are the arguments of `AceStepPipeline.__call__` that hold for a whole batch.
 
     num_inference_steps, guidance_scale, shift: None: the variant's own, 8 steps, no guidance and shift 3 for turbo; 50
-        steps, guidance 7 and shift 1 for base and sft.
+        steps, guidance 7 and shift 1 for base and sft; 50, 3 and 1 for the small model.
     timesteps: falling times within (0, 1], instead of num_inference_steps and shift.
     solver: euler, heun, ab2, ab3, sde or sde_linear; guidance: apg, adg or cfg. See `acestep_jax.flow_matching`.
     cfg_interval_start, cfg_interval_end: guidance acts while start <= t <= end, with cfg_interval_in "t" as in
@@ -100,7 +101,7 @@ class Sampling:
         """Whether the solver does."""
         return self.solver in ("sde", "sde_linear")
 
-    def schedule(self, turbo: bool) -> Schedule:
+    def schedule(self, turbo: bool, variant: str = "base") -> Schedule:
         """For a variant. Raises InputError if the steps, the shift or the times are out of range."""
         if self.timesteps is not None:
             times = custom_schedule(self.timesteps)
@@ -118,7 +119,7 @@ class Sampling:
         guided = (self.cfg_interval_start <= place) & (place <= self.cfg_interval_end)
         scale = self.guidance_scale
         if scale is None:
-            scale = 1.0 if turbo else 7.0
+            scale = 1.0 if turbo else GUIDANCE_SCALES.get(variant, 7.0)
         elif turbo and scale > 1:
             logger.warning("guidance_scale %s is ignored: guidance is distilled into turbo models", scale)
             scale = 1.0

@@ -60,7 +60,7 @@ CONFIGS: dict[str, NetworkConfig] = {
         sliding_window=32,
         rope_theta=10000.0,
         encoder_hidden_size=_NARROW["hidden_size"],
-        model_version="base",
+        model_version="small",
     ),
     "condition_encoder": ConditionEncoderConfig(
         **_NARROW,
