@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
-    "index quickstart weights tasks training sharding architecture performance comparison api/index api/pipeline "
-    "api/sampling api/audio api/networks api/config api/checkpoint api/train"
+    "index quickstart small_model weights tasks training sharding architecture performance comparison "
+    "api/index api/pipeline api/sampling api/audio api/networks api/config api/checkpoint api/train"
 ).split()
 
 
