@@ -42,7 +42,7 @@ def test_batches_have_one_shape_and_consecutive_numbers(data):
     batches = first(make(data), 4)
     for i, batch in enumerate(batches):
         assert batch.mean.shape == batch.std.shape == (2, 2, 200, CHANNELS)
-        assert batch.text.shape[2] == 64 and batch.lyric_ids.shape == (2, 2, 256)
+        assert batch.text.shape[2] == 32 and batch.lyric_ids.shape == (2, 2, 32)
         assert batch.numbers.ravel().tolist() == list(range(4 * i, 4 * i + 4))
         assert [leaf.dtype.name for leaf in batch[:3]] == ["float32", "float32", "int32"]
 
