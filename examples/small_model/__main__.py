@@ -9,9 +9,8 @@ import numpy as np
 from acestep_jax import checkpoint
 from acestep_jax.cli import use_compilation_cache
 from acestep_jax.errors import InputError
-from acestep_jax.prompt import PAD
 from examples.small_model.requests import song_and_prompt
-from examples.small_model.start import TEXT_ENCODER, write_packed, write_start
+from examples.small_model.start import TEXT_ENCODER, save_networks, write_packed, write_start
 from examples.small_model.text_encoder import FIRST_SEED, train_text_encoder
 from examples.small_model.tokenizer import train_tokenizer
 
@@ -61,9 +60,7 @@ def text_encoder(destination: Path, steps: int, batch_size: int, seed: int) -> N
     tokenizer = train_tokenizer(prompts, TEXT_ENCODER.vocab_size)
     network, errors = train_text_encoder(TEXT_ENCODER, tokenizer, steps=steps, batch_size=batch_size, seed=seed)
     print(f"mean error of the last 50 steps: {np.mean(errors[-50:]):.3f} of {np.mean(errors[:1]):.3f} at first")
-    arrays = [(f"text_encoder.{leaf}", np.asarray(v.get_value())) for leaf, v in checkpoint.leaves(network).items()]
-    config = {"pad_token": PAD}
-    checkpoint.save(destination, {"text_encoder": network.config}, arrays, tokenizer.to_str(), config)
+    save_networks(destination, {"text_encoder": network}, tokenizer)
 
 
 if __name__ == "__main__":

@@ -88,12 +88,17 @@ def write_start(
     for part in (encoder.lyric_encoder, encoder.timbre_encoder):
         part.norm.scale.set_value(jnp.zeros_like(part.norm.scale[...]))
     encoder.silence_latent.set_value(silence(vae))
-    configs = {name: networks[name].config for name in NETWORKS}
+    save_networks(destination, {name: networks[name] for name in NETWORKS}, tokenizer)
+
+
+def save_networks(destination: Path, networks: dict[str, nnx.Module], tokenizer: Tokenizer) -> None:
+    """Writes networks, by the names of `NETWORKS`, as a checkpoint. Raises InputError if `destination` exists."""
     arrays = [
         (f"{name}.{leaf}", np.asarray(variable.get_value()))
-        for name in configs
-        for leaf, variable in checkpoint.leaves(networks[name]).items()
+        for name, network in networks.items()
+        for leaf, variable in checkpoint.leaves(network).items()
     ]
+    configs = {name: network.config for name, network in networks.items()}
     checkpoint.save(destination, configs, arrays, tokenizer.to_str(), {"pad_token": PAD})
 
 
