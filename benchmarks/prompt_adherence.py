@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from acestep_jax import AceStepPipeline, InputError
-from acestep_jax.checkpoint import SMALL_MODEL
+from acestep_jax import AceStepPipeline, InputError, checkpoint
 from acestep_jax.request import MAX_DURATION, MIN_DURATION
 from benchmarks.music_analysis import Heard, listen
 from benchmarks.reconstruction import through_autoencoder
@@ -40,7 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after an error message."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prompt_adherence", description=__doc__.split("\n")[0])
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--checkpoint", metavar="DIR", default=SMALL_MODEL, help="the model to judge [the small one]")
+    source.add_argument(
+        "--checkpoint", metavar="DIR", default=checkpoint.SMALL_MODEL, help="to judge [the small model]"
+    )
     source.add_argument("--composer", action="store_true", help="judge the composer's own songs: the measure's ceiling")
     parser.add_argument("--vae", metavar="DIR", help="the composer's songs, through the autoencoder of this checkpoint")
     parser.add_argument("--prompts", metavar="N", type=int, default=50, help="[50]")
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.composer:
             songs = (render(compose(seed, options.seconds), options.seconds) for seed in seeds)
             if options.vae:
-                process = through_autoencoder(options.vae)
+                process = through_autoencoder(checkpoint.load(options.vae, names=["vae"])["vae"])
                 songs = map(process, songs)
             songs = ((song, SAMPLE_RATE) for song in songs)
         else:

@@ -17,6 +17,7 @@ import soundfile
 
 from acestep_jax import audio, checkpoint
 from acestep_jax.errors import InputError
+from acestep_jax.models.autoencoder import AutoencoderOobleck
 from acestep_jax.stages import COMPILER_OPTIONS
 from benchmarks import measure
 from train.preprocess import find_audio
@@ -50,7 +51,7 @@ def main() -> None:
         f"{len(songs)} songs, {options.seconds:g} s of each; libsndfile {soundfile.__libsndfile_version__}; medians\n"
     )
     row = measure.print_table(["", "rate", "SI-SDR, dB", "distance of spectra"])
-    row("autoencoder", f"{frames:.0f} values/s", *score(songs, through_autoencoder(options.checkpoint)))
+    row("autoencoder", f"{frames:.0f} values/s", *score(songs, through_autoencoder(vae)))
     for name, settings in CODECS.items():
         sizes: list[int] = []
         figures = score(songs, functools.partial(through_codec, settings=settings, sizes=sizes))
@@ -91,9 +92,8 @@ def _distance(x: jax.Array, y: jax.Array) -> jax.Array:
     return spectral_distance(x, y, WINDOWS)
 
 
-def through_autoencoder(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
-    """What encodes and decodes a song, [2, samples], by the autoencoder of a checkpoint."""
-    (vae,) = checkpoint.load(path, names=["vae"]).values()
+def through_autoencoder(vae: AutoencoderOobleck) -> Callable[[np.ndarray], np.ndarray]:
+    """What encodes and decodes a song, [2, samples]."""
     encode, decode = (jax.jit(f, compiler_options=COMPILER_OPTIONS) for f in (type(vae).encode, type(vae).decode))
 
     def process(song: np.ndarray) -> np.ndarray:
