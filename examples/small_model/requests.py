@@ -6,6 +6,7 @@ import numpy as np
 
 from acestep_jax import tasks
 from acestep_jax.prompt import prompt_text
+from examples.small_model.start import CONFIGS
 from examples.synthetic_music.caption import WORDS, caption
 from examples.synthetic_music.compose import Song, draft
 from examples.synthetic_music.styles import STYLES
@@ -14,6 +15,9 @@ INSTRUMENTS = tuple(
     dict.fromkeys(name for style in STYLES.values() for p in style.parts.values() for name in p.instruments)
 )
 TURNS = (0.5, 1, 2, 4)  # tempo as angles that turn so often in an octave, so that near tempi lie near each other
+BEATS = (1, 2, 4)  # how far the transformer has to look back, to go on in time
+LATENTS_PER_SECOND = 25
+ANGLES = 12  # of the transformer's rotary embedding, the fastest: slower ones tell few beats apart
 
 
 def song_and_prompt(seed: int) -> tuple[Song, str]:
@@ -67,16 +71,21 @@ def facts(song: Song) -> np.ndarray:
     )
 
 
-def tempo_facts(bpm: float) -> list[float]:
-    """Numbers that a linear layer can tell it from, to a few per cent."""
+def tempo_facts(bpm: float) -> np.ndarray:
+    """Numbers that a linear layer can tell it from, to a few per cent, and some beats as the angles by which rotary
+    embedding turns a key that lies so far away: a query that is a linear function of them looks there."""
+    config = CONFIGS["transformer"]
     octave = np.log2(bpm / 110)
-    return [octave, *(f(2 * np.pi * n * octave) for n in TURNS for f in (np.sin, np.cos))]
+    tokens = 60 / bpm * LATENTS_PER_SECOND / config.patch_size * np.array(BEATS)
+    rates = config.rope_theta ** (-2 * np.arange(ANGLES) / config.head_dim)  # radians for each token
+    angles = np.concatenate([2 * np.pi * octave * np.array(TURNS), np.outer(tokens, rates).ravel()])
+    return np.concatenate([[octave], np.sin(angles), np.cos(angles)])
 
 
 # What is heard first should be told best: tempo and key count for more than each of the instruments.
-_SIZES = {"tempo": (1 + 2 * len(TURNS), 3.0), "key": (25, 1.0), "drums": (1, 3.0)}
+_SIZES = {"tempo": (1 + 2 * (len(TURNS) + len(BEATS) * ANGLES), 1.0), "key": (25, 2.0), "drums": (1, 5.0)}
 FACT_WEIGHTS = np.concatenate(
-    [np.full(size, weight) for size, weight in _SIZES.values()] + [np.full(len(STYLES) + len(INSTRUMENTS), 0.5)]
+    [np.full(size, weight) for size, weight in _SIZES.values()] + [np.full(len(STYLES) + len(INSTRUMENTS), 1.0)]
 ).astype(np.float32)
 
 

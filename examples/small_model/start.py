@@ -83,7 +83,7 @@ def write_start(
     networks |= {
         name: NETWORKS[name][0](config, rngs=nnx.Rngs(seed + i)) for i, (name, config) in enumerate(CONFIGS.items())
     }
-    _set_up(networks["transformer"])
+    _set_up(networks["transformer"], seed + len(CONFIGS))
     encoder = networks["condition_encoder"]
     for part in (encoder.lyric_encoder, encoder.timbre_encoder):
         part.norm.scale.set_value(jnp.zeros_like(part.norm.scale[...]))
@@ -111,17 +111,25 @@ def silence(vae: AutoencoderOobleck) -> jax.Array:
     return jnp.concatenate([ends[:, :half], middle, ends[:, half:]], axis=1)
 
 
-def _set_up(transformer: nnx.Module) -> None:
-    """Every layer begins as a small change of what it reads: open gates, no modulation, small outputs."""
+def _set_up(transformer: nnx.Module, seed: int) -> None:
+    """Every layer begins as a small change of what it reads, with open gates; what it reads of the prompt is large.
+
+    The shift before self-attention is random, the same for all tokens. So a query that has something of the prompt
+    meets keys that have something in common, and turns to certain distances from the first step on: without it, 7000
+    steps did not teach looking a beat back.
+    """
     depth = transformer.config.num_hidden_layers
     for name, variable in checkpoint.leaves(transformer).items():
         value = variable.get_value()
         if name == "layers.scale_shift_table":
-            variable.set_value(jnp.zeros_like(value).at[..., 2, :].set(1.0).at[..., 5, :].set(1.0))
+            shift = 0.7 * jax.random.normal(jax.random.key(seed), value[..., 0, :].shape)
+            variable.set_value(jnp.zeros_like(value).at[..., 0, :].set(shift).at[..., (2, 5), :].set(1.0))
         elif name == "scale_shift_table":
             variable.set_value(jnp.zeros_like(value))
         elif name.endswith(("time_proj.kernel", "proj_out_conv.kernel")):
             variable.set_value(0.1 * value)
+        elif name.endswith("cross_attn.to_out.kernel"):
+            variable.set_value(2 * value)
         elif name.endswith(("to_out.kernel", "down_proj.kernel")):
             variable.set_value(value / (3 * depth) ** 0.5)
 

@@ -19,7 +19,7 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """names: in captions. bpm: lowest and highest. beats: of a bar. minor, drums: chances. kit: see `synth.KITS`.
+    """names: in captions. bpm: one of which is drawn. beats: of a bar. minor, drums: chances. kit: see `synth.KITS`.
 
     beat: rhythms by drum, one set of which is drawn. swing: how far every second eighth is late, in beats.
     bars: of a chord. size: notes of a chord. reverb: seconds until the room is silent by 60 dB. echo: 0 to 1.
@@ -28,7 +28,7 @@ class Style:
 
     names: tuple[str, ...]
     moods: tuple[str, ...]
-    bpm: tuple[int, int]
+    bpm: tuple[int, ...]
     kit: str
     beat: tuple[dict[str, str], ...]
     parts: dict[str, Part]
@@ -44,11 +44,12 @@ class Style:
     tone: float = 16000.0
 
 
+# All tempi are 1500 / n: a beat is a whole number of the 25 latents of a second, which a small model learns to repeat.
 STYLES = {
     "house": Style(
         ("house", "deep house", "club house"),
         ("groovy", "uplifting", "sunny"),
-        (118, 128),
+        (115, 125),
         "electronic",
         (
             dict(kick="x...x...x...x...", clap="....x.......x...", open="..x...x...x...x.", hat="o.o.o.o.o.o.o.o."),
@@ -65,7 +66,7 @@ STYLES = {
     "techno": Style(
         ("techno", "driving techno", "warehouse techno"),
         ("hypnotic", "dark", "relentless"),
-        (126, 142),
+        (125, 136),
         "electronic",
         (
             dict(kick="x...x...x...x...", open="..x...x...x...x.", clap="............x..."),
@@ -85,7 +86,7 @@ STYLES = {
     "lo-fi hip hop": Style(
         ("lo-fi hip hop", "lofi", "chillhop"),
         ("mellow", "nostalgic", "cozy"),
-        (72, 92),
+        (75, 79, 83, 88),
         "dusty",
         (
             dict(kick="x.......x.x.....", snare="....x.......x...", hat="x.o.x.o.x.o.x.o."),
@@ -104,7 +105,7 @@ STYLES = {
     "ambient": Style(
         ("ambient", "ambient soundscape", "drone ambient"),
         ("peaceful", "spacious", "meditative"),
-        (70, 90),
+        (75, 79, 83, 88),
         "electronic",
         (),
         dict(
@@ -120,7 +121,7 @@ STYLES = {
     "synthwave": Style(
         ("synthwave", "retrowave", "80s synthwave"),
         ("nostalgic", "neon-lit", "cinematic"),
-        (84, 116),
+        (88, 94, 100, 107, 115),
         "gated",
         (
             dict(kick="x.......x.......", snare="....x.......x...", hat="x.x.x.x.x.x.x.x."),
@@ -139,7 +140,7 @@ STYLES = {
     "reggae": Style(
         ("reggae", "dub reggae", "roots reggae"),
         ("laid-back", "sunny", "easygoing"),
-        (70, 88),
+        (75, 79, 83, 88),
         "acoustic",
         (
             dict(kick="........x.......", rim="........x.......", hat="x.o.x.o.x.o.x.o."),
@@ -156,7 +157,7 @@ STYLES = {
     "chiptune": Style(
         ("chiptune", "8-bit game music", "retro video game"),
         ("playful", "adventurous", "cheerful"),
-        (120, 160),
+        (125, 136, 150),
         "8-bit",
         (
             dict(kick="x...x...x...x...", snare="....x.......x...", hat="..x...x...x...x."),
@@ -173,7 +174,7 @@ STYLES = {
     "waltz": Style(
         ("waltz", "ballroom waltz", "romantic waltz"),
         ("romantic", "graceful", "dreamy"),
-        (84, 132),
+        (88, 94, 100, 107, 115, 125),
         "brushes",
         (dict(kick="x...........", snare="....o...o...", hat="....x...x..."),),
         dict(
@@ -189,7 +190,7 @@ STYLES = {
     "lullaby": Style(
         ("lullaby", "music box lullaby", "bedtime lullaby"),
         ("tender", "sleepy", "innocent"),
-        (76, 104),
+        (79, 83, 88, 94, 100),
         "brushes",
         (),
         dict(
@@ -205,7 +206,7 @@ STYLES = {
     "drum and bass": Style(
         ("drum and bass", "liquid drum and bass", "jungle"),
         ("energetic", "urgent", "soaring"),
-        (160, 170),
+        (167,),
         "acoustic",
         (
             dict(kick="x.........x.....", snare="....x.......x...", hat="x.x.x.x.x.x.x.x."),
@@ -225,7 +226,7 @@ STYLES = {
     "folk": Style(
         ("acoustic folk", "folk", "fingerpicked folk"),
         ("intimate", "wistful", "hopeful"),
-        (84, 116),
+        (88, 94, 100, 107, 115),
         "brushes",
         (
             dict(kick="x.......x.......", snare="....x.......x...", shaker="x.x.x.x.x.x.x.x."),
@@ -243,7 +244,7 @@ STYLES = {
     "disco funk": Style(
         ("disco", "disco funk", "nu disco"),
         ("funky", "glamorous", "joyful"),
-        (104, 122),
+        (107, 115),
         "acoustic",
         (
             dict(kick="x...x...x...x...", snare="....x.......x...", open="..x...x...x...x.", hat="x...x...x...x..."),
@@ -262,7 +263,7 @@ STYLES = {
     "piano ballad": Style(
         ("piano ballad", "piano", "neoclassical piano"),
         ("emotional", "reflective", "tender"),
-        (70, 100),
+        (75, 79, 83, 88, 94, 100),
         "acoustic",
         (dict(kick="x.......x.......", snare="....x.......x...", hat="x.x.x.x.x.x.x.x."),),
         dict(
