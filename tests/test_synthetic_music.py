@@ -32,6 +32,7 @@ def test_styles_are_complete(style):
     assert all(len(rhythm) % (4 * data.beats) == 0 for rhythm in rhythms)
     assert all(set(part.instruments) <= set(INSTRUMENTS) for part in data.parts.values())
     assert bool(data.beat) == (data.drums > 0) and set(data.parts) <= set(ROLES)
+    assert data.bpm and data.bpm == tuple(sorted(set(data.bpm)))
     assert all(70 <= bpm <= 170 and bpm == round(1500 / round(1500 / bpm)) for bpm in data.bpm)
 
 
