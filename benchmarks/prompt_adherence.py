@@ -6,6 +6,7 @@ against the requests of all the other songs: what a model that ignores its promp
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -16,8 +17,8 @@ from acestep_jax.request import MAX_DURATION, MIN_DURATION
 from benchmarks.music_analysis import Heard, listen
 from benchmarks.reconstruction import through_autoencoder
 from benchmarks.spectrograms import draw
-from examples.synthetic_music.caption import Request, request
-from examples.synthetic_music.compose import compose
+from examples.synthetic_music.caption import Request, few_words, request
+from examples.synthetic_music.compose import compose, draft
 from examples.synthetic_music.synth import SAMPLE_RATE, render
 from examples.synthetic_music.theory import parse_key
 
@@ -44,6 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     source.add_argument("--composer", action="store_true", help="judge the composer's own songs: the measure's ceiling")
     parser.add_argument("--vae", metavar="DIR", help="the composer's songs, through the autoencoder of this checkpoint")
+    parser.add_argument(
+        "--few-words", action="store_true", help="ask as in 'lofi piano, 80 bpm, C minor', by no fields"
+    )
     parser.add_argument("--prompts", metavar="N", type=int, default=50, help="[50]")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each song [10]")
     parser.add_argument("--pictures", metavar="FILE", help="PNG with the spectrograms of the first six songs")
@@ -51,12 +55,19 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.vae and not options.composer:
             raise InputError("--vae: is for the songs of --composer; the model's own come out of its autoencoder")
+        if options.few_words and options.composer:
+            raise InputError("--few-words: is for a model; the composer does not read prompts")
         if options.prompts < 2:
             raise InputError(f"--prompts: expected 2 or more, found {options.prompts}")
         if not MIN_DURATION <= options.seconds <= MAX_DURATION:
             raise InputError(f"--seconds: expected {MIN_DURATION:g} to {MAX_DURATION:g}, found {options.seconds:g}")
         seeds = range(FIRST_SEED, FIRST_SEED + options.prompts)
         requests = [request(seed) for seed in seeds]
+        if options.few_words:
+            requests = [
+                dataclasses.replace(asked, caption=few_words(draft(seed), np.random.default_rng(seed), told=True))
+                for seed, asked in zip(seeds, requests, strict=True)
+            ]
         if options.composer:
             songs = (render(compose(seed, options.seconds), options.seconds) for seed in seeds)
             if options.vae:
@@ -64,7 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
                 songs = map(process, songs)
             songs = ((song, SAMPLE_RATE) for song in songs)
         else:
-            songs = generate(AceStepPipeline.from_checkpoint(options.checkpoint), requests, options.seconds)
+            songs = generate(
+                AceStepPipeline.from_checkpoint(options.checkpoint), requests, options.seconds, not options.few_words
+            )
         heard, first = [], []
         for (audio, rate), asked in zip(songs, requests, strict=True):
             heard.append(listen(audio, rate))
@@ -87,17 +100,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def generate(pipe: AceStepPipeline, requests: Sequence[Request], seconds: float) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields a song for each request, [channels, samples], and its rate in Hz; the seeds count from 0."""
+def generate(
+    pipe: AceStepPipeline, requests: Sequence[Request], seconds: float, fields: bool = True
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields a song for each request, [channels, samples], and its rate in Hz; the seeds count from 0. Without `fields`
+    only the caption is told."""
     for seed, asked in enumerate(requests):
+        facts = dict(bpm=asked.bpm, keyscale=asked.keyscale, timesignature=asked.timesignature) if fields else {}
         song = pipe(
             asked.caption,
             lyrics="[Instrumental]",
             audio_duration=seconds,
             seed=seed,
-            bpm=asked.bpm,
-            keyscale=asked.keyscale,
-            timesignature=asked.timesignature,
+            **facts,
         )
         yield song.audios[0], song.sample_rate
 

@@ -12,7 +12,7 @@ from acestep_jax import AceStepPipeline, AudioPipelineOutput, InputError
 from benchmarks import prompt_adherence
 from benchmarks.music_analysis import RATE, Heard, listen
 from examples.synthetic_music import __main__ as command
-from examples.synthetic_music.caption import NO_DRUMS, WORDS, caption, request
+from examples.synthetic_music.caption import NO_DRUMS, WORDS, caption, few_words, request
 from examples.synthetic_music.compose import DRUMS, ROLES, compose, draft, onsets
 from examples.synthetic_music.styles import STYLES
 from examples.synthetic_music.synth import INSTRUMENTS, KITS, PEAK, SAMPLE_RATE, render
@@ -99,6 +99,16 @@ def test_captions_say_what_sounds():
     assert caption(compose(7, 12)) == requests[7].caption == request(7).caption
 
 
+def test_few_words():
+    texts = [few_words(draft(seed), np.random.default_rng(seed)) for seed in range(200)]
+    assert 0.4 < np.mean([f", {draft(seed).bpm} bpm" in text for seed, text in enumerate(texts)]) < 0.6
+    assert all(len(text) < 100 for text in texts)
+    for seed in range(200):
+        song, text = draft(seed), few_words(draft(seed), np.random.default_rng(seed), told=True)
+        assert text.startswith(texts[seed].split(", ")[0]) and text.startswith(song.data.names)
+        assert f", {song.bpm} bpm, {song.key}" in text and text.endswith(", no drums") != song.has_drums
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_sound(style):
     song = compose(3, 4, style)
@@ -165,6 +175,14 @@ def test_command_line_writes_what_preprocess_reads(tmp_path, capsys):
     assert {name: again[name] for name in first} == first
 
 
+def test_texts_that_tell_less(tmp_path):
+    list(write_songs(tmp_path / "songs", 12, 1, untold=0.5, brief=0.5))
+    texts = [(tmp_path / "songs" / f"{i:05}.txt").read_text() for i in range(12)]
+    whole = [f"caption: {request(i).caption}\n" in text for i, text in enumerate(texts)]
+    told = ["keyscale: " in text for text in texts]
+    assert {(True, True), (True, False), (False, False)} == set(zip(whole, told, strict=True))
+
+
 def test_command_line_bad_input(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "song.flac").write_bytes(b"")
@@ -181,6 +199,7 @@ def test_command_line_bad_input(tmp_path, capsys):
         command.main([str(tmp_path / "other"), "--style", "polka"])
     assert prompt_adherence.main(["--composer", "--prompts", "1"]) == 2
     assert prompt_adherence.main(["--composer", "--seconds", "1"]) == 2
+    assert prompt_adherence.main(["--composer", "--few-words"]) == 2
     assert prompt_adherence.main(["--checkpoint", str(tmp_path / "none")]) == 2
 
 
@@ -213,15 +232,17 @@ def test_prompt_adherence_asks_the_model(monkeypatch, capsys):
         request(seed).caption: seed for seed in range(prompt_adherence.FIRST_SEED, prompt_adherence.FIRST_SEED + 3)
     }
 
-    def pipe(prompt, *, lyrics, audio_duration, seed, bpm, keyscale, timesignature):
-        song = compose(seeds[prompt], audio_duration)
-        assert (bpm, keyscale, timesignature) == (song.bpm, str(song.key), str(song.beats))
+    def pipe(prompt, *, lyrics, audio_duration, seed, **fields):
+        song = compose(seeds[prompt] if fields else prompt_adherence.FIRST_SEED + seed, audio_duration)
+        facts = dict(bpm=song.bpm, keyscale=str(song.key), timesignature=str(song.beats))
+        assert fields == facts or (not fields and f"{song.bpm} bpm, {song.key}" in prompt)
         assert lyrics == "[Instrumental]" and seed < 3
         audio = render(song, audio_duration)
         return AudioPipelineOutput(audio[None], None, SAMPLE_RATE, (seed,), (audio.shape[1],), (0,))
 
     monkeypatch.setattr(AceStepPipeline, "from_checkpoint", lambda path: pipe)
-    assert prompt_adherence.main(["--checkpoint", "there", "--prompts", "3"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.count(" bpm: ") == 3
-    assert all(f"| {name} | 100% |" in printed for name in prompt_adherence.CHECKS)
+    for options in ([], ["--few-words"]):
+        assert prompt_adherence.main(["--checkpoint", "there", "--prompts", "3", *options]) == 0
+        printed = capsys.readouterr().out
+        assert printed.count(" bpm: ") == 3
+        assert all(f"| {name} | 100% |" in printed for name in prompt_adherence.CHECKS)

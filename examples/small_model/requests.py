@@ -7,7 +7,7 @@ import numpy as np
 from acestep_jax import tasks
 from acestep_jax.prompt import prompt_text
 from examples.small_model.start import CONFIGS
-from examples.synthetic_music.caption import WORDS, caption
+from examples.synthetic_music.caption import caption, few_words
 from examples.synthetic_music.compose import Song, draft
 from examples.synthetic_music.styles import STYLES
 
@@ -24,7 +24,7 @@ def song_and_prompt(seed: int) -> tuple[Song, str]:
     """A song and one of many texts that may ask for it. Tempo, key and bar are told more often than not, by a field or
     in the caption; the caption is a whole one or a few words."""
     song, rng = draft(seed), np.random.default_rng([seed, 5])
-    text = caption(song) if rng.random() < 0.7 else _few_words(song, rng)
+    text = caption(song) if rng.random() < 0.7 else few_words(song, rng)
     told = rng.random(3) < (0.0 if rng.random() < 0.25 else 0.9)
     if rng.random() < 0.2:
         text = text.lower()
@@ -36,22 +36,6 @@ def song_and_prompt(seed: int) -> tuple[Song, str]:
         timesignature=song.beats if told[2] else None,
         instruction=tasks.instruction(str(rng.choice(["text2music", "repaint", "cover"]))),
     )
-
-
-def _few_words(song: Song, rng: np.random.Generator) -> str:
-    """Such as "lofi piano, 80 bpm"."""
-    words = [str(rng.choice(STYLES[song.style].names))]
-    names = [track.instrument for track in song.tracks if track.role != "drums"]
-    for name in rng.permutation(names)[: rng.integers(3)]:
-        words.append(str(rng.choice(WORDS.get(name, (name,)))))
-    text = (" " if rng.random() < 0.5 else ", ").join(words)
-    if rng.random() < 0.5:
-        text += f", {song.bpm} bpm"
-    if rng.random() < 0.3:
-        text += f", {song.key}"
-    if rng.random() < 0.3 and not song.has_drums:
-        text += ", no drums"
-    return text
 
 
 def facts(song: Song) -> np.ndarray:

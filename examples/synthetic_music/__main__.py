@@ -18,6 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--seed", type=int, default=0, help="of the first; the others follow [0]")
     add("--style", choices=tuple(STYLES), metavar="NAME", help=f"{', '.join(STYLES)} [all]")
     add("--untold", metavar="SHARE", type=float, default=0.0, help="of texts without tempo, key and time signature [0]")
+    add("--brief", metavar="SHARE", type=float, default=0.0, help="of texts of a few words and nothing else [0]")
     add("--workers", metavar="N", type=int, default=2, help="processes [2]")
     options = parser.parse_args(arguments)
     try:

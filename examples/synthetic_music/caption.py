@@ -111,6 +111,22 @@ def caption(song: Song) -> str:
     return ", ".join([text[0].upper() + text[1:], *facts])
 
 
+def few_words(song: Song, rng: np.random.Generator, told: bool = False) -> str:
+    """Such as "lofi piano, 80 bpm": what a user in haste would ask for. `told`: tempo, key and no drums for certain."""
+    words = [str(rng.choice(song.data.names))]
+    names = [track.instrument for track in song.tracks if track.role != "drums"]
+    for name in rng.permutation(names)[: rng.integers(3)]:
+        words.append(str(rng.choice(WORDS.get(name, (name,)))))
+    text = (" " if rng.random() < 0.5 else ", ").join(words)
+    if rng.random() < 0.5 or told:
+        text += f", {song.bpm} bpm"
+    if rng.random() < 0.3 or told:
+        text += f", {song.key}"
+    if (rng.random() < 0.3 or told) and not song.has_drums:
+        text += ", no drums"
+    return text
+
+
 def _listed(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 

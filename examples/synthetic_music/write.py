@@ -15,8 +15,8 @@ import numpy as np
 from acestep_jax import audio
 from acestep_jax.errors import InputError
 from acestep_jax.request import MAX_DURATION
-from examples.synthetic_music.caption import request
-from examples.synthetic_music.compose import compose
+from examples.synthetic_music.caption import few_words, request
+from examples.synthetic_music.compose import compose, draft
 from examples.synthetic_music.styles import Style
 from examples.synthetic_music.synth import SAMPLE_RATE, render
 
@@ -30,6 +30,7 @@ def write_songs(
     seed: int = 0,
     style: str | Style | None = None,
     untold: float = 0.0,
+    brief: float = 0.0,
     workers: int = 1,
 ) -> Iterator[int]:
     """Writes `00000.flac` with `00000.txt` and so on, song i of seed + i; yields how many are there so far.
@@ -39,6 +40,7 @@ def write_songs(
     Args:
         style: one of `STYLES`, or a style that is not there; None: all of them.
         untold: share of the songs whose text leaves out tempo, key and time signature, as users often do.
+        brief: share whose text is a few words, tempo and key among them or not told.
 
     Raises:
         InputError: if a number is out of range, or the folder holds something else, or songs of other settings.
@@ -48,6 +50,7 @@ def write_songs(
         ("seconds", seconds, 1, MAX_DURATION),
         ("seed", seed, 0, 2**62),
         ("untold", untold, 0, 1),
+        ("brief", brief, 0, 1),
         ("workers", workers, 1, 1024),
     ):
         if not lowest <= value <= highest:
@@ -55,7 +58,7 @@ def write_songs(
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     known = dataclasses.asdict(style) if isinstance(style, Style) else style
-    settings = json.dumps({"seconds": seconds, "seed": seed, "style": known, "untold": untold})
+    settings = json.dumps({"seconds": seconds, "seed": seed, "style": known, "untold": untold, "brief": brief})
     note = folder / SETTINGS
     if not note.exists():
         if any(folder.iterdir()):
@@ -64,7 +67,7 @@ def write_songs(
     elif (found := note.read_text(encoding="utf-8")) != settings:
         raise InputError(f"{folder}: holds songs of {found}, not {settings}; use those settings, or name a new folder")
     missing = [i for i in range(songs) if not (folder / f"{i:05}.flac").exists()]
-    jobs = [(folder / f"{i:05}.flac", seed + i, seconds, style, untold) for i in missing]
+    jobs = [(folder / f"{i:05}.flac", seed + i, seconds, style, untold, brief) for i in missing]
     done = songs - len(jobs)
     if workers == 1 or not jobs:
         yield done
@@ -77,13 +80,16 @@ def write_songs(
             yield (done := done + 1)
 
 
-def _write(job: tuple[Path, int, float, str | Style | None, float]) -> None:
+def _write(job: tuple[Path, int, float, str | Style | None, float, float]) -> None:
     """The text first: where there is audio, the song is whole."""
-    path, seed, seconds, style, untold = job
-    asked = request(seed, style)
+    path, seed, seconds, style, untold, brief = job
+    asked, rng = request(seed, style), np.random.default_rng([seed, 4])
+    words = asked.caption
     facts = f"bpm: {asked.bpm}\nkeyscale: {asked.keyscale}\ntimesignature: {asked.timesignature}\n"
-    if np.random.default_rng([seed, 4]).random() < untold:
+    if rng.random() < untold:
         facts = ""
-    text = f"caption: {asked.caption}\n{facts}lyrics: [Instrumental]\n"
+    if rng.random() < brief:
+        words, facts = few_words(draft(seed, style), rng), ""
+    text = f"caption: {words}\n{facts}lyrics: [Instrumental]\n"
     path.with_suffix(".txt").write_text(text, encoding="utf-8")
     audio.write(path, render(compose(seed, seconds, style), seconds), SAMPLE_RATE, overwrite=True)
