@@ -427,9 +427,18 @@ def load_leaves(path: Path, name: str, targets: dict[str, jax.ShapeDtypeStruct])
 
 def read_leaves(path: Path, name: str, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
     """`load_leaves` to the host's memory, as they are stored."""
-    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    host = host_sharding()
     targets = {leaf: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=host) for leaf, shape in shapes.items()}
     return {leaf: np.asarray(value) for leaf, value in load_leaves(path, name, targets).items()}
+
+
+def host_sharding() -> jax.sharding.SingleDeviceSharding:
+    """Of the host's memory; where `JAX_PLATFORMS` names an accelerator alone, of its first device."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX raises nothing narrower
+        device = jax.local_devices()[0]
+    return jax.sharding.SingleDeviceSharding(device)
 
 
 def batches(arrays: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     add = generate.add_argument
     add("prompt", metavar="PROMPT", nargs="?", help="what the music is like")
     _add_checkpoint(generate, "a checkpoint that `python -m convert from-torch` made")
-    add("--out", metavar="FILE", default="song.wav", help=f"{', '.join(audio.FORMATS)}, by suffix [song.wav]")
+    add("--out", metavar="FILE", help=f"{', '.join(audio.FORMATS)}, by suffix [song.wav]")
     add("--overwrite", action="store_true", help="replace FILE, or the songs of --batch, if they exist")
     add("--lyrics", metavar="TEXT", default="", help='the lyrics, "[Instrumental]", or @FILE to read them from a file')
     add("--language", metavar="CODE", default="en", help="of the lyrics [en]")
@@ -131,17 +131,20 @@ def generate(options: argparse.Namespace) -> int | None:
     use_compilation_cache()
     writes = jax.process_index() == 0
     arguments = song_arguments(options)
+    out = "song.wav" if options.out is None else options.out
     if options.batch is not None:
+        if options.out is not None:
+            raise InputError("--out: is for one song; use --out-dir for the songs of --batch")
         songs, failures = read_batch(options, arguments)
     elif options.prompt is None:
         raise InputError("give a PROMPT, or --batch with a file of them")
     elif options.out_dir is not None:
         raise InputError("--out-dir: is for the songs of --batch; use --out for one song")
     elif writes:
-        audio.check_output(options.out, overwrite=options.overwrite)
+        audio.check_output(out, overwrite=options.overwrite)
         for name, path in (("--source", options.source), ("--reference", options.reference)):
-            if path is not None and Path(path).resolve() == Path(options.out).resolve():
-                raise InputError(f"--out: {options.out} is the {name} itself; choose another name")
+            if path is not None and Path(path).resolve() == Path(out).resolve():
+                raise InputError(f"--out: {out} is the {name} itself; choose another name")
     mesh = parse_mesh(options.mesh)
     adapters, scales = load_loras(options.lora, options.checkpoint)
     pipe = AceStepPipeline.from_checkpoint(options.checkpoint, dtype=options.dtype, mesh=mesh)
@@ -151,9 +154,9 @@ def generate(options: argparse.Namespace) -> int | None:
     song = pipe(options.prompt, **arguments)
     if not writes:
         return None
-    song.save(options.out, overwrite=options.overwrite)
+    song.save(out, overwrite=options.overwrite)
     seconds = song.audios.shape[-1] / song.sample_rate
-    print(f"{options.out}: {seconds:g} s, seed {song.seeds[0]}")
+    print(f"{out}: {seconds:g} s, seed {song.seeds[0]}")
     return None
 
 

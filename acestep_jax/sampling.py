@@ -42,7 +42,7 @@ class Sampling:
     cover_noise_strength: 0 to 1; covers start from their source with noise, at the time nearest to one minus this.
     repaint_injection_ratio: for this part of the steps, what is not repainted is put back after each step.
     noise: "jax", or "torch" for what PyTorch draws on a GPU from the same seed, "torch:A100" on this GPU where songs
-        are longer than 78 s, see `acestep_jax.torch_noise`.
+        are longer than 25.6 s, see `acestep_jax.torch_noise`.
     attend_to_padding: whether the padding of shorter texts in a batch counts, as it does in diffusers; exactly so while
         lyrics differ by no more tokens than the window of the lyric encoder, 128.
     """

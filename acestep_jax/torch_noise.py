@@ -25,7 +25,7 @@ GPU_THREADS = {
     "RTX4090": 128 * 1536,
     "RTX5090": 170 * 1536,
 }
-COMMON_THREADS = 82 * 1536  # of the smallest of the GPUs that most people have
+COMMON_THREADS = min(GPU_THREADS.values())  # up to here they all draw the same
 
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL = 0x9E3779B9, 0xBB67AE85

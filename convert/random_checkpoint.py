@@ -68,7 +68,7 @@ def write_random_checkpoint(
     """Writes a diffusers folder; the same arguments give the same bytes. Raises InputError if it exists.
 
     Args:
-        size: "tiny", or "2B" for the size of the published model (10 GB in float32).
+        size: "tiny", or "2B" for the size of the published model (12.6 GB in float32).
         variant: "turbo", "base" or "sft".
     """
     with publish(Path(destination)) as folder:

@@ -207,12 +207,14 @@ def test_bad_options(tiny, tmp_path, capsys):
     assert cli.main(["generate", "--batch", str(tmp_path / "requests.jsonl"), "--checkpoint", str(tiny[1])]) == 2
     assert cli.main(["generate", "x", "--batch", "y", "--out-dir", "z", "--checkpoint", str(tiny[1])]) == 2
     assert cli.main(["generate", "--checkpoint", str(tiny[1])]) == 2
+    assert run(tiny, tmp_path, "--out", "song.wav") == 2
     (tmp_path / "requests.jsonl").write_text("\n\n")
     assert run(tiny, tmp_path) == 2
     (tmp_path / "requests.jsonl").write_bytes(b"\xff\xfe")
     assert run(tiny, tmp_path) == 2
     errors = capsys.readouterr().err.splitlines()
-    expected = ("--batch-size: expected", "--out-dir: give", "give one of them", "give a PROMPT", "no request", "UTF-8")
+    expected = ("--batch-size: expected", "--out-dir: give", "give one of them", "give a PROMPT")
+    expected += ("--out: is for one song", "no request", "UTF-8")
     for line, message in zip(errors, expected, strict=True):
         assert message in line
 

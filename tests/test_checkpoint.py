@@ -30,6 +30,21 @@ def test_load_gives_what_was_converted(tiny, expected):
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
+def test_leaves_reach_the_host_where_jax_has_no_cpu(tiny, expected, monkeypatch):
+    """As with JAX_PLATFORMS=cuda."""
+    devices = jax.local_devices()
+
+    def local_devices(backend=None):
+        if backend == "cpu":
+            raise RuntimeError("Unknown backend cpu")
+        return devices
+
+    monkeypatch.setattr(jax, "local_devices", local_devices)
+    shapes = checkpoint.leaf_shapes("audio_tokenizer", checkpoint.read_manifest(tiny[1]).configs["audio_tokenizer"])
+    found = checkpoint.read_leaves(tiny[1], "audio_tokenizer", shapes)
+    assert all(np.array_equal(value, expected[f"audio_tokenizer.{name}"]) for name, value in found.items())
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_load_casts(tiny, expected, dtype):
     networks = checkpoint.load(tiny[1], dtype=dtype, names=["audio_tokenizer"])

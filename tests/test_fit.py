@@ -131,6 +131,14 @@ def test_export_of_a_step(finished, tmp_path, capsys):
     assert run(tmp_path / "best") == 2 and "already exists" in capsys.readouterr().err
     assert run(tmp_path / "3", "--step", 3) == 2
     assert f"{folder}: no checkpoint of step 3; there are " in capsys.readouterr().err
+    assert run(tmp_path / "0", "--step", 0) == 2
+    assert f"{folder}: no checkpoint of step 0; there are " in capsys.readouterr().err
+    shutil.copytree(folder, tmp_path / "plain")
+    text = (folder / "config.yaml").read_text()
+    assert "ema_decay: 0.9" in text
+    (tmp_path / "plain" / "config.yaml").write_text(text.replace("ema_decay: 0.9", "ema_decay: 0"))
+    assert main(["export", str(tmp_path / "plain"), str(tmp_path / "none"), "--ema"]) == 2
+    assert "has no averages" in capsys.readouterr().err
     assert main(["export", str(tmp_path), str(tmp_path / "none")]) == 2
     assert "config.yaml" in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from acestep_jax import InputError, checkpoint, make_mesh
 from acestep_jax.adapter import Adapter, check_adapter, load_adapter, merge_adapters, save_adapter
 from acestep_jax.config import LoRAConfig, TransformerConfig
-from acestep_jax.models.lora import LoRALinear, add_lora, merge_lora
+from acestep_jax.models.lora import LoRALinear, add_lora, merge_loras
 from acestep_jax.sharding import variable_sharding
 from tests.adapters import ATTENTION, CONFIG, MLP, OTHERS, pair, peft_model, random_adapter, torch_velocity, velocity
 from tests.parity import assert_close, relative_error
@@ -117,7 +117,7 @@ def test_bfloat16_weights_are_rounded_once():
     np.testing.assert_array_equal(merged, np.full((2, 3), 1.009, jnp.bfloat16))
     one_by_one = network
     for adapter in adapters:
-        one_by_one = merge_lora(one_by_one, adapter.leaves, adapter.config.scaling)
+        one_by_one = merge_loras(one_by_one, [(adapter.leaves, adapter.config.scaling, 1.0)])
     np.testing.assert_array_equal(one_by_one.linear.kernel[...], linear.kernel[...])
 
 

@@ -5,6 +5,7 @@ import re
 
 import nbformat
 import pytest
+from packaging.requirements import Requirement
 
 from notebooks import execute
 
@@ -86,6 +87,12 @@ def test_opens_and_installs_on_colab(name):
     assert 'find_spec("acestep_jax") is None' in install
     assert "https://github.com/acestep-jax/acestep-jax" in install and '"--editable", package' in install
     assert '"cuda"' in install and '"tpu"' in install
+    (line,) = (line.strip() for line in install.splitlines() if line.strip().startswith("package = "))
+    for extras in ([], ["train"], ["train", "cuda"]):
+        found = {"extras": extras}
+        exec(line, found)
+        requirement = Requirement(found["package"].replace("./acestep-jax", "acestep-jax"))
+        assert "[]" not in found["package"] and requirement.extras == set(extras)
 
 
 @pytest.mark.parametrize("name", REDUCED)

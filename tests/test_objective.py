@@ -125,7 +125,8 @@ def test_the_network_sees_x_t_and_r_equals_t(configs, frozen):
     def run(frozen, batch, draws):
         seen = {}
 
-        def network(x, t, r, condition, context, *, lengths, encoder_lengths):
+        def network(x, t, r, condition, context, *, lengths, encoder_lengths, dropout_key):
+            assert dropout_key is None
             seen.update(x=x, t=t, r=r, lengths=lengths, encoder_lengths=encoder_lengths)
             return jnp.zeros_like(x)
 

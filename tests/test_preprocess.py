@@ -298,17 +298,23 @@ def test_what_cannot_be_used_is_skipped(tiny, songs, work, capsys):
     (songs / "c.lyrics.txt").write_text("la" * 3000)
     (songs / ".hidden.wav").write_bytes(b"")
     (songs / "cover.jpg").write_bytes(b"")
+    shutil.copy(songs / "a.wav", os.fsencode(songs) + b"/caf\xe9.wav")
     assert __main__.main(["preprocess", str(songs), str(songs.parent / "data"), "--checkpoint", str(tiny[1])]) == 0
     index = read_index(songs.parent / "data")
     assert [song.source for song in index.songs] == ["04 Nameless.wav", "a.wav", "c.wav", "more/d.wav"]
     reasons = dict(index.skipped)
-    assert list(reasons) == ["b.wav", "bad.mp3", "nan.wav", "short.wav", "silent.wav", "wide.wav"]
-    words = dict(b="b.caption.txt: not UTF-8", bad="Format not recognised", nan="2 of 192000 samples are NaN")
+    assert list(reasons) == ["b.wav", "bad.mp3", "caf\\udce9.wav", "nan.wav", "short.wav", "silent.wav", "wide.wav"]
+    words = dict(
+        b="b.caption.txt: not UTF-8",
+        bad="Format not recognised",
+        caf="is not UTF-8; rename it",
+        nan="2 of 192000 samples are NaN",
+    )
     words |= dict(short="too short: 0.50 s", silent="silent: its peak is 5.0e-05", wide="6 channels, expected 1 or 2")
     out = capsys.readouterr().out
     for (source, reason), word in zip(reasons.items(), words.values(), strict=True):
         assert word in reason and f"  {source}: {reason}" in out
-    assert "4 songs (4 encoded)" in out and "skipped 6 file(s):" in out
+    assert "4 songs (4 encoded)" in out and "skipped 7 file(s):" in out
     assert "no caption for 1 song(s), used the file name:\n  04 Nameless.wav" in out
     assert index.songs[0].caption == "Nameless"
     assert "1 value(s) left out:" in out and "a.txt: bpm '999'" in out

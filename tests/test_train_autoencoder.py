@@ -221,6 +221,14 @@ def test_export(run, tmp_path, capsys):
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert main(["export", str(folder), str(tmp_path / "one"), "--step", "1"]) == 2
     assert "no checkpoint of step 1" in capsys.readouterr().err
+    # Without averages, the weights themselves.
+    shutil.copytree(folder, tmp_path / "plain")
+    text = (folder / "config.yaml").read_text()
+    assert "ema_decay: 0.5" in text
+    (tmp_path / "plain" / "config.yaml").write_text(text.replace("ema_decay: 0.5", "ema_decay: 0"))
+    assert main(["export", str(tmp_path / "plain"), str(tmp_path / "weights"), "--step", "40"]) == 0
+    plain = arrays(tmp_path / "weights")
+    assert plain.keys() == before.keys() and not all(np.array_equal(plain[name], before[name]) for name in before)
 
 
 def test_a_network_alone_is_no_model(run):

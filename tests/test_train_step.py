@@ -17,6 +17,7 @@ from peft.utils import get_peft_model_state_dict
 from acestep_jax import checkpoint, make_mesh
 from acestep_jax.config import LoRAConfig
 from acestep_jax.models.lora import add_lora
+from acestep_jax.models.transformer import AceStepTransformer1DModel
 from convert.from_torch import from_module
 from tests.parity import as_torch, assert_close, relative_error
 from tests.training import random_batch, settings
@@ -287,6 +288,16 @@ def test_dropout_differs_by_step_and_layer_and_not_in_evaluation(tiny):
     assert len({tuple(row) for row in np.asarray(jax.random.key_data(first))}) == len(first) > 1
     assert (first == again).all() and not (first == other).any()
     assert model.merge(params, model.frozen).layers.self_attn.to_q.dropout_key is None
+
+
+def test_attention_dropout_is_in_the_step(configs, without_covers):
+    settings, draws = config(optimizer__accumulation=1, method="full"), []
+    for rate in (0.0, 0.5):
+        values = dataclasses.replace(configs["transformer"], attention_dropout=rate)
+        model, step, state = prepare(AceStepTransformer1DModel(values, rngs=nnx.Rngs(0)), settings)
+        program = step.trace(state, model.frozen, without_covers, parts(configs, 1, tasks=2)).jaxpr
+        draws.append(str(program).count("random_bits["))
+    assert draws[0] < draws[1]
 
 
 def test_a_bad_step_changes_nothing(tiny, configs, without_covers):

@@ -262,7 +262,7 @@ def export(run: str | Path, destination: str | Path, *, step: int | None = None)
     config = settings.read(run / CONFIG, AutoencoderTrainConfig)
     with Checkpoints(run / CHECKPOINTS, config.keep, writes=False) as saved:
         step = saved.choose(step)
-        weights = saved.weights(step, "params" if config.optimizer.ema_decay is None else "ema")
+        weights = saved.weights(step, "ema" if config.optimizer.ema_decay else "params")
         square = saved.notes(step)["square"]
     write_result(Path(destination), config, weights, square)
     return step

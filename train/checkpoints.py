@@ -8,10 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from acestep_jax.checkpoint import flatten, is_disk_full, nest
+from acestep_jax.checkpoint import flatten, host_sharding, is_disk_full, nest
 from acestep_jax.errors import InputError
 from train.step import TrainState
 
@@ -58,7 +57,8 @@ class Checkpoints:
         kept."""
         if not self.steps:
             raise InputError(f"{self.folder.parent}: no checkpoint is complete yet")
-        step = step or self.best or self.steps[-1]
+        if step is None:
+            step = self.steps[-1] if self.best is None else self.best
         if step not in self.steps:
             kept = ", ".join(map(str, self.steps))
             raise InputError(f"{self.folder.parent}: no checkpoint of step {step}; there are {kept}")
@@ -103,7 +103,7 @@ class Checkpoints:
 
     def weights(self, step: int, part: str) -> dict[str, np.ndarray]:
         """The "params" or the "ema" of a step alone, in the host's memory, by dotted path; raises as `restore` does."""
-        host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        host = host_sharding()
         target = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
             for name, leaf in flatten(self._metadata(step).metadata["state"][part])

@@ -56,7 +56,8 @@ class Songs:
 
 
 def read_songs(config: AutoencoderTrainConfig) -> tuple[Songs, Songs | None, dict[str, str]]:
-    """Songs to train on, songs held out, and a hash of all. Which side a file is on depends on its bytes alone."""
+    """Songs to train on, songs held out, and a hash of all. Which side a file is on depends on the bytes
+    of all, not on names."""
     folder = Path(config.data)
     files = {file_sha256(folder / source): folder / source for source in find_audio(folder)}
     names = sorted(files)  # copies of a file count once

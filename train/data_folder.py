@@ -35,7 +35,6 @@ from acestep_jax.files import publish_file
 SCHEMA_VERSION = 1
 TASKS = ("text2music", "repaint", "cover")  # the place of a task here is its number
 INDEX = "index.json"
-SHARD_PATTERN = "songs-*.array_record"
 NETWORKS = ("text_encoder", "vae")  # that the data depend on
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

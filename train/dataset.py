@@ -39,8 +39,8 @@ class Records:
 
 
 def split(index: Index, fraction: float) -> tuple[list[Song], list[Song]]:
-    """Songs to train on and songs held out. A song's side depends on the bytes of its file, so that copies and repeats
-    of it never fall on both; the held-out ones are those of the smallest hashes.
+    """Songs to train on and songs held out. The held-out ones are those of the smallest hashes of their files, so that
+    copies and repeats of a song never fall on both sides; with more songs, one that was held out may not be any more.
 
     Raises:
         InputError: if nothing would be left to train on.
@@ -140,9 +140,9 @@ def training_batches(examples: Examples, seed: int, accumulation: int, rows: Seq
     return grain.MapDataset.range(2**31).map(load).to_iter_dataset(options)
 
 
-def validation_batches(examples: Examples) -> Iterator[tuple[Batch, Sequence[int]]]:
-    """The held-out songs, the middle of each at the longest crop, with the numbers of the songs; leaves [B, ...], all
-    rows of them. The last batch is filled up with examples of length 0."""
+def validation_batches(examples: Examples) -> Iterator[Batch]:
+    """The held-out songs, the middle of each at the longest crop; leaves [B, ...]. The last batch is filled
+    up with examples of length 0."""
     size, count = examples.config.batch_size, len(examples.records)
     for first in range(0, count, size):
         made = [

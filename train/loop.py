@@ -303,7 +303,7 @@ def export(run: str | Path, destination: str | Path, *, step: int | None = None,
     run, destination = Path(run), Path(destination)
     checkpoint.check_new(destination)
     config = settings.read(run / CONFIG)
-    if ema and config.optimizer.ema_decay is None:
+    if ema and not config.optimizer.ema_decay:
         raise InputError(f"{run}: has no averages of the weights; they need optimizer.ema_decay")
     with Checkpoints(run / CHECKPOINTS, config.keep, writes=False) as saved:
         step = saved.choose(step)

@@ -92,17 +92,31 @@ def draw(batch: Batch, key: jax.Array, step_size: int, config: ObjectiveConfig) 
 
 
 def velocity_losses(
-    transformer: AceStepTransformer1DModel, frozen: Frozen, batch: Batch, draws: Draws
+    transformer: AceStepTransformer1DModel,
+    frozen: Frozen,
+    batch: Batch,
+    draws: Draws,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Squared errors of each example, added up over its valid frames and all channels, and how many they are.
 
+    `dropout_key`: of the transformer's `attention_dropout`; without it there is none.
     Sums, so that parts of a batch add up: the loss is one over the other. [B] float32 each.
     """
     noise, x0, t, dropped = draws
     condition, condition_lengths = encode_condition(frozen, batch, dropped)
     context = jax.lax.stop_gradient(context_latents(frozen, batch, x0))
     x_t = t[:, None, None] * noise + (1.0 - t[:, None, None]) * x0
-    velocity = transformer(x_t, t, t, condition, context, lengths=batch.lengths, encoder_lengths=condition_lengths)
+    velocity = transformer(
+        x_t,
+        t,
+        t,
+        condition,
+        context,
+        lengths=batch.lengths,
+        encoder_lengths=condition_lengths,
+        dropout_key=dropout_key,
+    )
     frames, channels = x0.shape[1:]
     valid = (jnp.arange(frames) < batch.lengths[:, None])[:, :, None]  # [B, T, 1]
     error = jnp.where(valid, jnp.square(velocity.astype(jnp.float32) - (noise - x0)), 0.0)

@@ -90,7 +90,10 @@ def preprocess(
     with writer:
         for source in tqdm(sources, unit="song"):
             file, sound = audio_dir / source, None
+            shown = source.encode(errors="backslashreplace").decode()
             try:
+                if shown != source:
+                    raise InputError("its name is not UTF-8; rename it")
                 texts = sidecars.read(source)
                 stat = file.stat()
                 known = by_source.get(source)
@@ -102,7 +105,7 @@ def preprocess(
                 if known is None:
                     sound = _read(file, vae.sampling_rate, vae.audio_channels)
             except (InputError, OSError) as error:
-                skipped.append((source, str(error).removeprefix(f"{file}: ")))
+                skipped.append((shown, str(error).removeprefix(f"{file}: ")))
                 continue
             seconds = known.seconds if sound is None else sound.shape[1] / vae.sampling_rate
             prompts, words = _prompts(texts, seconds, index.crop_seconds), lyric_text(texts.lyrics, texts.language)

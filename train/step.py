@@ -196,9 +196,12 @@ def make_step(
 
     def step(state: TrainState, frozen_transformer: nnx.State, frozen: Frozen, batch: Batch):
         def squared_error(params: Params, part: Batch, key: jax.Array):
-            transformer = model.merge(params, frozen_transformer, key)
+            adapter_key, attention_key = jax.random.split(key)
+            transformer = model.merge(params, frozen_transformer, adapter_key)
+            if not transformer.config.attention_dropout:
+                attention_key = None
             draws = draw(part, example_key, step_size, config.objective)
-            errors, elements = velocity_losses(transformer, frozen, part, draws)
+            errors, elements = velocity_losses(transformer, frozen, part, draws, attention_key)
             return errors.sum(), (errors, elements, draws.t)
 
         def accumulate(gradients: Params, xs):

@@ -1,6 +1,6 @@
 """Low-rank adapters on the linear layers of a network: LoRA (Hu et al., arXiv 2106.09685) and DoRA (arXiv 2402.09353).
 
-`add_lora` makes a network trainable through adapters; `merge_lora` folds trained ones into its kernels, which then
+`add_lora` makes a network trainable through adapters; `merge_loras` folds trained ones into its kernels, which then
 cost nothing at inference. The parameters of a layer `P` are `P.lora_a` [in, r], `P.lora_b` [r, out] and, for DoRA,
 `P.lora_magnitude` [out], with a leading [L] axis where the layer is stacked.
 """
@@ -111,11 +111,6 @@ def without_dropout(network: Network) -> Network:
         if isinstance(module, LoRALinear):
             module.dropout_key = nnx.data(None)
     return network
-
-
-def merge_lora(network: Network, adapter: Mapping[str, jax.Array], scaling: float, strength: float = 1.0) -> Network:
-    """`merge_loras` of one adapter."""
-    return merge_loras(network, [(adapter, scaling, strength)])
 
 
 def merge_loras(network: Network, adapters: Sequence[tuple[Mapping[str, jax.Array], float, float]]) -> Network:
