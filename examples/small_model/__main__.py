@@ -9,8 +9,9 @@ import numpy as np
 from acestep_jax import checkpoint
 from acestep_jax.cli import use_compilation_cache
 from acestep_jax.errors import InputError
+from examples.small_model.pack import write_packed
 from examples.small_model.requests import song_and_prompt
-from examples.small_model.start import TEXT_ENCODER, save_networks, write_packed, write_start
+from examples.small_model.start import TEXT_ENCODER, save_networks, write_start
 from examples.small_model.text_encoder import FIRST_SEED, train_text_encoder
 from examples.small_model.tokenizer import train_tokenizer
 

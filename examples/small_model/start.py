@@ -5,7 +5,6 @@ The condition encoder and the networks of the audio codes stay random: a random 
 and the transformer learns to read it. Lyrics and references are made silent there, as there is nothing to sing.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -132,21 +131,3 @@ def _set_up(transformer: nnx.Module, seed: int) -> None:
             variable.set_value(2 * value)
         elif name.endswith(("to_out.kernel", "down_proj.kernel")):
             variable.set_value(value / (3 * depth) ** 0.5)
-
-
-def write_packed(source: Path, destination: Path, dtype: str) -> None:
-    """Writes a copy of a checkpoint with its weights in another dtype, computed in float32, compressed.
-
-    Raises:
-        InputError: if `source` is no checkpoint or `destination` exists.
-    """
-    manifest = checkpoint.read_manifest(source)
-    stored = checkpoint.network_leaves(source, manifest)
-    configs = {n: dataclasses.replace(c, dtype="float32", param_dtype=dtype) for n, c in manifest.configs.items()}
-    arrays = (
-        (f"{name}.{leaf}", value.astype(jnp.dtype(dtype)))
-        for name, shapes in stored.items()
-        for leaf, value in checkpoint.read_leaves(source, name, shapes).items()
-    )
-    tokenizer = (source / checkpoint.TOKENIZER).read_text(encoding="utf-8")
-    checkpoint.save(destination, configs, arrays, tokenizer, manifest.tokenizer_config, compress=True)
