@@ -38,7 +38,7 @@ def write_packed(source: Path, destination: Path, dtype: str) -> None:
 
 def read_as_nearest(table: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """The embeddings [vocabulary, D], where a number between the tempi of the composer's songs has that of the nearest
-    of them: a transformer that heard no other tempo makes anything of one."""
+    of them: what a transformer makes of a tempo that it never heard is any other."""
     known = sorted({bpm for style in STYLES.values() for bpm in style.bpm})
     table, ids = table.copy(), tokenizer.get_vocab()
     for number in range(known[0], known[-1]):
