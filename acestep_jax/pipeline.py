@@ -16,16 +16,17 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from acestep_jax import audio, checkpoint, stages, tasks, torch_noise
-from acestep_jax.adapter import Adapter, merge_adapters, resolve_adapters
-from acestep_jax.codec import Codec, bucket, on_host
 from acestep_jax.errors import InputError
+from acestep_jax.inputs import programs, tasks
+from acestep_jax.inputs.codec import Codec, bucket, on_host
+from acestep_jax.inputs.prompt import MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS, PAD, tokenize
+from acestep_jax.io import audio, checkpoint
+from acestep_jax.io.adapter import Adapter, merge_adapters, resolve_adapters
 from acestep_jax.models.audio_tokenizer import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer
 from acestep_jax.models.autoencoder import AutoencoderOobleck
 from acestep_jax.models.condition_encoder import AceStepConditionEncoder
-from acestep_jax.models.text_encoder import Qwen3Model
+from acestep_jax.models.qwen3 import Qwen3Model
 from acestep_jax.models.transformer import AceStepTransformer1DModel
-from acestep_jax.prompt import MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS, PAD, tokenize
 from acestep_jax.request import Audio, Plan, Request, collect, is_key
 from acestep_jax.request import plan as make_plan
 from acestep_jax.sampling import Sampling
@@ -106,7 +107,7 @@ class AceStepPipeline:
         self.mesh = mesh
         self.sample_rate: int = vae.config.sampling_rate
         self.latents_per_second: float = self.sample_rate / vae.hop_length
-        self._reporter = stages.StepReporter()
+        self._reporter = programs.StepReporter()
 
     @classmethod
     def from_checkpoint(
@@ -169,7 +170,7 @@ class AceStepPipeline:
         repainting_end: float | Sequence[float] | None = None,
         audio_cover_strength: float = 1.0,
         output_type: str = "np",
-        callback_on_step_end: stages.StepCallback | None = None,
+        callback_on_step_end: programs.StepCallback | None = None,
         instruction: str | None = None,
         max_text_length: int = MAX_PROMPT_TOKENS,
         max_lyric_length: int = MAX_LYRIC_TOKENS,
@@ -280,29 +281,29 @@ class AceStepPipeline:
                 turned = self._encode(plain, words, references, limits, attend_to_padding)
                 size = max(condition.tokens.shape[1], turned.tokens.shape[1])  # so that one can take the other's place
                 condition, turned = _padded(condition, size), _padded(turned, size)
-                cover = stages.Cover(turned, strengths)
+                cover = programs.Cover(turned, strengths)
             mask, injection = _rows(plans, "mask", drawn), None
             if repaint_injection_ratio and any(plan.kept for plan in plans):
                 steps = np.int32(round(repaint_injection_ratio * (len(times) - 1)))
                 made = mask | ~np.array([[plan.kept] for plan in plans])
-                injection = stages.Injection(made, drawn, clean, steps)
+                injection = programs.Injection(made, drawn, clean, steps)
             bar.update()
             bar.set_description(f"denoising in {len(times) - 1} steps")
             with self._reporter.watching(callback_on_step_end, lengths.max()) as report:
-                x = stages.denoise(
+                x = programs.denoise(
                     self.transformer,
                     self.condition_encoder,
                     times[0] * drawn + (1 - times[0]) * clean if cover_noise_strength else drawn,
                     lengths,
                     condition,
-                    stages.Context(source, _rows(plans, "silent", drawn), mask),
+                    programs.Context(source, _rows(plans, "silent", drawn), mask),
                     times,
                     np.float32(scale),
                     guided_steps,
                     keys if sampling.draws_noise else None,
                     cover,
                     injection,
-                    program=stages.Program(
+                    program=programs.Program(
                         solver, guidance if scale > 1 else None, cover is not None and cover_mode == "blend"
                     ),
                     report=report,
@@ -312,7 +313,7 @@ class AceStepPipeline:
             audios = None
             if output_type == "np":
                 bar.set_description("decoding")
-                audios = on_host(stages.decode(self.vae, x, lengths, np.array([not plan.kept for plan in plans])))
+                audios = on_host(programs.decode(self.vae, x, lengths, np.array([not plan.kept for plan in plans])))
                 audios = self._finish(plans, audios)
             bar.update()
             bar.set_description("done")
@@ -365,7 +366,7 @@ class AceStepPipeline:
         references: tuple[jax.Array, np.ndarray] | None,
         limits: tuple[int, int],
         attend_to_padding: bool,
-    ) -> stages.Condition:
+    ) -> programs.Condition:
         """The condition of songs with these texts and lyrics."""
         pad = PAD if attend_to_padding else None
         # Padding that counts must be diffusers': to the longest of the batch, with its token.
@@ -375,7 +376,7 @@ class AceStepPipeline:
         if attend_to_padding:
             self._check_padding(lyrics.mask.sum(1))
         clips, owners = references or (None, None)
-        return stages.encode(
+        return programs.encode(
             self.text_encoder,
             self.condition_encoder,
             tokens,
@@ -393,7 +394,7 @@ class AceStepPipeline:
         waves = np.stack([plans[i].reference for i in rows])
         owners = np.full(len(plans), len(rows), np.int32)
         owners[rows] = np.arange(len(rows))
-        return stages.encode_audio(self.vae, waves, np.full(len(rows), waves.shape[-1], np.int32)), owners
+        return programs.encode_audio(self.vae, waves, np.full(len(rows), waves.shape[-1], np.int32)), owners
 
     def _finish(self, plans: Sequence[Plan], audios: np.ndarray) -> np.ndarray:
         """Cut to the longest song; silent after the others; with the source outside of what was repainted."""
@@ -415,7 +416,7 @@ class AceStepPipeline:
         shape = (bucket(max(frames)), self.transformer.config.audio_acoustic_hidden_dim)
         seeds, keys = _seeds(requests, needs_keys)
         # Drawn on the host, so that it may go to any device, mesh or process.
-        noise = np.array(stages.noise(keys, shape))
+        noise = np.array(programs.noise(keys, shape))
         for i, request in enumerate(requests):
             size = (frames[i], shape[1])
             if request.latents is not None:
@@ -429,7 +430,7 @@ class AceStepPipeline:
             elif seeds is None or seeds[i] is None:
                 raise InputError("noise: PyTorch's is drawn from numbers; give a number as the seed, no key")
             else:
-                drawn = torch_noise.cuda_normal(seeds[i], math.prod(size), torch_noise.gpu_threads(kind))
+                drawn = noise.cuda_normal(seeds[i], math.prod(size), noise.gpu_threads(kind))
                 # PyTorch draws in the network's dtype.
                 given = drawn.reshape(size).astype(self.transformer.config.dtype).astype(np.float32)
             noise[i] = np.pad(given, ((0, shape[0] - frames[i]), (0, 0)))
@@ -457,7 +458,7 @@ def _seeds(requests: Sequence[Request], needed: bool) -> tuple[tuple[int | None,
     return None if set(seeds) == {None} else tuple(seeds), jnp.stack(keys)
 
 
-def _padded(condition: stages.Condition, size: int) -> stages.Condition:
+def _padded(condition: programs.Condition, size: int) -> programs.Condition:
     """With zeros up to so many tokens, which do not count."""
     tokens = jnp.pad(condition.tokens, ((0, 0), (0, size - condition.tokens.shape[1]), (0, 0)))
     return condition._replace(tokens=tokens)

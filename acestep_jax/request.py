@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from acestep_jax import audio, tasks
 from acestep_jax.errors import InputError, check_number, check_text
-from acestep_jax.prompt import lyric_text, prompt_text
+from acestep_jax.inputs import tasks
+from acestep_jax.inputs.prompt import lyric_text, prompt_text
+from acestep_jax.io import audio
 
 MIN_DURATION, MAX_DURATION = 10.0, 600.0  # seconds
 DEFAULT_DURATION = 60.0
@@ -34,8 +35,8 @@ class Request:
     bpm: beats per minute, 30 to 300; keyscale: such as "F# minor"; timesignature: 2, 3, 4 or 6. None: the model
         decides.
     instruction: None: that of the task.
-    task_type: text2music, repaint, cover, extract, lego or complete, see `acestep_jax.tasks`.
-    track_name: of extract and lego; complete_track_classes: of complete. See `acestep_jax.tasks.TRACKS`.
+    task_type: text2music, repaint, cover, extract, lego or complete, see `acestep_jax.inputs.tasks`.
+    track_name: of extract and lego; complete_track_classes: of complete. See `acestep_jax.inputs.tasks.TRACKS`.
     src_audio: the song to work on, a file or an array [channels, samples] at the pipeline's sample rate.
     reference_audio: what it should sound like, likewise; None: the model decides.
     audio_codes: "<|audio_code_123|>...", 5 in a second, to make a cover of instead of a song.

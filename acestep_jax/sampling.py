@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from acestep_jax.diffusion.guidance import GUIDANCE
+from acestep_jax.diffusion.noise import gpu_threads
+from acestep_jax.diffusion.schedule import custom_schedule, late_start, schedule
+from acestep_jax.diffusion.solvers import SOLVERS
 from acestep_jax.errors import InputError, check_number, check_text
-from acestep_jax.flow_matching import GUIDANCE, SOLVERS, custom_schedule, late_start, schedule
-from acestep_jax.torch_noise import gpu_threads
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ class Sampling:
     num_inference_steps, guidance_scale, shift: None: the variant's own, 8 steps, no guidance and shift 3 for turbo; 50
         steps, guidance 7 and shift 1 for base and sft; 50, 3 and 1 for the small model.
     timesteps: falling times within (0, 1], instead of num_inference_steps and shift.
-    solver: euler, heun, ab2, ab3, sde or sde_linear; guidance: apg, adg or cfg. See `acestep_jax.flow_matching`.
+    solver: euler, heun, ab2, ab3, sde or sde_linear; guidance: apg, adg or cfg. See `acestep_jax.diffusion.solvers`.
     cfg_interval_start, cfg_interval_end: guidance acts while start <= t <= end, with cfg_interval_in "t" as in
         ACE-Step, or start <= 1 - t <= end, with "progress" as in diffusers; steps outside take as long as those within.
     cover_mode: what an audio_cover_strength s below 1 means: "switch" turns to text to music after s of the steps, as
@@ -42,7 +44,7 @@ class Sampling:
     cover_noise_strength: 0 to 1; covers start from their source with noise, at the time nearest to one minus this.
     repaint_injection_ratio: for this part of the steps, what is not repainted is put back after each step.
     noise: "jax", or "torch" for what PyTorch draws on a GPU from the same seed, "torch:A100" on this GPU where songs
-        are longer than 25.6 s, see `acestep_jax.torch_noise`.
+        are longer than 25.6 s, see `acestep_jax.diffusion.noise`.
     attend_to_padding: whether the padding of shorter texts in a batch counts, as it does in diffusers; exactly so while
         lyrics differ by no more tokens than the window of the lyric encoder, 128.
     """

@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from acestep_jax.convert.from_torch import from_module
+from acestep_jax.convert.random_checkpoint import randomise
 from diffusers import AutoencoderOobleck as TorchAutoencoder
 
-from acestep_jax.config import AutoencoderConfig
+from acestep_jax.inputs.programs import COMPILER_OPTIONS
 from acestep_jax.models.autoencoder import AutoencoderOobleck
-from acestep_jax.stages import COMPILER_OPTIONS
+from acestep_jax.models.config import AutoencoderConfig
 from benchmarks import measure
 from benchmarks.floor import FRAMES_PER_SECOND, decoder_flops
 from benchmarks.transformer import cast
-from convert.from_torch import from_module
-from convert.random_checkpoint import randomise
 
 ARGUMENTS = dict(downsampling_ratios=[2, 4, 4, 6, 10], sampling_rate=48000)
 

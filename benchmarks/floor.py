@@ -3,7 +3,7 @@
 Padding, blocks of a band that hang over it and elementwise work are not in it, so a time over this floor shows them.
 """
 
-from acestep_jax.config import AutoencoderConfig, ConditionEncoderConfig, TransformerConfig
+from acestep_jax.models.config import AutoencoderConfig, ConditionEncoderConfig, TransformerConfig
 
 FRAMES_PER_SECOND = 25  # latent frames
 

@@ -9,15 +9,15 @@ import functools
 from collections.abc import Callable
 
 import torch
+from acestep_jax.convert.from_torch import from_module
+from acestep_jax.convert.random_checkpoint import SIZES, random_pipeline
 from tokenizers import Tokenizer
 
 from acestep_jax import AceStepPipeline
-from acestep_jax.checkpoint import NETWORKS
+from acestep_jax.io.checkpoint import NETWORKS
 from benchmarks import measure
 from benchmarks.floor import TRANSFORMER_SIZES
 from benchmarks.transformer import cast
-from convert.from_torch import from_module
-from convert.random_checkpoint import SIZES, random_pipeline
 
 PROMPT = "dream pop with shimmering guitars and a steady beat"
 LYRICS = "[verse]\nsoft light on the water, slow days of summer\n[chorus]\nand we sing along\n" * 3

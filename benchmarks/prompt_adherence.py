@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from acestep_jax import AceStepPipeline, InputError, checkpoint
+from acestep_jax import AceStepPipeline, InputError
+from acestep_jax.io import checkpoint
 from acestep_jax.request import MAX_DURATION, MIN_DURATION
 from benchmarks.music_analysis import Heard, listen
 from benchmarks.reconstruction import through_autoencoder

@@ -14,14 +14,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import soundfile
+from acestep_jax.train.preprocess import find_audio
+from acestep_jax.train.reconstruction import si_sdr, spectral_distance
 
-from acestep_jax import audio, checkpoint
 from acestep_jax.errors import InputError
+from acestep_jax.inputs.programs import COMPILER_OPTIONS
+from acestep_jax.io import audio, checkpoint
 from acestep_jax.models.autoencoder import AutoencoderOobleck
-from acestep_jax.stages import COMPILER_OPTIONS
 from benchmarks import measure
-from train.preprocess import find_audio
-from train.reconstruction import si_sdr, spectral_distance
 
 RATE = 48000
 WINDOWS = (4096, 2048, 1024, 512, 256, 128)

@@ -25,7 +25,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from acestep_jax.sharding import MESH_AXES
+from acestep_jax.distributed import MESH_AXES
 from benchmarks import hlo
 from benchmarks.floor import TRANSFORMER_SIZES
 from benchmarks.tpu_programs import STEPS, Program, programs

@@ -7,13 +7,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from acestep_jax.train import step as steps
+from acestep_jax.train.config import DataConfig, OptimizerConfig, TrainConfig
+from acestep_jax.train.objective import Batch, Frozen
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from acestep_jax import checkpoint, stages
-from acestep_jax.codec import bucket
-from acestep_jax.config import (
+from acestep_jax.distributed import partition_spec, variable_sharding
+from acestep_jax.inputs import programs as stages
+from acestep_jax.inputs.codec import bucket
+from acestep_jax.io import checkpoint
+from acestep_jax.models.config import (
     AudioTokenDetokenizerConfig,
     AudioTokenizerConfig,
     AutoencoderConfig,
@@ -24,7 +29,6 @@ from acestep_jax.config import (
     TransformerConfig,
 )
 from acestep_jax.models.lora import add_lora
-from acestep_jax.sharding import partition_spec, variable_sharding
 from benchmarks.floor import (
     FRAMES_PER_SECOND,
     TRANSFORMER_SIZES,
@@ -33,9 +37,6 @@ from benchmarks.floor import (
     training_flops,
     transformer_flops,
 )
-from train import step as steps
-from train.config import DataConfig, OptimizerConfig, TrainConfig
-from train.objective import Batch, Frozen
 
 STEPS = 8
 PROMPT_TOKENS = 128  # in training, of the condition tokens; the others are the lyrics'

@@ -16,22 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from acestep_jax.convert.from_torch import from_module
+from acestep_jax.convert.random_checkpoint import randomise
+from acestep_jax.train import step as steps
+from acestep_jax.train.config import DataConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from acestep_jax.train.objective import Batch, Frozen, context_latents, draw
 from diffusers import AceStepTransformer1DModel as TorchTransformer
 from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder as TorchConditionEncoder
 from flax import nnx
 from peft import LoraConfig, get_peft_model
 
-from acestep_jax.config import ConditionEncoderConfig, LoRAConfig, TransformerConfig
+from acestep_jax.models.config import ConditionEncoderConfig, LoRAConfig, TransformerConfig
 from acestep_jax.models.lora import add_lora
 from benchmarks import measure
 from benchmarks.floor import FRAMES_PER_SECOND, TRANSFORMER_SIZES, lyric_encoder_flops, training_flops
 from benchmarks.pipeline import shrunk
 from benchmarks.transformer import cast
-from convert.from_torch import from_module
-from convert.random_checkpoint import randomise
-from train import step as steps
-from train.config import DataConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
-from train.objective import Batch, Frozen, context_latents, draw
 
 PROMPT_TOKENS, LYRIC_TOKENS = 128, 256
 COLUMNS = (*measure.COLUMNS[:-1], "difference of losses", "audio s / s", "of the rate of x @ w")

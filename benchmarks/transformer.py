@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from acestep_jax.convert.from_torch import from_module
+from acestep_jax.convert.random_checkpoint import randomise
 from diffusers import AceStepTransformer1DModel as TorchTransformer
 from flax import nnx
 
-from acestep_jax.config import TransformerConfig
+from acestep_jax.inputs.programs import COMPILER_OPTIONS
+from acestep_jax.models.config import TransformerConfig
 from acestep_jax.models.transformer import AceStepTransformer1DModel
-from acestep_jax.stages import COMPILER_OPTIONS
 from benchmarks import measure
 from benchmarks.floor import FRAMES_PER_SECOND, TRANSFORMER_SIZES, transformer_flops
-from convert.from_torch import from_module
-from convert.random_checkpoint import randomise
 
 
 def main() -> None:

@@ -4,8 +4,8 @@ import argparse
 import sys
 
 from acestep_jax.cli import add_lora_options, load_loras
-from acestep_jax.config import DTYPES
 from acestep_jax.errors import InputError
+from acestep_jax.models.config import DTYPES
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,31 +73,31 @@ def main(arguments: list[str] | None = None) -> int:
     command = options.pop("command")
     try:
         if command == "from-torch":
-            from convert.from_torch import from_torch
+            from acestep_jax.convert.from_torch import from_torch
 
             from_torch(options.pop("source"), options.pop("destination"), **options)
         elif command == "to-torch":
-            from convert.to_torch import to_torch
+            from acestep_jax.convert.to_torch import to_torch
 
             to_torch(**options)
         elif command == "lora-from-torch":
-            from convert.lora import lora_from_torch
+            from acestep_jax.convert.lora import lora_from_torch
 
             lora_from_torch(**options)
         elif command == "lora-to-torch":
-            from convert.lora import lora_to_torch
+            from acestep_jax.convert.lora import lora_to_torch
 
             lora_to_torch(**options)
         elif command == "merge-lora":
-            from convert.merge import merge_lora
+            from acestep_jax.convert.merge import merge_lora
 
             merge_lora(options["source"], options["destination"], *load_loras(options["lora"], options["source"]))
         elif command == "verify":
-            from convert.verify import verify
+            from acestep_jax.convert.verify import verify
 
             return 0 if verify(**options) else 1
         else:
-            from convert.random_checkpoint import write_random_checkpoint
+            from acestep_jax.convert.random_checkpoint import write_random_checkpoint
 
             write_random_checkpoint(**options)
     except (InputError, OSError) as error:

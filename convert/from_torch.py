@@ -8,15 +8,21 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import torch
+from acestep_jax.convert import rules
+from acestep_jax.convert.safetensors_writer import write_safetensors
+from acestep_jax.convert.torch_checkpoint import (
+    Tensor,
+    TorchCheckpoint,
+    attention_name,
+    fold_weight_norm,
+    open_checkpoint,
+)
 from flax import nnx
 from tqdm import tqdm
 
-from acestep_jax import checkpoint
-from acestep_jax.config import NetworkConfig, check_dtype
 from acestep_jax.errors import InputError
-from convert import rules
-from convert.safetensors_writer import write_safetensors
-from convert.torch_checkpoint import Tensor, TorchCheckpoint, attention_name, fold_weight_norm, open_checkpoint
+from acestep_jax.io import checkpoint
+from acestep_jax.models.config import NetworkConfig, check_dtype
 
 WEIGHT_NORM = "vae_weight_norm.safetensors"
 

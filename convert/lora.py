@@ -19,13 +19,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from acestep_jax.convert import original, rules
+from acestep_jax.convert.lora_reader import (
+    DIFFUSERS_KEY,
+    DIFFUSERS_WEIGHTS,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    linear_layers,
+    read_lora,
+)
 from safetensors.numpy import save
 
-from acestep_jax import checkpoint
-from acestep_jax.adapter import Adapter, check_adapter, load_adapter, save_adapter
 from acestep_jax.errors import InputError
-from convert import original, rules
-from convert.lora_reader import DIFFUSERS_KEY, DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS, linear_layers, read_lora
+from acestep_jax.io import checkpoint
+from acestep_jax.io.adapter import Adapter, check_adapter, load_adapter, save_adapter
 
 LAYOUTS = ("peft", "diffusers", "comfyui")
 

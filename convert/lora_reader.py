@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from acestep_jax.convert import original, rules
+from acestep_jax.convert.torch_checkpoint import Tensor, read_header, read_json
 from safetensors import SafetensorError, safe_open
 
-from acestep_jax import adapter, checkpoint
-from acestep_jax.adapter import Adapter
-from acestep_jax.config import LoRAConfig, TransformerConfig
 from acestep_jax.errors import InputError
-from convert import original, rules
-from convert.torch_checkpoint import Tensor, read_header, read_json
+from acestep_jax.io import adapter, checkpoint
+from acestep_jax.io.adapter import Adapter
+from acestep_jax.models.config import LoRAConfig, TransformerConfig
 
 logger = logging.getLogger(__name__)
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from acestep_jax import checkpoint
-from acestep_jax.adapter import Adapter, merge_adapters
+from acestep_jax.io import checkpoint
+from acestep_jax.io.adapter import Adapter, merge_adapters
 
 
 def merge_lora(

@@ -9,14 +9,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from acestep_jax.config import (
+from acestep_jax.errors import InputError
+from acestep_jax.models.config import (
     AudioTokenDetokenizerConfig,
     AudioTokenizerConfig,
     ConditionEncoderConfig,
     NetworkConfig,
     TransformerConfig,
 )
-from acestep_jax.errors import InputError
 
 VAE, TEXT_ENCODER = "vae", "Qwen3-Embedding-0.6B"
 

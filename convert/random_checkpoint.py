@@ -20,7 +20,7 @@ from diffusers.pipelines.ace_step.modeling_ace_step import (
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
-from acestep_jax.checkpoint import publish
+from acestep_jax.io.checkpoint import publish
 
 _ATTENTION = dict(
     hidden_size=64,

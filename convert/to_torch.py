@@ -8,16 +8,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from acestep_jax.convert import original, rules
+from acestep_jax.convert.from_torch import WEIGHT_NORM
+from acestep_jax.convert.safetensors_writer import write_safetensors
+from acestep_jax.convert.torch_checkpoint import fold, weight_norm
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from acestep_jax import checkpoint
-from acestep_jax.config import NetworkConfig
 from acestep_jax.errors import InputError
-from convert import original, rules
-from convert.from_torch import WEIGHT_NORM
-from convert.safetensors_writer import write_safetensors
-from convert.torch_checkpoint import fold, weight_norm
+from acestep_jax.io import checkpoint
+from acestep_jax.models.config import NetworkConfig
 
 LAYOUTS = ("diffusers", "original")
 

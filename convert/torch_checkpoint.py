@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from acestep_jax.convert import original
+from acestep_jax.convert.original import attention_name
 from safetensors import SafetensorError, safe_open
 
-from acestep_jax.checkpoint import NETWORKS, OPTIONAL_NETWORKS, load_tokenizer
-from acestep_jax.config import NetworkConfig
 from acestep_jax.errors import InputError
-from convert import original
-from convert.original import attention_name
+from acestep_jax.io.checkpoint import NETWORKS, OPTIONAL_NETWORKS, load_tokenizer
+from acestep_jax.models.config import NetworkConfig
 
 INDEX = "model_index.json"
 WEIGHT_FILES = ("diffusion_pytorch_model", "model")

@@ -14,6 +14,9 @@ import jax
 import numpy as np
 import torch
 from accelerate import init_empty_weights
+from acestep_jax.convert import original
+from acestep_jax.convert.from_torch import build
+from acestep_jax.convert.torch_checkpoint import TorchCheckpoint, open_checkpoint
 from diffusers import AceStepTransformer1DModel, AutoencoderOobleck
 from diffusers.pipelines.ace_step.modeling_ace_step import (
     AceStepAudioTokenDetokenizer,
@@ -24,11 +27,8 @@ from flax import nnx
 from tokenizers import Tokenizer
 from transformers import Qwen3Config, Qwen3Model
 
-from acestep_jax.prompt import lyric_text, prompt_text
-from acestep_jax.stages import REFERENCE_FRAMES
-from convert import original
-from convert.from_torch import build
-from convert.torch_checkpoint import TorchCheckpoint, open_checkpoint
+from acestep_jax.inputs.programs import REFERENCE_FRAMES
+from acestep_jax.inputs.prompt import lyric_text, prompt_text
 
 # max |ours - torch| / max |torch|. The transformer is the deepest network, and the codes are exact or wrong.
 # Where torch's own float32 is farther than half of that from its float64, twice its distance is the limit.

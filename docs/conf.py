@@ -1,8 +1,8 @@
 """The documentation as a site: `pip install -e '.[docs]'`, then `python -m sphinx -W -n docs docs/_build`.
 
-Pages are Markdown that reads well on GitHub too: a link out of docs/, such as `../acestep_jax/tasks.py`, becomes one to
-the repository. Notebooks are shown as they are stored, without running them. Docstrings are plain text with sections as
-Google's style has them; `reformat` makes reStructuredText of the rest.
+Pages are Markdown that reads well on GitHub too: a link out of docs/, such as `../acestep_jax/inputs/tasks.py`, becomes
+one to the repository. Notebooks are shown as they are stored, without running them. Docstrings are plain text with
+sections as Google's style has them; `reformat` makes reStructuredText of the rest.
 """
 
 import dataclasses

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Audio, display
 
-from acestep_jax import audio as audio_files
+from acestep_jax.io import audio as audio_files
 
 TICKS = (100, 500, 1000, 2000, 4000, 8000)  # Hz
 

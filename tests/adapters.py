@@ -10,9 +10,9 @@ from diffusers import AceStepTransformer1DModel as TorchTransformer
 from diffusers.models.transformers.ace_step_transformer import AceStepAttention
 from peft import LoraConfig, get_peft_model
 
-from acestep_jax import checkpoint
-from acestep_jax.adapter import Adapter
-from acestep_jax.config import LoRAConfig, TransformerConfig
+from acestep_jax.io import checkpoint
+from acestep_jax.io.adapter import Adapter
+from acestep_jax.models.config import LoRAConfig, TransformerConfig
 from tests.parity import make_pair, normal, run_torch
 
 SMALL = dict(

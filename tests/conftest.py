@@ -39,8 +39,8 @@ def tiny_base(tmp_path_factory):
 
 
 def _checkpoint(folder, variant):
-    from convert.from_torch import from_torch
-    from convert.random_checkpoint import write_random_checkpoint
+    from acestep_jax.convert.from_torch import from_torch
+    from acestep_jax.convert.random_checkpoint import write_random_checkpoint
 
     write_random_checkpoint(folder / "torch", variant=variant)
     from_torch(folder / "torch", folder / "native")

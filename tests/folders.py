@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from acestep_jax.convert.from_torch import gather, plan
+from acestep_jax.convert.torch_checkpoint import open_checkpoint
 from safetensors.torch import load_file, save_file
 
 from acestep_jax import InputError
-from convert.from_torch import gather, plan
-from convert.torch_checkpoint import open_checkpoint
 
 MODEL, VAE, TEXT_ENCODER = "acestep-v15-turbo", "vae", "Qwen3-Embedding-0.6B"
 SILENCE = f"{MODEL}/silence_latent.pt"

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from acestep_jax.convert.random_checkpoint import random_pipeline
+from acestep_jax.train.data_folder import read_index, read_records
 
-from acestep_jax import AceStepPipeline, audio
-from convert.random_checkpoint import random_pipeline
-from train.data_folder import read_index, read_records
+from acestep_jax import AceStepPipeline
+from acestep_jax.io import audio
 
 CAPTION, BPM, KEY, SIGNATURE = "slow electric piano over a warm bass", 96, "D minor", "4"
 SECONDS, SAMPLE_RATE = 10, 48000

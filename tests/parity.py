@@ -3,9 +3,8 @@
 import jax
 import numpy as np
 import torch
-
-from convert.from_torch import from_module
-from convert.random_checkpoint import randomise
+from acestep_jax.convert.from_torch import from_module
+from acestep_jax.convert.random_checkpoint import randomise
 
 
 def make_pair(name, theirs, config, seed=0):

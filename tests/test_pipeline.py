@@ -9,9 +9,11 @@ import pytest
 import torch
 from diffusers import AceStepPipeline as TorchPipeline
 
-from acestep_jax import AceStepPipeline, InputError, checkpoint, make_mesh, stages
-from acestep_jax.adapter import Adapter, save_adapter
-from acestep_jax.config import LoRAConfig
+from acestep_jax import AceStepPipeline, InputError, make_mesh
+from acestep_jax.inputs import programs
+from acestep_jax.io import checkpoint
+from acestep_jax.io.adapter import Adapter, save_adapter
+from acestep_jax.models.config import LoRAConfig
 from acestep_jax.request import collect
 from tests.adapters import ATTENTION, CONFIG, random_adapter
 from tests.parity import assert_close, normal, relative_error
@@ -92,7 +94,7 @@ def test_defaults_are_the_variants(pipe, base_pipe, monkeypatch):
         seen.append((arguments[6], float(arguments[7]), program.guidance))
         return jnp.asarray(arguments[2])
 
-    monkeypatch.setattr(stages, "denoise", denoise)
+    monkeypatch.setattr(programs, "denoise", denoise)
     for model in (pipe, base_pipe):
         model("x", audio_duration=10, output_type="latent")
     (turbo_times, _, turbo_guided), (base_times, base_scale, base_guided) = seen
@@ -169,9 +171,9 @@ def test_one_program_for_all_prompts_and_strengths(base_pipe):
     """Prompts, steps' times, strengths and seeds are data: nothing compiles again."""
     first = dict(num_inference_steps=3, output_type="latent", audio_duration=10)
     base_pipe("piano", guidance_scale=3.0, shift=1.0, seed=0, **first)
-    before = stages.denoise._cache_size(), stages.encode._cache_size()
+    before = programs.denoise._cache_size(), programs.encode._cache_size()
     base_pipe("drums and bass", lyrics="oh", guidance_scale=6.0, shift=2.5, seed=1, cfg_interval_end=0.5, **first)
-    assert (stages.denoise._cache_size(), stages.encode._cache_size()) == before
+    assert (programs.denoise._cache_size(), programs.encode._cache_size()) == before
 
 
 def test_bfloat16(tiny):

@@ -11,9 +11,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from acestep_jax import AceStepTransformer1DModel, InputError, TransformerConfig, checkpoint, make_mesh
+from acestep_jax import AceStepTransformer1DModel, InputError, TransformerConfig, make_mesh
+from acestep_jax.distributed import log_once, partition_spec, shard, variable_sharding
+from acestep_jax.io import checkpoint
 from acestep_jax.models.attention import attention
-from acestep_jax.sharding import log_once, partition_spec, shard, variable_sharding
 from tests.parity import assert_close, normal
 
 CASES = [

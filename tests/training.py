@@ -3,14 +3,14 @@
 import dataclasses
 
 import numpy as np
+from acestep_jax.train import data_folder
+from acestep_jax.train.config import DataConfig, ObjectiveConfig, OptimizerConfig, ReportConfig, TrainConfig
+from acestep_jax.train.data_folder import TASKS, Index, Song, crop_durations, text_key
+from acestep_jax.train.objective import Batch
 
-from acestep_jax import checkpoint
-from acestep_jax.config import LoRAConfig
+from acestep_jax.io import checkpoint
+from acestep_jax.models.config import LoRAConfig
 from tests.parity import normal
-from train import data_folder
-from train.config import DataConfig, ObjectiveConfig, OptimizerConfig, ReportConfig, TrainConfig
-from train.data_folder import TASKS, Index, Song, crop_durations, text_key
-from train.objective import Batch
 
 CHANNELS, TEXT_DIM, RATE = 8, 32, 25.0
 

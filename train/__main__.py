@@ -7,8 +7,8 @@ import sys
 import jax
 
 from acestep_jax.cli import join_processes, use_compilation_cache
-from acestep_jax.config import DTYPES
 from acestep_jax.errors import InputError
+from acestep_jax.models.config import DTYPES
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,13 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
         if settings and command not in ("fit", "autoencoder"):
             raise InputError(f"unknown argument(s) {' '.join(settings)}; see `python -m train {command} --help`")
         if command == "preprocess":
-            from train.preprocess import preprocess
+            from acestep_jax.train.preprocess import preprocess
 
             use_compilation_cache()
             preprocess(**options)
         elif command == "export":
             jax.config.update("jax_platforms", "cpu")  # a run that goes on may hold the accelerators
-            from train import autoencoder, loop
+            from acestep_jax.train import autoencoder, loop
 
             if autoencoder.is_run(options["run"]):
                 del options["ema"]
@@ -73,21 +73,21 @@ def main(arguments: list[str] | None = None) -> int:
                 step = loop.export(**options)
             print(f"{options['destination']}: step {step}")
         elif command == "autoencoder":
-            from train import config
+            from acestep_jax.train import config
 
             settings = config.parse(settings, config.AutoencoderTrainConfig)
             use_compilation_cache()
-            from train.autoencoder import train
+            from acestep_jax.train.autoencoder import train
 
             print(train(settings))
         else:
-            from train import config
+            from acestep_jax.train import config
 
             settings = config.parse(settings)
             if options["distributed"] is not None:
                 join_processes(options["distributed"])
             use_compilation_cache()
-            from train.loop import fit
+            from acestep_jax.train.loop import fit
 
             print(fit(settings))
     except (InputError, OSError) as error:

@@ -15,22 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
+from acestep_jax.train import config as settings
+from acestep_jax.train import reconstruction
+from acestep_jax.train import step as steps
+from acestep_jax.train.checkpoints import Checkpoints
+from acestep_jax.train.config import AutoencoderTrainConfig
+from acestep_jax.train.crops import Songs, read_songs, validation_crops
+from acestep_jax.train.loop import CHECKPOINTS, CONFIG, DivergedError, check_folder, locked, replace
+from acestep_jax.train.report import Log, Panel
+from acestep_jax.train.step import Params, TrainState
 from flax import nnx
 
-from acestep_jax import checkpoint
-from acestep_jax.config import AutoencoderConfig
 from acestep_jax.errors import InputError
+from acestep_jax.inputs.programs import COMPILER_OPTIONS
+from acestep_jax.io import checkpoint
 from acestep_jax.models.autoencoder import AutoencoderOobleck, DiagonalGaussian
-from acestep_jax.stages import COMPILER_OPTIONS
-from train import config as settings
-from train import reconstruction
-from train import step as steps
-from train.checkpoints import Checkpoints
-from train.config import AutoencoderTrainConfig
-from train.crops import Songs, read_songs, validation_crops
-from train.loop import CHECKPOINTS, CONFIG, DivergedError, check_folder, locked, replace
-from train.report import Log, Panel
-from train.step import Params, TrainState
+from acestep_jax.models.config import AutoencoderConfig
 
 RESULT = "vae"
 INITIAL_SPREAD = -2.0  # before softplus: a deviation of 0.13

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from acestep_jax.train.step import TrainState
 from orbax.checkpoint import v1 as ocp
 
-from acestep_jax.checkpoint import flatten, host_sharding, is_disk_full, nest
 from acestep_jax.errors import InputError
-from train.step import TrainState
+from acestep_jax.io.checkpoint import flatten, host_sharding, is_disk_full, nest
 
 METRIC = "validation_loss"
 

@@ -15,9 +15,9 @@ from typing import ClassVar, Literal, TypeVar, get_args, get_origin
 
 import jsonargparse
 
-from acestep_jax.config import AutoencoderConfig, LoRAConfig
 from acestep_jax.errors import InputError
-from acestep_jax.files import publish_file
+from acestep_jax.io.files import publish_file
+from acestep_jax.models.config import AutoencoderConfig, LoRAConfig
 from acestep_jax.request import MAX_DURATION, MIN_DURATION
 
 

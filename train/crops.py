@@ -5,14 +5,14 @@ import math
 from pathlib import Path
 
 import numpy as np
+from acestep_jax.train.config import AutoencoderTrainConfig
+from acestep_jax.train.data_folder import file_sha256, text_sha256
+from acestep_jax.train.preprocess import find_audio
 from tqdm import tqdm
 
-from acestep_jax import audio
-from acestep_jax.config import AutoencoderConfig
 from acestep_jax.errors import InputError
-from train.config import AutoencoderTrainConfig
-from train.data_folder import file_sha256, text_sha256
-from train.preprocess import find_audio
+from acestep_jax.io import audio
+from acestep_jax.models.config import AutoencoderConfig
 
 logger = logging.getLogger(__name__)
 

@@ -27,10 +27,10 @@ from ml_dtypes import bfloat16
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
-from acestep_jax import checkpoint
-from acestep_jax.config import NetworkConfig
 from acestep_jax.errors import InputError
-from acestep_jax.files import publish_file
+from acestep_jax.io import checkpoint
+from acestep_jax.io.files import publish_file
+from acestep_jax.models.config import NetworkConfig
 
 SCHEMA_VERSION = 1
 TASKS = ("text2music", "repaint", "cover")  # the place of a task here is its number

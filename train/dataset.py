@@ -8,12 +8,12 @@ from pathlib import Path
 
 import grain
 import numpy as np
+from acestep_jax.train.config import DataConfig
+from acestep_jax.train.data_folder import TASKS, Index, Song, crop_durations, decode_record, text_key
+from acestep_jax.train.objective import REPAINT, TEXT2MUSIC, Batch
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from acestep_jax.errors import InputError
-from train.config import DataConfig
-from train.data_folder import TASKS, Index, Song, crop_durations, decode_record, text_key
-from train.objective import REPAINT, TEXT2MUSIC, Batch
 
 TEXT_MULTIPLE = 32  # tokens; so that much the same data give much the same programs, which may be compiled already
 

@@ -16,26 +16,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from acestep_jax.train import config as settings
+from acestep_jax.train import dataset
+from acestep_jax.train import step as steps
+from acestep_jax.train.checkpoints import Checkpoints
+from acestep_jax.train.config import TrainConfig
+from acestep_jax.train.data_folder import fingerprint, read_index, text_sha256
+from acestep_jax.train.objective import Batch, Frozen, freeze
+from acestep_jax.train.report import Report
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from acestep_jax import AceStepPipeline, checkpoint
-from acestep_jax.adapter import Adapter, save_adapter
+from acestep_jax import AceStepPipeline
 from acestep_jax.cli import parse_mesh
-from acestep_jax.codec import on_host
+from acestep_jax.distributed import variable_sharding
 from acestep_jax.errors import InputError
+from acestep_jax.inputs.codec import on_host
+from acestep_jax.inputs.programs import REFERENCE_FRAMES
+from acestep_jax.io import checkpoint
+from acestep_jax.io.adapter import Adapter, save_adapter
 from acestep_jax.models.lora import add_lora
-from acestep_jax.sharding import variable_sharding
-from acestep_jax.stages import REFERENCE_FRAMES
-from train import config as settings
-from train import dataset
-from train import step as steps
-from train.checkpoints import Checkpoints
-from train.config import TrainConfig
-from train.data_folder import fingerprint, read_index, text_sha256
-from train.objective import Batch, Frozen, freeze
-from train.report import Report
 
 logger = logging.getLogger(__name__)
 

@@ -9,16 +9,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from acestep_jax.train.config import ObjectiveConfig
+from acestep_jax.train.data_folder import TASKS
 from flax import nnx
 from jax.scipy.special import ndtri
 
-from acestep_jax import tasks
-from acestep_jax.flow_matching import schedule
+from acestep_jax.diffusion.schedule import schedule
+from acestep_jax.inputs import tasks
 from acestep_jax.models.audio_tokenizer import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer
 from acestep_jax.models.condition_encoder import AceStepConditionEncoder
 from acestep_jax.models.transformer import AceStepTransformer1DModel
-from train.config import ObjectiveConfig
-from train.data_folder import TASKS
 
 TEXT2MUSIC, REPAINT, COVER = range(len(TASKS))
 

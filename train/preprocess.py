@@ -14,20 +14,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from acestep_jax.train import data_folder
+from acestep_jax.train.data_folder import TASKS, Index, Song
+from acestep_jax.train.sidecars import Sidecars, Texts
 from tqdm import tqdm
 
-from acestep_jax import audio, stages, tasks
-from acestep_jax import checkpoint as checkpoints
-from acestep_jax.codec import bucket
-from acestep_jax.config import check_dtype
 from acestep_jax.errors import InputError
+from acestep_jax.inputs import programs, tasks
+from acestep_jax.inputs.codec import bucket
+from acestep_jax.inputs.prompt import MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS, lyric_text, prompt_text, tokenize
+from acestep_jax.io import audio
+from acestep_jax.io import checkpoint as checkpoints
 from acestep_jax.models.autoencoder import AutoencoderOobleck
-from acestep_jax.models.text_encoder import Qwen3Model
+from acestep_jax.models.config import check_dtype
+from acestep_jax.models.qwen3 import Qwen3Model
 from acestep_jax.pipeline import LYRIC_BUCKET, PROMPT_BUCKET
-from acestep_jax.prompt import MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS, lyric_text, prompt_text, tokenize
-from train import data_folder
-from train.data_folder import TASKS, Index, Song
-from train.sidecars import Sidecars, Texts
 
 # Those that libsndfile cannot read are looked at too, to be reported.
 SUFFIXES = frozenset(".wav .flac .mp3 .ogg .opus .aif .aiff .m4a .aac .mp4 .wma".split())
@@ -179,13 +180,13 @@ class _Encoder:
         return arrays | {"lyric_ids": lyrics.ids[0][lyrics.mask[0]]}
 
 
-@functools.partial(jax.jit, compiler_options=stages.COMPILER_OPTIONS)
+@functools.partial(jax.jit, compiler_options=programs.COMPILER_OPTIONS)
 def _posterior(vae: AutoencoderOobleck, sound: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
     posterior = vae.encode(sound, lengths)
     return posterior.mean.astype(jnp.float32), posterior.std.astype(jnp.float32)
 
 
-@functools.partial(jax.jit, compiler_options=stages.COMPILER_OPTIONS)
+@functools.partial(jax.jit, compiler_options=programs.COMPILER_OPTIONS)
 def _hidden_states(text_encoder: Qwen3Model, ids: jax.Array) -> jax.Array:
     return text_encoder(ids)
 

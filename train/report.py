@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
+from acestep_jax.train.step import Metrics
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from acestep_jax import audio
-from train.step import Metrics
+from acestep_jax.io import audio
 
 TIME_BUCKETS = 5  # equal parts of [0, 1] whose losses are reported apart
 

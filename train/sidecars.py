@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from acestep_jax.errors import InputError
-from acestep_jax.prompt import TIME_SIGNATURES
+from acestep_jax.inputs.prompt import TIME_SIGNATURES
 
 INSTRUMENTAL = "[Instrumental]"
 LANGUAGE = "en"

@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from acestep_jax.train.config import AdamConfig, TrainConfig
+from acestep_jax.train.objective import Batch, Frozen, draw, stratified_time, velocity_losses
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from acestep_jax.distributed import variable_sharding
+from acestep_jax.inputs.programs import COMPILER_OPTIONS
 from acestep_jax.models.lora import DropoutKey, without_dropout
 from acestep_jax.models.transformer import AceStepTransformer1DModel
-from acestep_jax.sharding import variable_sharding
-from acestep_jax.stages import COMPILER_OPTIONS
-from train.config import AdamConfig, TrainConfig
-from train.objective import Batch, Frozen, draw, stratified_time, velocity_losses
 
 # XLA for TPU would cut each product that meets an fsdp axis into a loop over the devices, a permutation at a time. The
 # compiler's own estimate of that is 2.6 times the one of products with whole gathered weights.

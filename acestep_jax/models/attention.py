@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from acestep_jax.config import ATTENTION_KERNELS, AttentionConfig
+from acestep_jax.distributed import log_once, partition_spec, platform, shard
 from acestep_jax.errors import InputError
-from acestep_jax.models import attention_kernels as kernels
+from acestep_jax.models.config import ATTENTION_KERNELS, AttentionConfig
+from acestep_jax.models.kernels import attention as kernels
 from acestep_jax.models.layers import RMSNorm, apply_rotary, linear
-from acestep_jax.sharding import log_once, partition_spec, platform, shard
 
 
 class KeysValues(NamedTuple):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from acestep_jax.config import AudioTokenDetokenizerConfig, AudioTokenizerConfig
+from acestep_jax.models.config import AudioTokenDetokenizerConfig, AudioTokenizerConfig
 from acestep_jax.models.encoder import Encoder
 from acestep_jax.models.layers import linear, parameter
 

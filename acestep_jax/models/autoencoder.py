@@ -14,11 +14,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from acestep_jax.config import AutoencoderConfig
+from acestep_jax.distributed import platform
 from acestep_jax.errors import InputError
-from acestep_jax.models.convolution import convolve, convolve_transposed
+from acestep_jax.models.config import AutoencoderConfig
+from acestep_jax.models.kernels.convolution import convolve, convolve_transposed
 from acestep_jax.models.layers import parameter
-from acestep_jax.sharding import platform
 
 # Latent frames of a song that are encoded or decoded at once (20.5 s): what bounds the memory, whatever the length.
 # A TPU takes fewer: the time that XLA needs to compile grows with them.

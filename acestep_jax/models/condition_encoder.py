@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from acestep_jax.config import ConditionEncoderConfig
+from acestep_jax.models.config import ConditionEncoderConfig
 from acestep_jax.models.encoder import Encoder
 from acestep_jax.models.layers import linear, parameter
 

@@ -3,10 +3,10 @@
 import jax
 from flax import nnx
 
-from acestep_jax.config import AttentionConfig
+from acestep_jax.distributed import shard
 from acestep_jax.models.attention import Attention
+from acestep_jax.models.config import AttentionConfig
 from acestep_jax.models.layers import RMSNorm, SwiGLU, rotary_embedding, scan_layers, stack_layers
-from acestep_jax.sharding import shard
 
 
 class EncoderLayer(nnx.Module):

@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 from jax.custom_derivatives import SymbolicZero
 
-from acestep_jax.config import NetworkConfig
-from acestep_jax.sharding import platform, shard
+from acestep_jax.distributed import platform, shard
+from acestep_jax.models.config import NetworkConfig
 
 # The name, for `jax.checkpoint`, of results besides products with weights that cost much to compute again.
 KEPT = "kept"

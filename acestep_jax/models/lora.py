@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from acestep_jax.config import LoRAConfig
 from acestep_jax.errors import InputError
+from acestep_jax.models.config import LoRAConfig
 from acestep_jax.models.layers import KEPT, dot_general
 
 Network = TypeVar("Network", bound=nnx.Module)

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from acestep_jax.config import TransformerConfig
+from acestep_jax.distributed import shard
 from acestep_jax.models.attention import Attention, KeysValues
+from acestep_jax.models.config import TransformerConfig
 from acestep_jax.models.layers import (
     RMSNorm,
     SwiGLU,
@@ -22,7 +23,6 @@ from acestep_jax.models.layers import (
     scan_layers,
     stack_layers,
 )
-from acestep_jax.sharding import shard
 
 
 class TimeEmbedding(NamedTuple):

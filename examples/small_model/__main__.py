@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from acestep_jax import checkpoint
 from acestep_jax.cli import use_compilation_cache
 from acestep_jax.errors import InputError
+from acestep_jax.io import checkpoint
 from examples.small_model.pack import write_packed
 from examples.small_model.requests import song_and_prompt
 from examples.small_model.start import TEXT_ENCODER, save_networks, write_start

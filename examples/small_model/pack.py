@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from acestep_jax import checkpoint
+from acestep_jax.io import checkpoint
 from examples.synthetic_music.styles import STYLES
 
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from acestep_jax import tasks
-from acestep_jax.prompt import prompt_text
+from acestep_jax.inputs import tasks
+from acestep_jax.inputs.prompt import prompt_text
 from examples.small_model.start import CONFIGS
 from examples.synthetic_music.caption import caption, few_words
 from examples.synthetic_music.compose import Song, draft

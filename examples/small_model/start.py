@@ -14,9 +14,12 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
-from acestep_jax import checkpoint
-from acestep_jax.checkpoint import NETWORKS
-from acestep_jax.config import (
+from acestep_jax.inputs.prompt import PAD
+from acestep_jax.io import checkpoint
+from acestep_jax.io.checkpoint import NETWORKS
+from acestep_jax.models.autoencoder import AutoencoderOobleck
+from acestep_jax.models.condition_encoder import SILENCE_FRAMES
+from acestep_jax.models.config import (
     AudioTokenDetokenizerConfig,
     AudioTokenizerConfig,
     ConditionEncoderConfig,
@@ -24,10 +27,7 @@ from acestep_jax.config import (
     TextEncoderConfig,
     TransformerConfig,
 )
-from acestep_jax.models.autoencoder import AutoencoderOobleck
-from acestep_jax.models.condition_encoder import SILENCE_FRAMES
-from acestep_jax.models.text_encoder import Qwen3Model
-from acestep_jax.prompt import PAD
+from acestep_jax.models.qwen3 import Qwen3Model
 
 _NARROW: dict[str, Any] = dict(
     hidden_size=128,

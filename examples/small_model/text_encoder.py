@@ -13,9 +13,9 @@ from flax import nnx
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from acestep_jax.config import TextEncoderConfig
-from acestep_jax.models.text_encoder import Qwen3Model
-from acestep_jax.prompt import MAX_PROMPT_TOKENS, Tokens, tokenize
+from acestep_jax.inputs.prompt import MAX_PROMPT_TOKENS, Tokens, tokenize
+from acestep_jax.models.config import TextEncoderConfig
+from acestep_jax.models.qwen3 import Qwen3Model
 from examples.small_model.requests import FACT_WEIGHTS, facts, song_and_prompt, tempo_facts
 
 FIRST_SEED = 2**40  # its songs are never composed, for training or as tests

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from acestep_jax.prompt import PAD
+from acestep_jax.inputs.prompt import PAD
 
 # Qwen's splits digits; here a tempo is one token, so that a small network need not learn to put numbers together.
 _WORDS = r"\n+| ?[A-Za-z]+| ?\d+| ?[^\sA-Za-z\d]+|\s"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from acestep_jax import audio
 from acestep_jax.errors import InputError
+from acestep_jax.io import audio
 from acestep_jax.request import MAX_DURATION
 from examples.synthetic_music.caption import few_words, request
 from examples.synthetic_music.compose import compose, draft

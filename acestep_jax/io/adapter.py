@@ -1,0 +1,200 @@
+"""LoRA and DoRA adapters of the transformer as files, and merged into its weights.
+
+A folder: `adapter.json` is the `LoRAConfig`, `adapter.safetensors` the float32 leaves by dotted path. Adapters of
+PyTorch become one with `python -m convert lora-from-torch`.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from acestep_jax.errors import InputError
+from acestep_jax.io import checkpoint
+from acestep_jax.models.config import LoRAConfig, TransformerConfig
+from acestep_jax.models.lora import check_shapes, merge_loras
+from acestep_jax.models.transformer import AceStepTransformer1DModel
+
+FORMAT, FORMAT_VERSION = "acestep-jax-lora", 1
+CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A trained adapter of a transformer with L layers.
+
+    config: what it was trained with; `rank` and `alpha` give its strength.
+    leaves: float32, by dotted path within the transformer. Of an adapted layer of `layers`: `layers.P.lora_a`
+        [L, in, r], `layers.P.lora_b` [L, r, out] and, for DoRA alone, `layers.P.lora_magnitude` [L, out]. Of another,
+        such as `condition_embedder`, the same without L.
+    """
+
+    config: LoRAConfig
+    leaves: Mapping[str, np.ndarray]
+
+
+def save_adapter(path: str | Path, adapter: Adapter) -> None:
+    """Writes an adapter, whole or not at all.
+
+    Raises:
+        InputError: if `path` exists, see `checkpoint.publish`, or the leaves are not what `Adapter` says.
+    """
+    path = Path(path)
+    checkpoint.check_new(path)
+    _check_leaves(adapter, str(path))
+    leaves = {name: np.ascontiguousarray(value) for name, value in adapter.leaves.items()}
+    values = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(adapter.config)}
+    with checkpoint.publish(path, sum(value.nbytes for value in leaves.values())) as folder:
+        (folder / WEIGHTS).write_bytes(save(leaves))  # `save_file` would let nobody else read it
+        (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapter(path: str | Path) -> Adapter:
+    """Reads an adapter that `save_adapter` or `python -m convert lora-from-torch` wrote.
+
+    Raises:
+        InputError: if `path` is something else, or is damaged or incomplete.
+    """
+    path = Path(path)
+    convert = f"if this is an adapter of PyTorch, convert it: python -m convert lora-from-torch {path} DST"
+    if not path.is_dir():
+        if path.exists():
+            raise InputError(f"{path}: expected the folder of an acestep-jax adapter, found a file; {convert}")
+        raise InputError(f"{path}: no such folder; expected an acestep-jax adapter")
+    try:
+        values = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
+        raise InputError(f"{path}: expected {CONFIG} of an acestep-jax adapter, found {found}; {convert}") from None
+    except ValueError as error:
+        raise InputError(f"{path / CONFIG}: not valid JSON ({error}); export or convert the adapter again") from None
+    adapter = Adapter(_read_config(path / CONFIG, values), _read_leaves(path / WEIGHTS))
+    _check_leaves(adapter, str(path / WEIGHTS))
+    return adapter
+
+
+def check_adapter(adapter: Adapter, config: TransformerConfig, source: str = "adapter") -> None:
+    """Whether an adapter fits a transformer; raises InputError that names `source` and the leaf that does not."""
+    shapes = checkpoint.leaf_shapes("transformer", config)
+    kernels = {n.removesuffix(".kernel"): leaf.shape for n, leaf in shapes.items() if n.endswith(".kernel")}
+    check_shapes(adapter.leaves, kernels, source)
+
+
+def merge_adapters(
+    transformer: AceStepTransformer1DModel, adapters: Sequence[Adapter], scales: Sequence[float]
+) -> AceStepTransformer1DModel:
+    """A copy of the transformer with its weights changed by the sum of `scales[i]` times what `adapters[i]` changes.
+
+    Every change is that of the given weights, so the order does not matter; of a DoRA adapter it is the difference
+    that it makes alone. See `models.lora.merge_loras`.
+
+    Args:
+        scales: strengths; 1 is what was trained, 0 nothing, and below 0 the opposite.
+
+    Raises:
+        InputError: if an adapter is for another model, or a scale is no finite number.
+    """
+    for scale in scales:
+        check_scale(scale)
+    parts = [(a.leaves, a.config.scaling, float(k)) for a, k in zip(adapters, scales, strict=True)]
+    return merge_loras(transformer, parts)
+
+
+def resolve_adapters(
+    adapters: str | Path | Adapter | Sequence[str | Path | Adapter],
+    scale: float | Sequence[float],
+    config: TransformerConfig,
+) -> tuple[list[Adapter], list[float]]:
+    """One or several adapters or their folders, and one scale or one for each, as lists; all are checked.
+
+    Raises:
+        InputError: see `load_adapter`, `check_adapter` and `check_scale`; or if the numbers of both differ.
+    """
+    adapters = [adapters] if isinstance(adapters, str | Path | Adapter) else list(adapters)
+    scales = [scale] * len(adapters) if np.ndim(scale) == 0 else list(scale)
+    if len(scales) != len(adapters):
+        raise InputError(f"scale: expected one number or {len(adapters)}, one for each adapter, found {len(scales)}")
+    for value in scales:
+        check_scale(value)
+    loaded = [adapter if isinstance(adapter, Adapter) else load_adapter(adapter) for adapter in adapters]
+    for given, adapter in zip(adapters, loaded, strict=True):
+        check_adapter(adapter, config, "adapter" if isinstance(given, Adapter) else str(given))
+    return loaded, scales
+
+
+def check_scale(scale: float, argument: str = "scale") -> None:
+    """Raises InputError unless `scale` is a finite number."""
+    if not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
+        raise InputError(f"{argument}: expected a finite number such as 0.8, found {scale!r}")
+
+
+def _read_config(file: Path, values: dict) -> LoRAConfig:
+    again = "export or convert the adapter again"
+    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+        raise InputError(f'{file}: expected "format": "{FORMAT}"; {again}')
+    if (version := values.pop("format_version", None)) != FORMAT_VERSION:
+        raise InputError(
+            f"{file}: format_version {version}, but this version of acestep-jax reads {FORMAT_VERSION}; update the "
+            "package or convert the adapter again"
+        )
+    known = {field.name for field in dataclasses.fields(LoRAConfig)}
+    if unknown := sorted(values.keys() - known):
+        raise InputError(f"{file}: unknown key(s) {', '.join(unknown)}; expected {', '.join(sorted(known))}; {again}")
+    if missing := sorted(known - values.keys()):
+        raise InputError(f"{file}: the key(s) {', '.join(missing)} are missing; {again}")
+    try:
+        return LoRAConfig(**values)
+    except (InputError, TypeError) as error:
+        raise InputError(f"{file}: {error}; {again}") from None
+
+
+def _read_leaves(file: Path) -> dict[str, np.ndarray]:
+    if not file.is_file():
+        raise InputError(f"{file}: missing; export or convert the adapter again")
+    try:
+        return load_file(file)
+    except (SafetensorError, KeyError) as error:  # KeyError: of a dtype that NumPy lacks
+        raise InputError(f"{file}: damaged ({error}); export or convert the adapter again") from None
+
+
+def _check_leaves(adapter: Adapter, source: str) -> None:
+    """Whether the leaves are complete, and agree with the config and with each other."""
+    rank, leaves = adapter.config.rank, adapter.leaves
+    parts = ("lora_a", "lora_b", *(("lora_magnitude",) if adapter.config.use_dora else ()))
+    if not leaves:
+        raise InputError(f"{source}: holds no adapted layer; expected NAME.lora_a and NAME.lora_b of at least one")
+    layers = {leaf.rpartition(".")[0] for leaf in leaves}
+    wanted = {f"{layer}.{part}" for layer in layers for part in parts}
+    for leaf in sorted(leaves.keys() | wanted):
+        if leaf not in leaves:
+            kind = "a DoRA" if adapter.config.use_dora else "an"
+            raise InputError(f"{source}: {leaf} is missing; each layer of {kind} adapter has {', '.join(parts)}")
+        if leaf not in wanted:
+            raise InputError(f"{source}: unexpected tensor {leaf}; expected NAME.{', NAME.'.join(parts)}")
+        if leaves[leaf].dtype != np.float32:
+            raise InputError(f"{source}: {leaf} is {leaves[leaf].dtype}, expected float32")
+    depths = {}
+    for layer in sorted(layers):
+        a, b = leaves[f"{layer}.lora_a"], leaves[f"{layer}.lora_b"]
+        axes = ("L", "in", "r") if (stacked := re.search(r"(?:^|\.)layers\.", layer)) else ("in", "r")
+        if a.ndim != len(axes) or a.shape[-1] != rank:
+            raise InputError(f"{source}: {layer}.lora_a has shape {list(a.shape)}, expected {axes} with r = {rank}")
+        rest = {"lora_b": (*a.shape[:-2], rank, b.shape[-1] if b.ndim else 0)}
+        if adapter.config.use_dora:
+            rest["lora_magnitude"] = (*a.shape[:-2], b.shape[-1] if b.ndim else 0)
+        for part, expected in rest.items():
+            if (found := leaves[f"{layer}.{part}"].shape) != expected:
+                raise InputError(
+                    f"{source}: {layer}.{part} has shape {list(found)}, expected {list(expected)} beside lora_a "
+                    f"{list(a.shape)}"
+                )
+        if stacked:
+            depths[layer] = len(a)
+    if len(set(depths.values())) > 1:
+        raise InputError(f"{source}: expected one number of layers for all, found {depths}")

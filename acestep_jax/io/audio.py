@@ -1,0 +1,141 @@
+"""Audio files, through libsndfile; resampled by soxr."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+from acestep_jax.errors import InputError
+from acestep_jax.io.files import publish_file
+
+# What a suffix means to libsndfile: format and subtype.
+FORMATS = {
+    ".wav": ("WAV", "PCM_16"),
+    ".flac": ("FLAC", "PCM_24"),
+    ".ogg": ("OGG", "VORBIS"),
+    ".mp3": ("MP3", "MPEG_LAYER_III"),
+}
+
+BLOCK_FRAMES = 65536  # written at once: libsndfile's Vorbis encoder overflows its stack on minutes in one call
+
+
+def read(path: str | Path, sample_rate: int, channels: int = 2) -> np.ndarray:
+    """Reads whatever libsndfile does (WAV, FLAC, MP3, Ogg Vorbis and Opus, AIFF, ...).
+
+    Args:
+        sample_rate: Hz, to which the audio is resampled, with soxr at its high quality.
+        channels: a file with one channel gets as many equal ones.
+
+    Returns:
+        [channels, samples] float32, full scale at 1; nothing is scaled or clipped.
+
+    Raises:
+        InputError: if it cannot be read, is empty, holds NaN or infinities, or has another number of channels. Those
+            of surround are not mixed down here: how depends on their layout, and the first two alone lack the voice.
+        OSError: if there is no such file, or it may not be read.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        try:
+            audio, rate = soundfile.read(file, dtype="float32", always_2d=True)
+        except (soundfile.SoundFileError, TypeError) as error:  # TypeError: files without a header, such as .raw
+            raise InputError(
+                f"{path}: not a sound file that can be read ({getattr(error, 'error_string', error)}); expected WAV, "
+                "FLAC, MP3, OGG or Opus; if it is another kind, convert it: ffmpeg -i FILE song.flac"
+            ) from None
+    if not len(audio):
+        raise InputError(f"{path}: holds no samples; expected music; remove or replace it")
+    if not np.isfinite(audio).all():
+        bad = int((~np.isfinite(audio)).sum())
+        raise InputError(f"{path}: {bad} of {audio.size} samples are NaN or infinite; expected numbers; export it anew")
+    if audio.shape[1] not in (1, channels):
+        raise InputError(
+            f"{path}: {audio.shape[1]} channels, expected 1 or {channels}; mix it down first: "
+            f"ffmpeg -i FILE -ac {channels} song.flac"
+        )
+    if rate != sample_rate:
+        audio = soxr.resample(audio, rate, sample_rate)
+    return np.ascontiguousarray(np.broadcast_to(audio, (len(audio), channels)).T)
+
+
+def splice(
+    source: np.ndarray, made: np.ndarray, mask: np.ndarray, source_samples: tuple[int, int], fade: int
+) -> np.ndarray:
+    """What was made, in the mask; outside of it the source, sample for sample. [channels, samples] all.
+
+    Within the mask, next to samples of the source that are kept, the source fades out. What was made is scaled down
+    where it is louder than full scale.
+
+    Args:
+        mask: [samples] bool.
+        source_samples: first and one past the last that the source has; it cannot fade where it has none.
+        fade: samples.
+    """
+    weight = mask.astype(np.float32)
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8))) + 1
+    bounds = [0, *edges.tolist(), len(mask)]
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        if not mask[start]:
+            continue
+        length = min(fade, (end - start) // 2)
+        ramp = (np.arange(length, dtype=np.float32) + 0.5) / max(length, 1)
+        if 0 < start and source_samples[0] <= start and start + length <= source_samples[1]:
+            weight[start : start + length] = ramp
+        if end < len(mask) and source_samples[0] <= end - length and end <= source_samples[1]:
+            weight[end - length : end] = ramp[::-1]
+    loudest = np.abs(made[:, mask]).max(initial=1.0)
+    return np.where(weight == 0, source, weight * (made / loudest) + (1 - weight) * source).astype(np.float32)
+
+
+def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
+    """The path, if a file can be written there.
+
+    Raises:
+        InputError: if the suffix is none of `FORMATS`, the folder does not exist, or the file does and may not be
+            overwritten.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"{path}: unknown kind of audio file; use one of the suffixes {', '.join(FORMATS)}")
+    if not soundfile.check_format(*FORMATS[path.suffix.lower()]):
+        raise InputError(f"{path}: the libsndfile at hand cannot write {path.suffix}; use .wav")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; choose another name")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: the folder {path.absolute().parent} does not exist; create it first")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: already exists; remove it, choose another name, or ask for it to be overwritten")
+    return path
+
+
+def write(path: str | Path, audio: np.ndarray, sample_rate: int, *, overwrite: bool = False) -> None:
+    """Writes an audio file, whole or not at all.
+
+    Args:
+        path: the suffix decides the kind: .wav (16 bit), .flac (24 bit), .ogg or .mp3.
+        audio: [channels, samples] float in [-1, 1].
+        sample_rate: Hz.
+
+    Raises:
+        InputError: see `check_output`.
+        OSError: if it cannot be written, with nothing left behind.
+    """
+    path = check_output(path, overwrite=overwrite)
+    kind, subtype = FORMATS[path.suffix.lower()]
+    frames = np.ascontiguousarray(np.asarray(audio, np.float32).T)
+    # Encoded in memory first: libsndfile does not report a full disk, Python's files do.
+    encoded = io.BytesIO()
+    channels = frames.shape[1]
+    if subtype.startswith("PCM"):
+        # Whole numbers by our own scale, which is that of reading: libsndfile's two differ, and a sample that is read
+        # and written would not be the same.
+        scale = 2.0 ** (int(subtype[4:]) - 1)
+        whole = np.clip(np.round(frames.astype(np.float64) * scale), -scale, scale - 1)
+        frames = (whole * (2.0**31 / scale)).astype(np.int32)
+    with soundfile.SoundFile(encoded, "w", sample_rate, channels, format=kind, subtype=subtype) as file:
+        for start in range(0, len(frames), BLOCK_FRAMES):
+            file.write(frames[start : start + BLOCK_FRAMES])
+    with publish_file(path) as temporary:
+        temporary.write_bytes(encoded.getbuffer())

@@ -1,0 +1,137 @@
+"""The command line, as a user calls it."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+
+from acestep_jax import cli
+from acestep_jax.io import checkpoint
+from acestep_jax.io.adapter import save_adapter
+from tests.adapters import ATTENTION, random_adapter
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+    """The tests leave the user's cache folder alone."""
+    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
+
+
+def generate(tiny, *options):
+    return cli.main(["generate", "piano", "--checkpoint", str(tiny[1]), "--duration", "10", *map(str, options)])
+
+
+def test_generate(tiny, tmp_path, capsys):
+    """The same seed gives the same file, by flags or from a file of lyrics; without one, the seed is printed."""
+    lyrics = tmp_path / "lyrics.txt"
+    lyrics.write_text("[verse]\nla la")
+    options = ["--bpm", 90, "--key", "C major", "--time-signature", "4", "--language", "en", "--steps", 2]
+    assert generate(tiny, "--out", tmp_path / "a.wav", "--seed", 5, "--lyrics", "[verse]\nla la", *options) == 0
+    assert generate(tiny, "--out", tmp_path / "b.flac", "--seed", 5, "--lyrics", f"@{lyrics}", *options) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path / 'a.wav'}: 10 s, seed 5" in out
+    (a, rate), (b, _) = soundfile.read(tmp_path / "a.wav"), soundfile.read(tmp_path / "b.flac")
+    assert rate == 48000 and a.shape == (480000, 2)
+    assert np.abs(a - b).max() < 1e-4
+
+    assert generate(tiny, "--out", tmp_path / "c.wav", *options) == 0
+    seed = capsys.readouterr().out.split()[-1]
+    again = [*options, "--overwrite", "--seed", seed, "--mesh", "data=2,tensor=4"]
+    c = soundfile.read(tmp_path / "c.wav")[0]
+    assert generate(tiny, "--out", tmp_path / "c.wav", *again) == 0
+    assert np.abs(soundfile.read(tmp_path / "c.wav")[0] - c).max() < 1e-4
+
+
+def test_adapters(tiny, tmp_path):
+    """They change the song, unless their strength is zero; each --lora-scale is that of the --lora before it."""
+    config = checkpoint.read_manifest(tiny[1]).configs["transformer"]
+    for i, name in enumerate("ab"):
+        save_adapter(tmp_path / name, random_adapter(config, ATTENTION, alpha=i + 1.0, seed=i))
+    a, b = ["--lora", str(tmp_path / "a")], ["--lora", str(tmp_path / "b")]
+
+    def song(*options):
+        assert generate(tiny, "--out", tmp_path / "song.wav", "--overwrite", "--seed", 1, "--steps", 2, *options) == 0
+        return soundfile.read(tmp_path / "song.wav")[0]
+
+    plain = song()
+    assert np.abs(song(*a) - plain).max() > 0.01
+    np.testing.assert_array_equal(song(*a, "--lora-scale", 0, *b, "--lora-scale", 0), plain)
+
+    def given(*options):
+        entries = cli._parser().parse_args(["generate", "x", "--checkpoint", "y", *options]).lora
+        adapters, scales = cli.load_loras(entries, tiny[1])
+        return [adapter.config.alpha for adapter in adapters], scales
+
+    assert given() == ([], [])
+    assert given(*a, *b) == ([1.0, 2.0], [1.0, 1.0])
+    assert given(*b, "--lora-scale", "-0.5", *a) == ([2.0, 1.0], [-0.5, 1.0])
+    assert given(*a, *b, "--lora-scale=0.5") == ([1.0, 2.0], [1.0, 0.5])
+    assert given(*a, "--lora-scale", "2", *a, "--lora-scale", "3") == ([1.0, 1.0], [2.0, 3.0])
+
+
+def test_info(tiny, capsys):
+    assert cli.main(["info", "--checkpoint", str(tiny[1])]) == 0
+    out = capsys.readouterr().out
+    assert "acestep-jax" in out and "turbo" in out and "condition_encoder" in out
+    assert cli.main(["info"]) == 0
+
+
+ERRORS = {
+    "not a checkpoint": (["--checkpoint", "{tmp}"], "this is no acestep-jax checkpoint"),
+    "no such checkpoint": (["--checkpoint", "{tmp}/absent"], "no such folder"),
+    "a torch checkpoint": (["--checkpoint", "{torch}"], "python -m convert from-torch"),
+    "unknown suffix": (["--out", "{tmp}/song.xyz"], "unknown kind of audio file"),
+    "no such folder": (["--out", "{tmp}/absent/song.wav"], "create it first"),
+    "duration": (["--duration", "5"], "audio_duration: expected 10 to 600"),
+    "steps": (["--steps", "0"], "num_inference_steps: expected at least 1"),
+    "shift": (["--shift", "0"], "shift: expected a number above 0"),
+    "dtype": (["--dtype", "int8"], "use one of float32, bfloat16, float16"),
+    "mesh axis": (["--mesh", "model=8"], "expected AXIS=N"),
+    "mesh size": (["--mesh", "data=3"], "needs 3 devices, but 8 are present"),
+    "no adapter": (["--lora", "{tmp}/absent"], "absent: no such folder; expected an acestep-jax adapter"),
+    "a checkpoint": (["--lora", "{torch}"], "python -m convert lora-from-torch"),
+    "scale of nothing": (["--lora-scale", "0.5"], "--lora-scale: expected right after the --lora that it is for"),
+    "two scales": (["--lora", "x", "--lora-scale", "1", "--lora-scale", "2"], "for, found 2 elsewhere"),
+    "infinite scale": (["--lora", "x", "--lora-scale", "inf"], "--lora-scale: expected a finite number"),
+    "lyrics file": (["--lyrics", "@{tmp}/absent.txt"], "absent.txt"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_one_line(tiny, tmp_path, capsys, case):
+    options, message = ERRORS[case]
+    filled = [option.format(tmp=tmp_path, torch=tiny[0]) for option in options]
+    assert generate(tiny, "--out", tmp_path / "song.wav", *filled) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.err.startswith("acestep-jax: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_installed_command(tiny, tmp_path):
+    """`acestep-jax` is on the path; an empty prompt ends it with status 2 and no traceback."""
+    command = [sys.executable, "-m", "acestep_jax.cli", "generate", " ", "--checkpoint", str(tiny[1])]
+    done = subprocess.run([*command, "--out", str(tmp_path / "x.wav")], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "acestep-jax: prompt: it is empty; describe the music in a few words\n"
+
+
+def test_compiled_programs_are_kept(tiny, tmp_path):
+    """The second run finds all programs of the first on disk."""
+    environment = os.environ | {
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "-m", "acestep_jax.cli", "generate", "piano", "--checkpoint", str(tiny[1])]
+    command += ["--duration", "10", "--steps", "2", "--seed", "1", "--overwrite", "--out", str(tmp_path / "song.wav")]
+    kept = []
+    for _ in range(2):
+        subprocess.run(command, check=True, env=environment)
+        kept.append(
+            {path.name for path in (tmp_path / "cache" / "acestep-jax").iterdir() if path.name.endswith("-cache")}
+        )
+    programs = {name.split("-")[0] for name in kept[0]}
+    assert {"jit_encode", "jit_denoise", "jit_decode", "jit_noise"} <= programs
+    assert kept[1] == kept[0]

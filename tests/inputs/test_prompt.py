@@ -1,0 +1,132 @@
+"""Prompt and lyric strings and their tokens, against diffusers and transformers."""
+
+import base64
+import logging
+from importlib import resources
+
+import numpy as np
+import pytest
+from diffusers import AceStepPipeline as TorchPipeline
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from acestep_jax.errors import InputError
+from acestep_jax.inputs.prompt import lyric_text, prompt_text, tokenize
+
+# The pre-tokenisation of Qwen's tokenizers.
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    """A tokenizer with Qwen's real vocabulary, which ends every text as that of Qwen3-Embedding does."""
+    text = resources.files("dashscope").joinpath("resources/qwen.tiktoken").read_text()
+    ranks = [base64.b64decode(line.split()[0]) for line in text.splitlines() if line]
+    alphabet = _byte_symbols()
+    symbols = ["".join(alphabet[byte] for byte in token) for token in ranks]
+    rank = {token: i for i, token in enumerate(ranks)}
+    merges = [pair for token in ranks if len(token) > 1 and (pair := _merge(token, rank, alphabet))]
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    end = tokenizer.token_to_id("<|endoftext|>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", end)]
+    )
+    assert end == 151643
+    return tokenizer
+
+
+def _byte_symbols():
+    """GPT-2's printable stand-in for each byte."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def _merge(token, rank, alphabet):
+    """The pair of parts that byte-pair encoding joins last to make `token`."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        ranks = [rank.get(parts[i] + parts[i + 1], 10**9) for i in range(len(parts) - 1)]
+        i = int(np.argmin(ranks))
+        if ranks[i] >= rank[token]:
+            return None
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return tuple("".join(alphabet[byte] for byte in part) for part in parts)
+
+
+CASES = [
+    {},
+    dict(bpm=120, keyscale="F# minor", timesignature="4"),
+    dict(keyscale=" ", timesignature=""),
+    dict(audio_duration=12.9),
+    dict(instruction="Do it"),
+    dict(instruction="Do it:"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_strings_match_diffusers(case):
+    arguments = dict(audio_duration=60.0) | case
+    theirs = TorchPipeline.__new__(TorchPipeline)
+    text, words = theirs._format_prompt("piano & strings", "[verse]\nla", "fr", **arguments)
+    assert prompt_text("piano & strings", **arguments) == text
+    assert lyric_text("[verse]\nla", "fr") == words
+
+
+def test_tokens_match_transformers(qwen):
+    theirs = PreTrainedTokenizerFast(tokenizer_object=qwen, pad_token="<|endoftext|>", padding_side="right")
+    words = lyric_text("[verse]\n你好，世界 ♪ naïve\n\n ", "zh")
+    texts = [prompt_text("warm lofi piano, 80 bpm", audio_duration=30), words]
+    want = theirs(texts, padding="longest", truncation=True, max_length=256, return_tensors="np")
+    got = tokenize(qwen, texts, max_length=256, multiple=1, what="prompt")
+    np.testing.assert_array_equal(got.mask, want.attention_mask.astype(bool))
+    np.testing.assert_array_equal(np.where(got.mask, got.ids, 0), np.where(got.mask, want.input_ids, 0))
+    assert got.ids[0][got.mask[0]][-1] == 151643  # the post-processor's end of text, after the template's own
+    assert qwen.decode(got.ids[1][got.mask[1]]) == words.removesuffix("<|endoftext|>")
+
+
+def test_truncation_matches_transformers_and_warns(qwen, caplog):
+    theirs = PreTrainedTokenizerFast(tokenizer_object=qwen, pad_token="<|endoftext|>", padding_side="right")
+    texts = ["short", "la " * 300]
+    whole = len(qwen.encode(texts[1]).ids)
+    want = theirs(texts, padding="longest", truncation=True, max_length=256, return_tensors="np")
+    with caplog.at_level(logging.WARNING):
+        got = tokenize(qwen, texts, max_length=256, multiple=64, what="lyrics")
+    assert got.ids.shape == (2, 256)
+    np.testing.assert_array_equal(got.ids[1], want.input_ids[1])
+    assert caplog.messages == [f"lyrics 1 has {whole} tokens and the model reads 256: {whole - 256} are cut"]
+
+
+def test_padding_is_to_a_multiple(qwen):
+    got = tokenize(qwen, ["piano"], max_length=256, multiple=64, what="prompt")
+    assert got.ids.shape == (1, 64) and got.mask.sum() == len(qwen.encode("piano").ids)
+
+
+BAD = {
+    "prompt: it is empty": dict(prompt=" \n"),
+    "bpm: expected 30 to 300": dict(bpm=0),
+    "timesignature: expected one of 2, 3, 4, 6": dict(timesignature="5"),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_metadata(message):
+    with pytest.raises(InputError, match=message):
+        prompt_text(**dict(prompt="x", audio_duration=60) | BAD[message])
+
+
+def test_bad_text(qwen):
+    with pytest.raises(InputError, match="prompt 1: not valid text"):
+        tokenize(qwen, ["fine", "bad \udcff"], max_length=8, multiple=1, what="prompt")
+    with pytest.raises(InputError, match="at least 1 token"):
+        tokenize(qwen, ["fine"], max_length=0, multiple=1, what="prompt")

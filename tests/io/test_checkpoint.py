@@ -1,0 +1,195 @@
+"""The native checkpoint: what is saved is loaded, where and as what it was asked for; what is broken is named."""
+
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from acestep_jax import InputError, make_mesh
+from acestep_jax.io import checkpoint
+from tests.folders import edit_json, native_arrays
+
+
+@pytest.fixture(scope="module")
+def expected(tiny):
+    return native_arrays(tiny[0])
+
+
+def flat(networks):
+    return {f"{name}.{k}": v[...] for name, module in networks.items() for k, v in checkpoint.leaves(module).items()}
+
+
+def test_load_gives_what_was_converted(tiny, expected):
+    loaded = flat(checkpoint.load(tiny[1]))
+    assert loaded.keys() == expected.keys()
+    for name, value in loaded.items():
+        assert value.devices() == {jax.devices()[0]} and value.dtype == expected[name].dtype
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+def test_leaves_reach_the_host_where_jax_has_no_cpu(tiny, expected, monkeypatch):
+    """As with JAX_PLATFORMS=cuda."""
+    devices = jax.local_devices()
+
+    def local_devices(backend=None):
+        if backend == "cpu":
+            raise RuntimeError("Unknown backend cpu")
+        return devices
+
+    monkeypatch.setattr(jax, "local_devices", local_devices)
+    shapes = checkpoint.leaf_shapes("audio_tokenizer", checkpoint.read_manifest(tiny[1]).configs["audio_tokenizer"])
+    found = checkpoint.read_leaves(tiny[1], "audio_tokenizer", shapes)
+    assert all(np.array_equal(value, expected[f"audio_tokenizer.{name}"]) for name, value in found.items())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_load_casts(tiny, expected, dtype):
+    networks = checkpoint.load(tiny[1], dtype=dtype, names=["audio_tokenizer"])
+    assert networks.keys() == {"audio_tokenizer"}
+    config = networks["audio_tokenizer"].config
+    assert config.dtype == config.param_dtype == dtype
+    for name, value in flat(networks).items():
+        assert value.dtype == dtype
+        np.testing.assert_array_equal(value, expected[name].astype(value.dtype), err_msg=name)
+
+
+# Tiny sizes: hidden 64, 4 heads of 16, mlp 96, text vocabulary 257.
+PLACES = {
+    "transformer.layers.self_attn.to_q.kernel": P(None, ("fsdp",), ("tensor",)),  # [L, embed, heads]
+    "transformer.layers.self_attn.to_out.kernel": P(None, ("tensor",), ("fsdp",)),
+    "transformer.layers.mlp.down_proj.kernel": P(None, ("tensor",), ("fsdp",)),
+    "transformer.layers.self_attn.norm_q.scale": P(None, None),
+    "text_encoder.embed_tokens.embedding": P(None, ("fsdp",)),  # 257 rows are not divided by two
+    "vae.decoder.conv1.kernel": P(None, None, None),
+}
+
+
+def test_load_onto_a_mesh(tiny, expected):
+    """Every device holds its part alone."""
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    loaded = flat(checkpoint.load(tiny[1], mesh=mesh))
+    assert loaded.keys() == expected.keys()
+    for name, spec in PLACES.items():
+        assert loaded[name].sharding.is_equivalent_to(NamedSharding(mesh, spec), loaded[name].ndim), name
+    for name, value in loaded.items():
+        assert isinstance(value.sharding, NamedSharding) and value.sharding.mesh == mesh
+        part = value.sharding.shard_shape(value.shape)
+        assert len(value.addressable_shards) == 8
+        for shard in value.addressable_shards:
+            assert shard.data.shape == part and shard.data.devices() == {shard.device}
+            np.testing.assert_array_equal(shard.data, expected[name][shard.index], err_msg=name)
+    divided = sum(value.sharding.shard_shape(value.shape) != value.shape for value in loaded.values())
+    assert divided > 60
+
+
+def test_save_and_load(tiny, expected, tmp_path):
+    """From arrays of either library and on a mesh, with tokenizer, settings and a file of one's own."""
+    networks = ["transformer", "condition_encoder", "text_encoder", "vae"]
+    configs = {name: checkpoint.read_manifest(tiny[1]).configs[name] for name in networks}
+    arrays = {name: value * 2 for name, value in expected.items() if name.split(".")[0] in networks}
+    first, second, *_ = PLACES
+    arrays[first] = jax.device_put(arrays[first], NamedSharding(make_mesh(fsdp=8), P(None, "fsdp")))
+    arrays[second] = jax.numpy.asarray(arrays[second])
+    text = (tiny[1] / checkpoint.TOKENIZER).read_text()
+    path = tmp_path / "saved"
+    extra = {"notes.txt": lambda file: file.write_text("x")}
+    checkpoint.save(path, configs, arrays.items(), text, {"a": 1}, extra)
+    assert checkpoint.read_manifest(path) == checkpoint.Manifest(configs, {"a": 1})
+    for name, value in flat(checkpoint.load(path)).items():
+        np.testing.assert_array_equal(value, arrays[name], err_msg=name)
+    assert checkpoint.load_tokenizer(path).encode("hello").ids == checkpoint.load_tokenizer(tiny[1]).encode("hello").ids
+    assert (path / "notes.txt").read_text() == "x"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["saved"] and path.stat().st_mode & 0o777 == 0o755
+
+    with pytest.raises(InputError, match="already exists"):
+        checkpoint.save(path, configs, arrays.items(), text, {})
+    dropped, *rest = arrays.items()
+    with pytest.raises(KeyError, match=dropped[0]):
+        checkpoint.save(tmp_path / "half", configs, rest, text, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["saved"]
+
+
+def largest_file(folder):
+    return max((file for file in (folder / "weights").rglob("*") if file.is_file()), key=lambda f: f.stat().st_size)
+
+
+BROKEN = {
+    "absent": (shutil.rmtree, ["made: no such folder"]),
+    "no config": (lambda f: (f / "config.json").unlink(), ["no config.json here", "python -m convert from-torch"]),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json: not valid JSON"]),
+    "foreign config": (
+        lambda f: (f / "config.json").write_text("{}"),
+        ["not of an acestep-jax checkpoint", "from-torch"],
+    ),
+    "newer": (lambda f: edit_json(f / "config.json", format_version=2), ["format_version 2", "reads 1", "update"]),
+    "unknown network": (lambda f: edit_json(f / "config.json", foo={}), ["unknown network(s) foo"]),
+    "no network": (lambda f: edit_json(f / "config.json", vae=None), ["the network(s) vae are missing"]),
+    "not a network": (lambda f: edit_json(f / "config.json", vae=3), ["vae: expected a JSON object, found 3"]),
+    "unknown key": (lambda f: edit_json(f / "config.json", vae={"foo": 1}), ["vae: unknown key(s) foo"]),
+    "bad value": (
+        lambda f: edit_json(f / "config.json", vae={"dtype": "int8"}),
+        ["AutoencoderConfig.dtype: 'int8' is no"],
+    ),
+    "leaf missing": (
+        lambda f: edit_json(f / "config.json", audio_tokenizer=SMALL | {"attention_bias": True}),
+        ["audio_tokenizer.attention_pooler.layers.self_attn.to_k.bias is missing", "convert the checkpoint again"],
+    ),
+    "leaf misshapen": (
+        lambda f: edit_json(f / "config.json", audio_tokenizer=SMALL | {"num_attention_pooler_hidden_layers": 3}),
+        ["has shape (2, 64)", "expected (3, 64)"],
+    ),
+    "leaf unknown": (
+        lambda f: edit_json(f / "config.json", audio_tokenizer=None),
+        ["audio_tokenizer.", "belongs to no network of the config"],
+    ),
+    "no weights": (lambda f: shutil.rmtree(f / "weights"), ["weights: missing or damaged", "convert"]),
+    "weights cut": (lambda f: os.truncate(largest_file(f), 1000), ["weights: damaged", "convert the checkpoint again"]),
+    "weights in part": (lambda f: largest_file(f).unlink(), ["weights: damaged", "convert the checkpoint again"]),
+    "list of arrays damaged": (lambda f: (f / "weights/state/_METADATA").write_text("x"), ["weights: damaged"]),
+    "list of chunks missing": (lambda f: (f / "weights/state/manifest.ocdbt").unlink(), ["weights: damaged"]),
+}
+SMALL = dict(
+    hidden_size=64,
+    intermediate_size=96,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    fsq_dim=64,
+    audio_acoustic_hidden_dim=8,
+)
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_checkpoint(tiny, tmp_path, capfd, case):
+    damage, words = BROKEN[case]
+    shutil.copytree(tiny[1], tmp_path / "made")
+    damage(tmp_path / "made")
+    with pytest.raises(InputError) as error:
+        checkpoint.load(tmp_path / "made")
+    for word in words:
+        assert word in str(error.value)
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+    assert not capfd.readouterr().err
+
+
+def test_wrong_arguments(tiny):
+    with pytest.raises(InputError, match="no config.json here.*python -m convert from-torch"):
+        checkpoint.load(tiny[0])
+    with pytest.raises(InputError, match="dtype: 'int8' is no dtype"):
+        checkpoint.load(tiny[1], dtype="int8")
+    with pytest.raises(InputError, match="native: has no foo, only transformer, "):
+        checkpoint.load(tiny[1], names=["vae", "foo"])
+
+
+@pytest.mark.parametrize(
+    "content, message", [(None, "missing"), (b"{}", "not a tokenizer"), (b"\xff", "not a tokenizer")]
+)
+def test_broken_tokenizer(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(InputError, match=f"tokenizer.json: {message}"):
+        checkpoint.load_tokenizer(tmp_path)

@@ -1,0 +1,58 @@
+"""The forms of a convolution that a TPU gets, against the plain one."""
+
+import numpy as np
+import pytest
+
+from acestep_jax.models.kernels import convolution
+from acestep_jax.models.kernels.convolution import convolve, convolve_transposed
+from tests.parity import assert_close, normal
+
+
+@pytest.fixture
+def on_tpu(monkeypatch):
+    """Short rows, so that short inputs are cut."""
+
+    def switch():
+        monkeypatch.setattr(convolution, "platform", lambda: "tpu")
+        monkeypatch.setattr(convolution, "ROW", 200)
+
+    return switch
+
+
+@pytest.mark.parametrize("length", [1280, 1370, 1366, 150])
+@pytest.mark.parametrize("size, dilation", [(7, 1), (7, 9), (3, 1), (1, 1)])
+def test_rows_give_what_one_row_gives(on_tpu, monkeypatch, length, size, dilation):
+    """Lengths that divide well, badly, and not at all; and too short to be cut."""
+    x, kernel = normal(2, length, 5), normal(size, 5, 6)
+    options = dict(dilation=dilation, padding=(size - 1) * dilation // 2)
+    expected = convolve(x, kernel, **options)
+    on_tpu()
+    cut = []
+    rows = convolution._convolve_rows
+    monkeypatch.setattr(convolution, "_convolve_rows", lambda *a: cut.append(a[-1]) or rows(*a))
+    assert_close(convolve(x, kernel, **options), expected, 1e-6)
+    assert bool(cut) == (size > 1 and length in (1280, 1370))
+    assert all(n >= 8 and length % n == 0 and length // n <= 200 for n in cut)
+
+
+@pytest.mark.parametrize("length", [40, 320])
+@pytest.mark.parametrize("stride", [2, 4, 10])
+def test_transposed(on_tpu, length, stride):
+    """Against the sum that defines it, in float64, on both kinds of backend."""
+    x, kernel = normal(1, length, 3), normal(2, 3, stride, 4)
+    whole = np.zeros((1, (length + 1) * stride, 4))
+    for tap in range(2):  # the first of our taps reads the frame before
+        y = np.einsum("bti,iro->btro", x.astype(float), kernel[tap].astype(float)).reshape(1, -1, 4)
+        begin = stride * (1 - tap)
+        whole[:, begin : begin + y.shape[1]] += y
+    expected = whole[:, stride // 2 : -(stride - stride // 2)]
+    assert_close(convolve_transposed(x, kernel), expected, 1e-6)
+    on_tpu()
+    assert_close(convolve_transposed(x, kernel), expected, 1e-6)
+
+
+def test_strides_are_left_alone(on_tpu):
+    x, kernel = normal(1, 1280, 3), normal(8, 3, 4)
+    expected = convolve(x, kernel, stride=4, padding=2)
+    on_tpu()
+    assert_close(convolve(x, kernel, stride=4, padding=2), expected, 1e-6)

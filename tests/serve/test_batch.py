@@ -1,0 +1,281 @@
+"""`acestep-jax generate --batch`: many songs from a file of requests; and codes on the command line."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+from acestep_jax import AceStepPipeline, cli
+from acestep_jax.inputs import programs
+from acestep_jax.serve import jsonl
+from tests.parity import normal
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+    """The tests leave the user's cache folder alone."""
+    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
+
+
+def write_lines(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+
+
+def run(tiny, tmp_path, *options):
+    places = ["--batch", tmp_path / "requests.jsonl", "--out-dir", tmp_path / "out", "--checkpoint", tiny[1]]
+    return cli.main(["generate", *map(str, [*places, "--steps", "1", *options])])
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def source(tmp_path):
+    soundfile.write(tmp_path / "source.wav", 0.1 * normal(48_000 * 2, 2), 48_000)
+    return "source.wav"
+
+
+def test_songs_and_settings_failures_and_a_second_run(tiny, tmp_path, capsys, source, monkeypatch):
+    """Packed by length; one line that cannot be read and one that cannot be made stop nothing; finished ones stay."""
+    write_lines(
+        tmp_path / "requests.jsonl",
+        dict(prompt="piano", audio_duration=10, seed=1),
+        "{not json",
+        "",
+        dict(name="take.flac", prompt="drums", audio_duration=10.2, seed=2, lyrics="la"),
+        dict(name="cover", prompt="flute", task_type="cover", src_audio=source, seed=3),
+        dict(name="gone", prompt="flute", task_type="cover", src_audio="gone.wav"),
+        dict(prompt="long", audio_duration=21, seed=4),
+    )
+    sizes = []
+    denoise = programs.denoise
+    monkeypatch.setattr(programs, "denoise", lambda *a, **k: sizes.append(a[2].shape) or denoise(*a, **k))
+    assert run(tiny, tmp_path, "--batch-size", 2) == 1
+    captured = capsys.readouterr()
+    assert sizes == [(2, 256, 8), (1, 256, 8), (1, 768, 8)]  # 10 and 10.2 s, the cover of 2 s, 21 s
+    made = ["00001", "take", "cover", "00007"]
+    assert names(tmp_path / "out") == sorted(
+        [f"{name}.json" for name in made] + ["00001.wav", "take.flac", "cover.wav", "00007.wav"]
+    )
+    assert len(captured.out.splitlines()) == 4
+    failures = [line for line in captured.err.splitlines() if line.startswith("acestep-jax: ")]
+    assert len(failures) == 2
+    assert "requests.jsonl:2: not JSON" in failures[0] and "requests.jsonl:6: " in failures[1]
+    assert "gone.wav" in failures[1]
+
+    settings = json.loads((tmp_path / "out" / "take.json").read_text())
+    assert settings["seed"] == 2 and settings["request"]["prompt"] == "drums" and settings["seconds"] == 10.2
+    assert settings["request"]["num_inference_steps"] == 1 and settings["checkpoint"] == str(tiny[1])
+    pipe = AceStepPipeline.from_checkpoint(tiny[1])
+    alone = pipe("drums", lyrics="la", audio_duration=10.2, seed=2, num_inference_steps=1)
+    found, rate = soundfile.read(tmp_path / "out" / "take.flac")
+    assert rate == 48_000 and found.shape == (alone.samples[0], 2)
+    assert np.abs(found.T - alone.audios[0]).max() < 1e-4
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out" / "cover.json").unlink()
+    (tmp_path / "out" / "cover.wav").unlink()
+    sizes.clear()
+    assert run(tiny, tmp_path) == 1
+    assert sizes == [(1, 256, 8)]
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert after.keys() == before.keys()
+    assert {path.stem for path in after if after[path] != before[path]} == {"cover"}
+
+
+def test_a_song_with_other_settings_is_not_overwritten(tiny, tmp_path, capsys):
+    write_lines(tmp_path / "requests.jsonl", dict(prompt="piano", audio_duration=10, name="a"))
+    assert run(tiny, tmp_path) == 0
+    first = (tmp_path / "out" / "a.wav").read_bytes()
+    write_lines(tmp_path / "requests.jsonl", dict(prompt="drums", audio_duration=10, name="a"))
+    assert run(tiny, tmp_path) == 1
+    assert "a.json: already exists, made with other settings" in capsys.readouterr().err
+    assert (tmp_path / "out" / "a.wav").read_bytes() == first
+    assert run(tiny, tmp_path, "--overwrite") == 0
+    assert (tmp_path / "out" / "a.wav").read_bytes() != first
+    (tmp_path / "out" / "a.json").rename(tmp_path / "kept.json")
+    assert run(tiny, tmp_path) == 1
+    assert "a.wav: already exists; remove it" in capsys.readouterr().err
+    # Stopped between the settings and the sound: made again.
+    (tmp_path / "kept.json").rename(tmp_path / "out" / "a.json")
+    (tmp_path / "out" / "a.wav").unlink()
+    assert run(tiny, tmp_path) == 0 and (tmp_path / "out" / "a.wav").exists()
+    # Somebody else's file.
+    (tmp_path / "out" / "a.wav").unlink()
+    (tmp_path / "out" / "a.json").write_text('{"mine": 1}')
+    assert run(tiny, tmp_path) == 1
+    assert (tmp_path / "out" / "a.json").read_text() == '{"mine": 1}'
+
+
+def test_one_song_of_a_batch_that_fails(tiny, tmp_path, monkeypatch):
+    """The others are made alone."""
+    write_lines(tmp_path / "requests.jsonl", *(dict(prompt=name, audio_duration=10, name=name) for name in "abc"))
+    songs, errors = jsonl.read(tmp_path / "requests.jsonl", tmp_path, dict(num_inference_steps=1))
+    assert not errors
+    pipe = AceStepPipeline.from_checkpoint(tiny[1])
+    call = AceStepPipeline.__call__
+
+    def fail(self, requests, **options):
+        if any(request.prompt == "b" for request in requests):
+            raise ValueError("no b")
+        return call(self, requests, **options)
+
+    monkeypatch.setattr(AceStepPipeline, "__call__", fail)
+    results = {song.request.prompt: error for song, error in jsonl.generate(pipe, songs, 3, {})}
+    assert results == {"a": None, "b": "no b", "c": None}
+    assert (tmp_path / "c.wav").exists() and not (tmp_path / "b.wav").exists()
+
+
+LINES = {
+    "expected a JSON object, found [1]": "[1]",
+    "unknown key(s) bmp; expected some of name, attend_to_padding, audio_codes": dict(prompt="x", bmp=90),
+    "prompt: expected a text, found None": dict(seed=1),
+    "name: expected the name of a file, without folders, found 'a/b'": dict(prompt="x", name="a/b"),
+    "name: first is that of": dict(prompt="x", name="first.flac"),
+    "name: expected the name of a file, without folders, found '..'": dict(prompt="x", name=".."),
+    "keyscale: expected a text, found 5": dict(prompt="x", keyscale=5),
+    "noise: expected a text, found None": dict(prompt="x", noise=None),
+    "timesteps: expected a list of numbers, found {'a': 1}": dict(prompt="x", timesteps={"a": 1}),
+    "lyrics: expected a text, found None": dict(prompt="x", lyrics=None),
+    "audio_duration: expected a number, found 'long'": dict(prompt="x", audio_duration="long"),
+    "seed: expected a whole number, found 1.5": dict(prompt="x", seed=1.5),
+    "solver: expected one of euler": dict(prompt="x", solver="dpm"),
+    "repaint_injection_ratio: expected a number, found 'half'": dict(prompt="x", repaint_injection_ratio="half"),
+    "src_audio: expected the name of a sound file, found 3": dict(prompt="x", src_audio=3),
+}
+
+
+@pytest.mark.parametrize("message", LINES)
+def test_bad_lines(tmp_path, message):
+    write_lines(tmp_path / "requests.jsonl", dict(prompt="x", name="first"), LINES[message])
+    songs, errors = jsonl.read(tmp_path / "requests.jsonl", tmp_path, {})
+    assert len(songs) == 1 and len(errors) == 1
+    assert errors[0].startswith(f"{tmp_path / 'requests.jsonl'}:2: {message}")
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    """Not at what else Unicode takes for an end of line, which JSON may hold as it is; names with dots are names."""
+    line = json.dumps(dict(prompt="x", lyrics="one\u2028two\x85", name="No. 5"), ensure_ascii=False)
+    write_lines(tmp_path / "requests.jsonl", line, dict(prompt="y"))
+    songs, errors = jsonl.read(tmp_path / "requests.jsonl", tmp_path, {})
+    assert not errors and [song.path.name for song in songs] == ["No. 5.wav", "00002.wav"]
+    assert songs[0].request.lyrics == "one\u2028two\x85"
+
+
+def test_sources_are_not_overwritten(tiny, tmp_path, capsys, source):
+    """Neither by a song of a batch nor by one alone, even when asked to overwrite."""
+    wave = tmp_path / source
+    before = wave.read_bytes()
+    options = [
+        "--task",
+        "cover",
+        "--source",
+        str(wave),
+        "--out",
+        str(wave),
+        "--overwrite",
+        "--checkpoint",
+        str(tiny[1]),
+    ]
+    assert cli.main(["generate", "x", *options]) == 2
+    assert "source.wav is the --source itself; choose another name" in capsys.readouterr().err
+    write_lines(tmp_path / "requests.jsonl", dict(prompt="x", name=source, src_audio=source, task_type="cover"))
+    _, errors = jsonl.read(tmp_path / "requests.jsonl", tmp_path, {})
+    assert "is a source or reference of the song itself" in errors[0] and wave.read_bytes() == before
+
+
+VALUES = {
+    "tasks": dict(task_type="repaint", src_audio="source.wav", repainting_start=5, repainting_end=4),
+}
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_bad_values(tiny, tmp_path, capsys, source, case):
+    """Of the right form, but nothing that can be made; the song after it is."""
+    write_lines(
+        tmp_path / "requests.jsonl", dict(prompt="x") | VALUES[case], dict(prompt="y", audio_duration=10, name="y")
+    )
+    assert run(tiny, tmp_path, "--batch-size", 4) == 1
+    captured = capsys.readouterr()
+    assert f"{tmp_path / 'requests.jsonl'}:1: " in captured.err and "Traceback" not in captured.err
+    assert names(tmp_path / "out") == ["y.json", "y.wav"]
+
+
+def test_bad_options(tiny, tmp_path, capsys):
+    write_lines(tmp_path / "requests.jsonl", dict(prompt="x"))
+    assert run(tiny, tmp_path, "--batch-size", "0") == 2
+    assert cli.main(["generate", "--batch", str(tmp_path / "requests.jsonl"), "--checkpoint", str(tiny[1])]) == 2
+    assert cli.main(["generate", "x", "--batch", "y", "--out-dir", "z", "--checkpoint", str(tiny[1])]) == 2
+    assert cli.main(["generate", "--checkpoint", str(tiny[1])]) == 2
+    assert run(tiny, tmp_path, "--out", "song.wav") == 2
+    (tmp_path / "requests.jsonl").write_text("\n\n")
+    assert run(tiny, tmp_path) == 2
+    (tmp_path / "requests.jsonl").write_bytes(b"\xff\xfe")
+    assert run(tiny, tmp_path) == 2
+    errors = capsys.readouterr().err.splitlines()
+    expected = ("--batch-size: expected", "--out-dir: give", "give one of them", "give a PROMPT")
+    expected += ("--out: is for one song", "no request", "UTF-8")
+    for line, message in zip(errors, expected, strict=True):
+        assert message in line
+
+
+def test_codes_and_back(tiny, tmp_path, capsys, source):
+    """Printed or in a file; as audio again; and a cover of them."""
+    checkpoint = ["--checkpoint", str(tiny[1])]
+    assert cli.main(["tokenize", str(tmp_path / source), *checkpoint]) == 0
+    text = capsys.readouterr().out.strip()
+    assert text.startswith("<|audio_code_") and text.count("<|") == 10
+    out = tmp_path / "codes.txt"
+    assert cli.main(["tokenize", str(tmp_path / source), *checkpoint, "--out", str(out)]) == 0
+    assert out.read_text().strip() == text
+    assert cli.main(["tokenize", str(tmp_path / source), *checkpoint, "--out", str(out)]) == 2
+    assert "already exists" in capsys.readouterr().err
+    made = tmp_path / "made.wav"
+    assert cli.main(["detokenize", f"@{out}", *checkpoint, "--out", str(made)]) == 0
+    assert soundfile.info(made).frames == 96_000
+    cover = ["--codes", f"@{out}", "--steps", "1", "--seed", "0", "--out", str(tmp_path / "cover.wav")]
+    assert cli.main(["generate", "x", *checkpoint, *cover]) == 0
+    assert soundfile.info(tmp_path / "cover.wav").frames == 96_000
+
+
+def test_tasks_on_the_command_line(tiny, tmp_path, source, capsys, monkeypatch):
+    """Every option arrives as the argument that it stands for."""
+    seen = []
+
+    class Seen(Exception):
+        pass
+
+    def call(self, prompt, **arguments):
+        seen.append(arguments)
+        raise Seen
+
+    monkeypatch.setattr(AceStepPipeline, "__call__", call)
+    pipe = AceStepPipeline.from_checkpoint(tiny[1])
+    monkeypatch.setattr(AceStepPipeline, "from_checkpoint", lambda *_, **__: pipe)
+
+    def arguments(*options):
+        with pytest.raises(Seen):
+            cli.main(["generate", "x", "--checkpoint", str(tiny[1]), "--out", str(tmp_path / "x.wav"), *options])
+        return {name: value for name, value in seen[-1].items() if name not in ("lyrics", "vocal_language")}
+
+    plain = dict(task_type="text2music", audio_cover_strength=1.0)
+    assert arguments() == plain
+    found = arguments(*"--task repaint --source a.wav --start -1 --end 2 --start 5 --end 6".split())
+    assert found == plain | dict(
+        task_type="repaint", src_audio="a.wav", repainting_start=[-1.0, 5.0], repainting_end=[2.0, 6.0]
+    )
+    found = arguments(*"--task complete --source a.wav --track drums --track bass --reference b.mp3".split())
+    assert found == plain | dict(
+        task_type="complete", src_audio="a.wav", complete_track_classes=["drums", "bass"], reference_audio="b.mp3"
+    )
+    assert arguments("--task", "lego", "--source", "a.wav", "--track", "fx")["track_name"] == "fx"
+    found = arguments(*"--task cover --codes <|audio_code_1|> --cover-strength 0.5 --cover-noise 0.2".split())
+    assert found == dict(
+        task_type="cover", audio_codes="<|audio_code_1|>", audio_cover_strength=0.5, cover_noise_strength=0.2
+    )
+    found = arguments(*"--solver heun --guidance-rule adg --noise torch:A100".split())
+    assert found == plain | dict(solver="heun", guidance="adg", noise="torch:A100")
+    assert cli.main(["generate", "x", "--checkpoint", str(tiny[1]), "--track", "a", "--track", "b"]) == 2
+    assert "--track: the task text2music takes one" in capsys.readouterr().err
