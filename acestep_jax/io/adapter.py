@@ -1,15 +1,19 @@
-"""LoRA and DoRA adapters of the transformer as files, and merged into its weights.
+"""LoRA and DoRA adapters of the transformer: as files, loaded beside its weights by name, or merged into them.
 
-A folder: `adapter.json` is the `LoRAConfig`, `adapter.safetensors` the float32 leaves by dotted path. Adapters of
-PyTorch become one with `python -m convert lora-from-torch`.
+A folder: `adapter.json` is the `LoRAConfig`, `adapter.safetensors` the float32 parameters by dotted path.
+`python -m convert lora-from-torch` converts adapters of PyTorch.
 """
 
 import dataclasses
+import difflib
 import json
 import math
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
 
 import numpy as np
 from safetensors import SafetensorError
@@ -17,6 +21,7 @@ from safetensors.numpy import load_file, save
 
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
+from acestep_jax.models.adapters import Factors, apply_adapters, prepare_adapter, rescale_adapters
 from acestep_jax.models.config import LoRAConfig, TransformerConfig
 from acestep_jax.models.lora import check_shapes, merge_loras
 from acestep_jax.models.transformer import AceStepTransformer1DModel
@@ -29,10 +34,10 @@ CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
 class Adapter:
     """A trained adapter of a transformer with L layers.
 
-    config: what it was trained with; `rank` and `alpha` give its strength.
-    leaves: float32, by dotted path within the transformer. Of an adapted layer of `layers`: `layers.P.lora_a`
-        [L, in, r], `layers.P.lora_b` [L, r, out] and, for DoRA alone, `layers.P.lora_magnitude` [L, out]. Of another,
-        such as `condition_embedder`, the same without L.
+    config: what it was trained with; at scale 1 its product counts `alpha / rank` times.
+    leaves: the parameters, float32, by dotted path within the transformer. Of an adapted layer of `layers`:
+        `layers.P.lora_a` [L, in, r], `layers.P.lora_b` [L, r, out] and, for DoRA only, `layers.P.lora_magnitude`
+        [L, out]. Of another, such as `condition_embedder`, the same without L.
     """
 
     config: LoRAConfig
@@ -40,10 +45,10 @@ class Adapter:
 
 
 def save_adapter(path: str | Path, adapter: Adapter) -> None:
-    """Writes an adapter, whole or not at all.
+    """Write an adapter, atomically.
 
     Raises:
-        InputError: if `path` exists, see `checkpoint.publish`, or the leaves are not what `Adapter` says.
+        InputError: if `path` exists, see `checkpoint.publish`, or the parameters are not what `Adapter` says.
     """
     path = Path(path)
     checkpoint.check_new(path)
@@ -56,7 +61,7 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
 
 
 def load_adapter(path: str | Path) -> Adapter:
-    """Reads an adapter that `save_adapter` or `python -m convert lora-from-torch` wrote.
+    """Read an adapter that `save_adapter` or `python -m convert lora-from-torch` wrote.
 
     Raises:
         InputError: if `path` is something else, or is damaged or incomplete.
@@ -80,7 +85,7 @@ def load_adapter(path: str | Path) -> Adapter:
 
 
 def check_adapter(adapter: Adapter, config: TransformerConfig, source: str = "adapter") -> None:
-    """Whether an adapter fits a transformer; raises InputError that names `source` and the leaf that does not."""
+    """Check that an adapter fits a transformer; raise InputError naming `source` and the parameter if it does not."""
     shapes = checkpoint.leaf_shapes("transformer", config)
     kernels = {n.removesuffix(".kernel"): leaf.shape for n, leaf in shapes.items() if n.endswith(".kernel")}
     check_shapes(adapter.leaves, kernels, source)
@@ -89,16 +94,16 @@ def check_adapter(adapter: Adapter, config: TransformerConfig, source: str = "ad
 def merge_adapters(
     transformer: AceStepTransformer1DModel, adapters: Sequence[Adapter], scales: Sequence[float]
 ) -> AceStepTransformer1DModel:
-    """A copy of the transformer with its weights changed by the sum of `scales[i]` times what `adapters[i]` changes.
+    """Return a copy of the transformer whose weights are changed by the sum of `scales[i]` times what `adapters[i]`
+    changes.
 
-    Every change is that of the given weights, so the order does not matter; of a DoRA adapter it is the difference
-    that it makes alone. See `models.lora.merge_loras`.
+    Every change is relative to the given weights, so the order does not matter. See `models.lora.merge_loras`.
 
     Args:
-        scales: strengths; 1 is what was trained, 0 nothing, and below 0 the opposite.
+        scales: 1 is what was trained, 0 nothing, and below 0 the opposite.
 
     Raises:
-        InputError: if an adapter is for another model, or a scale is no finite number.
+        InputError: if an adapter is for another model, or a scale is not a finite number.
     """
     for scale in scales:
         check_scale(scale)
@@ -111,13 +116,13 @@ def resolve_adapters(
     scale: float | Sequence[float],
     config: TransformerConfig,
 ) -> tuple[list[Adapter], list[float]]:
-    """One or several adapters or their folders, and one scale or one for each, as lists; all are checked.
+    """Return as lists, read and checked, one or several adapters or their folders, and one scale for all or for each.
 
     Raises:
         InputError: see `load_adapter`, `check_adapter` and `check_scale`; or if the numbers of both differ.
     """
     adapters = [adapters] if isinstance(adapters, str | Path | Adapter) else list(adapters)
-    scales = [scale] * len(adapters) if np.ndim(scale) == 0 else list(scale)
+    scales = list(cast(Sequence[float], [scale] * len(adapters) if np.ndim(scale) == 0 else scale))
     if len(scales) != len(adapters):
         raise InputError(f"scale: expected one number or {len(adapters)}, one for each adapter, found {len(scales)}")
     for value in scales:
@@ -129,9 +134,127 @@ def resolve_adapters(
 
 
 def check_scale(scale: float, argument: str = "scale") -> None:
-    """Raises InputError unless `scale` is a finite number."""
-    if not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
+    """Raise InputError unless `scale` is a finite number."""
+    number = isinstance(scale, int | float | np.number) and not isinstance(scale, bool)
+    if not number or not math.isfinite(scale):
         raise InputError(f"{argument}: expected a finite number such as 0.8, found {scale!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedAdapters:
+    """The adapters of a transformer, by name. Every method returns a new object, and changes nothing if it raises.
+
+    They are computed beside the weights, see `models.adapters`: every change is relative to those of `base`, so the
+    order in which adapters are loaded does not matter, and other scales need neither memory nor compilation.
+
+    base: the transformer without adapters; None in a pipeline without one.
+    network: the one that computes with them; it shares the arrays of `base`, and is `base` where there are none.
+    scales: by name; 1 is what was trained, 0 is off.
+    """
+
+    base: Any
+    network: Any
+    factors: Mapping[str, Factors]
+    scales: Mapping[str, float]
+
+    @classmethod
+    def none(cls, base: AceStepTransformer1DModel | None) -> "LoadedAdapters":
+        """Return the state before the first adapter is loaded."""
+        return cls._apply(base, {}, {})
+
+    @classmethod
+    def _apply(cls, base: Any, factors: Mapping[str, Factors], scales: Mapping[str, float]) -> "LoadedAdapters":
+        network = apply_adapters(base, list(factors.values()), [scales[name] for name in factors]) if factors else base
+        return cls(base, network, factors, MappingProxyType(dict(scales)))
+
+    def load(
+        self,
+        adapters: str | Path | Adapter | Sequence[str | Path | Adapter],
+        scale: float | Sequence[float] = 1.0,
+        name: str | Sequence[str] | None = None,
+    ) -> "LoadedAdapters":
+        """Load more adapters.
+
+        Args:
+            adapters: an adapter, a folder, or several.
+            scale: one for all or one for each.
+            name: one for each; None: the names of their folders, followed by -2, -3, ... where a name is taken.
+
+        Raises:
+            InputError: see `resolve_adapters`; or if a name is taken, empty, or there are more or fewer names.
+        """
+        found, scales = resolve_adapters(adapters, scale, self.base.config)
+        if not found:
+            return self
+        given = [adapters] if isinstance(adapters, str | Path | Adapter) else list(adapters)
+        names = _new_names(given, self.scales) if name is None else _check_names(name, len(given), self.scales)
+        made = {
+            name: prepare_adapter(self.base, adapter.leaves, adapter.config.scaling)
+            for name, adapter in zip(names, found, strict=True)
+        }
+        scales = {name: float(scale) for name, scale in zip(names, scales, strict=True)}
+        return self._apply(self.base, {**self.factors, **made}, {**self.scales, **scales})
+
+    def set(self, scales: Mapping[str, float]) -> "LoadedAdapters":
+        """Change the scales of loaded adapters; those that are not named are off.
+
+        Raises:
+            InputError: if a name is unknown, or a scale is not a finite number.
+        """
+        if not isinstance(scales, Mapping):
+            raise InputError(f'scales: expected scales by name, such as {{"style": 0.8}}, found {scales!r}')
+        self._check_loaded(scales)
+        for name, scale in scales.items():
+            check_scale(scale, f"scales[{name!r}]")
+        scales = {name: float(scales.get(name, 0.0)) for name in self.scales}
+        if not scales:
+            return self
+        network = rescale_adapters(self.network, list(self.factors.values()), [scales[name] for name in self.factors])
+        return LoadedAdapters(self.base, network, self.factors, MappingProxyType(scales))
+
+    def unload(self, names: str | Iterable[str] | None = None) -> "LoadedAdapters":
+        """Remove adapters; None: all, which gives `base` itself.
+
+        Raises:
+            InputError: if a name is unknown.
+        """
+        names = self.scales if names is None else [names] if isinstance(names, str) else list(names)
+        self._check_loaded(names)
+        kept = {name: factors for name, factors in self.factors.items() if name not in names}
+        return self._apply(self.base, kept, {name: self.scales[name] for name in kept})
+
+    def _check_loaded(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self.scales:
+                near = difflib.get_close_matches(str(name), self.scales, 1)
+                known = f"loaded are {', '.join(self.scales)}" if self.scales else "none is loaded; use load_lora first"
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise InputError(f"adapters: {name!r} is unknown; {hint}{known}")
+
+
+def _new_names(adapters: Sequence[str | Path | Adapter], taken: Iterable[str]) -> list[str]:
+    """Return a free name for each adapter."""
+    names: list[str] = []
+    for adapter in adapters:
+        stem = "adapter" if isinstance(adapter, Adapter) else os.path.basename(os.path.abspath(adapter))
+        name, count = stem, 1
+        while name in {*taken, *names}:
+            count += 1
+            name = f"{stem}-{count}"
+        names.append(name)
+    return names
+
+
+def _check_names(name: str | Sequence[str], count: int, taken: Iterable[str]) -> list[str]:
+    names = [name] if isinstance(name, str) else list(name)
+    if len(names) != count:
+        raise InputError(f"name: expected {count}, one for each adapter, found {len(names)}")
+    for i, name in enumerate(names):
+        if not isinstance(name, str) or not name:
+            raise InputError(f"name: expected a text that is not empty, found {name!r}")
+        if name in {*taken, *names[:i]}:
+            raise InputError(f"name: an adapter {name!r} is loaded already; choose another name or unload it first")
+    return names
 
 
 def _read_config(file: Path, values: dict) -> LoRAConfig:
@@ -164,7 +287,7 @@ def _read_leaves(file: Path) -> dict[str, np.ndarray]:
 
 
 def _check_leaves(adapter: Adapter, source: str) -> None:
-    """Whether the leaves are complete, and agree with the config and with each other."""
+    """Check that the parameters are complete, and agree with the config and with each other."""
     rank, leaves = adapter.config.rank, adapter.leaves
     parts = ("lora_a", "lora_b", *(("lora_magnitude",) if adapter.config.use_dora else ()))
     if not leaves:

@@ -1,4 +1,4 @@
-"""Audio files, through libsndfile; resampled by soxr."""
+"""Audio files: read and written by libsndfile, resampled by soxr."""
 
 import io
 from pathlib import Path
@@ -10,7 +10,7 @@ import soxr
 from acestep_jax.errors import InputError
 from acestep_jax.io.files import publish_file
 
-# What a suffix means to libsndfile: format and subtype.
+# Format and subtype of libsndfile by suffix.
 FORMATS = {
     ".wav": ("WAV", "PCM_16"),
     ".flac": ("FLAC", "PCM_24"),
@@ -18,22 +18,22 @@ FORMATS = {
     ".mp3": ("MP3", "MPEG_LAYER_III"),
 }
 
-BLOCK_FRAMES = 65536  # written at once: libsndfile's Vorbis encoder overflows its stack on minutes in one call
+BLOCK_FRAMES = 65536  # per call: libsndfile's Vorbis encoder overflows its stack on minutes of audio
 
 
 def read(path: str | Path, sample_rate: int, channels: int = 2) -> np.ndarray:
-    """Reads whatever libsndfile does (WAV, FLAC, MP3, Ogg Vorbis and Opus, AIFF, ...).
+    """Read a sound file in any format of libsndfile (WAV, FLAC, MP3, Ogg Vorbis and Opus, AIFF, ...).
 
     Args:
-        sample_rate: Hz, to which the audio is resampled, with soxr at its high quality.
-        channels: a file with one channel gets as many equal ones.
+        sample_rate: Hz; other rates are resampled to it with soxr's high quality.
+        channels: number of channels; mono is copied to all of them.
 
     Returns:
         [channels, samples] float32, full scale at 1; nothing is scaled or clipped.
 
     Raises:
-        InputError: if it cannot be read, is empty, holds NaN or infinities, or has another number of channels. Those
-            of surround are not mixed down here: how depends on their layout, and the first two alone lack the voice.
+        InputError: if the file cannot be read, is empty, holds NaN or infinities, or has another number of channels.
+            Surround is not mixed down: how depends on its layout, and the first two channels lack the voice.
         OSError: if there is no such file, or it may not be read.
     """
     path = Path(path)
@@ -49,7 +49,9 @@ def read(path: str | Path, sample_rate: int, channels: int = 2) -> np.ndarray:
         raise InputError(f"{path}: holds no samples; expected music; remove or replace it")
     if not np.isfinite(audio).all():
         bad = int((~np.isfinite(audio)).sum())
-        raise InputError(f"{path}: {bad} of {audio.size} samples are NaN or infinite; expected numbers; export it anew")
+        raise InputError(
+            f"{path}: {bad} of {audio.size} samples are NaN or infinite; expected finite numbers; export it again"
+        )
     if audio.shape[1] not in (1, channels):
         raise InputError(
             f"{path}: {audio.shape[1]} channels, expected 1 or {channels}; mix it down first: "
@@ -63,15 +65,15 @@ def read(path: str | Path, sample_rate: int, channels: int = 2) -> np.ndarray:
 def splice(
     source: np.ndarray, made: np.ndarray, mask: np.ndarray, source_samples: tuple[int, int], fade: int
 ) -> np.ndarray:
-    """What was made, in the mask; outside of it the source, sample for sample. [channels, samples] all.
+    """Return `made` within the mask, and the source outside of it, sample for sample. All are [channels, samples].
 
-    Within the mask, next to samples of the source that are kept, the source fades out. What was made is scaled down
-    where it is louder than full scale.
+    Within the mask, next to samples that are kept, the source fades out. `made` is scaled down if it exceeds full
+    scale.
 
     Args:
         mask: [samples] bool.
-        source_samples: first and one past the last that the source has; it cannot fade where it has none.
-        fade: samples.
+        source_samples: first sample that the source has, and one past the last; it cannot fade where it has none.
+        fade: length of the fades, in samples.
     """
     weight = mask.astype(np.float32)
     edges = np.flatnonzero(np.diff(mask.astype(np.int8))) + 1
@@ -90,10 +92,10 @@ def splice(
 
 
 def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
-    """The path, if a file can be written there.
+    """Return the path, if a file can be written there.
 
     Raises:
-        InputError: if the suffix is none of `FORMATS`, the folder does not exist, or the file does and may not be
+        InputError: if the suffix is not one of `FORMATS`, the folder does not exist, or the file exists and may not be
             overwritten.
     """
     path = Path(path)
@@ -106,15 +108,15 @@ def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
     if not path.absolute().parent.is_dir():
         raise InputError(f"{path}: the folder {path.absolute().parent} does not exist; create it first")
     if path.exists() and not overwrite:
-        raise InputError(f"{path}: already exists; remove it, choose another name, or ask for it to be overwritten")
+        raise InputError(f"{path}: already exists; remove it, choose another name, or allow it to be overwritten")
     return path
 
 
 def write(path: str | Path, audio: np.ndarray, sample_rate: int, *, overwrite: bool = False) -> None:
-    """Writes an audio file, whole or not at all.
+    """Write an audio file atomically.
 
     Args:
-        path: the suffix decides the kind: .wav (16 bit), .flac (24 bit), .ogg or .mp3.
+        path: its suffix selects the format: .wav (16 bit), .flac (24 bit), .ogg or .mp3.
         audio: [channels, samples] float in [-1, 1].
         sample_rate: Hz.
 
@@ -129,8 +131,8 @@ def write(path: str | Path, audio: np.ndarray, sample_rate: int, *, overwrite: b
     encoded = io.BytesIO()
     channels = frames.shape[1]
     if subtype.startswith("PCM"):
-        # Whole numbers by our own scale, which is that of reading: libsndfile's two differ, and a sample that is read
-        # and written would not be the same.
+        # Whole numbers by our own scale, that of reading: libsndfile's two differ, so that a sample that is read and
+        # written would change.
         scale = 2.0 ** (int(subtype[4:]) - 1)
         whole = np.clip(np.round(frames.astype(np.float64) * scale), -scale, scale - 1)
         frames = (whole * (2.0**31 / scale)).astype(np.int32)

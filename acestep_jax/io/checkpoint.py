@@ -5,7 +5,6 @@ and read back straight onto its device or its part of a mesh.
 """
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import json
@@ -32,35 +31,11 @@ from tokenizers import Tokenizer
 
 from acestep_jax.distributed import variable_sharding
 from acestep_jax.errors import InputError
-from acestep_jax.models.audio_tokenizer import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer
-from acestep_jax.models.autoencoder import AutoencoderOobleck
-from acestep_jax.models.condition_encoder import AceStepConditionEncoder
-from acestep_jax.models.config import (
-    AudioTokenDetokenizerConfig,
-    AudioTokenizerConfig,
-    AutoencoderConfig,
-    ConditionEncoderConfig,
-    NetworkConfig,
-    TextEncoderConfig,
-    TransformerConfig,
-    check_dtype,
-)
-from acestep_jax.models.qwen3 import Qwen3Model
-from acestep_jax.models.transformer import AceStepTransformer1DModel
+from acestep_jax.io.manifest import CONFIG, Manifest, check_sampling, default_dtype, manifest_values, read_manifest
+from acestep_jax.models.config import DEFAULT_RUNTIME, NetworkConfig, Runtime, check_dtype
+from acestep_jax.models.registry import FAMILY
 
-# Every network of a checkpoint: its module and its config, under the names of diffusers' folders.
-NETWORKS: dict[str, tuple[type[nnx.Module], type[NetworkConfig]]] = {
-    "transformer": (AceStepTransformer1DModel, TransformerConfig),
-    "condition_encoder": (AceStepConditionEncoder, ConditionEncoderConfig),
-    "text_encoder": (Qwen3Model, TextEncoderConfig),
-    "vae": (AutoencoderOobleck, AutoencoderConfig),
-    "audio_tokenizer": (AceStepAudioTokenizer, AudioTokenizerConfig),
-    "audio_token_detokenizer": (AceStepAudioTokenDetokenizer, AudioTokenDetokenizerConfig),
-}
-OPTIONAL_NETWORKS = ("audio_tokenizer", "audio_token_detokenizer")
-
-FORMAT, FORMAT_VERSION = "acestep-jax", 1
-CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "weights"
+TOKENIZER, WEIGHTS = "tokenizer.json", "weights"
 
 SMALL_MODEL = Path(__file__).parents[1] / "small_model"  # the checkpoint that comes with the package
 
@@ -70,35 +45,27 @@ BATCH_BYTES = 256 * 2**20  # written at once by `save`
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What `config.json` says."""
-
-    configs: dict[str, NetworkConfig]
-    tokenizer_config: dict[str, Any]  # of the PyTorch tokenizer folder, kept for the way back
-
-
-def abstract(name: str, config: NetworkConfig) -> nnx.Module:
-    """The network called `name` with shapes and dtypes in place of arrays; nothing is allocated."""
-    network, _ = NETWORKS[name]
-    return jax.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
+def abstract(name: str, config: NetworkConfig, runtime: Runtime = DEFAULT_RUNTIME) -> nnx.Module:
+    """Return the network called `name` with shapes and dtypes in place of arrays; nothing is allocated."""
+    network, _ = FAMILY.networks[name]
+    return jax.eval_shape(lambda: network(config, runtime=runtime, rngs=nnx.Rngs(0)))
 
 
 def leaves(module: nnx.Module) -> dict[str, nnx.Variable]:
-    """The parameters and buffers of a module by dotted path, in order."""
+    """Return the parameters and buffers of a module by dotted path, in order."""
     flat = nnx.to_flat_state(nnx.state(module))
     return {".".join(map(str, path)): variable for path, variable in flat}
 
 
 @functools.lru_cache
 def leaf_shapes(name: str, config: NetworkConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every leaf of the network called `name`, by dotted path, in order."""
+    """Return shape and dtype (float32) of every leaf of the network called `name`, by dotted path, in order."""
     found = leaves(abstract(name, config))
     return MappingProxyType({leaf: jax.ShapeDtypeStruct(v.shape, v.dtype) for leaf, v in found.items()})
 
 
 def assemble(module: nnx.Module, arrays: dict[str, jax.Array]) -> nnx.Module:
-    """The abstract `module` with `arrays` (by dotted path) as its leaves; all of them, no others."""
+    """Return the abstract `module` with `arrays` (by dotted path) as its leaves; all of them, no others."""
     graphdef, state = nnx.split(module)
     flat = nnx.to_flat_state(state)
     names = {".".join(map(str, path)) for path, _ in flat}
@@ -110,7 +77,7 @@ def assemble(module: nnx.Module, arrays: dict[str, jax.Array]) -> nnx.Module:
 
 @contextlib.contextmanager
 def publish(path: str | Path, size: int = 0) -> Iterator[Path]:
-    """Gives a temporary folder beside `path`, which takes that name if all went well and is removed otherwise.
+    """Yield a temporary folder beside `path`, which takes that name if all went well and is removed otherwise.
 
     Args:
         size: bytes that will be written, as far as they are known.
@@ -138,7 +105,7 @@ def publish(path: str | Path, size: int = 0) -> Iterator[Path]:
 
 
 def check_new(path: Path) -> None:
-    """Raises InputError if `path` exists or the folder it should be in does not."""
+    """Raise InputError if `path` exists or the folder it should be in does not."""
     if path.exists():
         raise InputError(f"{path}: already exists; remove it or choose another name")
     if not path.absolute().parent.is_dir():
@@ -146,7 +113,7 @@ def check_new(path: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Deletes a folder until it stays away: after a failure, writes under way go on and make it anew."""
+    """Delete a folder until it stays away: after a failure, writes under way may create it again."""
     for _ in range(50):
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.2)
@@ -156,7 +123,7 @@ def _remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _first_error_only() -> Iterator[None]:
-    """When a read or write fails, Orbax closes its event loop; those under way complain of that, for half a second."""
+    """Silence what follows the first error: Orbax closes its event loop, of which other reads and writes complain."""
     hook = sys.unraisablehook
     sys.unraisablehook = lambda found: None if "Event loop is closed" in str(found.exc_value) else hook(found)
     try:
@@ -169,7 +136,7 @@ def _first_error_only() -> Iterator[None]:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed for want of space; TensorStore tells so in its message alone."""
+    """Return whether a write failed for want of space; TensorStore tells so only in its message."""
     found = re.search(r"os_error_code='(\d+)'", str(error))
     number = int(found[1]) if found else getattr(error, "errno", None)
     return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -183,25 +150,30 @@ def save(
     tokenizer_config: dict[str, Any],
     extra_files: dict[str, Any] | None = None,
     *,
+    sampling: Mapping[str, Any] | None = None,
+    dtypes: Mapping[str, str] | None = None,
+    size: int | None = None,
     compress: bool = False,
 ) -> None:
-    """Writes a checkpoint, whole or not at all, some arrays at a time: not all of them need be in memory.
+    """Write a checkpoint atomically, some arrays at a time: not all of them need be in memory.
 
     Args:
-        configs: by the names of `NETWORKS`.
+        configs: by the names of the networks of `FAMILY`.
         arrays: pairs of dotted name (network first) and value, every leaf once.
         tokenizer: the text of `tokenizer.json`; None: there is none, beside single networks.
         tokenizer_config: see `Manifest`.
         extra_files: name to a function that writes the file of that name, given its path.
+        sampling, dtypes: see `Manifest`; None: nothing of the kind.
+        size: bytes of all arrays, for which the disk must have room; None: those of float32.
         compress: trained weights hardly get smaller, and it takes time and memory, but the latents of silence do.
 
     Raises:
-        InputError: see `publish`; nothing is left behind.
+        InputError: see `publish` and `check_sampling`; nothing is left behind.
     """
-    shapes = {
-        f"{name}.{leaf}": shape for name, config in configs.items() for leaf, shape in leaf_shapes(name, config).items()
-    }
-    size = sum(math.prod(shape.shape) * shape.dtype.itemsize for shape in shapes.values())
+    manifest = Manifest(configs, tokenizer_config, dict(sampling or {}), dict(dtypes or {}))
+    check_sampling(manifest.sampling, "sampling")
+    shapes = {f"{n}.{leaf}": shape for n, config in configs.items() for leaf, shape in leaf_shapes(n, config).items()}
+    size = size or sum(4 * math.prod(shape.shape) for shape in shapes.values())
     with publish(path, size) as folder:
         wanted = set(shapes)
         weights = (folder / WEIGHTS).absolute()
@@ -210,26 +182,20 @@ def save(
         for batch in batches(arrays):
             wanted -= batch.keys()
             with context:
-                ocp.partial.save(weights, nest(batch))
+                ocp.partial.save(weights, nest(batch))  # pyright: ignore[reportArgumentType]
             batch.clear()  # before the next one is read
         if wanted:
             raise KeyError(f"no value for {sorted(wanted)}")
-        ocp.partial.finalize(weights)
+        ocp.partial.finalize(weights)  # pyright: ignore[reportArgumentType]
         if tokenizer is not None:
             (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
         for name, write in (extra_files or {}).items():
             write(folder / name)
-        values = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            **{name: dataclasses.asdict(config) for name, config in configs.items()},
-            "tokenizer_config": tokenizer_config,
-        }
-        (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG).write_text(json.dumps(manifest_values(manifest), indent=2) + "\n", encoding="utf-8")
 
 
 def save_changed(source: str | Path, destination: str | Path, name: str, arrays: Mapping[str, Any]) -> None:
-    """Writes a copy of the checkpoint `source` with other values of leaves of the network `name`.
+    """Write a copy of the checkpoint `source` with other values of leaves of the network `name`.
 
     Args:
         arrays: by dotted path within the network; cast to what `source` stores. Leaves that are not there stay.
@@ -258,51 +224,10 @@ def save_changed(source: str | Path, destination: str | Path, name: str, arrays:
         (source / TOKENIZER).read_text(encoding="utf-8"),
         manifest.tokenizer_config,
         {file.name: functools.partial(shutil.copyfile, file) for file in extra},
+        sampling=manifest.sampling,
+        dtypes=manifest.dtypes,
+        size=sum(math.prod(s.shape) * s.dtype.itemsize for shapes in stored.values() for s in shapes.values()),
     )
-
-
-def read_manifest(path: str | Path, required: Iterable[str] | None = None) -> Manifest:
-    """Reads `config.json`.
-
-    Args:
-        required: networks that must be there; None: all but the optional ones.
-
-    Raises:
-        InputError: if `path` holds no checkpoint of this library, or lacks one of them.
-    """
-    required = NETWORKS.keys() - set(OPTIONAL_NETWORKS) if required is None else set(required)
-    path = Path(path)
-    if not path.is_dir():
-        raise InputError(f"{path}: no such folder; expected an acestep-jax checkpoint")
-    convert = f"if this is a PyTorch checkpoint, convert it: python -m convert from-torch {path} DST"
-    try:
-        values = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no {CONFIG} here, so this is no acestep-jax checkpoint; {convert}") from None
-    except ValueError as error:
-        raise InputError(f"{path / CONFIG}: not valid JSON ({error})") from None
-    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise InputError(f"{path / CONFIG}: not of an acestep-jax checkpoint; {convert}")
-    if (version := values.pop("format_version", None)) != FORMAT_VERSION:
-        raise InputError(
-            f"{path / CONFIG}: format_version {version}, but this version of acestep-jax reads {FORMAT_VERSION}; "
-            "update the package or convert the checkpoint again"
-        )
-    tokenizer_config = values.pop("tokenizer_config", {})
-    if unknown := sorted(values.keys() - NETWORKS.keys()):
-        raise InputError(f"{path / CONFIG}: unknown network(s) {', '.join(unknown)}")
-    if missing := sorted(required - set(OPTIONAL_NETWORKS) - values.keys()):
-        raise InputError(f"{path / CONFIG}: the network(s) {', '.join(missing)} are missing")
-    configs = {}
-    for name, (_, config) in NETWORKS.items():
-        if name in values:
-            if not isinstance(values[name], dict):
-                raise InputError(f"{path / CONFIG}: {name}: expected a JSON object, found {values[name]!r}")
-            known = {field.name for field in dataclasses.fields(config)}
-            if unknown := sorted(values[name].keys() - known):
-                raise InputError(f"{path / CONFIG}: {name}: unknown key(s) {', '.join(unknown)}")
-            configs[name] = config(**values[name])
-    return Manifest(configs, tokenizer_config)
 
 
 def load(
@@ -311,17 +236,18 @@ def load(
     dtype: str | None = None,
     param_dtype: str | None = None,
     remat: str = "none",
+    attention: str = "auto",
     mesh: Mesh | None = None,
     names: Iterable[str] | None = None,
 ) -> dict[str, nnx.Module]:
-    """Loads networks, each array straight onto its device or its part of `mesh`.
+    """Load networks, each array straight onto its device or its part of `mesh`.
 
     Args:
         path: the folder of a checkpoint.
-        dtype: of weights and computation, one of `config.DTYPES`; None: as stored.
-        param_dtype: of the weights alone; None: as `dtype` says.
-        remat: see `NetworkConfig.remat`.
-        mesh: from `sharding.make_mesh`; None: all on the first device.
+        dtype: of weights and computation, one of `config.DTYPES`; None: each array as stored, and `default_dtype`.
+        param_dtype: only of the weights; None: as `dtype` says.
+        remat, attention: see `Runtime`.
+        mesh: from `distributed.make_mesh`; None: all on the first device.
         names: which networks; None: all that the checkpoint has.
 
     Raises:
@@ -338,12 +264,10 @@ def load(
     stored = network_leaves(path, manifest)
     networks = {}
     for name in names:
-        config = manifest.configs[name]
+        computed_in = dtype or default_dtype(manifest, name, stored[name])
         stored_as = param_dtype or dtype  # None: each leaf as it is
-        config = dataclasses.replace(
-            config, dtype=dtype or config.dtype, param_dtype=stored_as or config.param_dtype, remat=remat
-        )
-        module = abstract(name, config)
+        runtime = Runtime(dtype=computed_in, param_dtype=stored_as or computed_in, remat=remat, attention=attention)
+        module = abstract(name, manifest.configs[name], runtime)
         targets = {}
         for leaf, variable in leaves(module).items():
             found = stored[name][leaf]
@@ -354,7 +278,7 @@ def load(
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint; raises InputError if it cannot be read."""
+    """Read the tokenizer of a checkpoint; raise InputError if it cannot be read."""
     file = Path(path) / TOKENIZER
     if not file.is_file():
         raise InputError(f"{file}: missing; convert the checkpoint again")
@@ -369,11 +293,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def stored_leaves(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every stored array by dotted name; raises InputError if the weights are unreadable."""
+    """Return shape and dtype of every stored array by dotted name; raise InputError if the weights are unreadable."""
     weights = (path / WEIGHTS).absolute()
     with _first_error_only():
         try:
-            tree = ocp.metadata(weights).metadata
+            tree = ocp.metadata(weights).metadata  # pyright: ignore[reportArgumentType]
         except Exception as error:  # Orbax raises many kinds, depending on what is broken
             raise InputError(f"{weights}: missing or damaged ({error}); convert the checkpoint again") from None
         if not isinstance(tree, dict):
@@ -382,7 +306,7 @@ def stored_leaves(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def network_leaves(path: Path, manifest: Manifest) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """`stored_leaves` by network and dotted path, in the order of its leaves.
+    """Return `stored_leaves` by network and dotted path, in the order of its leaves.
 
     Raises:
         InputError: if the weights are unreadable or not those that the configs describe.
@@ -404,7 +328,7 @@ def network_leaves(path: Path, manifest: Manifest) -> dict[str, dict[str, jax.Sh
 
 
 def load_leaves(path: Path, name: str, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Some arrays of the network `name`, by dotted path, as the shapes, dtypes and shardings of `targets` say.
+    """Load some arrays of the network `name`, by dotted path, as the shapes, dtypes and shardings of `targets` say.
 
     Raises:
         InputError: if the stored bytes are damaged.
@@ -416,7 +340,7 @@ def load_leaves(path: Path, name: str, targets: dict[str, jax.ShapeDtypeStruct])
     context.pytree.loading.partial_load = True
     try:
         with context, _first_error_only():
-            loaded = ocp.load((path / WEIGHTS).absolute(), tree)
+            loaded = ocp.load((path / WEIGHTS).absolute(), tree)  # pyright: ignore[reportArgumentType]
     except Exception as error:
         cause = error.__cause__ or error
         if not isinstance(cause, ValueError):  # all that TensorStore raises
@@ -426,14 +350,14 @@ def load_leaves(path: Path, name: str, targets: dict[str, jax.ShapeDtypeStruct])
 
 
 def read_leaves(path: Path, name: str, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
-    """`load_leaves` to the host's memory, as they are stored."""
+    """Load some arrays into the host's memory, as they are stored; see `load_leaves`."""
     host = host_sharding()
     targets = {leaf: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=host) for leaf, shape in shapes.items()}
     return {leaf: np.asarray(value) for leaf, value in load_leaves(path, name, targets).items()}
 
 
 def host_sharding() -> jax.sharding.SingleDeviceSharding:
-    """Of the host's memory; where `JAX_PLATFORMS` names an accelerator alone, of its first device."""
+    """Return the sharding of the host's memory, or of the accelerator if `JAX_PLATFORMS` names nothing else."""
     try:
         device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX raises nothing narrower
@@ -442,7 +366,7 @@ def host_sharding() -> jax.sharding.SingleDeviceSharding:
 
 
 def batches(arrays: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Groups arrays or their shapes until they reach `BATCH_BYTES`, for every call of Orbax has a cost of its own."""
+    """Group arrays or their shapes until they reach `BATCH_BYTES`, for every call of Orbax has a cost of its own."""
     batch, size = {}, 0
     for name, value in arrays:
         batch[name] = value
@@ -456,7 +380,7 @@ def batches(arrays: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def nest(flat: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """Return a tree of what has dotted names: the inverse of `flatten`."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         *parents, last = name.split(".")
@@ -468,6 +392,7 @@ def nest(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of a tree of dictionaries with their dotted names."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")

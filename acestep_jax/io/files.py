@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written atomically."""
 
 import contextlib
 import os
@@ -9,8 +9,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def publish_file(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary file beside `path`, which takes that name, in place of an earlier file, if all went well and is
-    removed otherwise."""
+    """Yield a temporary file beside `path`; on success it replaces `path`, on failure it is removed."""
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.absolute().parent)
     os.close(handle)

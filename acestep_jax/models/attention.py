@@ -1,7 +1,6 @@
 """Scaled dot-product attention behind one function, and the module that uses it."""
 
 import functools
-import re
 from typing import NamedTuple
 
 import jax
@@ -9,10 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from acestep_jax.distributed import log_once, partition_spec, platform, shard
-from acestep_jax.errors import InputError
-from acestep_jax.models.config import ATTENTION_KERNELS, AttentionConfig
-from acestep_jax.models.kernels import attention as kernels
+from acestep_jax.distributed import log_once, partition_spec, shard
+from acestep_jax.models.config import DEFAULT_RUNTIME, AttentionConfig, Runtime
+from acestep_jax.models.kernels.attention import attend, choose_kernel
 from acestep_jax.models.layers import RMSNorm, apply_rotary, linear
 
 
@@ -35,7 +33,7 @@ def attention(
     dropout_key: jax.Array | None = None,
     kernel: str = "auto",
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v, the softmax in float32; no array of [T, S] scores on any backend.
+    """Compute softmax(q k^T / sqrt(H)) v, the softmax in float32; no array of [T, S] scores on any backend.
 
     On a mesh in use (`jax.set_mesh`) it runs within `jax.shard_map`: batch over data and fsdp, heads over tensor,
     queries over sequence. There, a window exchanges its halo with the neighbours; full attention gathers all keys.
@@ -45,10 +43,11 @@ def attention(
         k, v: [B, S, K, H]; N is a multiple of K, and query head n reads key head n // (N / K).
         window: key j is visible to query i if |i - j| <= window; S = T. Costs O(T * window).
         causal: key j is visible to query i if j <= i. Not together with `window`.
-        key_lengths: [B] int32; keys from there on are padding, which nobody sees. None: there is none.
-        dropout: the share of attention weights to drop; none without `dropout_key`.
+        key_lengths: [B] int32; keys from there on are padding, which no query sees. None: there is none.
+        dropout: the rate of attention weights to drop; none without `dropout_key`.
         kernel: of full attention: "xla", plain JAX; "cudnn"; "splash", Pallas on TPU; "auto", what suits the backend.
-            Windows, causal attention and dropout are always computed in plain JAX.
+            Windows, causal attention and dropout are always computed in plain JAX. "cudnn" and "splash" have no
+            derivative in forward mode; choose "xla" for `jax.jvp` on an accelerator.
 
     Returns:
         [B, T, N, H] in q's dtype. A query that sees no key gets some finite value.
@@ -64,79 +63,17 @@ def attention(
         dropout = 0.0
     mesh = jax.sharding.get_abstract_mesh()
     local = functools.partial(
-        _local,
+        attend,
         window=window,
         causal=causal,
         dropout=dropout,
         dropout_key=dropout_key if dropout else None,
         kernel=choose_kernel(kernel, q, k),
-        platform=platform(),
     )
     # Dropout is left to the partitioner, so that the same weights are dropped on every mesh.
     if mesh.empty or mesh.size == 1 or dropout:
         return local(q, k, v, key_lengths)
     return _sharded(local, mesh, q, k, v, key_lengths, window, causal)
-
-
-def choose_kernel(kernel: str, q: jax.Array, k: jax.Array) -> str:
-    """The kernel of full attention for these shapes and dtypes on the backend in use; raises InputError."""
-    if kernel not in ATTENTION_KERNELS:
-        raise InputError(f"attention_kernel: expected one of {', '.join(ATTENTION_KERNELS)}, found {kernel!r}")
-    found = platform()
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if kernel == "auto":
-        # Below a tile or two there is nothing for a fused kernel to save.
-        if min(q.shape[1], k.shape[1]) < 128:
-            return "xla"
-        if found == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and _compute_capability() >= 8:
-            return "cudnn"
-        return "splash" if found == "tpu" and q.shape[-1] % 128 == 0 else "xla"
-    wanted = {"cudnn": "gpu", "splash": "tpu"}.get(kernel, found)
-    if found != wanted:
-        raise InputError(f'attention_kernel: "{kernel}" runs on {wanted} alone, found {found}; use "auto"')
-    if kernel == "cudnn" and not half:
-        raise InputError(f'attention_kernel: "cudnn" takes bfloat16 or float16, found {q.dtype}; use "auto" or cast')
-    return kernel
-
-
-@functools.cache
-def _compute_capability() -> float:
-    """Of an NVIDIA GPU, such as 9.0; 0 for others."""
-    text = str(getattr(jax.devices()[0], "compute_capability", ""))
-    return float(text) if re.fullmatch(r"\d+\.\d+", text) else 0.0
-
-
-def _local(q, k, v, key_lengths, *, window, causal, dropout, dropout_key, kernel, platform, halo=None, first_query=0):
-    """On the arrays of one device. `halo` brings the `window` keys before and after them; zeros without it."""
-    if window is not None:
-        if key_lengths is None:
-            key_lengths = jnp.full((k.shape[0],), k.shape[1])
-        if halo is None:
-            halo = functools.partial(kernels.pad_time, before=window, after=window)
-        return kernels.banded(
-            q,
-            halo(k),
-            halo(v),
-            window,
-            first_query=first_query,
-            key_lengths=key_lengths,
-            dropout=dropout,
-            dropout_key=dropout_key,
-            platform=platform,
-        )
-    if kernel == "xla" or causal or dropout:
-        return kernels.chunked(
-            q,
-            k,
-            v,
-            causal=causal,
-            first_query=first_query,
-            key_lengths=key_lengths,
-            dropout=dropout,
-            dropout_key=dropout_key,
-            platform=platform,
-        )
-    return (kernels.cudnn if kernel == "cudnn" else kernels.splash)(q, k, v, key_lengths=key_lengths)
 
 
 def _sharded(local, mesh, q, k, v, key_lengths, window, causal):
@@ -176,7 +113,7 @@ def _sharded(local, mesh, q, k, v, key_lengths, window, causal):
 
 
 def _exchange_halo(x: jax.Array, window: int, shards: int) -> jax.Array:
-    """[B, T, K, H] of one device -> [B, window + T + window, K, H] with its neighbours' edges, zeros at the ends."""
+    """Extend [B, T, K, H] of one device by `window` keys of either neighbour; zeros at the ends of the mesh."""
     before = jax.lax.ppermute(x[:, -window:], "sequence", [(i, i + 1) for i in range(shards - 1)])
     after = jax.lax.ppermute(x[:, :window], "sequence", [(i + 1, i) for i in range(shards - 1)])
     return jnp.concatenate([before, x, after], axis=1)
@@ -191,25 +128,25 @@ class Attention(nnx.Module):
     Source: diffusers `AceStepAttention`; Qwen3's attention is the same with `causal`.
     """
 
-    def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: AttentionConfig, *, runtime: Runtime = DEFAULT_RUNTIME, rngs: nnx.Rngs):
         hidden, bias = config.hidden_size, config.attention_bias
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
         self.head_dim = config.head_dim
         self.dropout = config.attention_dropout
-        self.kernel = config.attention_kernel
-        self.to_q = linear(hidden, query_size, ("embed", "heads"), config, use_bias=bias, rngs=rngs)
-        self.to_k = linear(hidden, key_size, ("embed", "heads"), config, use_bias=bias, rngs=rngs)
-        self.to_v = linear(hidden, key_size, ("embed", "heads"), config, use_bias=bias, rngs=rngs)
-        self.to_out = linear(query_size, hidden, ("heads", "embed"), config, use_bias=bias, rngs=rngs)
-        self.norm_q = RMSNorm(config.head_dim, config.rms_norm_eps, config)
-        self.norm_k = RMSNorm(config.head_dim, config.rms_norm_eps, config)
+        self.kernel = runtime.attention
+        self.to_q = linear(hidden, query_size, ("embed", "heads"), runtime, use_bias=bias, rngs=rngs)
+        self.to_k = linear(hidden, key_size, ("embed", "heads"), runtime, use_bias=bias, rngs=rngs)
+        self.to_v = linear(hidden, key_size, ("embed", "heads"), runtime, use_bias=bias, rngs=rngs)
+        self.to_out = linear(query_size, hidden, ("heads", "embed"), runtime, use_bias=bias, rngs=rngs)
+        self.norm_q = RMSNorm(config.head_dim, config.rms_norm_eps, runtime)
+        self.norm_k = RMSNorm(config.head_dim, config.rms_norm_eps, runtime)
 
     def _heads(self, x: jax.Array, time: str | None) -> jax.Array:
         return shard(x.reshape(*x.shape[:2], -1, self.head_dim), "batch", time, "heads", None)
 
     def keys_values(self, context: jax.Array, *, time: str | None = None) -> KeysValues:
-        """Of a context [B, S, D]: the part of cross-attention that is the same at every step. `time`: its axis name."""
+        """Project a context [B, S, D]; in cross-attention it is the same at every step. `time`: its axis name."""
         return KeysValues(self.norm_k(self._heads(self.to_k(context), time)), self._heads(self.to_v(context), time))
 
     def __call__(

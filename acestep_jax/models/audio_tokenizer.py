@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from acestep_jax.models.config import AudioTokenDetokenizerConfig, AudioTokenizerConfig
+from acestep_jax.models.config import DEFAULT_RUNTIME, AudioTokenDetokenizerConfig, AudioTokenizerConfig, Runtime
 from acestep_jax.models.encoder import Encoder
 from acestep_jax.models.layers import linear, parameter
 
@@ -23,13 +23,13 @@ class ResidualFSQ(nnx.Module):
     Everything is in float32, whatever the network's dtype: one rounding error here is another code.
     """
 
-    def __init__(self, config: AudioTokenizerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: AudioTokenizerConfig, *, runtime: Runtime, rngs: nnx.Rngs):
         self.levels = config.fsq_input_levels
         self.num_quantizers = config.fsq_input_num_quantizers
-        self.dtype = config.dtype
+        self.dtype = runtime.dtype
         dims = len(self.levels)
-        self.project_in = linear(config.fsq_dim, dims, ("embed", None), config, use_bias=True, rngs=rngs)
-        self.project_out = linear(dims, config.fsq_dim, (None, "embed"), config, use_bias=True, rngs=rngs)
+        self.project_in = linear(config.fsq_dim, dims, ("embed", None), runtime, use_bias=True, rngs=rngs)
+        self.project_out = linear(dims, config.fsq_dim, (None, "embed"), runtime, use_bias=True, rngs=rngs)
 
     @property
     def codebook_size(self) -> int:
@@ -40,7 +40,7 @@ class ResidualFSQ(nnx.Module):
         x = _float32_linear(self.project_in, x)
         bound = 1.0 + 1.0 / (levels - 1.0)
         residual = jnp.tanh(x / bound) * bound
-        total, indices = 0.0, []
+        total, indices = jnp.float32(0.0), []
         for scale in self._scales():
             code = _round_to_levels(residual / scale, levels)
             residual = residual - code * scale
@@ -50,7 +50,7 @@ class ResidualFSQ(nnx.Module):
         return _float32_linear(self.project_out, total).astype(self.dtype), jnp.stack(indices, axis=-1)
 
     def get_output_from_indices(self, indices: jax.Array) -> jax.Array:
-        """[..., Q] int -> [..., D]: what `__call__` returns beside these indices."""
+        """Return for indices [..., Q] the vectors [..., D] that `__call__` returns beside them."""
         levels = np.asarray(self.levels, np.int32)
         digits = (indices[..., None] // self._basis()) % levels  # [..., Q, dims]
         codes = digits.astype(jnp.float32) * np.float32(2.0) / (levels - 1).astype(np.float32) - 1.0
@@ -65,24 +65,25 @@ class ResidualFSQ(nnx.Module):
 
 
 def _float32_linear(layer: nnx.Linear, x: jax.Array) -> jax.Array:
+    assert layer.bias is not None
     kernel, bias = layer.kernel[...].astype(jnp.float32), layer.bias[...].astype(jnp.float32)
     return x.astype(jnp.float32) @ kernel + bias
 
 
 def _round_to_levels(x: jax.Array, levels: np.ndarray) -> jax.Array:
-    """The nearest of `levels` equidistant values in [-1, 1]; halves go up."""
+    """Round to the nearest of `levels` equidistant values in [-1, 1]; halves go up."""
     steps = levels - np.float32(1.0)
-    return np.float32(2.0) / steps * jnp.floor(steps * (jnp.clip(x, -1.0, 1.0) + 1.0) / 2.0 + 0.5) - 1.0
+    return jnp.floor(steps * (jnp.clip(x, -1.0, 1.0) + 1.0) / 2.0 + 0.5) * (np.float32(2.0) / steps) - 1.0
 
 
 class AttentionPooler(Encoder):
     """Summarises each window of frames in a learned token put before it: [B, n, window, D] -> [B, n, D]."""
 
-    def __init__(self, config: AudioTokenizerConfig, *, rngs: nnx.Rngs):
-        super().__init__(config, config.windows(config.num_attention_pooler_hidden_layers), rngs=rngs)
+    def __init__(self, config: AudioTokenizerConfig, *, runtime: Runtime, rngs: nnx.Rngs):
+        super().__init__(config, config.windows(config.num_attention_pooler_hidden_layers), runtime=runtime, rngs=rngs)
         hidden = config.hidden_size
-        self.embed_tokens = linear(hidden, hidden, ("embed", "mlp"), config, use_bias=True, rngs=rngs)
-        self.special_token = _special_tokens((1, 1, hidden), config, rngs)
+        self.embed_tokens = linear(hidden, hidden, ("embed", "mlp"), runtime, use_bias=True, rngs=rngs)
+        self.special_token = _special_tokens((1, 1, hidden), runtime, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, num_windows, size, _ = x.shape
@@ -95,20 +96,20 @@ class AttentionPooler(Encoder):
 class AceStepAudioTokenizer(nnx.Module):
     """Latents at 25 Hz -> codes at 5 Hz, with the vectors that the codes stand for."""
 
-    def __init__(self, config: AudioTokenizerConfig, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: AudioTokenizerConfig, *, runtime: Runtime = DEFAULT_RUNTIME, rngs: nnx.Rngs):
+        self.config, self.runtime = config, runtime
         self.audio_acoustic_proj = linear(
-            config.audio_acoustic_hidden_dim, config.hidden_size, (None, "embed"), config, use_bias=True, rngs=rngs
+            config.audio_acoustic_hidden_dim, config.hidden_size, (None, "embed"), runtime, use_bias=True, rngs=rngs
         )
-        self.attention_pooler = AttentionPooler(config, rngs=rngs)
-        self.quantizer = ResidualFSQ(config, rngs=rngs)
+        self.attention_pooler = AttentionPooler(config, runtime=runtime, rngs=rngs)
+        self.quantizer = ResidualFSQ(config, runtime=runtime, rngs=rngs)
 
     def __call__(self, hidden_states: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[B, n, pool_window_size, 64] -> quantised vectors [B, n, D] and indices [B, n, Q] int32."""
+        """Quantise [B, n, pool_window_size, 64] to vectors [B, n, D] and indices [B, n, Q] int32."""
         return self.quantizer(self.attention_pooler(self.audio_acoustic_proj(hidden_states)))
 
     def tokenize(self, latents: jax.Array, silence_latent: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[B, T, 64] -> as `__call__`; T is filled up to whole windows from `silence_latent` [1, *, 64]."""
+        """Quantise [B, T, 64]; T is padded to whole windows from `silence_latent` [1, *, 64]."""
         batch, frames, channels = latents.shape
         size = self.config.pool_window_size
         fill = jnp.broadcast_to(silence_latent[:, : -frames % size], (batch, -frames % size, channels))
@@ -119,13 +120,14 @@ class AceStepAudioTokenizer(nnx.Module):
 class AceStepAudioTokenDetokenizer(Encoder):
     """Quantised vectors at 5 Hz -> latents at 25 Hz: [B, n, D] -> [B, n * pool_window_size, 64]."""
 
-    def __init__(self, config: AudioTokenDetokenizerConfig, *, rngs: nnx.Rngs):
-        super().__init__(config, config.windows(config.num_attention_pooler_hidden_layers), rngs=rngs)
+    def __init__(self, config: AudioTokenDetokenizerConfig, *, runtime: Runtime = DEFAULT_RUNTIME, rngs: nnx.Rngs):
+        super().__init__(config, config.windows(config.num_attention_pooler_hidden_layers), runtime=runtime, rngs=rngs)
+        self.config: AudioTokenDetokenizerConfig = config
         hidden = config.hidden_size
-        self.embed_tokens = linear(hidden, hidden, ("embed", "mlp"), config, use_bias=True, rngs=rngs)
-        self.special_tokens = _special_tokens((1, config.pool_window_size, hidden), config, rngs)
+        self.embed_tokens = linear(hidden, hidden, ("embed", "mlp"), runtime, use_bias=True, rngs=rngs)
+        self.special_tokens = _special_tokens((1, config.pool_window_size, hidden), runtime, rngs)
         self.proj_out = linear(
-            hidden, config.audio_acoustic_hidden_dim, ("embed", None), config, use_bias=True, rngs=rngs
+            hidden, config.audio_acoustic_hidden_dim, ("embed", None), runtime, use_bias=True, rngs=rngs
         )
 
     def __call__(self, quantized: jax.Array) -> jax.Array:
@@ -136,6 +138,6 @@ class AceStepAudioTokenDetokenizer(Encoder):
         return self.proj_out(x).reshape(batch, num_codes * self.config.pool_window_size, -1)
 
 
-def _special_tokens(shape, config, rngs) -> nnx.Param:
+def _special_tokens(shape: tuple[int, ...], runtime: Runtime, rngs: nnx.Rngs) -> nnx.Param:
     value = 0.02 * jax.random.normal(rngs.params(), shape)
-    return parameter(value.astype(config.param_dtype), None, None, None)
+    return parameter(value.astype(runtime.param_dtype), None, None, None)

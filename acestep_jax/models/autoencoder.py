@@ -10,32 +10,27 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from acestep_jax.distributed import platform
 from acestep_jax.errors import InputError
-from acestep_jax.models.config import AutoencoderConfig
-from acestep_jax.models.kernels.convolution import convolve, convolve_transposed
+from acestep_jax.models.config import DEFAULT_RUNTIME, AutoencoderConfig, Runtime
+from acestep_jax.models.kernels.convolution import convolve, convolve_transposed, default_tile_frames
+from acestep_jax.models.kernels.sine import sine
 from acestep_jax.models.layers import parameter
-
-# Latent frames of a song that are encoded or decoded at once (20.5 s): what bounds the memory, whatever the length.
-# A TPU takes fewer: the time that XLA needs to compile grows with them.
-TILE_FRAMES, TPU_TILE_FRAMES = 512, 128
 
 
 class Snake(nnx.Module):
     """y = x + sin^2(a x) / (b + 1e-9) with a = exp(alpha), b = exp(beta) for each channel."""
 
-    def __init__(self, channels: int, config: AutoencoderConfig):
-        self.alpha = parameter(jnp.zeros((channels,), config.param_dtype), "channels")
-        self.beta = parameter(jnp.zeros((channels,), config.param_dtype), "channels")
+    def __init__(self, channels: int, runtime: Runtime):
+        self.alpha = parameter(jnp.zeros((channels,), runtime.param_dtype), "channels")
+        self.beta = parameter(jnp.zeros((channels,), runtime.param_dtype), "channels")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         a, b = (jnp.exp(p[...].astype(jnp.float32)) for p in (self.alpha, self.beta))
         f = x.astype(jnp.float32)
-        return (f + jnp.square(_sine(a * f)) / (b + 1e-9)).astype(x.dtype)
+        return (f + jnp.square(sine(a * f)) / (b + 1e-9)).astype(x.dtype)
 
 
 class Conv(nnx.Module):
@@ -46,7 +41,7 @@ class Conv(nnx.Module):
         inputs: int,
         outputs: int,
         size: int,
-        config: AutoencoderConfig,
+        runtime: Runtime,
         *,
         stride: int = 1,
         dilation: int = 1,
@@ -55,8 +50,8 @@ class Conv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.stride, self.dilation, self.padding = stride, dilation, padding
-        self.kernel = _kernel((size, inputs, outputs), config, rngs)
-        self.bias = parameter(jnp.zeros((outputs,), config.param_dtype), "channels") if use_bias else None
+        self.kernel = _kernel((size, inputs, outputs), runtime, rngs)
+        self.bias = parameter(jnp.zeros((outputs,), runtime.param_dtype), "channels") if use_bias else None
 
     def __call__(self, x: jax.Array, length: jax.Array | None = None) -> jax.Array:
         x = _zero_from(length, x)
@@ -67,11 +62,11 @@ class Conv(nnx.Module):
 class UpsampleConv(nnx.Module):
     """Transposed convolution: each input frame becomes `stride` samples. Kernel [2, in, stride, out]."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, stride: int, runtime: Runtime, *, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal(in_axis=(0, 1), out_axis=(2, 3))
-        value = init(rngs.params(), (2, inputs, stride, outputs), jnp.dtype(config.param_dtype))
+        value = init(rngs.params(), (2, inputs, stride, outputs), jnp.dtype(runtime.param_dtype))
         self.kernel = parameter(value, None, "channels", None, "channels")
-        self.bias = parameter(jnp.zeros((outputs,), config.param_dtype), "channels")
+        self.bias = parameter(jnp.zeros((outputs,), runtime.param_dtype), "channels")
 
     def __call__(self, x: jax.Array, length: jax.Array | None) -> jax.Array:  # [B, T, in] -> [B, T * stride, out]
         return convolve_transposed(_zero_from(length, x), self.kernel[...]) + self.bias[...].astype(x.dtype)
@@ -80,11 +75,11 @@ class UpsampleConv(nnx.Module):
 class OobleckResidualUnit(nnx.Module):
     """x + conv1x1(snake(conv7(snake(x))))."""
 
-    def __init__(self, channels: int, dilation: int, config: AutoencoderConfig, *, rngs: nnx.Rngs):
-        self.snake1 = Snake(channels, config)
-        self.conv1 = Conv(channels, channels, 7, config, dilation=dilation, padding=3 * dilation, rngs=rngs)
-        self.snake2 = Snake(channels, config)
-        self.conv2 = Conv(channels, channels, 1, config, rngs=rngs)
+    def __init__(self, channels: int, dilation: int, runtime: Runtime, *, rngs: nnx.Rngs):
+        self.snake1 = Snake(channels, runtime)
+        self.conv1 = Conv(channels, channels, 7, runtime, dilation=dilation, padding=3 * dilation, rngs=rngs)
+        self.snake2 = Snake(channels, runtime)
+        self.conv2 = Conv(channels, channels, 1, runtime, rngs=rngs)
 
     def __call__(self, x: jax.Array, length: jax.Array | None = None) -> jax.Array:
         return x + self.conv2(self.snake2(self.conv1(self.snake1(x), length)))
@@ -93,13 +88,13 @@ class OobleckResidualUnit(nnx.Module):
 class OobleckEncoderBlock(nnx.Module):
     """Three residual units of growing dilation, then a convolution that divides time by `stride`."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, stride: int, runtime: Runtime, *, rngs: nnx.Rngs):
         self.stride = stride
-        self.res_unit1 = OobleckResidualUnit(inputs, 1, config, rngs=rngs)
-        self.res_unit2 = OobleckResidualUnit(inputs, 3, config, rngs=rngs)
-        self.res_unit3 = OobleckResidualUnit(inputs, 9, config, rngs=rngs)
-        self.snake1 = Snake(inputs, config)
-        self.conv1 = Conv(inputs, outputs, 2 * stride, config, stride=stride, padding=stride // 2, rngs=rngs)
+        self.res_unit1 = OobleckResidualUnit(inputs, 1, runtime, rngs=rngs)
+        self.res_unit2 = OobleckResidualUnit(inputs, 3, runtime, rngs=rngs)
+        self.res_unit3 = OobleckResidualUnit(inputs, 9, runtime, rngs=rngs)
+        self.snake1 = Snake(inputs, runtime)
+        self.conv1 = Conv(inputs, outputs, 2 * stride, runtime, stride=stride, padding=stride // 2, rngs=rngs)
 
     def __call__(self, x: jax.Array, length: jax.Array | None) -> jax.Array:
         for unit in (self.res_unit1, self.res_unit2, self.res_unit3):
@@ -110,13 +105,13 @@ class OobleckEncoderBlock(nnx.Module):
 class OobleckDecoderBlock(nnx.Module):
     """A transposed convolution that multiplies time by `stride`, then three residual units."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, stride: int, runtime: Runtime, *, rngs: nnx.Rngs):
         self.stride = stride
-        self.snake1 = Snake(inputs, config)
-        self.conv_t1 = UpsampleConv(inputs, outputs, stride, config, rngs=rngs)
-        self.res_unit1 = OobleckResidualUnit(outputs, 1, config, rngs=rngs)
-        self.res_unit2 = OobleckResidualUnit(outputs, 3, config, rngs=rngs)
-        self.res_unit3 = OobleckResidualUnit(outputs, 9, config, rngs=rngs)
+        self.snake1 = Snake(inputs, runtime)
+        self.conv_t1 = UpsampleConv(inputs, outputs, stride, runtime, rngs=rngs)
+        self.res_unit1 = OobleckResidualUnit(outputs, 1, runtime, rngs=rngs)
+        self.res_unit2 = OobleckResidualUnit(outputs, 3, runtime, rngs=rngs)
+        self.res_unit3 = OobleckResidualUnit(outputs, 9, runtime, rngs=rngs)
 
     def __call__(self, x: jax.Array, length: jax.Array | None) -> jax.Array:
         x = self.conv_t1(self.snake1(x), length)
@@ -133,17 +128,17 @@ class OobleckEncoder(nnx.Module):
     length: int32, the samples that count, as `OobleckDecoder` has it for frames.
     """
 
-    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: AutoencoderConfig, *, runtime: Runtime, rngs: nnx.Rngs):
         first = config.encoder_channels or config.encoder_hidden_size
         channels = [first * m for m in (1, *config.channel_multiples)]
         self.patch_size = config.patch_size
-        self.conv1 = Conv(config.patch_size * config.audio_channels, channels[0], 7, config, padding=3, rngs=rngs)
+        self.conv1 = Conv(config.patch_size * config.audio_channels, channels[0], 7, runtime, padding=3, rngs=rngs)
         self.block = nnx.List(
-            OobleckEncoderBlock(channels[i], channels[i + 1], stride, config, rngs=rngs)
+            OobleckEncoderBlock(channels[i], channels[i + 1], stride, runtime, rngs=rngs)
             for i, stride in enumerate(config.downsampling_ratios)
         )
-        self.snake1 = Snake(channels[-1], config)
-        self.conv2 = Conv(channels[-1], config.encoder_hidden_size, 3, config, padding=1, rngs=rngs)
+        self.snake1 = Snake(channels[-1], runtime)
+        self.conv2 = Conv(channels[-1], config.encoder_hidden_size, 3, runtime, padding=1, rngs=rngs)
 
     def __call__(self, x: jax.Array, length: jax.Array | None = None) -> jax.Array:
         if (size := self.patch_size) > 1:
@@ -160,19 +155,19 @@ class OobleckEncoder(nnx.Module):
 class OobleckDecoder(nnx.Module):
     """[B, frames, 64] -> [B, frames * 1920, audio channels].
 
-    length: int32, the frames that count. What follows them is taken for the zeros that every convolution pads with.
+    length: int32, the frames that count. What follows is read as the zeros that every convolution pads with.
     """
 
-    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: AutoencoderConfig, *, runtime: Runtime, rngs: nnx.Rngs):
         channels = [config.decoder_channels * m for m in (1, *config.channel_multiples)][::-1]
-        self.conv1 = Conv(config.decoder_input_channels, channels[0], 7, config, padding=3, rngs=rngs)
+        self.conv1 = Conv(config.decoder_input_channels, channels[0], 7, runtime, padding=3, rngs=rngs)
         self.block = nnx.List(
-            OobleckDecoderBlock(channels[i], channels[i + 1], stride, config, rngs=rngs)
+            OobleckDecoderBlock(channels[i], channels[i + 1], stride, runtime, rngs=rngs)
             for i, stride in enumerate(config.downsampling_ratios[::-1])
         )
-        self.snake1 = Snake(channels[-1], config)
+        self.snake1 = Snake(channels[-1], runtime)
         outputs = config.patch_size * config.audio_channels
-        self.conv2 = Conv(channels[-1], outputs, 7, config, padding=3, use_bias=False, rngs=rngs)
+        self.conv2 = Conv(channels[-1], outputs, 7, runtime, padding=3, use_bias=False, rngs=rngs)
         self.audio_channels = config.audio_channels
 
     def __call__(self, x: jax.Array, length: jax.Array | None = None) -> jax.Array:
@@ -192,58 +187,58 @@ class DiagonalGaussian(NamedTuple):
 
     @classmethod
     def of(cls, y: jax.Array) -> "DiagonalGaussian":
-        """From what the encoder gives, [B, T, 2 * 64]."""
+        """Make it of what the encoder returns, [B, T, 2 * 64]."""
         mean, scale = jnp.split(y, 2, axis=-1)
         return cls(mean, jax.nn.softplus(scale) + 1e-4)
 
     def sample(self, key: jax.Array) -> jax.Array:
-        """[B, T, 64]: mean + std * noise."""
+        """Draw [B, T, 64]: mean + std * noise."""
         return self.mean + self.std * jax.random.normal(key, self.mean.shape, self.mean.dtype)
 
 
 class AutoencoderOobleck(nnx.Module):
     """Waveform <-> latents. Long inputs are cut into overlapping windows; the result is that of one piece."""
 
-    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: AutoencoderConfig, *, runtime: Runtime = DEFAULT_RUNTIME, rngs: nnx.Rngs):
+        self.config, self.runtime = config, runtime
         self.hop_length = config.hop_length  # samples in a latent frame
-        self.encoder = OobleckEncoder(config, rngs=rngs)
-        self.decoder = OobleckDecoder(config, rngs=rngs)
+        self.encoder = OobleckEncoder(config, runtime=runtime, rngs=rngs)
+        self.decoder = OobleckDecoder(config, runtime=runtime, rngs=rngs)
 
     def encode(
         self, audio: jax.Array, lengths: jax.Array | None = None, *, tile_frames: int | None = None
     ) -> DiagonalGaussian:
-        """[B, channels, samples] in [-1, 1] -> posterior over [B, samples // hop_length, 64].
+        """Encode [B, channels, samples] in [-1, 1] to the posterior over [B, samples // hop_length, 64].
 
-        As in the torch model, samples beyond the last whole frame only lend context to it.
+        As in the torch model, samples beyond the last whole frame are only context for it.
 
         Args:
-            lengths: [B] int32, the samples of each song; what follows is padding. Of the result, the first
-                lengths // hop_length frames are those of the song without padding, the others arbitrary.
+            lengths: [B] int32, the samples of each item; what follows is padding. Of the result, the first
+                lengths // hop_length frames are those of the item without padding, the others arbitrary.
             tile_frames: how many frames are encoded at once at most; None: what suits the backend.
 
         Raises:
             InputError: if the audio is shorter than one frame, or tile_frames is too small.
         """
-        tile_frames = tile_frames or _tile_frames()
+        most = tile_frames or default_tile_frames()
         hop = self.hop_length
         frames = audio.shape[-1] // hop
         if frames < 1:
             raise InputError(f"audio: {audio.shape[-1]} samples are less than one latent frame of {hop}")
-        x = jnp.moveaxis(audio, 1, 2).astype(self.config.dtype)
-        overlap = math.ceil(_encoder_reach(self.config) / hop)
+        x = jnp.moveaxis(audio, 1, 2).astype(self.runtime.dtype)
+        overlap = math.ceil(_encoder_field(self.config) / hop)
         # The samples beyond the last frame stay with the last window, so every window carries as many.
         extra = audio.shape[-1] - frames * hop
-        windows = _Windows.of(frames, tile_frames, overlap)
+        windows = _Windows.of(frames, most, overlap)
         if lengths is not None:
             lengths = lengths.astype(jnp.int32)
 
         def run(i):
-            song, begin, first = windows.at(i)
+            item, begin, first = windows.at(i)
             window = jax.lax.dynamic_slice(
-                x, (song, begin * hop, 0), (1, windows.size * hop + extra, self.config.audio_channels)
+                x, (item, begin * hop, 0), (1, windows.size * hop + extra, self.config.audio_channels)
             )
-            y = self.encoder(window, None if lengths is None else lengths[song] - begin * hop)
+            y = self.encoder(window, None if lengths is None else lengths[item] - begin * hop)
             return windows.keep(y[0, : windows.size], first)
 
         y = jax.lax.map(run, jnp.arange(x.shape[0] * windows.count))
@@ -252,31 +247,31 @@ class AutoencoderOobleck(nnx.Module):
     def decode(
         self, latents: jax.Array, lengths: jax.Array | None = None, *, tile_frames: int | None = None
     ) -> jax.Array:
-        """[B, frames, 64] -> audio [B, channels, frames * hop_length], not limited to [-1, 1].
+        """Decode [B, frames, 64] to audio [B, channels, frames * hop_length], not limited to [-1, 1].
 
-        One window of one song after the other, each on one device; on a mesh in use, all devices share the windows.
+        One window of one item after the other, each on one device; on a mesh in use, all devices share the windows.
 
         Args:
-            lengths: [B] int32, the frames of each song; what follows is padding, and arbitrary in the result.
+            lengths: [B] int32, the frames of each item; what follows is padding, and arbitrary in the result.
             tile_frames: how many frames are decoded at once at most; None: what suits the backend.
 
         Raises:
             InputError: if tile_frames is too small to leave anything between two overlaps.
         """
-        tile_frames = tile_frames or _tile_frames()
-        x = latents.astype(self.config.dtype)
-        songs, frames, channels = x.shape
+        most = tile_frames or default_tile_frames()
+        x = latents.astype(self.runtime.dtype)
+        batch, frames, channels = x.shape
         if lengths is not None:
             lengths = lengths.astype(jnp.int32)
         mesh = jax.sharding.get_abstract_mesh()
         devices = 1 if mesh.empty else mesh.size
-        windows = _Windows.of(frames, tile_frames, _decoder_reach(self.config), devices // math.gcd(songs, devices))
+        windows = _Windows.of(frames, most, _decoder_field(self.config), devices // math.gcd(batch, devices))
 
         def run(decoder, x, lengths, items):
             def window(i):
-                song, begin, first = windows.at(i)
-                window = jax.lax.dynamic_slice(x, (song, begin, 0), (1, windows.size, channels))
-                y = decoder(window, None if lengths is None else lengths[song] - begin)[0]
+                item, begin, first = windows.at(i)
+                window = jax.lax.dynamic_slice(x, (item, begin, 0), (1, windows.size, channels))
+                y = decoder(window, None if lengths is None else lengths[item] - begin)[0]
                 return windows.keep(y, first, self.hop_length).T  # [channels, samples]
 
             return jax.lax.map(window, items)
@@ -284,15 +279,15 @@ class AutoencoderOobleck(nnx.Module):
         if devices > 1:
             items = P(mesh.axis_names)
             run = jax.shard_map(run, in_specs=(P(), P(), P(), items), out_specs=items, check_vma=False)
-        y = run(self.decoder, x, lengths, jnp.arange(songs * windows.count))
-        y = y.reshape(songs, windows.count, *y.shape[1:]).swapaxes(1, 2)
-        return y.reshape(songs, y.shape[1], -1)[:, :, : frames * self.hop_length]
+        y = run(self.decoder, x, lengths, jnp.arange(batch * windows.count))
+        y = y.reshape(batch, windows.count, *y.shape[1:]).swapaxes(1, 2)
+        return y.reshape(batch, y.shape[1], -1)[:, :, : frames * self.hop_length]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Windows:
-    """How the frames of a song are cut into windows of one size, of each of which `step` frames are kept: those that
-    are `overlap` frames from its inner edges. At the ends of the song the network's own zero padding holds, as without
+    """How the frames of an item are cut into windows of one size, of each of which `step` frames are kept: those that
+    are `overlap` frames from its inner edges. At the ends of the item the network's own zero padding holds, as without
     windows.
     """
 
@@ -304,7 +299,7 @@ class _Windows:
 
     @classmethod
     def of(cls, frames: int, most: int, overlap: int, multiple: int = 1) -> "_Windows":
-        """Windows of at most `most` frames, a multiple of `multiple` of them; raises InputError if that cannot be."""
+        """Return windows of at most `most` frames, a multiple of `multiple` of them; raise InputError if impossible."""
         if frames <= most and multiple == 1:
             return cls(frames, frames, frames, overlap, 1)
         if most <= 2 * overlap:
@@ -315,59 +310,42 @@ class _Windows:
         return cls(frames, min(frames, step + 2 * overlap), step, overlap, count)
 
     def at(self, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Of window i of all songs' windows: the song, the window's first frame and the first one within it to keep."""
-        song, i = i // self.count, i % self.count
+        """Return of window i of all items' windows: the item, its first frame and the first one within it to keep."""
+        item, i = i // self.count, i % self.count
         begin = jnp.clip(i * self.step - self.overlap, 0, self.frames - self.size)
-        return song, begin, i * self.step - begin
+        return item, begin, i * self.step - begin
 
     def keep(self, y: jax.Array, first: jax.Array, rate: int = 1) -> jax.Array:
-        """[size * rate, C] -> [step * rate, C], with zeros past the end of the song."""
+        """Cut [size * rate, C] to [step * rate, C], with zeros past the end of the item."""
         y = jnp.pad(y, ((0, self.step * rate), (0, 0))) if self.count > 1 else y
         return jax.lax.dynamic_slice_in_dim(y, first * rate, self.step * rate)
 
 
-def _kernel(shape: tuple[int, int, int], config: AutoencoderConfig, rngs: nnx.Rngs) -> nnx.Param:
+def _kernel(shape: tuple[int, int, int], runtime: Runtime, rngs: nnx.Rngs) -> nnx.Param:
     init = nnx.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
-    return parameter(init(rngs.params(), shape, jnp.dtype(config.param_dtype)), None, "channels", "channels")
-
-
-def _tile_frames() -> int:
-    return TPU_TILE_FRAMES if platform() == "tpu" else TILE_FRAMES
-
-
-def _sine(x: jax.Array) -> jax.Array:
-    """sin(x) up to the sign, float32, within 2e-7 for |x| < 1e5: x less the nearest multiple of pi, then Taylor.
-
-    XLA's own takes half the time of the whole decoder on a CPU; it is made for any x.
-    """
-    n = jnp.round(x * np.float32(1 / np.pi))
-    # Three parts of pi, the first two of so few bits that their products with n are exact.
-    x = ((x - n * 3.140625) - n * 9.67502593994140625e-4) - n * 1.509957990978376432e-7
-    u = x * x
-    series = 1.0 / 120 + u * (-1.0 / 5040 + u * (1.0 / 362880 + u * (-1.0 / 39916800)))
-    return x + x * u * (-1.0 / 6 + u * series)
+    return parameter(init(rngs.params(), shape, jnp.dtype(runtime.param_dtype)), None, "channels", "channels")
 
 
 def _zero_from(length: jax.Array | None, x: jax.Array) -> jax.Array:
     return x if length is None else jnp.where(jnp.arange(x.shape[1])[:, None] < length, x, 0)
 
 
-_UNIT_REACH = 3 * (1 + 3 + 9)  # samples to either side that three residual units read
+_UNIT_FIELD = 3 * (1 + 3 + 9)  # samples to either side that three residual units read
 
 
-def _decoder_reach(config: AutoencoderConfig) -> int:
-    """Latent frames to either side of a frame that its samples depend on."""
-    reach = 3
+def _decoder_field(config: AutoencoderConfig) -> int:
+    """Return the receptive field: the latent frames to either side of a frame that its samples depend on."""
+    field = 3
     for stride in config.downsampling_ratios:
-        reach = math.ceil((reach + _UNIT_REACH) / stride) + 1
-    return reach + 3
+        field = math.ceil((field + _UNIT_FIELD) / stride) + 1
+    return field + 3
 
 
-def _encoder_reach(config: AutoencoderConfig) -> int:
-    """Samples to either side of a frame that its latents depend on."""
+def _encoder_field(config: AutoencoderConfig) -> int:
+    """Return the receptive field: the samples to either side of a frame that its latents depend on."""
     rate = config.patch_size
-    reach = 4 * rate
+    field = 4 * rate
     for stride in config.downsampling_ratios:
-        reach += (_UNIT_REACH + 2 * stride) * rate
+        field += (_UNIT_FIELD + 2 * stride) * rate
         rate *= stride
-    return reach + rate
+    return field + rate

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from acestep_jax.models.config import ConditionEncoderConfig
+from acestep_jax.models.config import DEFAULT_RUNTIME, ConditionEncoderConfig, Runtime
 from acestep_jax.models.encoder import Encoder
 from acestep_jax.models.layers import linear, parameter
 
@@ -19,12 +19,12 @@ class Buffer(nnx.Variable):
 
 
 class AceStepLyricEncoder(Encoder):
-    """Embeddings of lyric tokens, [B, T, text_hidden_dim] -> [B, T, D]; attends both ways, to `lengths` [B]."""
+    """Embeddings of lyric tokens, [B, T, text_hidden_dim] -> [B, T, D]; bidirectional, up to `lengths` [B]."""
 
-    def __init__(self, config: ConditionEncoderConfig, *, rngs: nnx.Rngs):
-        super().__init__(config, config.windows(config.num_lyric_encoder_hidden_layers), rngs=rngs)
+    def __init__(self, config: ConditionEncoderConfig, *, runtime: Runtime, rngs: nnx.Rngs):
+        super().__init__(config, config.windows(config.num_lyric_encoder_hidden_layers), runtime=runtime, rngs=rngs)
         self.embed_tokens = linear(
-            config.text_hidden_dim, config.hidden_size, (None, "embed"), config, use_bias=True, rngs=rngs
+            config.text_hidden_dim, config.hidden_size, (None, "embed"), runtime, use_bias=True, rngs=rngs
         )
 
     def __call__(self, inputs_embeds: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -37,15 +37,16 @@ class AceStepTimbreEncoder(Encoder):
     That is the first frame, or a token of its own, see `ConditionEncoderConfig.timbre_special_token`.
     """
 
-    def __init__(self, config: ConditionEncoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ConditionEncoderConfig, *, runtime: Runtime, rngs: nnx.Rngs):
         num_layers = config.num_timbre_encoder_hidden_layers
         windows = tuple(config.sliding_window if i % 2 == 0 else None for i in range(num_layers))
-        super().__init__(config, windows, rngs=rngs)
+        super().__init__(config, windows, runtime=runtime, rngs=rngs)
+        self.config: ConditionEncoderConfig = config
         self.embed_tokens = linear(
-            config.timbre_hidden_dim, config.hidden_size, (None, "embed"), config, use_bias=True, rngs=rngs
+            config.timbre_hidden_dim, config.hidden_size, (None, "embed"), runtime, use_bias=True, rngs=rngs
         )
         # Part of every checkpoint, whether it is read or not.
-        self.special_token = _token(config, rngs)
+        self.special_token = _token(config.hidden_size, runtime, rngs)
 
     def __call__(self, reference_latents: jax.Array) -> jax.Array:
         x = self.embed_tokens(reference_latents)
@@ -62,13 +63,13 @@ class AceStepConditionEncoder(nnx.Module):
     `silence_latent` [1, 15000, 64] is what the autoencoder makes of silence.
     """
 
-    def __init__(self, config: ConditionEncoderConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.text_projector = linear(config.text_hidden_dim, config.hidden_size, (None, "embed"), config, rngs=rngs)
-        self.lyric_encoder = AceStepLyricEncoder(config, rngs=rngs)
-        self.timbre_encoder = AceStepTimbreEncoder(config, rngs=rngs)
-        self.null_condition_emb = _token(config, rngs)
-        self.silence_latent = Buffer(jnp.zeros((1, SILENCE_FRAMES, config.timbre_hidden_dim), config.param_dtype))
+    def __init__(self, config: ConditionEncoderConfig, *, runtime: Runtime = DEFAULT_RUNTIME, rngs: nnx.Rngs):
+        self.config, self.runtime = config, runtime
+        self.text_projector = linear(config.text_hidden_dim, config.hidden_size, (None, "embed"), runtime, rngs=rngs)
+        self.lyric_encoder = AceStepLyricEncoder(config, runtime=runtime, rngs=rngs)
+        self.timbre_encoder = AceStepTimbreEncoder(config, runtime=runtime, rngs=rngs)
+        self.null_condition_emb = _token(config.hidden_size, runtime, rngs)
+        self.silence_latent = Buffer(jnp.zeros((1, SILENCE_FRAMES, config.timbre_hidden_dim), runtime.param_dtype))
 
     def __call__(
         self,
@@ -81,7 +82,7 @@ class AceStepConditionEncoder(nnx.Module):
         *,
         max_references: int = 1,
     ) -> tuple[jax.Array, jax.Array]:
-        """Condition tokens and their mask.
+        """Encode text, lyrics and references to condition tokens and their mask.
 
         Args:
             text_hidden_states: [B, S_text, 1024] from the text encoder.
@@ -95,7 +96,7 @@ class AceStepConditionEncoder(nnx.Module):
         Returns:
             [B, S_lyric + max_references + S_text, D], valid tokens first, and a bool mask of the same two axes.
         """
-        clips = self.timbre_encoder(refer_audio_acoustic_hidden_states_packed.astype(self.config.dtype))
+        clips = self.timbre_encoder(refer_audio_acoustic_hidden_states_packed.astype(self.runtime.dtype))
         timbre, timbre_mask = _unpack(clips, refer_audio_order_mask, text_hidden_states.shape[0], max_references)
         return self.combine(
             text_hidden_states, text_attention_mask, lyric_hidden_states, lyric_attention_mask, timbre, timbre_mask
@@ -110,7 +111,7 @@ class AceStepConditionEncoder(nnx.Module):
         timbre: jax.Array,
         timbre_mask: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """As `__call__`, with the references already encoded: `timbre` [B, references, D] and which are there."""
+        """Do what `__call__` does with references already encoded: `timbre` [B, references, D] and which are there."""
         text = self.text_projector(text_hidden_states)
         lyric = self.lyric_encoder(lyric_hidden_states, lyric_attention_mask.astype(jnp.int32).sum(1))
         tokens = jnp.concatenate([lyric, timbre.astype(text.dtype), text], axis=1)
@@ -118,24 +119,24 @@ class AceStepConditionEncoder(nnx.Module):
         return _pack(tokens, mask)
 
     def silence(self, frames: int) -> jax.Array:
-        """[1, frames, 64]: the latents of silence, repeated past ten minutes."""
+        """Return the latents of silence [1, frames, 64], repeated past ten minutes."""
         latent = self.silence_latent[...]
         return jnp.tile(latent, (1, -(-frames // latent.shape[1]), 1))[:, :frames]
 
 
-def _token(config: ConditionEncoderConfig, rngs: nnx.Rngs) -> nnx.Param:
-    value = jax.random.normal(rngs.params(), (1, 1, config.hidden_size))
-    return parameter(value.astype(config.param_dtype), None, None, None)
+def _token(hidden: int, runtime: Runtime, rngs: nnx.Rngs) -> nnx.Param:
+    value = jax.random.normal(rngs.params(), (1, 1, hidden))
+    return parameter(value.astype(runtime.param_dtype), None, None, None)
 
 
 def _pack(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Moves valid tokens before padding, keeping the order among each. [B, S, D], [B, S]."""
+    """Move valid tokens before padding, keeping the order among each. [B, S, D], [B, S]."""
     order = jnp.argsort(~mask, axis=1, stable=True)
     return jnp.take_along_axis(tokens, order[:, :, None], axis=1), jnp.take_along_axis(mask, order, axis=1)
 
 
 def _unpack(clips: jax.Array, owner: jax.Array, batch: int, slots: int) -> tuple[jax.Array, jax.Array]:
-    """Deals [N, D] clips to their batch items: [B, slots, D] and a mask of the slots in use, [B, slots]."""
+    """Scatter [N, D] clips to their batch items: [B, slots, D] and a mask of the slots in use, [B, slots]."""
     same = owner[:, None] == owner[None, :]
     slot = jnp.sum(jnp.tril(same, -1), axis=1)  # how many earlier clips have the same owner
     timbre = jnp.zeros((batch, slots, clips.shape[-1]), clips.dtype).at[owner, slot].set(clips, mode="drop")

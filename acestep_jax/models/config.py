@@ -1,7 +1,7 @@
-"""Configurations, one frozen dataclass for each network.
+"""Configurations: the architecture of each network, and beside them how a network is computed.
 
-Fields carry the names, meanings and defaults of the `config.json` that diffusers and transformers write beside
-the weights. The fields of `NetworkConfig` are JAX's own and never appear there.
+Fields of an architecture carry the names, meanings and defaults of the `config.json` that diffusers and transformers
+write beside the weights. `Runtime` is given when weights are loaded and is never stored.
 """
 
 import dataclasses
@@ -32,26 +32,41 @@ _VALUES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 
 
 def check_dtype(name: str, argument: str = "dtype") -> str:
-    """Returns `name` if it is one of `DTYPES`; raises InputError otherwise."""
+    """Return `name` if it is one of `DTYPES`; raise InputError otherwise."""
     if name not in DTYPES:
         raise InputError(f"{argument}: {name!r} is no dtype of this library; use one of {', '.join(DTYPES)}")
     return name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NetworkConfig:
-    """What every network has.
+class Runtime:
+    """How a network is computed, whatever its architecture.
 
     dtype: of activations and matrix products. Norm statistics, softmax, sinusoids and FSQ stay in float32.
     param_dtype: of the weights in memory.
     remat: what the backward pass recomputes: nothing ("none"), all but matrix products ("dots") or all ("full").
-    attention_kernel: see `models.attention.attention`.
+    attention: the kernel of full attention, see `models.attention.attention`.
     """
 
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
-    attention_kernel: str = "auto"
+    attention: str = "auto"
+
+    def __post_init__(self):
+        check_dtype(self.dtype, "Runtime.dtype")
+        check_dtype(self.param_dtype, "Runtime.param_dtype")
+        for field, choices in (("remat", REMAT), ("attention", ATTENTION_KERNELS)):
+            if (value := getattr(self, field)) not in choices:
+                raise InputError(f"Runtime.{field}: expected one of {', '.join(choices)}, found {value!r}")
+
+
+DEFAULT_RUNTIME = Runtime()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """What the architectures of all networks have in common: how they are checked, read and written."""
 
     # Keys of a foreign config.json that do not change the network's function.
     ignored: ClassVar[frozenset[str]] = frozenset()
@@ -63,20 +78,14 @@ class NetworkConfig:
                 object.__setattr__(self, field.name, value := tuple(value))
             if field.type in _VALUES and not _VALUES[field.type][1](value):
                 raise InputError(f"{name}.{field.name}: expected {_VALUES[field.type][0]}, found {value!r}")
-        check_dtype(self.dtype, f"{name}.dtype")
-        check_dtype(self.param_dtype, f"{name}.param_dtype")
-        for field, choices in (("remat", REMAT), ("attention_kernel", ATTENTION_KERNELS)):
-            if (value := getattr(self, field)) not in choices:
-                raise InputError(f"{name}.{field}: expected one of {', '.join(choices)}, found {value!r}")
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any], source: str = "config.json") -> Self:
-        """Reads the dictionary of a PyTorch `config.json`; raises InputError on a key it does not know.
+        """Read the dictionary of a PyTorch `config.json`; raise InputError on an unknown key.
 
         Keys that begin with an underscore are notes of diffusers about itself and are skipped.
         """
-        own = {field.name for field in dataclasses.fields(NetworkConfig)}
-        known = {field.name for field in dataclasses.fields(cls)} - own
+        known = {field.name for field in dataclasses.fields(cls)}
         given = {key: value for key, value in values.items() if not key.startswith("_") and key not in cls.ignored}
         if unknown := sorted(given.keys() - known):
             raise InputError(
@@ -86,15 +95,14 @@ class NetworkConfig:
         return cls(**given)
 
     def to_hf(self) -> dict[str, Any]:
-        """The inverse of `from_hf`: a dictionary ready for JSON, without JAX's own fields."""
-        own = {field.name for field in dataclasses.fields(NetworkConfig)}
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own}
+        """Return the inverse of `from_hf`: a dictionary ready for JSON."""
+        values = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig(NetworkConfig):
-    """What every network made of attention layers has."""
+    """What the architectures made of attention layers have in common."""
 
     hidden_size: int = 2048
     intermediate_size: int = 6144
@@ -123,7 +131,7 @@ class AttentionConfig(NetworkConfig):
                 raise InputError(f"{name}.layer_types: expected {' or '.join(LAYER_TYPES)}, found {kind!r}")
 
     def windows(self, num_layers: int) -> tuple[int | None, ...]:
-        """The sliding window of each layer, None for a full one; raises InputError if `layer_types` is too short."""
+        """Return the sliding window of each layer, None for a full one; raise InputError if `layer_types` is short."""
         kinds = self.layer_types or tuple(LAYER_TYPES[i % 2] for i in range(num_layers))
         if len(kinds) < num_layers:
             raise InputError(
@@ -150,12 +158,12 @@ class TransformerConfig(AttentionConfig):
 
     @property
     def turbo(self) -> bool:
-        """Whether guidance is distilled into the weights: few steps, no guidance."""
+        """Return whether guidance is distilled into the weights: few steps, no guidance."""
         return self.is_turbo or self.model_version == "turbo"
 
     @property
     def variant(self) -> str:
-        """The name that the model goes by: turbo, base, sft or small."""
+        """Return the name that the model goes by, such as turbo, base or sft."""
         return self.model_version or ("turbo" if self.turbo else "base")
 
 
@@ -176,7 +184,7 @@ class ConditionEncoderConfig(AttentionConfig):
     timbre_special_token: bool = False
 
     def to_hf(self) -> dict[str, Any]:
-        """As for other networks; neither layout has a key for `timbre_special_token`."""
+        """Return what other networks do; neither layout has a key for `timbre_special_token`."""
         values = super().to_hf()
         del values["timbre_special_token"]
         return values
@@ -257,7 +265,7 @@ class TextEncoderConfig(AttentionConfig):
 class AutoencoderConfig(NetworkConfig):
     """Oobleck, from waveform to latents and back. The defaults are ACE-Step's: 48 kHz stereo, 25 frames a second.
 
-    encoder_hidden_size: what the encoder gives for a frame, means and spreads.
+    encoder_hidden_size: what the encoder gives for a frame, mean and scale of each channel.
     encoder_channels: of the encoder's first layer; None: encoder_hidden_size, the one width that diffusers knows.
     patch_size: samples that the outermost layers take as one step, side by side in their channels; diffusers knows 1.
         What costs most at few channels are the layers at full rate.
@@ -285,15 +293,15 @@ class AutoencoderConfig(NetworkConfig):
 
     @property
     def hop_length(self) -> int:
-        """Samples of a latent frame."""
+        """Return the samples of a latent frame."""
         return self.patch_size * math.prod(self.downsampling_ratios)
 
     def to_hf(self) -> dict[str, Any]:
-        """See `NetworkConfig.to_hf`; raises InputError if diffusers has no such network."""
+        """Return what `NetworkConfig.to_hf` does; raise InputError if diffusers has no such network."""
         values = super().to_hf()
         for name, known in (("encoder_channels", None), ("patch_size", 1)):
             if (value := values.pop(name)) != known:
-                raise InputError(f"AutoencoderConfig.{name}: diffusers knows {known} alone, found {value}")
+                raise InputError(f"AutoencoderConfig.{name}: diffusers knows only {known}, found {value}")
         return values
 
 
@@ -303,7 +311,7 @@ class LoRAConfig:
 
     rank: r, of the two factors.
     alpha: adapters count alpha / rank times.
-    dropout: the share of inputs that the adapters, not the layers, drop in training.
+    dropout: the rate of inputs that the adapters, not the layers, drop in training.
     targets: regular expressions for the ends of the dotted paths of linear layers, see `models.lora.targets`.
     use_dora: trains the norm of each output's weights apart from their direction.
     """
@@ -327,4 +335,5 @@ class LoRAConfig:
 
     @property
     def scaling(self) -> float:
+        """Return alpha / rank."""
         return self.alpha / self.rank

@@ -5,8 +5,9 @@ from flax import nnx
 
 from acestep_jax.distributed import shard
 from acestep_jax.models.attention import Attention
-from acestep_jax.models.config import AttentionConfig
-from acestep_jax.models.layers import RMSNorm, SwiGLU, rotary_embedding, scan_layers, stack_layers
+from acestep_jax.models.config import AttentionConfig, Runtime
+from acestep_jax.models.layers import RMSNorm, SwiGLU, rotary_embedding
+from acestep_jax.models.scan import scan_layers, stack_layers
 
 
 class EncoderLayer(nnx.Module):
@@ -15,11 +16,11 @@ class EncoderLayer(nnx.Module):
     Source: diffusers `AceStepEncoderLayer`; with `causal`, transformers `Qwen3DecoderLayer`.
     """
 
-    def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config)
-        self.self_attn = Attention(config, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config, rngs=rngs)
+    def __init__(self, config: AttentionConfig, *, runtime: Runtime, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, runtime)
+        self.self_attn = Attention(config, runtime=runtime, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, runtime)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, runtime, rngs=rngs)
 
     def __call__(self, x, *, rope, window=None, causal=False, lengths=None):  # [B, T, D] -> [B, T, D]
         x = x + self.self_attn(self.input_layernorm(x), rope=rope, window=window, causal=causal, key_lengths=lengths)
@@ -34,19 +35,18 @@ class Encoder(nnx.Module):
         windows: one entry a layer: its sliding window, or None for full attention.
     """
 
-    def __init__(self, config: AttentionConfig, windows: tuple[int | None, ...], *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: AttentionConfig, windows: tuple[int | None, ...], *, runtime: Runtime, rngs: nnx.Rngs):
+        self.config, self.runtime = config, runtime
         self.windows = windows
-        self.layers = stack_layers(lambda rngs: EncoderLayer(config, rngs=rngs), len(windows), rngs)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config)
+        self.layers = stack_layers(lambda rngs: EncoderLayer(config, runtime=runtime, rngs=rngs), len(windows), rngs)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, runtime)
 
     def encode(self, x: jax.Array, *, causal: bool = False, lengths: jax.Array | None = None) -> jax.Array:
-        """x: [B, T, D] at positions 0..T-1; lengths: [B], what follows is padding. Returns [B, T, D]."""
+        """Encode x [B, T, D], at positions 0..T-1, to [B, T, D]. lengths: [B], what follows is padding."""
         rope = rotary_embedding(x.shape[1], self.config.head_dim, self.config.rope_theta)
 
-        def apply(x, layer, window, _, shared):
-            rope, lengths = shared
-            return layer(x, rope=rope, window=window, causal=causal, lengths=lengths)
+        def block(x, layer, window, _):
+            return layer(x, rope=rope, window=window, causal=causal, lengths=lengths), None
 
-        shared = rope, lengths
-        return self.norm(scan_layers(apply, self.layers, x, self.windows, shared=shared, remat=self.config.remat))
+        x, _ = scan_layers(block, self.layers, x, self.windows, remat=self.runtime.remat)
+        return self.norm(x)

@@ -1,10 +1,10 @@
-"""Qwen3 as the text encoder: last hidden states of the prompt, embeddings alone for the lyrics."""
+"""Qwen3 as the text encoder: last hidden states of the prompt, and only embeddings for the lyrics."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from acestep_jax.models.config import TextEncoderConfig
+from acestep_jax.models.config import DEFAULT_RUNTIME, Runtime, TextEncoderConfig
 from acestep_jax.models.encoder import Encoder
 
 
@@ -14,13 +14,13 @@ class Qwen3Model(Encoder):
     Source: transformers `Qwen3Model`, as diffusers' `AceStepPipeline.encode_prompt` calls it.
     """
 
-    def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs):
-        super().__init__(config, (None,) * config.num_hidden_layers, rngs=rngs)
+    def __init__(self, config: TextEncoderConfig, *, runtime: Runtime = DEFAULT_RUNTIME, rngs: nnx.Rngs):
+        super().__init__(config, (None,) * config.num_hidden_layers, runtime=runtime, rngs=rngs)
         self.embed_tokens = nnx.Embed(
             config.vocab_size,
             config.hidden_size,
-            dtype=jnp.dtype(config.dtype),
-            param_dtype=jnp.dtype(config.param_dtype),
+            dtype=jnp.dtype(runtime.dtype),
+            param_dtype=jnp.dtype(runtime.param_dtype),
             embedding_metadata={"out_sharding": ("vocab", "embed"), "eager_sharding": False},
             rngs=rngs,
         )

@@ -3,14 +3,23 @@
 import jax
 import jax.numpy as jnp
 
-from acestep_jax.distributed import platform
+from acestep_jax.models.kernels.platform import platform
 
 # On a TPU, from this length on, time is cut into rows of at most as many samples.
 ROW = 1024
 
+# Latent frames of a song that the autoencoder takes at once (20.5 s): what bounds its memory, whatever the length.
+# A TPU takes fewer: the time that XLA needs to compile grows with them.
+TILE_FRAMES, TPU_TILE_FRAMES = 512, 128
+
+
+def default_tile_frames() -> int:
+    """Return how many latent frames the autoencoder takes at once unless told otherwise."""
+    return TPU_TILE_FRAMES if platform() == "tpu" else TILE_FRAMES
+
 
 def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1, padding: int = 0) -> jax.Array:
-    """kernel: [size, in, out]; `padding` zeros at either end."""
+    """Convolve x [B, T, in] with a kernel [size, in, out], with `padding` zeros at either end."""
     size = kernel.shape[0]
     if platform() == "tpu":
         if size == 1 and stride == 1 and padding == 0:
@@ -22,7 +31,9 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int 
 
 
 def convolve_transposed(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[B, T, in] -> [B, T * stride, out], with 2 * stride taps and padding stride / 2. kernel: [2, in, stride, out].
+    """Convolve [B, T, in] to [B, T * stride, out], with 2 * stride taps and padding stride / 2.
+
+    kernel: [2, in, stride, out].
 
     Sample r of frame j sees inputs j - 1, j and, after the crop, j + 1. So it is an ordinary convolution of size two
     with `stride` times the channels, whose output is read row by row.
@@ -60,7 +71,8 @@ def _convolve(x, kernel, stride, dilation, padding):
 
 
 def _rows(length: int) -> int | None:
-    """Into how many rows to cut: eight at least, so to fill a TPU's lanes; preferably of a multiple of eight."""
+    """Return how many rows to cut into, None for one: at least eight, so to fill a TPU's lanes; preferably rows of a
+    multiple of eight samples."""
     if length < ROW:
         return None
     counts = [n for n in range(8, length // 64 + 1) if length % n == 0 and length // n <= ROW]
@@ -68,8 +80,11 @@ def _rows(length: int) -> int | None:
 
 
 def _convolve_rows(x, kernel, dilation, halo, rows):
-    """As a batch of rows, each with what it needs of its neighbours: XLA for TPU takes minutes to compile the decoder's
-    convolutions over one long row, and a quarter of the time to run them so."""
+    """Convolve a batch of rows, each with what it needs of its neighbours.
+
+    XLA for TPU takes minutes to compile the decoder's convolutions over one long row; in rows they run in a quarter of
+    the time.
+    """
     b, t, channels = x.shape
     x = x.reshape(b, rows, t // rows, channels)
     before = jnp.pad(x[:, :-1, t // rows - halo :], ((0, 0), (1, 0), (0, 0), (0, 0)))

@@ -1,0 +1,148 @@
+"""`config.json` of the native checkpoint: the architecture of each network, and what else a checkpoint says of itself.
+
+Version 2 of the format holds no runtime. Version 1, which stored dtypes, remat and the attention kernel with each
+network, still reads: of these only the dtype of the computation counts, as the checkpoint's default.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from acestep_jax.errors import InputError
+from acestep_jax.models.config import NetworkConfig, check_dtype
+from acestep_jax.models.registry import FAMILY, SamplingDefaults
+
+FORMAT, FORMAT_VERSION = "acestep-jax", 2
+CONFIG = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What `config.json` says.
+
+    configs: the architecture of each network.
+    tokenizer_config: of the PyTorch tokenizer folder, kept for the way back.
+    sampling: defaults that this checkpoint has instead of its variant's: some of the fields of `SamplingDefaults`.
+    dtypes: by network, what it computes in unless told otherwise; of a network that is not there, the dtype that most
+        of its weights are stored in.
+    """
+
+    configs: dict[str, NetworkConfig]
+    tokenizer_config: dict[str, Any]
+    sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def manifest_values(manifest: Manifest) -> dict[str, Any]:
+    """Return what `config.json` says, ready for JSON."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        **{name: dataclasses.asdict(config) for name, config in manifest.configs.items()},
+        "tokenizer_config": manifest.tokenizer_config,
+        **({"sampling": manifest.sampling} if manifest.sampling else {}),
+        **({"dtypes": manifest.dtypes} if manifest.dtypes else {}),
+    }
+
+
+def read_manifest(path: str | Path, required: Iterable[str] | None = None) -> Manifest:
+    """Read `config.json`, of this version of the format or an earlier one.
+
+    Args:
+        required: networks that must be there; None: all but the optional ones.
+
+    Raises:
+        InputError: if `path` holds no checkpoint of this library, or lacks one of them.
+    """
+    required = FAMILY.networks.keys() - set(FAMILY.optional) if required is None else set(required)
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; expected an acestep-jax checkpoint")
+    convert = f"if this is a PyTorch checkpoint, convert it: python -m convert from-torch {path} DST"
+    try:
+        values = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no {CONFIG} here, so this is no acestep-jax checkpoint; {convert}") from None
+    except ValueError as error:
+        raise InputError(f"{path / CONFIG}: not valid JSON ({error})") from None
+    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+        raise InputError(f"{path / CONFIG}: not of an acestep-jax checkpoint; {convert}")
+    if (version := values.pop("format_version", None)) not in range(1, FORMAT_VERSION + 1):
+        raise InputError(
+            f"{path / CONFIG}: format_version {version}, but this version of acestep-jax reads 1 to {FORMAT_VERSION}; "
+            "update the package or convert the checkpoint again"
+        )
+    dtypes = _drop_runtime(values, str(path / CONFIG)) if version == 1 else values.pop("dtypes", {})
+    tokenizer_config, sampling = values.pop("tokenizer_config", {}), values.pop("sampling", {})
+    check_sampling(sampling, f"{path / CONFIG}: sampling")
+    if not isinstance(dtypes, dict) or (unknown := sorted(dtypes.keys() - values.keys())):
+        what = f"unknown network(s) {', '.join(unknown)}" if isinstance(dtypes, dict) else f"found {dtypes!r}"
+        raise InputError(f"{path / CONFIG}: dtypes: expected a dtype for some of its networks, {what}")
+    for name, dtype in dtypes.items():
+        check_dtype(dtype, f"{path / CONFIG}: {name}.dtype" if version == 1 else f"{path / CONFIG}: dtypes: {name}")
+    if unknown := sorted(values.keys() - FAMILY.networks.keys()):
+        raise InputError(f"{path / CONFIG}: unknown network(s) {', '.join(unknown)}")
+    if missing := sorted(required - set(FAMILY.optional) - values.keys()):
+        raise InputError(f"{path / CONFIG}: the network(s) {', '.join(missing)} are missing")
+    configs = {}
+    for name, (_, config) in FAMILY.networks.items():
+        if name in values:
+            if not isinstance(values[name], dict):
+                raise InputError(f"{path / CONFIG}: {name}: expected a JSON object, found {values[name]!r}")
+            known = {field.name for field in dataclasses.fields(config)}
+            if unknown := sorted(values[name].keys() - known):
+                raise InputError(f"{path / CONFIG}: {name}: unknown key(s) {', '.join(unknown)}")
+            configs[name] = config(**values[name])
+    return Manifest(configs, tokenizer_config, sampling, dtypes)
+
+
+def _drop_runtime(values: dict[str, Any], source: str) -> dict[str, str]:
+    """Take what version 1 of the format stored of the runtime out of `values`; return the dtypes of the networks."""
+    dtypes = {}
+    for name in FAMILY.networks:
+        if isinstance(network := values.get(name), dict):
+            found = {key: network.pop(key, None) for key in ("dtype", "param_dtype", "remat", "attention_kernel")}
+            if found["param_dtype"] is not None:
+                check_dtype(found["param_dtype"], f"{source}: {name}.param_dtype")
+            dtypes[name] = found["dtype"] or "float32"
+    return dtypes
+
+
+def check_sampling(values: Any, source: str) -> None:
+    """Raise InputError if these are no sampling defaults that a checkpoint may carry. `source`: what messages say."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{source}: expected a JSON object, found {values!r}")
+    known = [field.name for field in dataclasses.fields(SamplingDefaults)]
+    if unknown := sorted(values.keys() - set(known)):
+        raise InputError(f"{source}: unknown key(s) {', '.join(unknown)}; expected some of {', '.join(known)}")
+    for name, value in values.items():
+        if name == "num_inference_steps":
+            valid, expected = type(value) is int and value >= 1, "a whole number of at least 1"
+        else:
+            least = 0.0 if name == "guidance_scale" else sys.float_info.min
+            valid = type(value) in (int, float) and least <= value < math.inf
+            expected = "a number of at least 0" if name == "guidance_scale" else "a number above 0"
+        if not valid:
+            raise InputError(f"{source}: {name}: expected {expected}, found {value!r}")
+
+
+def default_dtype(manifest: Manifest, name: str, stored: Mapping[str, jax.ShapeDtypeStruct]) -> str:
+    """Return the dtype that the network `name` computes in unless told otherwise, see `Manifest.dtypes`.
+
+    Args:
+        stored: its leaves, as `network_leaves` returns them.
+    """
+    if name in manifest.dtypes:
+        return manifest.dtypes[name]
+    sizes: Counter[str] = Counter()
+    for leaf in stored.values():
+        sizes[np.dtype(leaf.dtype).name] += math.prod(leaf.shape)
+    return sizes.most_common(1)[0][0]

@@ -1,0 +1,122 @@
+"""Layers stacked on a leading axis, and the loop over them.
+
+    x, outputs = scan_layers(block, layers, x, windows)
+
+is x, outputs[i] = block(x, layers[i], windows[i], per_layer[i]) for i = 0 .. L - 1.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.custom_derivatives import SymbolicZero
+
+Layer = TypeVar("Layer", bound=nnx.Module)
+
+# The name, for `jax.checkpoint`, of results besides products with weights that cost much to compute again.
+KEPT = "kept"
+
+# By `Runtime.remat`, what the backward pass finds instead of computing it again: products with weights and what is
+# named KEPT, only the products, or nothing. Elementwise work costs less to do again than to keep, and a layer's
+# weights, sliced out of their stack, would be kept as a copy of all weights.
+_PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_SAVEABLE = {
+    "none": jax.checkpoint_policies.save_from_both_policies(
+        _PRODUCTS, jax.checkpoint_policies.save_only_these_names(KEPT)
+    ),
+    "dots": _PRODUCTS,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def stack_layers(make: Callable[[nnx.Rngs], Layer], num_layers: int, rngs: nnx.Rngs) -> Layer:
+    """Return one module whose leaves carry a leading [L] axis; row i is layer i."""
+
+    @nnx.split_rngs(splits=num_layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    @nnx.transform_metadata(in_axes=0, out_axes=0, partition="layers")
+    def stack(rngs: nnx.Rngs) -> Layer:
+        return make(rngs)
+
+    return stack(rngs)
+
+
+def period(pattern: tuple) -> int:
+    """Return the length of the shortest prefix that, repeated a whole number of times, gives `pattern`."""
+    n = len(pattern)
+    return next(p for p in range(1, n + 1) if n % p == 0 and pattern == pattern[:p] * (n // p))
+
+
+def scan_layers(
+    block: Callable[[jax.Array, Any, int | None, Any], tuple[jax.Array, Any]],
+    layers: nnx.Module,
+    x: jax.Array,
+    windows: tuple[int | None, ...],
+    *,
+    per_layer: Any = None,
+    remat: str = "none",
+) -> tuple[jax.Array, Any]:
+    """Compute x, outputs[i] <- block(x, layers[i], windows[i], per_layer[i]) for each layer, as a scan.
+
+    The window of a layer is static, so the scan is over periods of `windows`, and a period is unrolled within its body:
+    two layers for the usual sliding, full, sliding, full, ...; all of them where the pattern does not repeat.
+
+    Args:
+        block: one layer; it may close over arrays, which all layers share.
+        layers: a stacked module, leaves [L, ...].
+        windows: the sliding window of each layer, None for full attention.
+        per_layer: a pytree with leaves [L, ...], sliced along with the layers.
+        remat: see `Runtime.remat`; it acts only where there is a derivative.
+
+    Returns:
+        The last x, and the outputs of all layers, leaves [L, ...].
+    """
+    size = period(windows)
+    stacks = layers, per_layer
+    periods = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), stacks)
+    stacks = jax.lax.stop_gradient(stacks)  # the derivative is that of `periods`, see `_pick`
+
+    def body(x, scanned):
+        group, rows = scanned
+        outputs = []
+        for i, window in enumerate(windows[:size]):
+            pick = functools.partial(_pick, layer=group * size + i, row=i)
+            layer, extra = jax.tree.map(pick, stacks, rows)
+            x, output = block(x, layer, window, extra)
+            outputs.append(output)
+        return x, jax.tree.map(lambda *rows: jnp.stack(rows), *outputs)
+
+    body = jax.checkpoint(body, prevent_cse=False, policy=_SAVEABLE[remat])
+    x, outputs = jax.lax.scan(body, x, (jnp.arange(len(windows) // size), periods))
+    return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
+
+
+def _pick(stack: jax.Array, rows: jax.Array, *, layer: jax.Array, row: int) -> jax.Array:
+    """Return stack[layer], which is rows[row]; the value is read from `stack`, the derivative goes to `rows`.
+
+    XLA reads what is indexed in the whole stack in place, but first copies what the scan slices a period at a time. The
+    compiler's estimate for a TPU (2B, 240 s, v5e 2x2) is 0.211 s with `stack` and was 0.276 with `rows`; on a CPU (four
+    layers of width 512, 30 s) a forward program accesses 0.28 GB against 0.31, a gradient of all weights 1.43 against
+    1.49. But the derivative with respect to the whole stack would be a sum over all periods of arrays of its size;
+    with respect to what is scanned, each period writes its own part.
+    """
+    if not jnp.issubdtype(stack.dtype, jnp.inexact):
+        return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+    return _read(stack, rows, layer, row)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _read(stack, rows, layer, row):
+    return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+
+
+# With symbolic zeros, what has no tangent, such as frozen weights under an adapter, stays out of the derivative.
+@functools.partial(_read.defjvp, symbolic_zeros=True)
+def _read_jvp(row, primals, tangents):
+    stack, rows, layer = primals
+    _, slopes, _ = tangents
+    value = _read(stack, rows, layer, row)
+    return value, SymbolicZero.from_primal_value(value) if isinstance(slopes, SymbolicZero) else slopes[row]
