@@ -1,7 +1,7 @@
-"""Where arrays live: one mesh with four axes, and one table from logical axis names to mesh axes.
+"""Devices and hosts: one mesh with four axes, one table from logical axis names to mesh axes, several processes.
 
 Parameters carry logical names (`kernel: ("embed", "mlp")`), activations get them from `shard`. Nothing else in
-the library knows the mesh; without one, every function here is a no-op.
+the library knows the mesh; without one, `shard` does nothing.
 """
 
 import functools
@@ -9,7 +9,9 @@ import logging
 import math
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -34,13 +36,13 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
-    """A mesh over all devices.
+    """Return a mesh over all devices.
 
     Args:
-        data: copies of the model, each with a part of the batch.
-        fsdp: parts of the weights, gathered layer by layer; also splits the batch.
-        tensor: parts of heads and mlp.
-        sequence: parts of the time axis; its number of tokens must divide, or it is replicated.
+        data: number of copies of the model, each with a part of the batch.
+        fsdp: number of parts of the weights, gathered layer by layer; also splits the batch.
+        tensor: number of parts of heads and mlp.
+        sequence: number of parts of the time axis; tokens that it does not divide are replicated.
 
     Raises:
         InputError: if the product is not the number of devices.
@@ -54,8 +56,10 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) 
 
 
 def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> P:
-    """The mesh axes of an array with these logical names. An axis whose size they do not divide is split over the
-    first of them that do, or replicated, with a warning."""
+    """Return the mesh axes of an array with these logical names.
+
+    An axis whose size they do not divide is split over the first of them that do, or replicated, with a warning.
+    """
     spec = []
     for name, size in zip(names, shape, strict=True):
         wanted = tuple(axis for axis in (RULES[name] if name else ()) if mesh.shape.get(axis, 1) > 1)
@@ -63,27 +67,20 @@ def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh) 
         while size % math.prod(mesh.shape[axis] for axis in axes):
             axes = axes[:-1]
         if axes != wanted:
-            done = f"split over {', '.join(axes)} alone" if axes else "replicated"
+            done = f"split over {', '.join(axes)} only" if axes else "replicated"
             log_once(f"{name} axis of {size} does not divide by the mesh's {', '.join(wanted)}: {done}")
         spec.append(axes or None)
     return P(*spec)
 
 
-def platform() -> str:
-    """Of the mesh in use, whose devices need not be there (ahead-of-time compilation), or else the default backend's:
-    "cpu", "gpu" or "tpu"."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return jax.default_backend() if device is None else device.platform
-
-
 @functools.cache
 def log_once(message: str) -> None:
-    """A warning, the first time that it is given."""
+    """Log a warning, the first time that it is given."""
     logger.warning(message)
 
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
-    """Constrains an activation to the mesh in use (`jax.set_mesh`), by the logical names of its axes."""
+    """Constrain an activation to the mesh in use (`jax.set_mesh`), by the logical names of its axes."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -91,8 +88,58 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def variable_sharding(variable: nnx.Variable, mesh: Mesh | None):
-    """Where a parameter belongs: on `mesh` by its logical names, or whole on the first device."""
+    """Return where a parameter belongs: on `mesh` by its logical names, or whole on the first device."""
     if mesh is None:
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
     names = variable.get_metadata("out_sharding", None) or (None,) * len(variable.shape)
     return NamedSharding(mesh, partition_spec(tuple(names), variable.shape, mesh))
+
+
+def parse_mesh(text: str | None) -> Mesh | None:
+    """Return a mesh from text such as "data=2,tensor=4"; None from None.
+
+    Raises:
+        InputError: if the text is something else, does not fit the devices, or is missing in one of several processes.
+    """
+    if text is None:
+        if jax.process_count() > 1:
+            raise InputError(f"mesh: required with several processes; together they have {jax.device_count()} devices")
+        return None
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in MESH_AXES or not size.isdecimal() or int(size) < 1 or axis in sizes:
+            raise InputError(
+                f"mesh: expected AXIS=N,... with axes {', '.join(MESH_AXES)} and N of at least 1, found {text!r}"
+            )
+        sizes[axis] = int(size)
+    return make_mesh(**sizes)
+
+
+def join_processes(text: str) -> None:
+    """Connect to the other processes.
+
+    Args:
+        text: "HOST:PORT,COUNT,INDEX", or "" for what JAX finds out by itself (TPU pods, SLURM, Open MPI).
+
+    Raises:
+        InputError: if it is something else, or JAX finds no cluster.
+    """
+    if not text:
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise InputError(f"distributed: JAX finds no cluster ({error}); give HOST:PORT,COUNT,INDEX") from None
+        return
+    address, *numbers = text.split(",")
+    if ":" not in address or len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
+        raise InputError(f"distributed: expected HOST:PORT,COUNT,INDEX, found {text!r}")
+    count, index = map(int, numbers)
+    if index >= count:
+        raise InputError(f"distributed: INDEX must be less than COUNT, found {text!r}")
+    jax.distributed.initialize(address, count, index)
+
+
+def on_host(x: jax.Array) -> np.ndarray:
+    """Return all of an array, also of one that is spread over several processes."""
+    return np.asarray(x) if x.is_fully_addressable else np.asarray(multihost_utils.process_allgather(x, tiled=True))

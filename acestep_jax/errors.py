@@ -1,3 +1,5 @@
+"""Errors that a user can mend, and the checks that raise them."""
+
 import numbers
 from typing import Any
 
@@ -5,17 +7,21 @@ from typing import Any
 class InputError(ValueError):
     """Something the caller gave cannot be used; the message says what, where, what was expected and what to do.
 
-    The command line prints the message alone; any other exception keeps its traceback, because it is a bug.
+    The command line prints only the message; any other exception keeps its traceback, because it is a bug.
     """
 
 
 def check_number(name: str, value: Any, *, whole: bool = False) -> None:
-    """Raises InputError if it is no number, or no whole one."""
+    """Raise InputError unless the value is a number, with `whole` a whole one."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
         raise InputError(f"{name}: expected a {'whole ' if whole else ''}number, found {value!r}")
 
 
 def check_text(name: str, value: Any) -> None:
-    """Raises InputError if it is no text."""
+    """Raise InputError unless the value is text."""
     if not isinstance(value, str):
         raise InputError(f"{name}: expected a text, found {value!r}")
+
+
+class Cancelled(Exception):
+    """A song was stopped between two steps, because it was requested."""

@@ -1,101 +1,79 @@
-"""Text in, music out. The keyword names are those of diffusers' `AceStepPipeline`."""
+"""Text in, music out: `prepare` turns a request into a job, `run` turns jobs into songs, `__call__` does both.
+
+The keyword names are those of diffusers' `AceStepPipeline`.
+"""
 
 import contextlib
 import dataclasses
+import functools
 import logging
-import math
-import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from acestep_jax.diffusion import denoise
+from acestep_jax.diffusion.denoise import StepCallback
+from acestep_jax.diffusion.solvers import STOCHASTIC
+from acestep_jax.distributed import on_host
 from acestep_jax.errors import InputError
-from acestep_jax.inputs import programs, tasks
-from acestep_jax.inputs.codec import Codec, bucket, on_host
-from acestep_jax.inputs.prompt import MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS, PAD, tokenize
-from acestep_jax.io import audio, checkpoint
-from acestep_jax.io.adapter import Adapter, merge_adapters, resolve_adapters
+from acestep_jax.inputs import programs, sources, tasks
+from acestep_jax.inputs.buckets import BUCKETS
+from acestep_jax.inputs.collate import (
+    check_sampling,
+    collate,
+    draw_seeds,
+    initial_noise,
+    sampling_schedule,
+    warn_of_padding,
+)
+from acestep_jax.inputs.keywords import requests_and_sampling, takes
+from acestep_jax.inputs.prepare import Job, check_length, codebook_size, load_audio, prepare
+from acestep_jax.inputs.prompt import PAD
+from acestep_jax.io import checkpoint
+from acestep_jax.io.adapter import Adapter, LoadedAdapters
 from acestep_jax.models.audio_tokenizer import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer
 from acestep_jax.models.autoencoder import AutoencoderOobleck
 from acestep_jax.models.condition_encoder import AceStepConditionEncoder
 from acestep_jax.models.qwen3 import Qwen3Model
+from acestep_jax.models.registry import FAMILY, SamplingDefaults
 from acestep_jax.models.transformer import AceStepTransformer1DModel
-from acestep_jax.request import Audio, Plan, Request, collect, is_key
-from acestep_jax.request import plan as make_plan
-from acestep_jax.sampling import Sampling
+from acestep_jax.request import Arguments, Audio, Request, Sampling, unknown_name
+from acestep_jax.song import AudioPipelineOutput, Song
 
 logger = logging.getLogger(__name__)
-
-# Lengths are padded to multiples of these, so that few programs are compiled; padding is masked.
-PROMPT_BUCKET, LYRIC_BUCKET = 64, 256  # tokens
-FADE = 0.025  # seconds at each end of a repainted region, in which its source fades out and in
-
-
-@dataclasses.dataclass(frozen=True)
-class AudioPipelineOutput:
-    """What a pipeline returns.
-
-    audios: [B, channels, samples] float32, silent after the end of a shorter song; None with `output_type="latent"`.
-    latents: [B, frames, 64] float32, zero there.
-    sample_rate: Hz.
-    seeds: of each song, to make it again; None for given noise or keys.
-    samples, frames: of each song.
-    """
-
-    audios: np.ndarray | None
-    latents: np.ndarray
-    sample_rate: int
-    seeds: tuple[int | None, ...] | None
-    samples: tuple[int, ...]
-    frames: tuple[int, ...]
-
-    def save(self, path: str | Path, *, overwrite: bool = False) -> list[Path]:
-        """Writes WAV, FLAC, OGG or MP3, by suffix. A batch becomes `song-0.wav`, `song-1.wav`, ...
-
-        Of several processes, all of which have the songs, let one save them.
-
-        Raises:
-            InputError: if there is no audio, or see `audio.check_output`.
-            OSError: if a file cannot be written.
-        """
-        if self.audios is None:
-            raise InputError('output_type="latent" gave no audio to save')
-        path = Path(path)
-        paths = [path]
-        if len(self.audios) > 1:
-            paths = [path.with_stem(f"{path.stem}-{i}") for i in range(len(self.audios))]
-        for target in paths:
-            audio.check_output(target, overwrite=overwrite)
-        for target, song, samples in zip(paths, self.audios, self.samples, strict=True):
-            audio.write(target, song[:, :samples], self.sample_rate, overwrite=overwrite)
-        return paths
 
 
 class AceStepPipeline:
     """The networks of a checkpoint, put together. Text encoding, denoising and decoding are a compiled program each.
 
-    A new number of songs or steps compiles once, and so does a new pair of buckets of duration and of text, and a new
-    number of sources, references or codes among the songs; prompts, seeds, times, regions and strengths are data, and
-    so is what the sources hold. One pipeline serves one thread at a time.
+    `Job.program_key` names the programs that a song needs. A new batch size, number of steps or key compiles once;
+    prompts, seeds, times, regions and scales are data. One pipeline serves one thread at a time.
+
+    Args:
+        transformer, condition_encoder, text_encoder, vae, audio_tokenizer, audio_token_detokenizer: the networks; those
+            that are None are not needed for what is done.
+        tokenizer: of the text encoder.
+        mesh: what the networks lie on; None: one device.
+        sampling_defaults: of this checkpoint, in place of those of its variant in `models.registry`.
     """
 
     def __init__(
         self,
-        transformer: AceStepTransformer1DModel,
-        condition_encoder: AceStepConditionEncoder,
-        text_encoder: Qwen3Model,
-        vae: AutoencoderOobleck,
-        tokenizer: Tokenizer,
+        transformer: AceStepTransformer1DModel | None = None,
+        condition_encoder: AceStepConditionEncoder | None = None,
+        text_encoder: Qwen3Model | None = None,
+        vae: AutoencoderOobleck | None = None,
+        tokenizer: Tokenizer | None = None,
         audio_tokenizer: AceStepAudioTokenizer | None = None,
         audio_token_detokenizer: AceStepAudioTokenDetokenizer | None = None,
         mesh: Mesh | None = None,
+        sampling_defaults: Mapping[str, float] | None = None,
     ):
         self.transformer = transformer
         self.condition_encoder = condition_encoder
@@ -105,376 +83,343 @@ class AceStepPipeline:
         self.audio_tokenizer = audio_tokenizer
         self.audio_token_detokenizer = audio_token_detokenizer
         self.mesh = mesh
-        self.sample_rate: int = vae.config.sampling_rate
-        self.latents_per_second: float = self.sample_rate / vae.hop_length
-        self._reporter = programs.StepReporter()
+        self.sampling_defaults = dict(sampling_defaults or {})
 
     @classmethod
-    def from_checkpoint(
-        cls, path: str | Path = checkpoint.SMALL_MODEL, *, dtype: str | None = None, mesh: Mesh | None = None
+    def from_pretrained(
+        cls,
+        path: str | Path = checkpoint.SMALL_MODEL,
+        *,
+        dtype: str | None = None,
+        mesh: Mesh | None = None,
+        networks: Sequence[str] | None = None,
+        **unknown: Any,
     ) -> "AceStepPipeline":
-        """Loads a native checkpoint.
+        """Load a native checkpoint.
 
         Args:
-            path: a folder that `python -m convert from-torch` made; by default the small model of this package.
+            path: a folder that `acestep-jax convert from-torch` wrote; by default the small model of this package.
             dtype: "float32", "bfloat16" or "float16", of weights and computation; None: as stored.
             mesh: from `acestep_jax.make_mesh`; None: the first device.
+            networks: names of the networks to load; None: all.
 
         Raises:
-            InputError: if there is no checkpoint, or it is damaged.
+            InputError: if there is no checkpoint, it is damaged, or an argument is unknown.
         """
-        networks = checkpoint.load(path, dtype=dtype, mesh=mesh)
-        return cls(**networks, tokenizer=checkpoint.load_tokenizer(path), mesh=mesh)
+        for name in unknown:
+            raise InputError(unknown_name(name, ("path", "dtype", "mesh", "networks")))
+        manifest = checkpoint.read_manifest(path, None if networks is None else networks)
+        loaded: dict[str, Any] = checkpoint.load(path, dtype=dtype, mesh=mesh, names=networks)
+        tokenizer = checkpoint.load_tokenizer(path) if "text_encoder" in loaded else None
+        return cls(**loaded, tokenizer=tokenizer, mesh=mesh, sampling_defaults=manifest.sampling)
+
+    from_checkpoint = from_pretrained
+
+    @property
+    def transformer(self) -> AceStepTransformer1DModel | None:
+        """The diffusion transformer, with the adapters that are loaded. Assigning another one discards them."""
+        return self._loaded.network
+
+    @transformer.setter
+    def transformer(self, network: AceStepTransformer1DModel | None) -> None:
+        self._loaded = LoadedAdapters.none(network)
+
+    @property
+    def adapters(self) -> Mapping[str, float]:
+        """The scale of each adapter that is loaded, by name; 0 is off. Read only, see `set_adapters`."""
+        return self._loaded.scales
 
     def load_lora(
         self,
         adapters: str | Path | Adapter | Sequence[str | Path | Adapter],
         scale: float | Sequence[float] = 1.0,
+        *,
+        name: str | Sequence[str] | None = None,
     ) -> None:
-        """Merges LoRA or DoRA adapters into `transformer`, a new network; songs take no longer than without.
-
-        What the adapters of one call change adds up; a further call starts from the weights that this one made. To
-        undo it, keep `plain = pipe.transformer` and set `pipe.transformer = plain`.
+        """Load LoRA or DoRA adapters beside the weights of `transformer`; what all that are loaded change adds up.
 
         Args:
-            adapters: a folder that training or `python -m convert lora-from-torch` made, what `load_adapter` read,
+            adapters: a folder that training or `acestep-jax convert lora-from-torch` wrote, what `load_adapter` read,
                 or several.
-            scale: strength, 1 is what was trained and 0 nothing; one for all or one for each.
+            scale: 1 is what was trained, 0 nothing; one for all or one for each.
+            name: one for each; None: the names of their folders, followed by -2, -3, ... where a name is taken.
 
         Raises:
-            InputError: if there is no adapter, it is damaged or for another model, or a scale is no finite number.
+            InputError: if there is no adapter, it is damaged or for another model, a scale is not a finite number, or a
+                name is taken.
         """
-        found, scales = resolve_adapters(adapters, scale, self.transformer.config)
         with _on_mesh(self.mesh):
-            self.transformer = merge_adapters(self.transformer, found, scales)
+            self._loaded = self._loaded.load(adapters, scale, name)
 
+    def set_adapters(self, scales: Mapping[str, float]) -> None:
+        """Change the scales of loaded adapters, which compiles nothing; those that are not named are off.
+
+        Raises:
+            InputError: if a name is unknown, or a scale is not a finite number.
+        """
+        with _on_mesh(self.mesh):
+            self._loaded = self._loaded.set(scales)
+
+    def unload_lora(self, names: str | Iterable[str] | None = None) -> None:
+        """Remove adapters, None: all; the weights are then what they were, bit for bit.
+
+        Raises:
+            InputError: if a name is unknown.
+        """
+        with _on_mesh(self.mesh):
+            self._loaded = self._loaded.unload(names)
+
+    @takes(Arguments)
     def __call__(
         self,
-        prompt: str | Request | Sequence[str | Request],
-        lyrics: str | Sequence[str] = "",
-        audio_duration: float | None = None,
-        vocal_language: str | Sequence[str] = "en",
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        shift: float | None = None,
         *,
-        seed: int | Sequence[int] | jax.Array | None = None,
-        latents: np.ndarray | jax.Array | None = None,
-        task_type: str = "text2music",
-        track_name: str | None = None,
-        complete_track_classes: Sequence[str] = (),
-        src_audio: Audio | None = None,
-        reference_audio: Audio | None = None,
-        audio_codes: str | Sequence[str] | None = None,
-        repainting_start: float | Sequence[float] | None = None,
-        repainting_end: float | Sequence[float] | None = None,
-        audio_cover_strength: float = 1.0,
         output_type: str = "np",
-        callback_on_step_end: programs.StepCallback | None = None,
-        instruction: str | None = None,
-        max_text_length: int = MAX_PROMPT_TOKENS,
-        max_lyric_length: int = MAX_LYRIC_TOKENS,
-        bpm: int | None = None,
-        keyscale: str | None = None,
-        timesignature: str | int | None = None,
-        cfg_interval_start: float = 0.0,
-        cfg_interval_end: float = 1.0,
-        cfg_interval_in: str = "t",
-        timesteps: Sequence[float] | None = None,
-        solver: str = "euler",
-        guidance: str = "apg",
-        cover_mode: str = "switch",
-        cover_noise_strength: float = 0.0,
-        repaint_injection_ratio: float = 0.0,
-        noise: str = "jax",
-        attend_to_padding: bool = False,
+        callback_on_step_end: StepCallback | None = None,
+        **keywords: Any,
     ) -> AudioPipelineOutput:
-        """Makes a song for each prompt, or for each `Request`.
+        """Generate a song for each prompt, or for each `Request`.
 
         Args:
-            prompt: one, or several for a batch; a `Request` has all that one song is asked for, in place of the
-                arguments that it names.
-            lyrics, vocal_language, audio_codes: one for all songs or one for each.
-            seed: a number, or one for each song; song i of one number s has seed s + i. Or a JAX key, or one for each
-                song. The same seed gives the same song, alone or in any batch. None: a new one, found in the result.
-            latents: the noise to start from, [B, frames, 64], instead of a seed's.
-            audio_duration, bpm, keyscale, timesignature, instruction, task_type, track_name, complete_track_classes,
-                src_audio, reference_audio, repainting_start, repainting_end, audio_cover_strength: for all songs, see
-                `Request`.
+            {arguments}
             output_type: "np", or "latent" to leave out the decoding.
-            callback_on_step_end: called with step, timestep and latents [B, frames, 64] after each step. What it
-                raises is raised when the program has ended.
-            max_text_length, max_lyric_length: tokens that are read; what is longer is cut, with a warning.
-            num_inference_steps, guidance_scale, shift, timesteps, solver, guidance, cfg_interval_start,
-                cfg_interval_end, cfg_interval_in, cover_mode, cover_noise_strength, repaint_injection_ratio, noise,
-                attend_to_padding: see `Sampling`.
+            callback_on_step_end: called with step, t and latents [B, frames, C] after each step; what it raises ends
+                the call.
+
+        A list of prompts is a batch; every argument of a song may then be a list with one value for each prompt. Song i
+        of one seed s has the seed s + i. The same seed gives the same song, alone or in any batch.
 
         Returns:
-            Audio and latents. Songs have a peak of -1 dBFS, but for repainted ones: outside of the regions these are
-            their source, sample for sample.
+            The songs. Each has a peak of -1 dBFS, but for repainted ones: outside of the regions these are their
+            source, sample for sample.
 
         Raises:
-            InputError: if an argument is out of range or of the wrong shape.
+            InputError: if an argument is unknown, out of range, of the wrong shape, or not accepted by the task.
             OSError: if a sound file cannot be read.
         """
-        shared = dict(
-            audio_duration=audio_duration,
-            bpm=bpm,
-            keyscale=keyscale,
-            timesignature=timesignature,
-            instruction=instruction,
-            task_type=task_type,
-            track_name=track_name,
-            complete_track_classes=complete_track_classes,
-            src_audio=src_audio,
-            reference_audio=reference_audio,
-            repainting_start=repainting_start,
-            repainting_end=repainting_end,
-            audio_cover_strength=audio_cover_strength,
+        requests, sampling = requests_and_sampling(keywords)
+        jobs = [self.prepare(request) for request in requests]
+        return AudioPipelineOutput(
+            self.run(jobs, Sampling(**sampling), output_type=output_type, on_step=callback_on_step_end)
         )
-        each = dict(lyrics=lyrics, vocal_language=vocal_language, audio_codes=audio_codes)
-        requests = collect(prompt, each, shared, seed, latents)
-        # One song is a batch of its own right: it is replicated over data, with a warning.
-        if self.mesh is not None and len(requests) > 1 and len(requests) % self.mesh.shape["data"]:
-            raise InputError(
-                f"prompt: {len(requests)} do not divide by the mesh's data={self.mesh.shape['data']}; give a multiple "
-                "of that, or use a mesh with data=1"
-            )
-        plans = [make_plan(request, self.codec.model) for request in requests]
-        for name in sorted({plan.task_type for plan in plans if not tasks.TASKS[plan.task_type].turbo}):
-            if self.transformer.config.turbo:
-                logger.warning("task_type %s: turbo models were not trained for it; use a base model", name)
+
+    def prepare(self, request: Request) -> Job:
+        """Read the files of a request, check all of it, and return the job, see `inputs.prepare`.
+
+        Raises:
+            InputError: if the request cannot be fulfilled.
+            OSError: if a sound file cannot be read.
+        """
+        job = prepare(request, self.configs, self._need("tokenizer"))
+        config = self.transformer.config if self.transformer is not None else None
+        if config is not None and config.turbo and not job.task.turbo:
+            logger.warning("task_type %s: turbo models were not trained for it; use a base model", job.task_type)
+        return job
+
+    def run(
+        self,
+        jobs: Sequence[Job],
+        sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+        *,
+        output_type: str = "np",
+        on_step: StepCallback | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[Song]:
+        """Generate the songs of jobs as one batch, padded for buckets and the mesh.
+
+        Args:
+            output_type: see `__call__`.
+            on_step: called with step, t and latents [B, frames, C] after each step; what it raises ends the run.
+            should_stop: asked before each step; if it returns true, the run ends.
+
+        Raises:
+            InputError: if the sampling is not accepted by a job's task, or its times are out of range.
+            Cancelled: if `should_stop` said so.
+        """
         if output_type not in ("np", "latent"):
             raise InputError(f'output_type: expected "np" or "latent", found {output_type!r}')
-        sampling = Sampling(
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            shift=shift,
-            timesteps=timesteps,
-            solver=solver,
-            guidance=guidance,
-            cfg_interval_start=cfg_interval_start,
-            cfg_interval_end=cfg_interval_end,
-            cfg_interval_in=cfg_interval_in,
-            cover_mode=cover_mode,
-            cover_noise_strength=cover_noise_strength,
-            repaint_injection_ratio=repaint_injection_ratio,
-            noise=noise,
-            attend_to_padding=attend_to_padding,
+        if not jobs:
+            return []
+        check_sampling(jobs, sampling)
+        transformer = self._need("transformer")
+        config = transformer.config
+        times, guided, scale = sampling_schedule(sampling, self.defaults, turbo=config.turbo)
+        steps, count = len(times) - 1, len(jobs)
+        # One song is replicated over a mesh's data; several are filled up with copies of the last one.
+        multiple = 1 if self.mesh is None or count == 1 else self.mesh.shape["data"]
+        jobs = [*jobs, *[jobs[-1]] * (-count % multiple)]
+        pad = None
+        if sampling.attend_to_padding:
+            pad = self._need("tokenizer").token_to_id(PAD) or 0
+            warn_of_padding(jobs, self._need("condition_encoder").config.sliding_window)
+        batch = collate(jobs, pad=pad)
+        draws_noise = sampling.solver in STOCHASTIC
+        seeds, keys = draw_seeds(jobs, needed=draws_noise)
+        dtype = transformer.runtime.dtype
+        drawn = initial_noise(
+            jobs,
+            seeds,
+            keys,
+            sampling.noise,
+            frames=batch.frames,
+            channels=config.audio_acoustic_hidden_dim,
+            dtype=dtype,
         )
-        if cover_noise_strength and any(plan.task_type != "cover" for plan in plans):
-            raise InputError("cover_noise_strength: only covers start from their source; leave it at 0 for others")
-        times, guided_steps, scale = sampling.schedule(self.transformer.config.turbo, self.transformer.config.variant)
-        seeds, keys, drawn = self._noise(requests, [plan.frames for plan in plans], noise, sampling.draws_noise)
-        lengths = np.array([plan.frames for plan in plans], np.int32)
-        strengths = np.array([plan.cover_strength for plan in plans], np.float32)
-        limits = (max_text_length, max_lyric_length)
-
-        with _on_mesh(self.mesh), _progress_bar() as bar:
+        method = denoise.Method(
+            solver=sampling.solver,
+            guidance=sampling.guidance if scale > 1 else None,
+            blend=batch.plain is not None and sampling.cover_mode == "blend",
+        )
+        watches = on_step is not None or should_stop is not None
+        with _on_mesh(self.mesh), _progress_bar(steps + 2) as bar:
             bar.set_description("encoding")
-            clean, source = self._source_latents(plans, drawn.shape[1])
-            references = self._references(plans)
-            words = [plan.lyrics for plan in plans]
-            texts, plain = [plan.text for plan in plans], [plan.plain_text for plan in plans]
-            condition, cover = self._encode(texts, words, references, limits, attend_to_padding), None
-            if (strengths < 1).any():
-                turned = self._encode(plain, words, references, limits, attend_to_padding)
-                size = max(condition.tokens.shape[1], turned.tokens.shape[1])  # so that one can take the other's place
-                condition, turned = _padded(condition, size), _padded(turned, size)
-                cover = programs.Cover(turned, strengths)
-            mask, injection = _rows(plans, "mask", drawn), None
-            if repaint_injection_ratio and any(plan.kept for plan in plans):
-                steps = np.int32(round(repaint_injection_ratio * (len(times) - 1)))
-                made = mask | ~np.array([[plan.kept] for plan in plans])
-                injection = programs.Injection(made, drawn, clean, steps)
+            networks = self.networks
+            clean, source = sources.source_latents(networks, jobs, batch.frames, drawn.shape[2])
+            condition, plain = sources.conditions(
+                networks,
+                batch,
+                sources.references(self._need("vae"), jobs),
+                attend_to_padding=sampling.attend_to_padding,
+            )
+            kept = batch.keeps_source[:, None] & ~batch.mask
+            injects = sampling.repaint_injection_ratio > 0 and bool(batch.keeps_source.any())
+            inputs = denoise.Inputs(
+                x=times[0] * drawn + (1 - times[0]) * clean if sampling.cover_noise_strength else drawn,
+                lengths=batch.lengths,
+                condition=condition,
+                source=source,
+                silent=batch.silent,
+                mask=batch.mask,
+                times=times,
+                guided=guided,
+                guidance_scale=np.float32(scale),
+                keys=keys if draws_noise else None,
+                plain_condition=plain,
+                cover_strength=None if plain is None else batch.cover_strength,
+                kept=kept if injects else None,
+                clean=clean if injects else None,
+                noise=drawn if injects else None,
+                injected_steps=np.int32(round(sampling.repaint_injection_ratio * (len(times) - 1)))
+                if injects
+                else None,
+            )
             bar.update()
-            bar.set_description(f"denoising in {len(times) - 1} steps")
-            with self._reporter.watching(callback_on_step_end, lengths.max()) as report:
-                x = programs.denoise(
-                    self.transformer,
-                    self.condition_encoder,
-                    times[0] * drawn + (1 - times[0]) * clean if cover_noise_strength else drawn,
-                    lengths,
-                    condition,
-                    programs.Context(source, _rows(plans, "silent", drawn), mask),
-                    times,
-                    np.float32(scale),
-                    guided_steps,
-                    keys if sampling.draws_noise else None,
-                    cover,
-                    injection,
-                    program=programs.Program(
-                        solver, guidance if scale > 1 else None, cover is not None and cover_mode == "blend"
-                    ),
-                    report=report,
+            bar.set_description("denoising")
+            if watches or not bar.disable:
+                stepped = functools.partial(_stepped, bar, on_step)
+                x = denoise.denoise_in_pieces(
+                    transformer,
+                    self._need("condition_encoder"),
+                    inputs,
+                    method=method,
+                    on_step=stepped,
+                    should_stop=should_stop,
                 )
+            else:
+                x = denoise.denoise(transformer, self._need("condition_encoder"), inputs, method=method)
                 x.block_until_ready()
-            bar.update()
+                bar.update(steps)
             audios = None
             if output_type == "np":
                 bar.set_description("decoding")
-                audios = on_host(programs.decode(self.vae, x, lengths, np.array([not plan.kept for plan in plans])))
-                audios = self._finish(plans, audios)
+                audios = on_host(programs.decode(self._need("vae"), x, batch.lengths, ~batch.keeps_source))
             bar.update()
             bar.set_description("done")
-        latents = np.array(on_host(x)[:, : lengths.max()])
-        for row, length in zip(latents, lengths, strict=True):
-            row[length:] = 0
-        samples = tuple(plan.samples for plan in plans)
-        return AudioPipelineOutput(audios, latents, self.sample_rate, seeds, samples, tuple(lengths.tolist()))
+        latents = np.asarray(on_host(x))
+        return [
+            Song(
+                audio=None if audios is None else sources.finished(job, audios[i], self._need("vae").config),
+                latents=latents[i, : job.frames].copy(),
+                sample_rate=self.sample_rate,
+                seed=seeds[i],
+            )
+            for i, job in enumerate(jobs[:count])
+        ]
+
+    def song_to_codes(self, song: Audio) -> np.ndarray:
+        """Return the audio codes of a song, [n] int32, 5 for each second.
+
+        Args:
+            song: a sound file, or an array [channels, samples].
+
+        Raises:
+            InputError: if there is no audio tokenizer, or the song cannot be read.
+        """
+        self._check_tokenizer()
+        vae = self._need("vae")
+        wave = load_audio(song, "song", vae.config)
+        wave = np.pad(wave, ((0, 0), (0, -wave.shape[1] % vae.hop_length)))
+        frames = wave.shape[1] // vae.hop_length
+        with _on_mesh(self.mesh):
+            latents = sources.encode_audio(vae, [wave], BUCKETS.frames_of(frames))
+            return sources.tokenize(self.networks, latents, [frames])[0]
+
+    def codes_to_song(self, text: str) -> np.ndarray:
+        """Return the audio [channels, samples] float32 that codes as text stand for, with a peak of -1 dBFS.
+
+        Raises:
+            InputError: if there is no audio tokenizer, no code in the text, or one that is out of range.
+        """
+        codes = tasks.codes_from_text(text, self._check_tokenizer())
+        frames = len(codes) * self._need("audio_tokenizer").config.pool_window_size
+        check_length(frames / self.latents_per_second, "audio_codes")
+        with _on_mesh(self.mesh):
+            latents = sources.detokenize(self.networks, [codes], BUCKETS.frames_of(frames))
+            vae = self._need("vae")
+            made = programs.decode(vae, latents, np.array([frames], np.int32), np.array([True]))
+        return on_host(made)[0, :, : frames * vae.hop_length]
 
     @property
-    def codec(self) -> Codec:
-        """The networks between songs, latents and codes."""
-        return Codec(self.vae, self.condition_encoder, self.audio_tokenizer, self.audio_token_detokenizer)
+    def networks(self) -> dict[str, Any]:
+        """The networks that are loaded, by name."""
+        found = {name: getattr(self, name) for name in FAMILY.networks}
+        return {name: network for name, network in found.items() if network is not None}
 
-    def _check_padding(self, lengths: np.ndarray) -> None:
-        """Warns where padding of lyrics, which reads the lyrics before it, is so far from them that it reads nothing:
-        what the torch model makes of it then, the mean of everything, is not made here."""
-        window = self.condition_encoder.config.sliding_window
-        if (most := lengths.max() - lengths.min()) > window:
-            logger.warning(
-                "attend_to_padding: lyrics differ by %d tokens, more than the window of %d: not exactly what diffusers "
-                "computes",
-                most,
-                window,
-            )
+    @property
+    def configs(self) -> dict[str, Any]:
+        """The architectures of the networks that are loaded, by name."""
+        return {name: network.config for name, network in self.networks.items()}
 
-    def _source_latents(self, plans: Sequence[Plan], size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Latents of the songs to work on, and what the transformer is shown of them; zeros where there is none.
-        [B, size, 64] float32 each."""
-        clean = np.zeros((len(plans), size, self.transformer.config.audio_acoustic_hidden_dim), np.float32)
-        codes = {i: plan.codes for i, plan in enumerate(plans) if plan.codes is not None}
-        if rows := [i for i, plan in enumerate(plans) if plan.source is not None]:
-            clean[rows] = self.codec.encode([plans[i].source for i in rows], size)
-        if rows := [i for i, plan in enumerate(plans) if plan.tokenized]:
-            found = self.codec.tokenize(clean[rows], [plans[i].frames for i in rows])
-            codes |= dict(zip(rows, found, strict=True))
-        source = clean.copy()
-        if codes:
-            made = self.codec.detokenize(list(codes.values()), size)
-            for i, latents in zip(codes, made, strict=True):
-                source[i] = latents
-                if plans[i].source is None:
-                    clean[i] = latents
-        return clean, source
+    @property
+    def sample_rate(self) -> int:
+        """Hz."""
+        return self._need("vae").config.sampling_rate
 
-    def _encode(
-        self,
-        texts: list[str],
-        words: list[str],
-        references: tuple[jax.Array, np.ndarray] | None,
-        limits: tuple[int, int],
-        attend_to_padding: bool,
-    ) -> programs.Condition:
-        """The condition of songs with these texts and lyrics."""
-        pad = PAD if attend_to_padding else None
-        # Padding that counts must be diffusers': to the longest of the batch, with its token.
-        multiples = (1, 1) if attend_to_padding else (PROMPT_BUCKET, LYRIC_BUCKET)
-        tokens = tokenize(self.tokenizer, texts, max_length=limits[0], multiple=multiples[0], what="prompt", pad=pad)
-        lyrics = tokenize(self.tokenizer, words, max_length=limits[1], multiple=multiples[1], what="lyrics", pad=pad)
-        if attend_to_padding:
-            self._check_padding(lyrics.mask.sum(1))
-        clips, owners = references or (None, None)
-        return programs.encode(
-            self.text_encoder,
-            self.condition_encoder,
-            tokens,
-            lyrics,
-            clips,
-            owners,
-            attend_to_padding=attend_to_padding,
-        )
+    @property
+    def latents_per_second(self) -> float:
+        """Latent frames in a second, Hz."""
+        return self.sample_rate / self._need("vae").hop_length
 
-    def _references(self, plans: Sequence[Plan]) -> tuple[jax.Array, np.ndarray] | None:
-        """Latents of the reference clips [N, 750, 64], and which of them is each song's, N for none."""
-        rows = [i for i, plan in enumerate(plans) if plan.reference is not None]
-        if not rows:
-            return None
-        waves = np.stack([plans[i].reference for i in rows])
-        owners = np.full(len(plans), len(rows), np.int32)
-        owners[rows] = np.arange(len(rows))
-        return programs.encode_audio(self.vae, waves, np.full(len(rows), waves.shape[-1], np.int32)), owners
+    @property
+    def defaults(self) -> SamplingDefaults:
+        """What `Sampling` leaves open: the variant's defaults, or the checkpoint's own."""
+        config = self._need("transformer").config
+        variant = config.variant if config.variant in FAMILY.defaults else "turbo" if config.turbo else "base"
+        return dataclasses.replace(FAMILY.defaults[variant], **self.sampling_defaults)
 
-    def _finish(self, plans: Sequence[Plan], audios: np.ndarray) -> np.ndarray:
-        """Cut to the longest song; silent after the others; with the source outside of what was repainted."""
-        songs = np.zeros((*audios.shape[:2], max(plan.samples for plan in plans)), np.float32)
-        for song, made, plan in zip(songs, audios, plans, strict=True):
-            made = made[:, : plan.samples]
-            if plan.kept:
-                mask = np.repeat(plan.mask, self.vae.hop_length)[: plan.samples]
-                source = plan.source[:, : plan.samples]
-                made = audio.splice(source, made, mask, plan.source_samples, round(FADE * self.sample_rate))
-            song[:, : plan.samples] = made
-        return songs
+    def _need(self, name: str) -> Any:
+        found = getattr(self, name)
+        if found is None:
+            raise InputError(f"the pipeline was loaded without {name}; load it with this network")
+        return found
 
-    def _noise(
-        self, requests: Sequence[Request], frames: Sequence[int], kind: str, needs_keys: bool
-    ) -> tuple[tuple[int | None, ...] | None, jax.Array, np.ndarray]:
-        """Seeds where there are some, each song's key [B], and its noise [B, bucket, 64], which begins the same in
-        every bucket."""
-        shape = (bucket(max(frames)), self.transformer.config.audio_acoustic_hidden_dim)
-        seeds, keys = _seeds(requests, needs_keys)
-        # Drawn on the host, so that it may go to any device, mesh or process.
-        noise = np.array(programs.noise(keys, shape))
-        for i, request in enumerate(requests):
-            size = (frames[i], shape[1])
-            if request.latents is not None:
-                given = np.asarray(request.latents, np.float32)
-                if given.shape != size:
-                    raise InputError(
-                        f"latents: expected {list(size)} (frames, channels) for each song, found {list(given.shape)}"
-                    )
-            elif kind == "jax":
-                continue
-            elif seeds is None or seeds[i] is None:
-                raise InputError("noise: PyTorch's is drawn from numbers; give a number as the seed, no key")
-            else:
-                drawn = noise.cuda_normal(seeds[i], math.prod(size), noise.gpu_threads(kind))
-                # PyTorch draws in the network's dtype.
-                given = drawn.reshape(size).astype(self.transformer.config.dtype).astype(np.float32)
-            noise[i] = np.pad(given, ((0, shape[0] - frames[i]), (0, 0)))
-        return seeds, keys, noise
+    def _check_tokenizer(self) -> int:
+        """Return how many audio codes there are; raise InputError if the networks for them are missing."""
+        size = codebook_size(self.configs)
+        if size is None:
+            raise InputError("the checkpoint has no audio tokenizer and detokenizer; convert one that has them")
+        return size
 
 
-def _seeds(requests: Sequence[Request], needed: bool) -> tuple[tuple[int | None, ...] | None, jax.Array]:
-    """Seeds, new ones for songs that have none and need one, and the keys of all. None: a key or noise was given."""
-    fresh = secrets.randbelow(2**32 - len(requests))
-    if jax.process_count() > 1:
-        fresh = int(multihost_utils.broadcast_one_to_all(np.uint32(fresh)))
-    seeds, keys = [], []
-    for i, request in enumerate(requests):
-        seed = request.seed
-        if is_key(seed):
-            seeds.append(None)
-            keys.append(seed)
-            continue
-        if seed is None and (request.latents is None or needed):
-            seed = fresh + i
-        if seed is not None and not 0 <= seed < 2**32:
-            raise InputError(f"seed: expected numbers from 0 to 2^32 - 1, found {seed}")
-        seeds.append(seed)
-        keys.append(jax.random.key(np.uint32(seed or 0)))
-    return None if set(seeds) == {None} else tuple(seeds), jnp.stack(keys)
+def _stepped(bar: tqdm, on_step: StepCallback | None, step: int, t: float, latents: np.ndarray) -> None:
+    """Advance the bar by a step, and call what watches the run."""
+    bar.update()
+    if on_step is not None:
+        on_step(step, t, latents)
 
 
-def _padded(condition: programs.Condition, size: int) -> programs.Condition:
-    """With zeros up to so many tokens, which do not count."""
-    tokens = jnp.pad(condition.tokens, ((0, 0), (0, size - condition.tokens.shape[1]), (0, 0)))
-    return condition._replace(tokens=tokens)
+def _progress_bar(total: int) -> tqdm:
+    return tqdm(total=total, unit="step", disable=None if jax.process_index() == 0 else True)
 
 
-def _rows(plans: Sequence[Plan], name: str, like: np.ndarray) -> np.ndarray:
-    """[B, size] bool: a field of all plans, true in the padding."""
-    rows = np.ones(like.shape[:2], bool)
-    for row, plan in zip(rows, plans, strict=True):
-        row[: plan.frames] = getattr(plan, name)
-    return rows
-
-
-def _progress_bar() -> tqdm:
-    return tqdm(total=3, unit="stage", disable=None if jax.process_index() == 0 else True)
-
-
-def _on_mesh(mesh: Mesh | None):
+def _on_mesh(mesh: Mesh | None) -> Any:
     return jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext()

@@ -1,354 +1,261 @@
-"""What one song is asked for, and what that means in frames, texts and arrays."""
+"""What can be requested: `Request` for one song, `Sampling` for how a batch of songs is sampled.
 
-import dataclasses
-import math
-import operator
-from collections.abc import Sequence
+This is the only place where an argument is written down: its name, type, default, help, unit and range. The keywords of
+`AceStepPipeline.__call__`, the options of the command line, the keys of a JSONL line and the documentation's tables are
+derived from the fields of these two dataclasses, see `acestep_jax.arguments`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from acestep_jax.errors import InputError, check_number, check_text
-from acestep_jax.inputs import tasks
-from acestep_jax.inputs.prompt import lyric_text, prompt_text
-from acestep_jax.io import audio
+from acestep_jax.arguments import argument, arguments, check_fields, unknown_name
+from acestep_jax.diffusion.guidance import GUIDANCE
+from acestep_jax.diffusion.noise import gpu_threads
+from acestep_jax.diffusion.solvers import SOLVERS
+from acestep_jax.errors import InputError
 
 MIN_DURATION, MAX_DURATION = 10.0, 600.0  # seconds
-DEFAULT_DURATION = 60.0
-MIN_SOURCE = 1.0  # seconds
-REFERENCE_SECONDS = 30
+DEFAULT_DURATION = 60.0  # seconds
+MAX_PROMPT_TOKENS, MAX_LYRIC_TOKENS = 256, 2048  # what the model was trained on
 
 Audio = str | Path | np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Request:
-    """One song. The fields are the arguments of `AceStepPipeline.__call__` that may differ within a batch.
-
-    prompt: what the music is like.
-    lyrics: "[Instrumental]" asks for no voice; vocal_language: of the lyrics.
-    audio_duration: seconds, 10 to 600; None: 60. With a source or codes, the song is as long as those, and this is
-        only what the model is told; None: the truth.
-    bpm: beats per minute, 30 to 300; keyscale: such as "F# minor"; timesignature: 2, 3, 4 or 6. None: the model
-        decides.
-    instruction: None: that of the task.
-    task_type: text2music, repaint, cover, extract, lego or complete, see `acestep_jax.inputs.tasks`.
-    track_name: of extract and lego; complete_track_classes: of complete. See `acestep_jax.inputs.tasks.TRACKS`.
-    src_audio: the song to work on, a file or an array [channels, samples] at the pipeline's sample rate.
-    reference_audio: what it should sound like, likewise; None: the model decides.
-    audio_codes: "<|audio_code_123|>...", 5 in a second, to make a cover of instead of a song.
-    repainting_start, repainting_end: seconds of the source, of what repaint makes anew and lego fills; None, or -1 for
-        the end: from the beginning, to the end; one of each, or as many starts as ends for several regions. What begins
-        before 0 or ends after the source makes the song longer.
-    audio_cover_strength: 0 to 1, how long or how much the source of a cover counts.
-    seed: from 0 to 2^32 - 1, or a JAX key. None: a new one.
-    latents: the noise to start from, [frames, 64], instead of a seed's.
-    """
-
-    prompt: str
-    lyrics: str = ""
-    audio_duration: float | None = None
-    vocal_language: str = "en"
-    bpm: int | None = None
-    keyscale: str | None = None
-    timesignature: str | int | None = None
-    instruction: str | None = None
-    task_type: str = "text2music"
-    track_name: str | None = None
-    complete_track_classes: Sequence[str] = ()
-    src_audio: Audio | None = None
-    reference_audio: Audio | None = None
-    audio_codes: str | None = None
-    repainting_start: float | Sequence[float] | None = None
-    repainting_end: float | Sequence[float] | None = None
-    audio_cover_strength: float = 1.0
-    seed: int | jax.Array | None = None
-    latents: np.ndarray | None = None
-
-    def __post_init__(self):
-        """Raises InputError if a value is of the wrong kind."""
-        for name in ("prompt", "lyrics", "vocal_language", "task_type"):
-            check_text(name, getattr(self, name))
-        for name in ("keyscale", "instruction", "track_name", "audio_codes"):
-            if getattr(self, name) is not None:
-                check_text(name, getattr(self, name))
-        for name in ("audio_duration", "audio_cover_strength"):
-            if name != "audio_duration" or self.audio_duration is not None:
-                check_number(name, getattr(self, name))
-        if self.bpm is not None:
-            check_number("bpm", self.bpm, whole=True)
-        if self.seed is not None and not is_key(self.seed):
-            check_number("seed", self.seed, whole=True)
-        if isinstance(self.complete_track_classes, str):
-            raise InputError(
-                f"complete_track_classes: expected a list of tracks, found {self.complete_track_classes!r}"
-            )
-        for name in ("repainting_start", "repainting_end"):
-            value = getattr(self, name)
-            if isinstance(value, np.ndarray):
-                object.__setattr__(self, name, value := value.tolist())
-            for item in value if isinstance(value, list | tuple) else [value]:
-                if item is not None:
-                    check_number(name, item)
-
-
-def collect(prompt: str | Request | Sequence[str | Request], each: dict, shared: dict, seed, latents) -> list[Request]:
-    """A request for each prompt; one that is a `Request` already stays.
-
-    Args:
-        each: fields with one value for all, or a list of them.
-        shared: fields with one value.
-        seed: a number, from which the songs count on, a key, or one for each.
-        latents: [B, frames, 64] or None.
+    """One song. Fields hold what the user gave; `inputs.prepare` checks how they go together.
 
     Raises:
-        InputError: if there is no prompt, a list is of another length, a seed is none, or a `Request` comes with
-            further values of its own fields.
-    """
-    prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
-    if not prompts:
-        raise InputError("prompt: the list is empty; give at least one")
-    count = len(prompts)
-    lists = {name: list(v) if isinstance(v, list | tuple) else [v] * count for name, v in each.items()}
-    lists["latents"] = [None] * count if latents is None else list(np.asarray(latents, np.float32))
-    lists["seed"] = _seed_of_each(seed, count)
-    for name, values in lists.items():
-        if len(values) != count:
-            raise InputError(f"{name}: expected one or {count}, one for each prompt, found {len(values)}")
-    defaults = {field.name: field.default for field in dataclasses.fields(Request)}
-    requests = []
-    for i, item in enumerate(prompts):
-        values = shared | {name: list_[i] for name, list_ in lists.items()}
-        if not isinstance(item, Request):
-            item = Request(item, **values)
-        elif given := [k for k, v in values.items() if v is not None and not np.array_equal(v, defaults[k])]:
-            raise InputError(f"{given[0]}: prompt {i} is a Request, which has its own; set it there")
-        requests.append(item)
-    return requests
-
-
-def _seed_of_each(seed, count: int) -> list:
-    """A number or key for each song, or None."""
-    if seed is None:
-        return [None] * count
-    if is_key(seed):
-        keys = jax.random.wrap_key_data(np.asarray(jax.random.key_data(seed)), impl=jax.random.key_impl(seed))
-        return list(jax.vmap(jax.random.fold_in, (None, 0))(keys, np.arange(count)) if keys.ndim == 0 else keys)
-    try:
-        seeds = [operator.index(s) for s in np.atleast_1d(np.asarray(seed)).tolist()]
-    except TypeError:
-        raise InputError(f"seed: expected whole numbers or a key of jax.random.key, found {seed!r}") from None
-    return seeds if np.ndim(seed) else [seeds[0] + i for i in range(count)]
-
-
-def is_key(seed) -> bool:
-    """Whether it is a key of jax.random.key, or several."""
-    return isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
-
-
-class Model(NamedTuple):
-    """What a plan depends on of the model."""
-
-    sample_rate: int  # Hz
-    hop: int  # samples in a latent frame
-    channels: int  # of the audio
-    codebook_size: int | None  # None: there is no audio tokenizer
-    window: int  # latent frames in a code
-
-    @property
-    def rate(self) -> float:
-        """Latent frames in a second."""
-        return self.sample_rate / self.hop
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A request that has been checked. Frames are latent ones, of the song that is made.
-
-    task_type: of the request, or cover where it has codes.
-    text, lyrics: what the encoders read; plain_text: as if it were text to music, for weak covers.
-    frames, samples: of the song.
-    source: [channels, frames * hop], silent where there is no source; None: no source.
-    source_samples: first and one past the last of `source` that are the source's.
-    codes: [n] int32 to make the source latents of; tokenized: those are the source's own.
-    silent: [frames] bool, where the source latents are replaced by silence; mask: [frames] bool, the chunk mask.
-    reference: [channels, 30 s], None: silence.
-    kept: whether the audio outside of the mask is the source's.
-    cover_strength: below 1 only for covers.
+        InputError: if a value is of the wrong type or out of range.
     """
 
-    task_type: str
-    text: str
-    lyrics: str
-    plain_text: str
-    frames: int
-    samples: int
-    source: np.ndarray | None
-    source_samples: tuple[int, int]
-    codes: np.ndarray | None
-    tokenized: bool
-    silent: np.ndarray
-    mask: np.ndarray
-    reference: np.ndarray | None
-    kept: bool
-    cover_strength: float
-
-
-def plan(request: Request, model: Model) -> Plan:
-    """Reads the files of a request, checks all of it, and decides what is to be done.
-
-    Raises:
-        InputError: if an argument is out of range, of the wrong shape, or does not go with the task; if a file is no
-            audio that can be read.
-        OSError: if there is no such file.
-    """
-    task_type = request.task_type
-    if request.audio_codes is not None and task_type == "text2music":
-        task_type = "cover"
-    task = tasks.find(task_type)
-    _check_arguments(request, task_type, task, model)
-    source, codes = None, None
-    source_samples = (0, 0)
-    if request.src_audio is not None:
-        source = load_audio(request.src_audio, "src_audio", model)
-        source, source_samples, mask = _lay_out(source, request, task, model)
-        frames = len(mask)
-        # As long as the source to the sample, but for what regions add behind it.
-        samples = source_samples[1] if source_samples[1] > (frames - 1) * model.hop else frames * model.hop
-    elif request.audio_codes is not None:
-        codes = tasks.codes_from_text(request.audio_codes, model.codebook_size)
-        frames = len(codes) * model.window
-        check_length(frames / model.rate, "audio_codes")
-        mask, samples = np.ones(frames, bool), frames * model.hop
-    else:
-        frames = math.ceil(_duration(request.audio_duration) * model.rate)
-        mask, samples = np.ones(frames, bool), frames * model.hop
-    silent = mask & task.silent_regions if task.needs_audio else np.ones(frames, bool)
-
-    seconds = _duration(request.audio_duration) if request.audio_duration is not None else frames / model.rate
-    names = request.complete_track_classes or ([request.track_name] if request.track_name else ())
-    usual = tasks.instruction(task_type, names)
-    told = dict(audio_duration=seconds, bpm=request.bpm, keyscale=request.keyscale, timesignature=request.timesignature)
-    return Plan(
-        task_type=task_type,
-        text=prompt_text(request.prompt, instruction=request.instruction or usual, **told),
-        lyrics=lyric_text(request.lyrics, request.vocal_language),
-        plain_text=prompt_text(request.prompt, instruction=tasks.instruction("text2music"), **told),
-        frames=frames,
-        samples=samples,
-        source=source,
-        source_samples=source_samples,
-        codes=codes,
-        tokenized=task.tokenized and source is not None,
-        silent=silent,
-        mask=mask,
-        reference=None if request.reference_audio is None else _reference(request.reference_audio, model),
-        kept=task.silent_regions,
-        cover_strength=request.audio_cover_strength,
+    prompt: str = argument(help="Description of the music.", metavar="PROMPT")
+    lyrics: str = argument(
+        "",
+        help='Lyrics to sing; "[Instrumental]" requests no vocals. @FILE reads them from a file.',
+        metavar="TEXT",
+        from_file=True,
+    )
+    audio_duration: float | None = argument(
+        None,
+        help="Duration of the song. With a source or audio codes the song is as long as those, and this is only what "
+        "the model is told.",
+        unit="s",
+        minimum=MIN_DURATION,
+        maximum=MAX_DURATION,
+        flag="duration",
+        meaning=f"{DEFAULT_DURATION:g}, or the length of the source",
+    )
+    vocal_language: str = argument(
+        "en", help="Language code of the lyrics, such as en, zh or ja.", flag="language", metavar="CODE"
+    )
+    _: KW_ONLY
+    bpm: int | None = argument(
+        None, help="Tempo.", unit="beats per minute", minimum=30, maximum=300, meaning="chosen by the model"
+    )
+    keyscale: str | None = argument(
+        None, help='Key and mode, such as "F# minor".', flag="key", metavar="KEY", meaning="chosen by the model"
+    )
+    timesignature: str | int | None = argument(
+        None,
+        help="Beats in a bar: 2, 3, 4 or 6.",
+        flag="time-signature",
+        metavar="N",
+        meaning="chosen by the model",
+    )
+    instruction: str | None = argument(
+        None, help="Instruction to the model in place of the task's own.", metavar="TEXT", meaning="that of the task"
+    )
+    task_type: str = argument(
+        "text2music",
+        help="Task: text2music, repaint, cover, extract, lego or complete.",
+        flag="task",
+        metavar="TASK",
+    )
+    track_name: str | Sequence[str] | None = argument(
+        None,
+        help="Track to extract, to add (lego) or to complete the song with, such as vocals or drums; repeatable for "
+        "complete.",
+        flag="track",
+        metavar="NAME",
+        meaning="none",
+    )
+    complete_track_classes: Sequence[str] = argument(
+        (), help="Tracks to complete the song with; the name that diffusers has for track_name there.", flag=""
+    )
+    src_audio: Audio | None = argument(
+        None,
+        help="Source: the song that every task but text2music works on, a sound file or an array [channels, samples] "
+        "at the pipeline's sample rate.",
+        flag="source",
+        metavar="FILE",
+        meaning="none",
+    )
+    reference_audio: Audio | None = argument(
+        None,
+        help="Reference for the timbre, a sound file or an array [channels, samples] at the pipeline's sample rate.",
+        flag="reference",
+        metavar="FILE",
+        meaning="chosen by the model",
+    )
+    audio_codes: str | None = argument(
+        None,
+        help='Audio codes as text, "<|audio_code_123|>...", 5 for each second, to make a cover of in place of a '
+        "source. @FILE reads them from a file.",
+        flag="codes",
+        metavar="TEXT",
+        from_file=True,
+        meaning="none",
+    )
+    repainting_start: float | Sequence[float] | None = argument(
+        None,
+        help="Start of a region to repaint or to fill (lego); repeatable; negative extends the song at the front.",
+        unit="s",
+        flag="start",
+        meaning="the beginning",
+    )
+    repainting_end: float | Sequence[float] | None = argument(
+        None,
+        help="End of that region, -1 for the end of the source; repeatable; past the end of the source extends the "
+        "song.",
+        unit="s",
+        flag="end",
+        meaning="the end of the source",
+    )
+    audio_cover_strength: float = argument(
+        1.0,
+        help="Fraction of the sampling steps for which a cover follows its source, or the weight with which it does, "
+        "see cover_mode.",
+        minimum=0,
+        maximum=1,
+        flag="cover-strength",
+    )
+    seed: int | jax.Array | None = argument(
+        None,
+        help="Seed of the noise, or a JAX key; the same seed gives the same song.",
+        minimum=0,
+        maximum=2**32 - 1,
+        meaning="a new one, which is reported",
+    )
+    latents: np.ndarray | None = argument(
+        None,
+        help="Initial noise, an array [frames, channels], in place of the seed's.",
+        flag="",
+        json=False,
+    )
+    max_text_length: int = argument(
+        MAX_PROMPT_TOKENS,
+        help="Maximum number of prompt tokens; longer prompts are truncated with a warning.",
+        minimum=1,
+        flag="",
+    )
+    max_lyric_length: int = argument(
+        MAX_LYRIC_TOKENS,
+        help="Maximum number of lyric tokens; longer lyrics are truncated with a warning.",
+        minimum=1,
+        flag="",
     )
 
-
-def _check_arguments(request: Request, task_type: str, task: tasks.Task, model: Model) -> None:
-    """Raises InputError where arguments do not go together."""
-    has_audio = request.src_audio is not None
-    if has_audio and not task.needs_audio:
-        others = ", ".join(name for name, other in tasks.TASKS.items() if other.needs_audio)
-        raise InputError(f"src_audio: the task {task_type} takes none; set task_type to one of {others}")
-    if request.audio_codes is not None:
-        if has_audio:
-            raise InputError("audio_codes, src_audio: expected one of them, found both")
-        if task_type != "cover":
-            raise InputError(f"audio_codes: the task {task_type} takes none; set task_type to cover")
-    elif task.needs_audio and not has_audio:
-        raise InputError(f"src_audio: the task {task_type} needs a song to work on; give a file or an array")
-    if task.tokenized and model.codebook_size is None:
-        raise InputError(
-            f"task_type: {task_type} needs the audio tokenizer, which this checkpoint lacks; convert one that has it"
-        )
-    if not task.has_regions and not (request.repainting_start is None and request.repainting_end is None):
-        raise InputError(f"repainting_start, repainting_end: the task {task_type} takes none; set task_type to repaint")
-    if not 0 <= request.audio_cover_strength <= 1:
-        raise InputError(f"audio_cover_strength: expected 0 to 1, found {request.audio_cover_strength}")
-    if request.audio_cover_strength < 1 and task_type != "cover":
-        raise InputError(f"audio_cover_strength: the task {task_type} takes none; leave it at 1")
-    if request.track_name is not None and task_type == "complete":
-        raise InputError("track_name: the task complete takes complete_track_classes instead")
-    if request.complete_track_classes and task_type != "complete":
-        raise InputError(f"complete_track_classes: the task {task_type} takes none; leave it out")
+    def __post_init__(self):
+        check_fields(self)
 
 
-def _lay_out(
-    source: np.ndarray, request: Request, task: tasks.Task, model: Model
-) -> tuple[np.ndarray, tuple[int, int], np.ndarray]:
-    """The source within the song that is made: its audio, where it begins and ends, and the chunk mask."""
-    frames = math.ceil(source.shape[1] / model.hop)
-    left, mask = 0, np.ones(frames, bool)
-    if task.has_regions:
-        starts, ends = (
-            x if isinstance(x, list | tuple) else [x] for x in (request.repainting_start, request.repainting_end)
-        )
-        if len(starts) != len(ends) or not starts:
-            raise InputError(
-                f"repainting_start, repainting_end: expected as many of both, found {len(starts)} and {len(ends)}"
-            )
-        extent = tasks.extent(starts, ends, frames, model.rate, MAX_DURATION)
-        left, mask = extent.left, extent.mask()
-    begin = left * model.hop
-    end = begin + source.shape[1]
-    return np.pad(source, ((0, 0), (begin, len(mask) * model.hop - end))), (begin, end), mask
-
-
-def load_audio(source: Audio, name: str, model: Model) -> np.ndarray:
-    """[channels, samples] float32 at the model's rate, from a file or an array; a mono one is given to all channels.
+@dataclass(frozen=True)
+class Sampling:
+    """How a batch of songs is sampled. None stands for the default of the model's variant, see `models.registry`.
 
     Raises:
-        InputError: if it is none, holds NaN, or is shorter than 1 s or longer than 600 s.
+        InputError: if a value is of the wrong type, out of range or unknown.
     """
-    if isinstance(source, str | Path):
-        name = str(source)
-        samples = audio.read(source, model.sample_rate, model.channels)
-    else:
-        samples = np.atleast_2d(np.asarray(source))
-        if not np.issubdtype(samples.dtype, np.floating):
-            raise InputError(f"{name}: expected a file or an array of floating-point samples, found {samples.dtype}")
-        samples = samples.astype(np.float32)
-        if samples.ndim != 2 or samples.shape[0] not in (1, model.channels):
-            raise InputError(
-                f"{name}: expected an array [1 or {model.channels} channels, samples] at {model.sample_rate} Hz, or a "
-                f"file, found shape {list(np.shape(source))}"
-            )
-        if not np.isfinite(samples).all():
-            raise InputError(f"{name}: holds NaN or infinities; expected samples within [-1, 1]")
-        samples = np.broadcast_to(samples, (model.channels, samples.shape[1]))
-    check_length(samples.shape[1] / model.sample_rate, name)
-    return samples
+
+    num_inference_steps: int | None = argument(
+        None, help="Number of sampling steps.", minimum=1, flag="steps", metavar="N", meaning="the variant's"
+    )
+    guidance_scale: float | None = argument(
+        None, help="Guidance scale; 1 turns guidance off.", minimum=0, flag="guidance", meaning="the variant's"
+    )
+    shift: float | None = argument(
+        None, help="Shift of the timesteps towards the noise, above 0.", minimum=0, meaning="the variant's"
+    )
+    _: KW_ONLY
+    timesteps: Sequence[float] | None = argument(
+        None,
+        help="Strictly decreasing timesteps within (0, 1] in place of num_inference_steps and shift; repeatable.",
+        flag="timestep",
+        metavar="T",
+        meaning="computed from num_inference_steps and shift",
+    )
+    solver: str = argument("euler", help="Solver of the sampling ODE or SDE.", choices=tuple(SOLVERS))
+    guidance: str = argument("apg", help="Guidance rule.", choices=tuple(GUIDANCE), flag="guidance-rule")
+    cfg_interval_start: float = argument(
+        0.0, help="Start of the interval in which guidance acts.", minimum=0, maximum=1
+    )
+    cfg_interval_end: float = argument(1.0, help="End of the interval in which guidance acts.", minimum=0, maximum=1)
+    cfg_interval_in: str = argument(
+        "t",
+        help="What that interval is measured in: the time t, as in ACE-Step, or the progress 1 - t, as in diffusers.",
+        choices=("t", "progress"),
+    )
+    cover_mode: str = argument(
+        "switch",
+        help="What an audio_cover_strength below 1 does: switch changes to text2music after that fraction of the "
+        "steps, as in ACE-Step; blend mixes the velocities with that weight, as in diffusers.",
+        choices=("switch", "blend"),
+    )
+    cover_noise_strength: float = argument(
+        0.0,
+        help="How close to its source a cover starts: 0 is pure noise, and s starts at the timestep nearest to 1 - s.",
+        minimum=0,
+        maximum=1,
+        flag="cover-noise",
+    )
+    repaint_injection_ratio: float = argument(
+        0.0,
+        help="Fraction of the sampling steps after which the source is put back outside of the repainted regions.",
+        minimum=0,
+        maximum=1,
+    )
+    noise: str = argument(
+        "jax",
+        help="Generator of the initial noise: jax, or torch for what PyTorch draws on a GPU from the same seed "
+        "(torch:A100 names the GPU, needed for songs longer than 25.6 s).",
+        metavar="KIND",
+    )
+    attend_to_padding: bool = argument(
+        False,
+        help="Whether the padding of shorter texts in a batch is attended to, as in diffusers.",
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.shift is not None and not 0 < self.shift:
+            raise InputError(f"shift: expected a number above 0, found {self.shift:g}")
+        if self.noise != "jax":
+            gpu_threads(self.noise)
+        start, end = self.cfg_interval_start, self.cfg_interval_end
+        if start > end:
+            raise InputError(f"cfg_interval_start, cfg_interval_end: expected start <= end, found {start} and {end}")
 
 
-def check_length(seconds: float, name: str) -> None:
-    if not MIN_SOURCE <= seconds <= MAX_DURATION:
-        raise InputError(f"{name}: expected {MIN_SOURCE:g} to {MAX_DURATION:g} s of music, found {seconds:.3g} s")
+@dataclass(frozen=True)
+class Arguments(Sampling, Request):
+    """The keywords of `AceStepPipeline.__call__`: the fields of `Request` and `Sampling`; positional ones first."""
 
 
-def _reference(source: Audio, model: Model) -> np.ndarray | None:
-    """Ten seconds each from the front, from one third on and from the back, of what is repeated to 30 s at least.
+def split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the values of fields of `Request`, and those of `Sampling`.
 
-    None if it is silent: silence is encoded once and for all.
+    Raises:
+        InputError: if a name is a field of neither; the message suggests what to use.
     """
-    samples = load_audio(source, "reference_audio", model)
-    if not samples.any():
-        return None
-    whole, part = REFERENCE_SECONDS * model.sample_rate, REFERENCE_SECONDS * model.sample_rate // 3
-    samples = np.tile(samples, (1, math.ceil(whole / samples.shape[1])))
-    third = samples.shape[1] // 3
-    parts = [samples[:, :part], samples[:, third : third + part], samples[:, samples.shape[1] - part :]]
-    return np.concatenate(parts, axis=1)
-
-
-def _duration(duration: float | None) -> float:
-    duration = DEFAULT_DURATION if duration is None else float(duration)
-    if not MIN_DURATION <= duration <= MAX_DURATION:
-        raise InputError(f"audio_duration: expected {MIN_DURATION:g} to {MAX_DURATION:g} seconds, found {duration:g}")
-    return duration
+    known = arguments(Request), arguments(Sampling)
+    for name in values:
+        if name not in known[0] and name not in known[1]:
+            raise InputError(unknown_name(name, [*known[0], *known[1]]))
+    requested, sampled = ({name: values[name] for name in values if name in names} for names in known)
+    return requested, sampled

@@ -15,31 +15,33 @@ ADG_MIN_ANGLE = float(np.arccos(1 - 1e-6))
 
 
 class Guided(NamedTuple):
-    """What guidance works on: the velocities with the condition and without, at x and t; all [B, T, C] but t, a scalar.
+    """What guidance combines: the velocities with the condition and without it, at x and t.
 
-    memory: of the earlier steps, [B, T, C], zeros before the first.
+    cond, null, x: [B, T, C]; t: scalar; momentum: of the earlier steps, [B, T, C], zeros before the first, None where
+    the rule reads none.
     """
 
     cond: jax.Array
     null: jax.Array
     x: jax.Array
     t: jax.Array
-    memory: jax.Array
+    momentum: jax.Array | None
 
 
-def cfg(g: Guided, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Classifier-free guidance: null + scale * (cond - null). Source: Ho and Salimans, arXiv 2207.12598."""
-    return g.null + scale * (g.cond - g.null), g.memory
+def cfg(g: Guided, scale: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Return null + scale * (cond - null), classifier-free guidance. Source: Ho and Salimans, arXiv 2207.12598."""
+    return g.null + scale * (g.cond - g.null), g.momentum
 
 
 def apg(g: Guided, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Adaptive projected guidance: (velocity, new momentum), both [B, T, C].
+    """Apply adaptive projected guidance; return the velocity and the new momentum, both [B, T, C].
 
-    d = cond - null, m <- d - 0.75 m, clipped to a norm of 2.5; what of it is orthogonal to cond, times (scale - 1), is
-    added to cond. Norms and projections are over time, for each batch item and channel.
+    d = cond - null, m <- d - 0.75 m, clipped to a norm of 2.5; its part orthogonal to cond, times (scale - 1), is added
+    to cond. Norms and projections are over time, for each batch item and channel.
     Source: Sadat et al., arXiv 2410.02416, as ACE-Step 1.5 uses it.
     """
-    momentum = (g.cond - g.null) + APG_MOMENTUM * g.memory
+    assert g.momentum is not None
+    momentum = (g.cond - g.null) + APG_MOMENTUM * g.momentum
     norm = jnp.linalg.norm(momentum, axis=1, keepdims=True)
     update = momentum * jnp.minimum(1.0, APG_NORM_THRESHOLD / jnp.maximum(norm, 1e-30))
     direction = g.cond / jnp.maximum(jnp.linalg.norm(g.cond, axis=1, keepdims=True), 1e-12)
@@ -47,8 +49,8 @@ def apg(g: Guided, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     return g.cond + (scale - 1.0) * orthogonal, momentum
 
 
-def adg(g: Guided, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Angle-based guidance: turns the predicted x0 of each frame away from that without condition.
+def adg(g: Guided, scale: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Apply angle-based guidance: turn the predicted x0 of each frame away from the one without condition.
 
     The angle between both, times w = max(scale - 1, 0) + 0.001 and at most 30 degrees, is the one that x0 is turned by.
     Source: ACE-Step 1.5.
@@ -66,7 +68,11 @@ def adg(g: Guided, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     sine = jnp.sin(angle)
     factor = jnp.where(sine > 1e-3, jnp.sin(turned) / jnp.maximum(sine, 1e-3), weight)
     x0 = jnp.cos(turned) * with_condition + factor * away
-    return (g.x - x0) / g.t, g.memory
+    return (g.x - x0) / g.t, g.momentum
 
 
-GUIDANCE: dict[str, Callable[[Guided, jax.Array], tuple[jax.Array, jax.Array]]] = {"apg": apg, "adg": adg, "cfg": cfg}
+GUIDANCE: dict[str, Callable[[Guided, jax.Array], tuple[jax.Array, jax.Array | None]]] = {
+    "apg": apg,
+    "adg": adg,
+    "cfg": cfg,
+}

@@ -1,14 +1,18 @@
-"""The normal numbers that PyTorch draws on an NVIDIA GPU, to make songs again that were made there.
+"""The initial noise: keys and normal numbers of JAX, or the numbers that PyTorch draws on an NVIDIA GPU.
 
-Each thread of the GPU has a Philox4x32-10 generator with the seed as its key and its own number in the counter. A call
-gives it four words, of which Box and Muller's transform makes four normal numbers; the thread writes them as many
-places apart as there are threads. There is one thread for each number, up to what the GPU can hold at once: only longer
-tensors depend on the GPU.
+PyTorch's are there to reproduce songs that were made with it. Each thread of the GPU has a Philox4x32-10 generator with
+the seed as its key and its own number in the counter. A call gives it four words, of which Box and Muller's transform
+makes four normal numbers; the thread writes them as many places apart as there are threads. There is one thread for
+each number, up to what the GPU can hold at once: only longer tensors depend on the GPU.
 
 Sources: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011); cuRAND's device functions and PyTorch's
 `DistributionTemplates.h`. Logarithm and sine are not rounded as on the GPU: numbers agree to about 1e-6.
 """
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from acestep_jax.errors import InputError
@@ -32,11 +36,22 @@ _WEYL = 0x9E3779B9, 0xBB67AE85
 _LOW = np.uint64(0xFFFFFFFF)
 
 
+def key(seed: int) -> jax.Array:
+    """Return the key of a seed from 0 to 2^32 - 1, the same whatever JAX's default implementation is."""
+    return jax.random.key(np.uint32(seed), impl="threefry2x32")
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return [B, *shape] float32, each song from its own key, so that it does not depend on the others."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+
+
 def gpu_threads(kind: str) -> int | None:
-    """Of the GPU in "torch:A100", or the number in "torch:221184"; None for "torch".
+    """Return how many threads the GPU in "torch:A100" runs at once, or the number in "torch:221184"; None for "torch".
 
     Raises:
-        InputError: if it is none of these, or the GPU is unknown.
+        InputError: if `kind` is anything else, or the GPU is unknown.
     """
     name, _, gpu = kind.partition(":")
     if name != "torch":
@@ -54,7 +69,7 @@ def gpu_threads(kind: str) -> int | None:
 
 
 def cuda_normal(seed: int, count: int, threads: int | None = None) -> np.ndarray:
-    """[count] float32: `torch.randn(count, device="cuda")` of a new generator with this seed.
+    """Return [count] float32: `torch.randn(count, device="cuda")` of a new generator with this seed.
 
     Args:
         seed: 0 to 2^64 - 1.
@@ -80,7 +95,7 @@ def cuda_normal(seed: int, count: int, threads: int | None = None) -> np.ndarray
 
 
 def philox4x32(counter: list[np.ndarray], key: tuple[int, int]) -> list[np.ndarray]:
-    """Ten rounds of Philox on four words each, arrays of uint64 below 2^32."""
+    """Return ten rounds of Philox on four words each, arrays of uint64 below 2^32."""
     c = counter
     for i in range(10):
         keys = [np.uint64((k + i * weyl) & 0xFFFFFFFF) for k, weyl in zip(key, _WEYL, strict=True)]

@@ -8,7 +8,7 @@ from acestep_jax.errors import InputError
 
 
 def schedule(num_steps: int, shift: float = 1.0) -> np.ndarray:
-    """[num_steps + 1] float32 from 1 to 0: t = s u / (1 + (s - 1) u) for u = 1, 1 - 1/N, ..., 0.
+    """Return [num_steps + 1] float32 from 1 to 0: t = s u / (1 + (s - 1) u) for u = 1, 1 - 1/N, ..., 0.
 
     A shift s above one spends more of the steps near the noise. Source: ACE-Step 1.5; Esser et al., arXiv 2403.03206.
 
@@ -24,21 +24,21 @@ def schedule(num_steps: int, shift: float = 1.0) -> np.ndarray:
 
 
 def custom_schedule(timesteps: Sequence[float]) -> np.ndarray:
-    """[N + 1] float32: the given times and the final 0.
+    """Return [N + 1] float32: the given times and the final 0.
 
     Raises:
-        InputError: if there are none, or they do not fall within (0, 1].
+        InputError: if there are none, or they are not strictly decreasing within (0, 1].
     """
     t = np.asarray(timesteps, np.float32).reshape(-1)
     if t.size and t[-1] == 0.0:
         t = t[:-1]
     if not t.size or not ((t > 0) & (t <= 1)).all() or (np.diff(t) >= 0).any():
-        raise InputError(f"timesteps: expected falling numbers within (0, 1], found {list(timesteps)}")
+        raise InputError(f"timesteps: expected strictly decreasing numbers within (0, 1], found {list(timesteps)}")
     return np.append(t, np.float32(0.0))
 
 
 def late_start(times: np.ndarray, noise_level: float) -> np.ndarray:
-    """The schedule from its time nearest to `noise_level` on, the earlier of two; the final 0 is none to start from.
+    """Return the schedule from its time nearest to `noise_level` on, the earlier of two; never only the final 0.
 
     Raises:
         InputError: if the noise level is not within [0, 1].

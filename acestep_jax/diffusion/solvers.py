@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# (x, i, memory) -> (v, memory) at times[i]. A memory of None: a further evaluation within a step, after which the
-# memory must be what it was.
+# (x, i, momentum) -> (v, momentum) at times[i]. A momentum of None: a further evaluation within a step, which must
+# leave the momentum as it was.
 Velocity = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 class Step(NamedTuple):
-    """Where a solver stands: at x, [B, T, C], on the way from times[i] to times[i + 1].
+    """What a solver sees of one step, from x at times[i] to times[i + 1].
 
-    v: the velocity there; past: that of the step before and of the one before that, arbitrary where there was none.
-    keys: [B], of each song's noise in step i; None for solvers that need none.
+    x, v: the state and its velocity, [B, T, C]; past: see `State`.
+    keys: [B], of each song's noise in step i; None for solvers that draw no noise.
     """
 
     x: jax.Array
@@ -30,31 +30,33 @@ class Step(NamedTuple):
     keys: jax.Array | None
 
     def length(self, back: int = 0) -> jax.Array:
-        """Of this step, or of the one so many before it, in t."""
+        """Return the length in t of this step, or of the one `back` steps before."""
         return self.times[self.i - back] - self.times[self.i - back + 1]
 
 
 def euler(s: Step) -> jax.Array:
-    """x - h v."""
+    """Return x - h v, first order."""
     return s.x - s.length() * s.v
 
 
 def heun(s: Step) -> jax.Array:
-    """The mean of the velocities here and where Euler would go: second order, two evaluations in each step."""
+    """Use the mean of the velocities here and where Euler would go: second order, two evaluations in each step."""
     ahead, _ = s.velocity(euler(s), s.i + 1, None)
     return s.x - s.length() * (s.v + ahead.astype(s.v.dtype)) / 2
 
 
 def ab2(s: Step) -> jax.Array:
-    """Adams-Bashforth of second order for steps of any length: a line through the last two velocities, integrated."""
+    """Integrate the line through the last two velocities: Adams-Bashforth of second order, steps of any length."""
     h, h1 = s.length(), s.length(1)
     second = s.x - h * s.v - h**2 / (2 * h1) * (s.v - s.past[0])
     return jnp.where(s.i == 0, euler(s), second)
 
 
 def ab3(s: Step) -> jax.Array:
-    """Adams-Bashforth of third order: a parabola through the last three velocities. The first step is Heun's, the
-    second `ab2`, so that the start does not lower the order."""
+    """Integrate the parabola through the last three velocities: Adams-Bashforth of third order.
+
+    The first step is Heun's and the second `ab2`, so that the start does not lower the order.
+    """
     h, h1, h2 = s.length(), s.length(1), s.length(2)
     w1 = h**2 * (h / 3 + (h1 + h2) / 2) / (h1 * h2)
     w2 = h**2 * (h / 3 + h1 / 2) / ((h1 + h2) * h2)
@@ -63,12 +65,12 @@ def ab3(s: Step) -> jax.Array:
 
 
 def sde(s: Step) -> jax.Array:
-    """To the predicted x0 and back to the next time with fresh noise. Source: ACE-Step 1.5, turbo."""
+    """Go to the predicted x0, and back to the next time with fresh noise. Source: ACE-Step 1.5, turbo."""
     return _renoise(s, s.times[s.i + 1])
 
 
 def sde_linear(s: Step) -> jax.Array:
-    """As `sde`, back to 1 - (i + 1) / N whatever the schedule. Source: ACE-Step 1.5, base."""
+    """Do as `sde`, but go back to 1 - (i + 1) / N whatever the schedule. Source: ACE-Step 1.5, base."""
     steps = s.times.shape[0] - 1
     return _renoise(s, (steps - 1.0 - s.i) / steps)
 
@@ -82,43 +84,68 @@ def _renoise(s: Step, t: jax.Array) -> jax.Array:
 SOLVERS: dict[str, Callable[[Step], jax.Array]] = dict(
     euler=euler, heun=heun, ab2=ab2, ab3=ab3, sde=sde, sde_linear=sde_linear
 )
+STOCHASTIC = ("sde", "sde_linear")  # solvers that draw noise, from a key for each song
 
 
-def integrate(
-    velocity: Velocity,
-    x: jax.Array,
-    times: jax.Array,
-    *,
-    solver: str = "euler",
-    memory: Any = None,
-    keys: jax.Array | None = None,
-    after_step: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-) -> jax.Array:
-    """Integrates dx/dt = v from times[0] to times[-1], as one scan.
+class State(NamedTuple):
+    """What a step hands on to the next.
 
-    Args:
-        velocity: (x, i, memory) -> (v, memory) at time times[i]; the memory is what guidance carries along.
-        x: at times[0], [B, T, C]; taken to float32 at least.
-        times: [N + 1] float32, falling.
-        solver: one of `SOLVERS`.
-        keys: [B], one for each song, where the solver draws noise. That of a frame does not depend on T.
-        after_step: (x, i) -> x, applied after each step.
-
-    Returns:
-        x at times[-1], [B, T, C].
+    x: [B, T, C], float32 at least; momentum: of guidance, a pytree.
+    past: the last two velocities, the latest first, [B, T, C] each; arbitrary where there was none.
     """
 
-    def step(carry, i):
-        x, memory, past = carry
-        v, memory = velocity(x, i, memory)
+    x: jax.Array
+    momentum: Any
+    past: tuple[jax.Array, jax.Array]
+
+
+def start(x: jax.Array, momentum: Any = None) -> State:
+    """Return the state before the first step, with x taken to float32 at least."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return State(x, momentum, (jnp.zeros_like(x), jnp.zeros_like(x)))
+
+
+def advance(
+    velocity: Velocity,
+    state: State,
+    times: jax.Array,
+    i: jax.Array | int,
+    n: int,
+    *,
+    solver: str = "euler",
+    keys: jax.Array | None = None,
+    after_step: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> State:
+    """Integrate dx/dt = v from times[i] to times[i + n], as one scan.
+
+    Args:
+        velocity: (x, i, momentum) -> (v, momentum) at time times[i]; the momentum is what guidance carries along.
+        state: at times[i].
+        times: [N + 1] float32, strictly decreasing.
+        i: the step to begin with; may be traced.
+        n: the number of steps, static.
+        solver: one of `SOLVERS`.
+        keys: [B], one for each song, where the solver draws noise. The noise of a frame does not depend on T.
+        after_step: (x, i) -> x, applied after each step.
+    """
+
+    def step(state: State, i: jax.Array) -> tuple[State, None]:
+        x, momentum, past = state
+        v, momentum = velocity(x, i, momentum)
         v = v.astype(x.dtype)
         step_keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, i)
         x = SOLVERS[solver](Step(x, v, past, i, times, velocity, step_keys))
         if after_step is not None:
             x = after_step(x, i)
-        return (x, memory, (v, past[0])), None
+        return State(x, momentum, (v, past[0])), None
 
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    start = (x, memory, (jnp.zeros_like(x), jnp.zeros_like(x)))
-    (x, _, _), _ = jax.lax.scan(step, start, jnp.arange(times.shape[0] - 1))
-    return x
+    return jax.lax.scan(step, state, i + jnp.arange(n))[0]
+
+
+def integrate(velocity: Velocity, x: jax.Array, times: jax.Array, *, momentum: Any = None, **options: Any) -> jax.Array:
+    """Integrate dx/dt = v from times[0] to times[-1]; return x there, [B, T, C].
+
+    Args:
+        options: see `advance`.
+    """
+    return advance(velocity, start(x, momentum), times, 0, times.shape[0] - 1, **options).x

@@ -1,15 +1,15 @@
-"""The six tasks, each as (instruction, source latents, chunk mask). What comes after does not know tasks.
+"""The tasks, one table. What comes after `inputs.prepare`, and training, see its flags and compare no names.
 
-The transformer's context is, for each latent frame, a source latent and whether the frame is to be made anew:
+The transformer's context is, for each latent frame, a source latent and whether the frame is to be generated:
 
-| task       | source latents                                       | chunk mask           |
-|------------|------------------------------------------------------|----------------------|
-| text2music | silence                                              | everywhere           |
-| repaint    | the song's, silence in the regions                   | 1 in the regions     |
-| cover      | the song's through the audio tokenizer, or of codes  | everywhere           |
-| extract    | the song's                                           | everywhere           |
-| lego       | the song's                                           | 1 in the regions     |
-| complete   | the song's                                           | everywhere           |
+| task       | source latents                                            | chunk mask       |
+|------------|-----------------------------------------------------------|------------------|
+| text2music | silence                                                   | everywhere       |
+| repaint    | the source's, silence in the regions                      | 1 in the regions |
+| cover      | the source's through the audio tokenizer, or of its codes | everywhere       |
+| extract    | the source's                                              | everywhere       |
+| lego       | the source's                                              | 1 in the regions |
+| complete   | the source's                                              | everywhere       |
 
 Source: ACE-Step 1.5, as in diffusers' `AceStepPipeline`.
 """
@@ -18,60 +18,124 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from acestep_jax.errors import InputError
 
 TRACKS = tuple("woodwinds brass fx synth strings percussion keyboard guitar bass drums backing_vocals vocals".split())
 
+_SOURCE = ("src_audio",)
+_REGIONS = ("repainting_start", "repainting_end")
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What the prompt asks for, and what the context is made of.
+    """What a task accepts, what its context is made of, and its part in training.
 
-    instruction: to the model; {} stands for the names of tracks.
-    plain_instruction: without names, for tasks that take some.
-    needs_audio: whether there must be a song to work on.
-    tokenized: whether the song goes through the audio tokenizer.
-    has_regions: whether the chunk mask is 1 in regions only; silent_regions: whether the source is silent there.
-    turbo: whether turbo models were trained for it.
+    Attributes:
+        instruction: to the model; {} stands for the names of tracks.
+        plain_instruction: without names, for tasks that take tracks.
+        accepts: the fields of `Request` and `Sampling` that only some tasks take, of which this one does.
+        needs_source: whether there must be a source or audio codes.
+        tokenized: whether the source goes through the audio tokenizer.
+        silent_source: whether the source latents are silence everywhere.
+        has_regions: whether the chunk mask is 1 in regions only.
+        silent_regions: whether the source latents are silence there; outside, the audio stays the source's.
+        max_tracks: how many tracks it takes.
+        turbo: whether turbo models were trained for it.
+        with_codes: the task that a request with audio codes becomes; None: this one.
+        trained: whether training draws it.
     """
 
     instruction: str
     plain_instruction: str | None = None
-    needs_audio: bool = True
+    accepts: tuple[str, ...] = _SOURCE
+    needs_source: bool = True
     tokenized: bool = False
+    silent_source: bool = False
     has_regions: bool = False
     silent_regions: bool = False
+    max_tracks: int = 0
     turbo: bool = True
+    with_codes: str | None = None
+    trained: bool = False
 
+
+DEFAULT = "text2music"
 
 TASKS = {
-    "text2music": Task("Fill the audio semantic mask based on the given conditions:", needs_audio=False),
-    "repaint": Task("Repaint the mask area based on the given conditions:", has_regions=True, silent_regions=True),
-    "cover": Task("Generate audio semantic tokens based on the given conditions:", tokenized=True),
-    "extract": Task("Extract the {} track from the audio:", "Extract the track from the audio:", turbo=False),
+    DEFAULT: Task(
+        "Fill the audio semantic mask based on the given conditions:",
+        accepts=(),
+        needs_source=False,
+        silent_source=True,
+        with_codes="cover",
+        trained=True,
+    ),
+    "repaint": Task(
+        "Repaint the mask area based on the given conditions:",
+        accepts=(*_SOURCE, *_REGIONS),
+        has_regions=True,
+        silent_regions=True,
+        trained=True,
+    ),
+    "cover": Task(
+        "Generate audio semantic tokens based on the given conditions:",
+        accepts=(*_SOURCE, "audio_codes", "audio_cover_strength", "cover_noise_strength"),
+        tokenized=True,
+        trained=True,
+    ),
+    "extract": Task(
+        "Extract the {} track from the audio:",
+        "Extract the track from the audio:",
+        accepts=(*_SOURCE, "track_name"),
+        max_tracks=1,
+        turbo=False,
+    ),
     "lego": Task(
         "Generate the {} track based on the audio context:",
         "Generate the track based on the audio context:",
+        accepts=(*_SOURCE, *_REGIONS, "track_name"),
         has_regions=True,
+        max_tracks=1,
         turbo=False,
     ),
-    "complete": Task("Complete the input track with {}:", "Complete the input track:", turbo=False),
+    "complete": Task(
+        "Complete the input track with {}:",
+        "Complete the input track:",
+        accepts=(*_SOURCE, "track_name", "complete_track_classes"),
+        max_tracks=len(TRACKS),
+        turbo=False,
+    ),
 }
 
 
+def find(task_type: str) -> Task:
+    """Return the task of that name.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if task_type not in TASKS:
+        raise InputError(f"task_type: expected one of {', '.join(TASKS)}, found {task_type!r}")
+    return TASKS[task_type]
+
+
+def accepting(field: str) -> list[str]:
+    """Return the names of the tasks that accept a field; all of them for one that every task takes."""
+    special = {name for task in TASKS.values() for name in task.accepts}
+    return [name for name, task in TASKS.items() if field not in special or field in task.accepts]
+
+
 def instruction(task_type: str, tracks: Sequence[str] = ()) -> str:
-    """What the prompt asks for.
+    """Return what the prompt says of the task.
 
     Args:
         task_type: one of `TASKS`.
-        tracks: of `TRACKS`; one for extract and lego, any number for complete, none for the others.
+        tracks: of `TRACKS`, at most `Task.max_tracks`.
 
     Raises:
-        InputError: if there is no such task or track, or the task takes none or one.
+        InputError: if there is no such task or track, or the task does not take so many.
     """
     task = find(task_type)
     for name in tracks:
@@ -79,32 +143,20 @@ def instruction(task_type: str, tracks: Sequence[str] = ()) -> str:
             raise InputError(f"track_name: unknown track {name!r}; expected one of {', '.join(TRACKS)}")
     if not tracks:
         return task.plain_instruction or task.instruction
-    if task.plain_instruction is None:
-        raise InputError(f"track_name: the task {task_type} takes none, found {', '.join(tracks)}; leave it out")
-    if len(tracks) > 1 and task_type != "complete":
-        raise InputError(f"track_name: the task {task_type} takes one, found {', '.join(tracks)}")
+    if len(tracks) > task.max_tracks:
+        most = {0: "no track", 1: "one track"}.get(task.max_tracks, f"{task.max_tracks} tracks")
+        raise InputError(f"track_name: the task {task_type} takes {most}, found {', '.join(tracks)}; leave out others")
     return task.instruction.format(" | ".join(name.upper() for name in tracks))
-
-
-def find(task_type: str) -> Task:
-    """The task of that name. Raises InputError if there is none."""
-    if task_type not in TASKS:
-        raise InputError(f"task_type: expected one of {', '.join(TASKS)}, found {task_type!r}")
-    return TASKS[task_type]
-
-
-def context_latents(source: jax.Array, silence: jax.Array, silent: jax.Array, mask: jax.Array) -> jax.Array:
-    """The transformer's context, [B, T, 2 C]: source latents [B, T, C], those of `silence` [1, T, C] where `silent`
-    [B, T], and the chunk mask [B, T] for each channel."""
-    source = jnp.where(silent[:, :, None], silence, source)
-    return jnp.concatenate([source, jnp.broadcast_to(mask[:, :, None], source.shape).astype(source.dtype)], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """Where the regions lie, in latent frames of the song that is made: the source, with what they add on both sides.
+    """Where the regions lie, in latent frames of the song: the source, with what they add on both sides.
 
-    left: frames before the source begins; frames: of the whole; regions: (first, one past the last).
+    Attributes:
+        left: frames before the source begins.
+        frames: of the whole song.
+        regions: (first, one past the last) of each.
     """
 
     left: int
@@ -112,7 +164,7 @@ class Extent:
     regions: tuple[tuple[int, int], ...]
 
     def mask(self) -> np.ndarray:
-        """[frames] bool, true in the regions."""
+        """Return [frames] bool, true in the regions."""
         i = np.arange(self.frames)
         return np.any([(start <= i) & (i < end) for start, end in self.regions], axis=0)
 
@@ -120,7 +172,7 @@ class Extent:
 def extent(
     starts: Sequence[float | None], ends: Sequence[float | None], source_frames: int, rate: float, max_seconds: float
 ) -> Extent:
-    """Regions given in seconds of the source song. One that begins before 0 or ends after it makes the song longer.
+    """Return where regions in seconds of the source lie. One that begins before 0 or ends after it extends the song.
 
     Args:
         starts: seconds; None: 0.
@@ -142,7 +194,7 @@ def extent(
                 f"(the song has {source_seconds:g} s)"
             )
         regions.append((start, end))
-    # What lies between would be silence that nobody asked for.
+    # What lies between would be silence that nobody requested.
     if (late := max(start for start, _ in regions)) > source_seconds:
         raise InputError(f"repainting_start: expected at most the song's end, {source_seconds:g} s, found {late:g} s")
     if (early := min(end for _, end in regions)) < 0:
@@ -167,7 +219,7 @@ _CODE = re.compile(r"<\|audio_code_(-?\d+)\|>")
 
 
 def codes_from_text(text: str, codebook_size: int) -> np.ndarray:
-    """[n] int32: the numbers of "<|audio_code_123|>..."; what stands between the codes is ignored.
+    """Return [n] int32, the numbers of "<|audio_code_123|>..."; anything between the codes is ignored.
 
     Raises:
         InputError: if there is none, or one is out of range.
@@ -181,5 +233,5 @@ def codes_from_text(text: str, codebook_size: int) -> np.ndarray:
 
 
 def codes_to_text(codes: Sequence[int] | np.ndarray) -> str:
-    """The inverse of `codes_from_text`."""
+    """Return codes as text, the inverse of `codes_from_text`."""
     return "".join(f"<|audio_code_{int(code)}|>" for code in codes)

@@ -1,4 +1,4 @@
-"""Many songs from a file of requests: packed into batches, a sound file and its settings for each, resumable."""
+"""Many songs from a JSONL file: packed into batches, a sound file and its settings for each, resumable."""
 
 import dataclasses
 import json
@@ -11,26 +11,25 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from acestep_jax.errors import InputError
-from acestep_jax.inputs.codec import bucket
+from acestep_jax.inputs.prepare import Job
 from acestep_jax.io import audio
 from acestep_jax.io.files import publish_file
-from acestep_jax.pipeline import AceStepPipeline, AudioPipelineOutput
-from acestep_jax.request import Request
-from acestep_jax.request import plan as make_plan
-from acestep_jax.sampling import Sampling
+from acestep_jax.pipeline import AceStepPipeline
+from acestep_jax.request import Arguments, Request, Sampling, arguments, split, unknown_name
+from acestep_jax.song import Song
 
-_REQUEST = {field.name for field in dataclasses.fields(Request)} - {"latents"}
-_SAMPLING = {field.name for field in dataclasses.fields(Sampling)}
 _FILES = ("src_audio", "reference_audio")
+PENDING_BYTES = 2 * 2**30  # of sources and references that wait for their batch to fill up
 
 
 @dataclasses.dataclass(frozen=True)
-class Song:
+class Line:
     """One line of the file.
 
-    place: for messages, such as "requests.jsonl:3".
-    path: of the sound file; its settings go beside it, with the suffix .json.
-    values: all that was asked for, as it is kept beside the song.
+    Attributes:
+        place: for messages, such as "requests.jsonl:3".
+        path: of the sound file; its settings go beside it, with the suffix .json.
+        values: all that was requested, as it is kept beside the song.
     """
 
     place: str
@@ -44,12 +43,11 @@ class Song:
         return self.path.with_suffix(".json")
 
 
-def read(path: str | Path, out_dir: str | Path, defaults: dict[str, Any]) -> tuple[list[Song], list[str]]:
-    """The songs of a file with one JSON object on each line, and what is wrong with other lines.
+def read(path: str | Path, out_dir: str | Path, defaults: dict[str, Any]) -> tuple[list[Line], list[str]]:
+    """Return the lines of a file with one JSON object on each, and what is wrong with other lines.
 
-    Keys are the arguments of `AceStepPipeline.__call__` that a song or its sampling has, and `name`, of the sound file
-    in `out_dir`: the number of the line by default, .wav without a suffix. Sound files are looked for from the folder
-    of `path`.
+    Keys are the fields of `Request` and `Sampling`, and `name`, of the sound file in `out_dir`: the number of the line
+    by default, .wav without a suffix. Sound files are looked for from the folder of `path`.
 
     Args:
         defaults: values for all lines that do not have their own.
@@ -60,7 +58,7 @@ def read(path: str | Path, out_dir: str | Path, defaults: dict[str, Any]) -> tup
     """
     path, out_dir = Path(path), Path(out_dir)
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at what else Unicode takes for an end of line
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at other line separators of Unicode
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
     songs, errors, names = [], [], {}
@@ -82,7 +80,7 @@ def read(path: str | Path, out_dir: str | Path, defaults: dict[str, Any]) -> tup
     return songs, errors
 
 
-def _song(line: str, place: str, folder: Path, out_dir: Path, defaults: dict, number: int) -> Song:
+def _song(line: str, place: str, folder: Path, out_dir: Path, defaults: dict, number: int) -> Line:
     try:
         own = json.loads(line)
     except json.JSONDecodeError as error:
@@ -92,55 +90,69 @@ def _song(line: str, place: str, folder: Path, out_dir: Path, defaults: dict, nu
     name = own.pop("name", f"{number:05}")
     if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
         raise InputError(f"name: expected the name of a file, without folders, found {name!r}")
-    if unknown := sorted(own.keys() - _REQUEST - _SAMPLING):
-        known = ", ".join(sorted(_REQUEST | _SAMPLING))
-        raise InputError(f"unknown key(s) {', '.join(unknown)}; expected some of name, {known}")
+    known = {name for name, (_, about) in arguments(Arguments).items() if about.json}
+    for key in own:
+        if key not in known:
+            raise InputError(unknown_name(key, {*known, "name"}, "key"))
     values = defaults | own
     for key in _FILES:
         if key in own and own[key] is not None:
             if not isinstance(own[key], str):
                 raise InputError(f"{key}: expected the name of a sound file, found {own[key]!r}")
             values[key] = str(folder / own[key])
-    request = Request(**{"prompt": None} | {key: value for key, value in values.items() if key in _REQUEST})
-    sampling = Sampling(**{key: value for key, value in values.items() if key in _SAMPLING})
+    if "prompt" not in values:
+        raise InputError("prompt: missing; describe the music in a few words")
+    requested, sampled = split(values)
+    request, sampling = Request(**requested), Sampling(**sampled)
     suffix = "" if Path(name).suffix.lower() in audio.FORMATS else ".wav"
     path = out_dir / f"{name}{suffix}"
     for source in (request.src_audio, request.reference_audio):
-        if source is not None and Path(source).resolve() == path.resolve():
+        if isinstance(source, str | Path) and Path(source).resolve() == path.resolve():
             raise InputError(f"name: {path} is a source or reference of the song itself; give another")
-    return Song(place, path, values, request, sampling)
+    return Line(place, path, values, request, sampling)
 
 
 def generate(
-    pipe: AceStepPipeline, songs: Sequence[Song], batch_size: int, about: dict[str, Any], *, overwrite: bool = False
-) -> Iterator[tuple[Song, str | None]]:
-    """Makes the songs that are not there yet; yields each with None, or with what went wrong.
+    pipe: AceStepPipeline, lines: Sequence[Line], batch_size: int, about: dict[str, Any], *, overwrite: bool = False
+) -> Iterator[tuple[Line, str | None]]:
+    """Generate the songs that do not exist yet; yield each line with None, or with what went wrong.
 
-    Songs of one sampling and one bucket of duration make a batch. The sound is written after the settings, so a song
-    that has both is finished. Of several processes, the first decides what is to be made, and writes.
+    Songs of one sampling and one bucket of frames form a batch, which is made as soon as it is full. The sound is
+    written after the settings, so a song that has both is finished. Of several processes, the first decides what is to
+    be made, and writes.
 
     Args:
         about: what else the songs depend on, such as the checkpoint; kept with the settings.
         overwrite: whether to make finished songs again.
     """
-    groups: dict[tuple, list[Song]] = {}
-    for song, error in zip(songs, _agree([_unfinished(song, about, overwrite) for song in songs]), strict=True):
+    groups: dict[tuple[Sampling, int], list[tuple[Line, Job]]] = {}
+    for line, error in zip(lines, _agree([_unfinished(line, about, overwrite) for line in lines]), strict=True):
         if error is not None:
-            yield song, error or None
+            yield line, error or None
             continue
         try:
-            frames = make_plan(song.request, pipe.codec.model).frames
+            job = pipe.prepare(line.request)
         except (InputError, OSError) as error:
-            yield song, str(error)
+            yield line, str(error)
             continue
-        groups.setdefault((song.sampling, bucket(frames)), []).append(song)
+        group = line.sampling, job.program_key.frames
+        groups.setdefault(group, []).append((line, job))
+        if len(groups[group]) == batch_size:
+            yield from _make(pipe, groups.pop(group), about, overwrite)
+        elif sum(_bytes(job) for members in groups.values() for _, job in members) > PENDING_BYTES:
+            largest = max(groups, key=lambda key: sum(_bytes(job) for _, job in groups[key]))
+            yield from _make(pipe, groups.pop(largest), about, overwrite)
     for _, members in sorted(groups.items(), key=lambda item: item[0][1]):
-        for start in range(0, len(members), batch_size):
-            yield from _make(pipe, members[start : start + batch_size], about, overwrite)
+        yield from _make(pipe, members, about, overwrite)
 
 
-def _unfinished(song: Song, about: dict, overwrite: bool) -> str | None:
-    """None for a song that is to be made, nothing for one that is finished, or why it cannot be written."""
+def _bytes(job: Job) -> int:
+    """Return the size of a job's audio in memory."""
+    return sum(0 if wave is None else wave.nbytes for wave in (job.source, job.reference))
+
+
+def _unfinished(song: Line, about: dict, overwrite: bool) -> str | None:
+    """Return None for a song that is to be made, "" for one that is finished, or why it cannot be written."""
     try:
         if not overwrite and _is_finished(song, about):
             return ""
@@ -151,7 +163,7 @@ def _unfinished(song: Song, about: dict, overwrite: bool) -> str | None:
 
 
 def _agree(decisions: list[str | None]) -> list[str | None]:
-    """Those of process 0, whose disk has the songs; the others make what it makes."""
+    """Return the decisions of process 0, whose disk has the songs; the others make what it makes."""
     if jax.process_count() == 1:
         return decisions
     codes = np.array([{None: 0, "": 1}.get(decision, 2) for decision in decisions], np.int32)
@@ -159,55 +171,53 @@ def _agree(decisions: list[str | None]) -> list[str | None]:
     return [words[code] for code in multihost_utils.broadcast_one_to_all(codes)]
 
 
-def _make(pipe: AceStepPipeline, songs: list[Song], about: dict, overwrite: bool) -> Iterator[tuple[Song, str | None]]:
-    """One batch; if it fails, each of its songs alone, so that one does not stop the others."""
-    # Of a mesh that shares songs out, each device must have as many: the last one fills a batch up.
-    multiple = 1 if pipe.mesh is None or len(songs) == 1 else pipe.mesh.shape["data"]
-    requests = [song.request for song in songs]
-    requests += requests[-1:] * (-len(requests) % multiple)
+def _make(
+    pipe: AceStepPipeline, members: list[tuple[Line, Job]], about: dict, overwrite: bool
+) -> Iterator[tuple[Line, str | None]]:
+    """Make one batch; if it fails, make each of its songs on its own, so that one does not stop the others."""
     try:
-        made = pipe(requests, **dataclasses.asdict(songs[0].sampling))
+        songs = pipe.run([job for _, job in members], members[0][0].sampling)
     except (InputError, OSError, ValueError, jax.errors.JaxRuntimeError) as error:
-        if len(songs) > 1:
-            for song in songs:
-                yield from _make(pipe, [song], about, overwrite)
+        if len(members) > 1:
+            for member in members:
+                yield from _make(pipe, [member], about, overwrite)
         else:
-            yield songs[0], str(error)
+            yield members[0][0], str(error)
         return
-    for i, song in enumerate(songs):
+    for (line, _), song in zip(members, songs, strict=True):
         try:
             if jax.process_index() == 0:
-                _write(song, made, i, about, overwrite)
+                _write(line, song, about, overwrite)
         except (InputError, OSError) as error:
-            yield song, str(error)
+            yield line, str(error)
         else:
-            yield song, None
+            yield line, None
 
 
-def _write(song: Song, made: AudioPipelineOutput, i: int, about: dict, overwrite: bool) -> None:
-    """The settings first: a song whose sound is there too is finished, whatever stopped the run. Where they take the
-    place of others, the sound first: what is there stays until there is something better."""
+def _write(line: Line, song: Song, about: dict, overwrite: bool) -> None:
+    """Write the settings first: a song whose sound exists too is finished, whatever stopped the run. Where they replace
+    others, the sound comes first: what exists stays until there is something better."""
+    assert song.audio is not None
     settings = dict(
-        request=song.values,
-        seed=made.seeds[i],
-        seconds=made.samples[i] / made.sample_rate,
-        sample_rate=made.sample_rate,
+        request=line.values,
+        seed=song.seed,
+        seconds=song.audio.shape[1] / song.sample_rate,
+        sample_rate=song.sample_rate,
     )
 
     def write_settings() -> None:
-        with publish_file(song.settings_path) as temporary:
+        with publish_file(line.settings_path) as temporary:
             temporary.write_text(json.dumps(settings | about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def write_sound() -> None:
-        wave = made.audios[i, :, : made.samples[i]]
-        audio.write(song.path, wave, made.sample_rate, overwrite=overwrite)
+        song.save(line.path, overwrite=overwrite)
 
     for write in (write_sound, write_settings) if overwrite else (write_settings, write_sound):
         write()
 
 
-def _is_finished(song: Song, about: dict) -> bool:
-    """Whether the song is there. Raises InputError if it, or another file of that name, was made otherwise."""
+def _is_finished(song: Line, about: dict) -> bool:
+    """Return whether the song exists; raise InputError if a file of that name was made with other settings."""
     found = {}
     if song.settings_path.exists():
         try:
@@ -220,6 +230,6 @@ def _is_finished(song: Song, about: dict) -> bool:
             return False
         raise InputError(
             f"{song.settings_path}: already exists, made with other settings; remove it and the song, give another "
-            "name, or ask for it to be overwritten"
+            "name, or allow it to be overwritten"
         )
     return False

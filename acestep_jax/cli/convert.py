@@ -1,0 +1,146 @@
+"""`acestep-jax convert`: checkpoints and adapters between PyTorch and the native format."""
+
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from acestep_jax.cli.options import add_lora, lora_scales
+from acestep_jax.cli.parser import Parser
+
+DTYPES = "float32, bfloat16 or float16"
+
+
+def add(commands: Any) -> None:
+    """Add the command "convert", which has commands of its own. `commands`: what `add_subcommands` returned."""
+    about = "Convert checkpoints and adapters between PyTorch and the native format."
+    parser = Parser(description=about)
+    commands.add_subcommand("convert", parser, help="convert checkpoints and adapters from PyTorch and to it")
+    commands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
+
+    command = _command(commands, "from-torch", "convert a PyTorch checkpoint to a native one")
+    _add_source(command)
+    command.add_argument("destination", metavar="DST", help="Folder to create for the native checkpoint")
+    command.add_argument(
+        "--dtype", metavar="DTYPE", help=f"Cast all weights to {DTYPES}; without it they keep the dtypes of SRC"
+    )
+
+    command = _command(commands, "to-torch", "convert a native checkpoint to a PyTorch one")
+    command.add_argument("source", metavar="SRC", help="Folder of a native checkpoint")
+    command.add_argument("destination", metavar="DST", help="Folder to create for the PyTorch checkpoint")
+    command.add_argument(
+        "--layout",
+        metavar="LAYOUT",
+        required=True,
+        help='Layout to write: "diffusers", or "original" for that of ACE-Step\'s own application',
+    )
+
+    command = _command(commands, "verify", "run a PyTorch checkpoint in torch and in JAX and compare every stage")
+    _add_source(command)
+
+    command = _command(commands, "lora-from-torch", "convert a LoRA adapter of PEFT, diffusers or ComfyUI")
+    command.add_argument("source", metavar="SRC", help="Folder or .safetensors file of the adapter")
+    command.add_argument("destination", metavar="DST", help="Folder to create for the acestep-jax adapter")
+    command.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="Native checkpoint that the adapter is for, to check that it fits; needed for an adapter that leaves out "
+        "the last layers",
+    )
+
+    command = _command(commands, "lora-to-torch", "convert an adapter for PEFT, diffusers or ComfyUI")
+    command.add_argument("source", metavar="SRC", help="Folder of an acestep-jax adapter")
+    command.add_argument(
+        "destination", metavar="DST", help='Folder to create, or the .safetensors file for the layout "comfyui"'
+    )
+    command.add_argument(
+        "--layout",
+        metavar="LAYOUT",
+        required=True,
+        help='Layout to write: "peft" (which ACE-Step\'s own application reads too), "diffusers" or "comfyui"',
+    )
+
+    command = _command(commands, "merge-lora", "write a native checkpoint with adapters merged into its weights")
+    command.add_argument("source", metavar="SRC", help="Folder of a native checkpoint")
+    command.add_argument("destination", metavar="DST", help="Folder to create for the merged checkpoint")
+    add_lora(command, required=True)
+
+    command = _command(commands, "random-torch", "write a PyTorch checkpoint with random weights, for trials")
+    command.add_argument("destination", metavar="DST", help="Folder to create for the PyTorch checkpoint")
+    command.add_argument(
+        "--size",
+        choices=("tiny", "2B"),
+        default="tiny",
+        help='Size of the networks; "2B" is that of the published ones',
+    )
+    command.add_argument(
+        "--variant", choices=("turbo", "base", "sft"), default="turbo", help="Variant that the checkpoint claims to be"
+    )
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="Dtype of all weights"
+    )
+    command.add_argument("--seed", type=int, default=0, help="Seed of the weights; the same seed gives the same bytes")
+
+
+def run(options: Namespace) -> int | None:
+    """Run the command `options.command`; return 1 if `verify` found a difference.
+
+    Raises:
+        InputError, OSError: if a file or an option cannot be used.
+        ModuleNotFoundError: if the extra "convert" is not installed.
+    """
+    given = options[options.command]
+    if options.command == "from-torch":
+        from acestep_jax.convert.from_torch import from_torch
+
+        from_torch(given.source, given.destination, dtype=given.dtype, vae=given.vae, text_encoder=given.text_encoder)
+    elif options.command == "to-torch":
+        from acestep_jax.convert.to_torch import to_torch
+
+        to_torch(given.source, given.destination, layout=given.layout)
+    elif options.command == "verify":
+        from acestep_jax.convert.verify import verify
+
+        return 0 if verify(given.source, vae=given.vae, text_encoder=given.text_encoder) else 1
+    elif options.command == "lora-from-torch":
+        from acestep_jax.convert.lora import lora_from_torch
+
+        lora_from_torch(given.source, given.destination, model=given.checkpoint)
+    elif options.command == "lora-to-torch":
+        from acestep_jax.convert.lora import lora_to_torch
+
+        lora_to_torch(given.source, given.destination, layout=given.layout)
+    elif options.command == "merge-lora":
+        from acestep_jax.convert.merge import merge_lora
+
+        merge_lora(given.source, given.destination, *lora_scales(given))
+    else:
+        from acestep_jax.convert.random_checkpoint import write_random_checkpoint
+
+        write_random_checkpoint(
+            given.destination, size=given.size, variant=given.variant, dtype=given.dtype, seed=given.seed
+        )
+    return None
+
+
+def _command(commands: Any, name: str, what: str) -> ArgumentParser:
+    """Add a command that does `what`; see `Parser` for wrong arguments."""
+    parser = Parser(description=f"{what[0].upper()}{what[1:]}.")
+    commands.add_subcommand(name, parser, help=what)
+    return parser
+
+
+def _add_source(parser: ArgumentParser) -> None:
+    """Add the options that name a PyTorch checkpoint."""
+    parser.add_argument(
+        "source", metavar="SRC", help="PyTorch checkpoint: a diffusers folder, an original folder or a hub id"
+    )
+    parser.add_argument(
+        "--vae",
+        metavar="DIR",
+        help="Folder of the autoencoder of an original checkpoint; without it, the folder vae beside SRC",
+    )
+    parser.add_argument(
+        "--text-encoder",
+        metavar="DIR",
+        help="Folder of the text encoder of an original checkpoint; without it, Qwen3-Embedding-0.6B beside SRC",
+    )

@@ -1,0 +1,131 @@
+"""`acestep-jax generate`: one song, or those of a JSONL file."""
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from acestep_jax.cli.options import add_lora, lora_scales
+from acestep_jax.cli.parser import Parser, add_fields, name_flags, read_fields
+from acestep_jax.cli.runtime import add_checkpoint, add_devices, add_dtype, start
+from acestep_jax.distributed import parse_mesh
+from acestep_jax.errors import InputError
+from acestep_jax.inputs.prepare import prepare
+from acestep_jax.io import audio, checkpoint
+from acestep_jax.io.adapter import resolve_adapters
+from acestep_jax.pipeline import AceStepPipeline
+from acestep_jax.request import Arguments, Request, Sampling
+from acestep_jax.serve import jsonl
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = Parser(description="Generate a song from a prompt, or the songs of a JSONL file.")
+    add_checkpoint(parser)
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="Description of the music.")
+    parser.add_argument(
+        "--out", metavar="FILE", help=f"Sound file to write: {', '.join(audio.FORMATS)}. Default: song.wav."
+    )
+    parser.add_argument("--overwrite", action="store_true", help="Replace outputs that exist.")
+    add_fields(parser, Request)
+    add_fields(parser, Sampling)
+    parser.add_argument(
+        "--batch",
+        metavar="FILE",
+        help="JSONL file in place of PROMPT: an object on each line with the arguments of AceStepPipeline as keys; the "
+        "options of this command are the defaults. Finished songs are skipped.",
+    )
+    parser.add_argument("--out-dir", metavar="DIR", help="Folder for the songs of --batch and their settings.")
+    parser.add_argument(
+        "--batch-size", metavar="N", type=int, default=1, help="Number of songs of --batch made at once. Default: 1."
+    )
+    add_lora(parser)
+    add_dtype(parser)
+    add_devices(parser)
+    commands.add_subcommand("generate", parser, help="Generate a song from a prompt.")
+
+
+def run(options: Any) -> int | None:
+    """Write one song, or those of a file; return 1 if songs of a file failed.
+
+    Everything that can be checked without the weights is checked before they are loaded.
+    """
+    try:
+        given = read_fields(options, Arguments)
+        return run_batch(options, given) if options.batch is not None else run_one(options, given)
+    except InputError as error:
+        raise name_flags(error, (Request, Sampling)) from None
+
+
+def run_one(options: Any, given: dict[str, Any]) -> None:
+    """Write the song of PROMPT."""
+    if options.prompt is None:
+        raise InputError("PROMPT: missing; describe the music, or give a file of requests with --batch")
+    if options.out_dir is not None:
+        raise InputError("--out-dir: for the songs of --batch only; use --out for one song")
+    names = Request.__dataclass_fields__
+    request = Request(options.prompt, **{k: v for k, v in given.items() if k in names and k != "prompt"})
+    sampling = Sampling(**{k: v for k, v in given.items() if k not in names})
+    out = "song.wav" if options.out is None else options.out
+    start(options.distributed)
+    writes = jax.process_index() == 0
+    if writes:
+        audio.check_output(out, overwrite=options.overwrite)
+        for name, path in (("--source", request.src_audio), ("--reference", request.reference_audio)):
+            if path is not None and Path(str(path)).resolve() == Path(out).resolve():
+                raise InputError(f"--out: {out} is the {name} itself; choose another name")
+    configs = checkpoint.read_manifest(options.checkpoint).configs
+    job = prepare(request, configs, checkpoint.load_tokenizer(options.checkpoint))
+    pipe = load(options)
+    (song,) = pipe.run([job], sampling)
+    if not writes:
+        return
+    song.save(out, overwrite=options.overwrite)
+    assert song.audio is not None
+    print(f"{out}: {song.audio.shape[1] / song.sample_rate:g} s, seed {song.seed}")
+
+
+def run_batch(options: Any, given: dict[str, Any]) -> int:
+    """Write the songs of --batch and report at the end what failed; return 1 if anything did."""
+    if options.prompt is not None:
+        raise InputError(f"PROMPT, --batch: expected one of them, found both ({options.prompt!r})")
+    if options.out is not None:
+        raise InputError("--out: for one song only; use --out-dir for the songs of --batch")
+    if options.out_dir is None:
+        raise InputError("--out-dir: missing; give a folder for the songs of --batch")
+    if options.batch_size < 1:
+        raise InputError(f"--batch-size: expected at least 1, found {options.batch_size}")
+    start(options.distributed)
+    lines, failures = jsonl.read(options.batch, options.out_dir, given)
+    Path(options.out_dir).mkdir(parents=True, exist_ok=True)
+    pipe = load(options)
+    folders, scales = lora_scales(options)
+    about = dict(
+        checkpoint=str(Path(options.checkpoint).resolve()),
+        dtype=options.dtype,
+        lora=[[folder, scale] for folder, scale in zip(folders, scales, strict=True)],
+        version=importlib.metadata.version("acestep-jax"),
+    )
+    for line, error in jsonl.generate(pipe, lines, options.batch_size, about, overwrite=options.overwrite):
+        if error is not None:
+            failures.append(f"{line.place}: {error}")
+        elif jax.process_index() == 0:
+            print(line.path, flush=True)
+    for failure in failures if jax.process_index() == 0 else ():
+        print(f"acestep-jax: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def load(options: Any) -> AceStepPipeline:
+    """Load the pipeline with its adapters; adapters are checked before the weights are loaded."""
+    mesh = parse_mesh(options.mesh)
+    folders, scales = lora_scales(options)
+    if folders:
+        config: Any = checkpoint.read_manifest(options.checkpoint).configs["transformer"]
+        adapters, scales = resolve_adapters(folders, scales, config)
+    pipe = AceStepPipeline.from_pretrained(options.checkpoint, dtype=options.dtype, mesh=mesh)
+    if folders:
+        pipe.load_lora(adapters, scales)
+    return pipe

@@ -1,0 +1,247 @@
+"""The denoising loop: x_1 = noise to x_0 = latents, by dx/dt = v(x, t) with v from the transformer.
+
+    fixed, state = begin(...)            what does not depend on the step: keys and values, context, time embeddings
+    state = advance(..., state, i, n=n)  steps i, ..., i + n - 1
+    latents = finish(state)
+
+`denoise` is all of it as one compiled program, the usual case. To watch or stop a song, the same three functions run as
+programs of their own, a step at a time; they call nothing back, so JAX's persistent cache keeps them.
+"""
+
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from acestep_jax.diffusion import solvers
+from acestep_jax.diffusion.guidance import GUIDANCE, Guided
+from acestep_jax.distributed import on_host, shard
+from acestep_jax.errors import Cancelled
+from acestep_jax.models.attention import KeysValues
+from acestep_jax.models.condition_encoder import AceStepConditionEncoder
+from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS
+from acestep_jax.models.transformer import AceStepTransformer1DModel, TimeEmbedding
+
+StepCallback = Callable[[int, float, np.ndarray], None]  # step, t, latents [B, frames, C]
+
+A = TypeVar("A")  # jax.Array within a program; np.ndarray as well, before it is called
+
+
+class Condition(NamedTuple):
+    """Condition tokens of a batch, and how many of each song's are valid."""
+
+    tokens: jax.Array  # [B, S, E]
+    lengths: jax.Array  # [B] int32
+
+
+class Inputs(NamedTuple, Generic[A]):
+    """What a batch of songs is denoised from. Optional fields are None where no song of the batch needs them."""
+
+    x: A  # [B, T, C] float32, at times[0]
+    lengths: A  # [B] int32, frames; the rest is padding
+    condition: Condition
+    source: A  # [B, T, C] float32, source latents
+    silent: A  # [B, T] bool, where silence replaces them
+    mask: A  # [B, T] bool, the chunk mask: what is generated
+    times: A  # [N + 1] float32, decreasing to 0
+    guided: A  # [N + 1] bool, the times at which guidance acts
+    guidance_scale: A  # float32
+    keys: jax.Array | None = None  # [B], of the songs, for solvers that draw noise
+    # Partial covers follow their source in part, and text to music for the rest.
+    plain_condition: Condition | None = None
+    cover_strength: A | None = None  # [B] float32
+    # Injection: the source is put back, at the noise level of the time, where a song keeps it, after the first steps.
+    kept: A | None = None  # [B, T] bool
+    clean: A | None = None  # [B, T, C] float32
+    noise: A | None = None  # [B, T, C] float32
+    injected_steps: A | None = None  # int32
+
+
+class Method(NamedTuple):
+    """What of the sampling is compiled: the solver, the guidance rule (None: no guidance), and whether partial covers
+    blend velocities or, if false, change to text to music after a part of the steps."""
+
+    solver: str = "euler"
+    guidance: str | None = None
+    blend: bool = False
+
+
+class Fixed(NamedTuple):
+    """What `begin` computes once for all steps. R branches are evaluated at once, along the batch axis."""
+
+    inputs: Inputs[jax.Array]
+    context: jax.Array  # [B, T, 2 C]
+    time: TimeEmbedding  # of all times, [N + 1, ...]
+    condition: tuple[KeysValues, jax.Array]  # [L, R * B, S, K, H] each, and lengths [R * B]
+    plain_context: jax.Array | None  # [1, T, 2 C], of partial covers that switch
+    plain_condition: tuple[KeysValues, jax.Array] | None
+
+
+def context_latents(source: jax.Array, silence: jax.Array, silent: jax.Array, mask: jax.Array) -> jax.Array:
+    """Return the transformer's context, [B, T, 2 C].
+
+    Args:
+        source: [B, T, C], source latents.
+        silence: [1, T, C], latents of silence.
+        silent: [B, T] bool, where silence replaces the source.
+        mask: [B, T] bool, the chunk mask, which every channel gets.
+    """
+    source = jnp.where(silent[:, :, None], silence, source)
+    return jnp.concatenate([source, jnp.broadcast_to(mask[:, :, None], source.shape).astype(source.dtype)], axis=-1)
+
+
+def begin(
+    transformer: AceStepTransformer1DModel,
+    condition_encoder: AceStepConditionEncoder,
+    inputs: Inputs[jax.Array],
+    *,
+    method: Method,
+) -> tuple[Fixed, solvers.State]:
+    """Compute what does not depend on the step, and the state before the first one."""
+    frames = inputs.x.shape[1]
+    silence = condition_encoder.silence(frames).astype(jnp.float32)
+    null = condition_encoder.null_condition_emb[...].astype(inputs.condition.tokens.dtype)
+
+    def attend(first: Condition) -> tuple[KeysValues, jax.Array]:
+        """Keys, values and lengths of all branches: the condition, none, and what a blended cover is mixed with."""
+        branches = [first]
+        if method.guidance:
+            branches.append(Condition(jnp.broadcast_to(null, first.tokens.shape), first.lengths))
+        if inputs.plain_condition is not None and method.blend:
+            branches.append(inputs.plain_condition)
+        tokens, counts = (jnp.concatenate(parts) for parts in zip(*branches, strict=True))
+        return transformer.embed_condition(tokens), counts
+
+    changed_to = None if method.blend else inputs.plain_condition  # where partial covers switch
+    fixed = Fixed(
+        inputs=inputs,
+        context=context_latents(inputs.source, silence, inputs.silent, inputs.mask),
+        time=transformer.embed_time(inputs.times, inputs.times),
+        condition=attend(inputs.condition),
+        plain_context=jnp.concatenate([silence, jnp.ones_like(silence)], axis=-1) if changed_to is not None else None,
+        plain_condition=None if changed_to is None else attend(changed_to),
+    )
+    x = shard(inputs.x, "batch", "sequence", None)
+    momentum = jnp.zeros_like(x) if method.guidance == "apg" else jnp.float32(0)
+    return fixed, solvers.start(x, momentum)
+
+
+def advance(
+    transformer: AceStepTransformer1DModel,
+    fixed: Fixed,
+    state: solvers.State,
+    i: jax.Array | int,
+    *,
+    n: int,
+    method: Method,
+) -> solvers.State:
+    """Make steps i to i + n - 1; n is static, i is not. Guidance costs as much at all times."""
+    inputs, times = fixed.inputs, fixed.inputs.times
+    steps = times.shape[0] - 1
+
+    def branch_velocities(x: jax.Array, i: jax.Array) -> list[jax.Array]:  # [B, T, C] -> R x [B, T, C] float32
+        (keys_values, counts), context = fixed.condition, fixed.context
+        branches = counts.shape[0] // x.shape[0]
+        if fixed.plain_condition is not None:
+            assert inputs.cover_strength is not None and fixed.plain_context is not None
+            plain = i >= jnp.floor(steps * inputs.cover_strength + 1e-6)  # [B], which have changed to text to music
+            rows = _tile(plain, branches)
+            context = jnp.where(plain[:, None, None], fixed.plain_context, context)
+            counts = jnp.where(rows, fixed.plain_condition[1], counts)
+            rows = rows[:, None, None, None]  # keys and values are [L, R * B, S, K, H]
+            keys_values = jax.tree.map(lambda a, b: jnp.where(rows, b, a), keys_values, fixed.plain_condition[0])
+        v = transformer(
+            _tile(x, branches),
+            TimeEmbedding(*(array[i][None] for array in fixed.time)),
+            None,
+            keys_values,
+            _tile(context, branches),
+            lengths=_tile(inputs.lengths, branches),
+            encoder_lengths=counts,
+        )
+        return jnp.split(v.astype(jnp.float32), branches)
+
+    def velocity(x: jax.Array, i: jax.Array, momentum: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        v, *others = branch_velocities(x, i)
+        if method.guidance:
+            rule = GUIDANCE["cfg" if momentum is None else method.guidance]
+            guided, new_momentum = rule(Guided(v, others[0], x, times[i], momentum), inputs.guidance_scale)
+            v = jnp.where(inputs.guided[i], guided, v)
+            if momentum is not None:
+                assert new_momentum is not None
+                momentum = jnp.where(inputs.guided[i], new_momentum, momentum)
+        if inputs.plain_condition is not None and method.blend:
+            assert inputs.cover_strength is not None
+            weight = inputs.cover_strength[:, None, None]
+            v = weight * v + (1 - weight) * others[-1]
+        return v, momentum
+
+    def inject(x: jax.Array, i: jax.Array) -> jax.Array:
+        if inputs.kept is None:
+            return x
+        assert inputs.noise is not None and inputs.clean is not None and inputs.injected_steps is not None
+        t = times[i + 1]
+        source = t * inputs.noise + (1 - t) * inputs.clean
+        return jnp.where(inputs.kept[:, :, None] & (i < inputs.injected_steps), source, x)
+
+    return solvers.advance(velocity, state, times, i, n, solver=method.solver, keys=inputs.keys, after_step=inject)
+
+
+def finish(state: solvers.State) -> jax.Array:
+    """Return the latents, [B, T, C] float32; those from a song's length on are padding."""
+    return state.x
+
+
+def _denoise(
+    transformer: AceStepTransformer1DModel,
+    condition_encoder: AceStepConditionEncoder,
+    inputs: Inputs[jax.Array],
+    *,
+    method: Method,
+) -> jax.Array:
+    fixed, state = begin(transformer, condition_encoder, inputs, method=method)
+    return finish(advance(transformer, fixed, state, 0, n=inputs.times.shape[0] - 1, method=method))
+
+
+denoise = jax.jit(_denoise, static_argnames="method", compiler_options=COMPILER_OPTIONS)
+begin_program = jax.jit(begin, static_argnames="method", compiler_options=COMPILER_OPTIONS)
+advance_program = jax.jit(
+    advance, static_argnames=("n", "method"), donate_argnames="state", compiler_options=COMPILER_OPTIONS
+)
+
+
+def denoise_in_pieces(
+    transformer: AceStepTransformer1DModel,
+    condition_encoder: AceStepConditionEncoder,
+    inputs: Inputs,
+    *,
+    method: Method,
+    on_step: StepCallback | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> jax.Array:
+    """Denoise a step at a time, so that it can be watched and stopped; the result is that of `denoise`.
+
+    Args:
+        on_step: called after each step; what it raises ends the run.
+        should_stop: asked before each step; if it returns true, the run ends.
+
+    Raises:
+        Cancelled: if `should_stop` said so.
+    """
+    steps, longest = len(inputs.times) - 1, int(np.max(inputs.lengths))
+    fixed, state = begin_program(transformer, condition_encoder, inputs, method=method)
+    for i in range(steps):
+        if should_stop is not None and should_stop():
+            raise Cancelled(f"stopped before step {i} of {steps}")
+        state = advance_program(transformer, fixed, state, np.int32(i), n=1, method=method)
+        state.x.block_until_ready()
+        if on_step is not None:
+            on_step(i, float(inputs.times[i]), np.array(on_host(state.x)[:, :longest]))
+    return finish(state)
+
+
+def _tile(x: jax.Array, count: int) -> jax.Array:
+    """Return `count` copies along the batch axis."""
+    return jnp.concatenate([x] * count) if count > 1 else x

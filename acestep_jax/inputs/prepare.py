@@ -1,0 +1,275 @@
+"""From a `Request` to a `Job`: files are read once, everything is checked, and texts are tokenised."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from acestep_jax.errors import InputError
+from acestep_jax.inputs import tasks
+from acestep_jax.inputs.buckets import BUCKETS
+from acestep_jax.inputs.prompt import lyric_text, prompt_text, tokenize
+from acestep_jax.io import audio
+from acestep_jax.request import DEFAULT_DURATION, MAX_DURATION, Audio, Request, Sampling
+
+MIN_SOURCE = 1.0  # seconds
+REFERENCE_SECONDS = 30
+
+
+class ProgramKey(NamedTuple):
+    """The static shapes of a job: jobs with the same key, in batches of one size, share all compiled programs."""
+
+    frames: int  # latent frames, a bucket
+    prompt_tokens: int  # a bucket
+    lyric_tokens: int  # a bucket
+    source: bool
+    codes: bool
+    reference: bool
+    partial_cover: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that has been checked, with its files read. Arrays are on the host; frames are latent frames.
+
+    Attributes:
+        request: what it was made from.
+        task_type, task: see `tasks.TASKS`; that of covers where a request for text2music has audio codes.
+        prompt_ids, lyric_ids: tokens of the prompt and the lyrics, [n] int32.
+        plain_ids: tokens of the prompt as that of text2music, which partial covers change to, [n] int32.
+        frames, samples: length of the song.
+        source: [channels, frames * hop] float32, silent where the source has nothing; None: no source.
+        source_samples: first sample of `source` that is the source's, and one past the last.
+        codes: [n] int32, audio codes in place of a source.
+        silent: [frames] bool, where the source latents are silence.
+        mask: [frames] bool, the chunk mask: what is generated.
+        reference: [channels, 30 s] float32, None: silence.
+    """
+
+    request: Request
+    task_type: str
+    task: tasks.Task
+    prompt_ids: np.ndarray
+    plain_ids: np.ndarray
+    lyric_ids: np.ndarray
+    frames: int
+    samples: int
+    source: np.ndarray | None
+    source_samples: tuple[int, int]
+    codes: np.ndarray | None
+    silent: np.ndarray
+    mask: np.ndarray
+    reference: np.ndarray | None
+
+    @property
+    def program_key(self) -> ProgramKey:
+        """The programs that the job needs, see `ProgramKey`."""
+        return ProgramKey(
+            frames=BUCKETS.frames_of(self.frames),
+            prompt_tokens=BUCKETS.prompt_of(len(self.prompt_ids)),
+            lyric_tokens=BUCKETS.lyrics_of(len(self.lyric_ids)),
+            source=self.source is not None,
+            codes=self.codes is not None,
+            reference=self.reference is not None,
+            partial_cover=self.partial_cover,
+        )
+
+    @property
+    def partial_cover(self) -> bool:
+        """Whether it follows its source for a part of the steps, or with a part of the weight."""
+        return self.request.audio_cover_strength < 1
+
+    @property
+    def keeps_source(self) -> bool:
+        """Whether the audio outside of the mask is the source's."""
+        return self.task.silent_regions
+
+
+def prepare(request: Request, configs: Mapping[str, Any], tokenizer: Tokenizer) -> Job:
+    """Read the files of a request, check all of it, and return what is to be done.
+
+    Args:
+        configs: architectures of the model's networks by name.
+        tokenizer: of the text encoder.
+
+    Raises:
+        InputError: if an argument is out of range, of the wrong shape, or not accepted by the task; if a file is not
+            audio that can be read.
+        OSError: if there is no such file.
+    """
+    vae, task_type = configs["vae"], request.task_type
+    task = tasks.find(task_type)
+    if request.audio_codes is not None and task.with_codes:
+        task_type, task = task.with_codes, tasks.find(task.with_codes)
+    check_accepted(request, task_type, task)
+    _check_source(request, task_type, task, configs)
+
+    hop, rate = vae.hop_length, vae.sampling_rate / vae.hop_length
+    source, codes, source_samples = None, None, (0, 0)
+    if request.src_audio is not None:
+        samples = load_audio(request.src_audio, "src_audio", vae)
+        source, source_samples, mask = _lay_out(samples, request, task, hop, rate)
+        frames = len(mask)
+        # As long as the source to the sample, but for what regions add behind it.
+        length = source_samples[1] if source_samples[1] > (frames - 1) * hop else frames * hop
+    else:
+        if request.audio_codes is not None:
+            size = codebook_size(configs)
+            assert size is not None  # see `_check_source`
+            codes = tasks.codes_from_text(request.audio_codes, size)
+            frames = len(codes) * configs["audio_tokenizer"].pool_window_size
+            check_length(frames / rate, "audio_codes")
+        else:
+            frames = math.ceil((request.audio_duration or DEFAULT_DURATION) * rate)
+        mask, length = np.ones(frames, bool), frames * hop
+
+    told: dict[str, Any] = dict(
+        audio_duration=request.audio_duration or frames / rate,
+        bpm=request.bpm,
+        keyscale=request.keyscale,
+        timesignature=request.timesignature,
+    )
+    tracks = request.track_name or request.complete_track_classes
+    instruction = tasks.instruction(task_type, [tracks] if isinstance(tracks, str) else tracks)
+    texts = [
+        prompt_text(request.prompt, instruction=request.instruction or instruction, **told),
+        prompt_text(request.prompt, instruction=tasks.instruction(tasks.DEFAULT), **told),
+    ]
+    prompt_ids, plain_ids = tokenize(tokenizer, texts, max_length=request.max_text_length, what="prompt")
+    words = lyric_text(request.lyrics, request.vocal_language)
+    (lyric_ids,) = tokenize(tokenizer, [words], max_length=request.max_lyric_length, what="lyrics")
+    return Job(
+        request=request,
+        task_type=task_type,
+        task=task,
+        prompt_ids=prompt_ids,
+        plain_ids=plain_ids,
+        lyric_ids=lyric_ids,
+        frames=frames,
+        samples=length,
+        source=source,
+        source_samples=source_samples,
+        codes=codes,
+        silent=mask & task.silent_regions if task.needs_source else np.ones(frames, bool),
+        mask=mask,
+        reference=None if request.reference_audio is None else _reference(request.reference_audio, vae),
+    )
+
+
+def check_accepted(values: Request | Sampling, task_type: str, task: tasks.Task) -> None:
+    """Raise InputError if a field that only some tasks take was given to a task that does not accept it."""
+    for field in fields(values):
+        accepting = tasks.accepting(field.name)
+        given = getattr(values, field.name)
+        if task_type in accepting or not isinstance(given, np.ndarray) and given == field.default:
+            continue
+        raise InputError(
+            f"{field.name}: the task {task_type} does not take it; leave it out, or set task_type to "
+            f"{' or '.join(accepting)}"
+        )
+
+
+def codebook_size(configs: Mapping[str, Any]) -> int | None:
+    """Return how many audio codes there are; None if the model has no audio tokenizer and detokenizer."""
+    if not configs.keys() >= {"audio_tokenizer", "audio_token_detokenizer"}:
+        return None
+    return math.prod(configs["audio_tokenizer"].fsq_input_levels)
+
+
+def _check_source(request: Request, task_type: str, task: tasks.Task, configs: Mapping[str, Any]) -> None:
+    if request.audio_codes is not None and request.src_audio is not None:
+        raise InputError("audio_codes, src_audio: expected one of them, found both")
+    if task.needs_source and request.audio_codes is None and request.src_audio is None:
+        raise InputError(f"src_audio: the task {task_type} needs a source; give a file or an array")
+    if task.tokenized and codebook_size(configs) is None:
+        raise InputError(
+            f"task_type: {task_type} needs the audio tokenizer, which this checkpoint lacks; convert one that has it"
+        )
+
+
+def _lay_out(
+    source: np.ndarray, request: Request, task: tasks.Task, hop: int, rate: float
+) -> tuple[np.ndarray, tuple[int, int], np.ndarray]:
+    """Return the source within the song: its audio, where it begins and ends, and the chunk mask."""
+    frames = math.ceil(source.shape[1] / hop)
+    left, mask = 0, np.ones(frames, bool)
+    if task.has_regions:
+        starts, ends = _several(request.repainting_start), _several(request.repainting_end)
+        if len(starts) != len(ends) or not starts:
+            raise InputError(
+                f"repainting_start, repainting_end: expected as many of both, found {len(starts)} and {len(ends)}"
+            )
+        extent = tasks.extent(starts, ends, frames, rate, MAX_DURATION)
+        left, mask = extent.left, extent.mask()
+    begin = left * hop
+    end = begin + source.shape[1]
+    return np.pad(source, ((0, 0), (begin, len(mask) * hop - end))), (begin, end), mask
+
+
+def _several(value: float | Sequence[float] | None) -> Sequence[float | None]:
+    return value if isinstance(value, Sequence) else (value,)
+
+
+def load_audio(source: Audio, name: str, vae: Any) -> np.ndarray:
+    """Read a source or a reference from a file or an array; mono is given to all channels.
+
+    Args:
+        name: of the argument, for messages.
+        vae: the autoencoder's config, whose sample rate and channels the audio gets.
+
+    Returns:
+        [channels, samples] float32.
+
+    Raises:
+        InputError: if it is neither, holds NaN, or is shorter than 1 s or longer than 600 s.
+        OSError: if there is no such file.
+    """
+    channels = vae.audio_channels
+    if isinstance(source, str | Path):
+        name = str(source)
+        samples = audio.read(source, vae.sampling_rate, channels)
+    else:
+        samples = np.atleast_2d(np.asarray(source))
+        if not np.issubdtype(samples.dtype, np.floating):
+            raise InputError(f"{name}: expected a file or an array of floating-point samples, found {samples.dtype}")
+        samples = samples.astype(np.float32)
+        if samples.ndim != 2 or samples.shape[0] not in (1, channels):
+            raise InputError(
+                f"{name}: expected an array [1 or {channels} channels, samples] at {vae.sampling_rate} Hz, or a file, "
+                f"found shape {list(np.shape(source))}"
+            )
+        if not np.isfinite(samples).all():
+            raise InputError(f"{name}: holds NaN or infinities; expected samples within [-1, 1]")
+        samples = np.broadcast_to(samples, (channels, samples.shape[1]))
+    check_length(samples.shape[1] / vae.sampling_rate, name)
+    return samples
+
+
+def check_length(seconds: float, name: str) -> None:
+    """Raise InputError unless the audio called `name` has 1 to 600 s."""
+    if not MIN_SOURCE <= seconds <= MAX_DURATION:
+        raise InputError(f"{name}: expected {MIN_SOURCE:g} to {MAX_DURATION:g} s of music, found {seconds:.3g} s")
+
+
+def _reference(source: Audio, vae: Any) -> np.ndarray | None:
+    """Return ten seconds each from the front, from one third on and from the back, after repeating to at least 30 s.
+
+    None if it is silent: silence is encoded once and for all.
+    """
+    samples = load_audio(source, "reference_audio", vae)
+    if not samples.any():
+        return None
+    whole = REFERENCE_SECONDS * vae.sampling_rate
+    part = whole // 3
+    samples = np.tile(samples, (1, math.ceil(whole / samples.shape[1])))
+    third = samples.shape[1] // 3
+    parts: Sequence[np.ndarray] = [
+        samples[:, :part],
+        samples[:, third : third + part],
+        samples[:, samples.shape[1] - part :],
+    ]
+    return np.concatenate(parts, axis=1)

@@ -1,0 +1,133 @@
+"""From the audio, codes and texts of jobs to latents and conditions through the compiled programs, and back to songs.
+
+Arrays that songs share out among themselves differ in length: rows are padded to `frames` latent frames.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from acestep_jax.diffusion.denoise import Condition
+from acestep_jax.distributed import on_host
+from acestep_jax.inputs import programs
+from acestep_jax.inputs.collate import Batch, Tokens
+from acestep_jax.inputs.prepare import Job
+from acestep_jax.io import audio
+from acestep_jax.models.autoencoder import AutoencoderOobleck
+from acestep_jax.models.config import AutoencoderConfig
+
+FADE = 0.025  # seconds at each end of a repainted region, over which its source fades out and in
+
+Networks = Mapping[str, Any]  # by the names of `models.registry`
+
+
+def conditions(
+    networks: Networks, batch: Batch, references: tuple[jax.Array, np.ndarray] | None, *, attend_to_padding: bool
+) -> tuple[Condition, Condition | None]:
+    """Return the condition of each song and, where a cover is partial, that of text2music, of equal sizes."""
+    clips, owners = references or (None, None)
+
+    def encode(tokens: Tokens[np.ndarray]) -> Condition:
+        return programs.encode(
+            networks["text_encoder"],
+            networks["condition_encoder"],
+            tokens,
+            batch.lyrics,
+            clips,
+            owners,
+            attend_to_padding=attend_to_padding,
+        )
+
+    condition = encode(batch.prompt)
+    if batch.plain is None:
+        return condition, None
+    plain = encode(batch.plain)
+    size = max(condition.tokens.shape[1], plain.tokens.shape[1])  # one takes the other's place
+    return _padded(condition, size), _padded(plain, size)
+
+
+def source_latents(
+    networks: Networks, jobs: Sequence[Job], frames: int, channels: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the latents of the sources, and what the transformer sees of them; zeros where there is no source.
+
+    [B, frames, channels] float32 each.
+    """
+    clean = np.zeros((len(jobs), frames, channels), np.float32)
+    codes = {i: job.codes for i, job in enumerate(jobs) if job.codes is not None}
+    waves = {i: job.source for i, job in enumerate(jobs) if job.source is not None}
+    if waves:
+        clean[list(waves)] = encode_audio(networks["vae"], list(waves.values()), frames)
+    if rows := [i for i in waves if jobs[i].task.tokenized]:
+        found = tokenize(networks, clean[rows], [jobs[i].frames for i in rows])
+        codes |= dict(zip(rows, found, strict=True))
+    source = clean.copy()
+    if codes:
+        made = detokenize(networks, list(codes.values()), frames)
+        for i, latents in zip(codes, made, strict=True):
+            source[i] = latents
+            if jobs[i].source is None:
+                clean[i] = latents
+    return clean, source
+
+
+def references(vae: AutoencoderOobleck, jobs: Sequence[Job]) -> tuple[jax.Array, np.ndarray] | None:
+    """Return the latents of the reference clips [N, 750, C], and which of them is each song's, N for none."""
+    waves = [job.reference for job in jobs if job.reference is not None]
+    if not waves:
+        return None
+    owners = np.full(len(jobs), len(waves), np.int32)
+    owners[[job.reference is not None for job in jobs]] = np.arange(len(waves))
+    lengths = np.full(len(waves), waves[0].shape[-1], np.int32)
+    return programs.encode_audio(vae, np.stack(waves), lengths), owners
+
+
+def encode_audio(vae: AutoencoderOobleck, waves: Sequence[np.ndarray], frames: int) -> np.ndarray:
+    """Encode songs [channels, samples], whole frames each; return latents [n, frames, C] float32, zero after them."""
+    padded = np.zeros((len(waves), vae.config.audio_channels, frames * vae.hop_length), np.float32)
+    lengths = np.array([wave.shape[1] for wave in waves], np.int32)
+    for row, wave in zip(padded, waves, strict=True):
+        row[:, : wave.shape[1]] = wave
+    latents = np.array(on_host(programs.encode_audio(vae, padded, lengths)))
+    for row, length in zip(latents, lengths, strict=True):
+        row[length // vae.hop_length :] = 0
+    return latents
+
+
+def tokenize(networks: Networks, latents: np.ndarray, frames: Sequence[int]) -> list[np.ndarray]:
+    """Encode latents [n, T, C]; return codes [ceil(frames / 5)] int32 of each song."""
+    tokenizer = networks["audio_tokenizer"]
+    lengths = np.array(frames, np.int32)
+    codes = on_host(programs.tokenize(tokenizer, networks["condition_encoder"], latents, lengths))
+    window = tokenizer.config.pool_window_size
+    return [row[: -(-length // window)] for row, length in zip(codes, frames, strict=True)]
+
+
+def detokenize(networks: Networks, codes: Sequence[np.ndarray], frames: int) -> np.ndarray:
+    """Decode codes [n] int32 of each song; return latents [songs, frames, C] float32, arbitrary at their ends."""
+    tokenizer = networks["audio_tokenizer"]
+    padded = np.zeros((len(codes), -(-frames // tokenizer.config.pool_window_size)), np.int32)
+    for row, numbers in zip(padded, codes, strict=True):
+        row[: len(numbers)] = numbers
+    return on_host(programs.detokenize(tokenizer, networks["audio_token_detokenizer"], padded))[:, :frames]
+
+
+def finished(job: Job, made: np.ndarray, vae: AutoencoderConfig) -> np.ndarray:
+    """Return the audio of a song, [channels, samples] float32: `made`, cut to its length, with the source outside of
+    what was repainted."""
+    made = made[:, : job.samples]
+    if not job.keeps_source:
+        return np.array(made)
+    assert job.source is not None
+    mask = np.repeat(job.mask, vae.hop_length)[: job.samples]
+    source = job.source[:, : job.samples]
+    return audio.splice(source, made, mask, job.source_samples, round(FADE * vae.sampling_rate))
+
+
+def _padded(condition: Condition, size: int) -> Condition:
+    """Return the condition with tokens that are not valid up to `size`."""
+    tokens = jnp.pad(condition.tokens, ((0, 0), (0, size - condition.tokens.shape[1]), (0, 0)))
+    return condition._replace(tokens=tokens)

@@ -1,0 +1,127 @@
+"""What a pipeline returns: songs, one by one or as a batch."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from acestep_jax.errors import InputError
+from acestep_jax.io import audio
+
+
+@dataclasses.dataclass(frozen=True)
+class Song:
+    """One song.
+
+    Attributes:
+        audio: [channels, samples] float32; None with `output_type="latent"`.
+        latents: [frames, C] float32.
+        sample_rate: Hz.
+        seed: the seed that makes it again; None where noise or a key was given.
+    """
+
+    audio: np.ndarray | None
+    latents: np.ndarray
+    sample_rate: int
+    seed: int | None
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the song as WAV, FLAC, OGG or MP3, by suffix, atomically. Of several processes, let one save.
+
+        Raises:
+            InputError: if there is no audio, or see `audio.check_output`.
+            OSError: if the file cannot be written.
+        """
+        if self.audio is None:
+            raise InputError('song.save: output_type="latent" gave no audio to save; use output_type="np"')
+        audio.write(path, self.audio, self.sample_rate, overwrite=overwrite)
+        return Path(path)
+
+
+class AudioPipelineOutput(Sequence[Song]):
+    """The songs of one call: a sequence of `Song`, and arrays of the whole batch under diffusers' names."""
+
+    def __init__(self, songs: Sequence[Song]):
+        self._songs = tuple(songs)
+
+    @overload
+    def __getitem__(self, index: int) -> Song: ...
+    @overload
+    def __getitem__(self, index: slice) -> "AudioPipelineOutput": ...
+    def __getitem__(self, index: int | slice) -> "Song | AudioPipelineOutput":
+        return AudioPipelineOutput(self._songs[index]) if isinstance(index, slice) else self._songs[index]
+
+    def __len__(self) -> int:
+        return len(self._songs)
+
+    def __iter__(self) -> Iterator[Song]:
+        return iter(self._songs)
+
+    @property
+    def audio(self) -> np.ndarray | None:
+        """The audio of the only song, [channels, samples] float32; see `Song.audio`."""
+        return self._only.audio
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of the only song."""
+        return self._only.seed
+
+    @property
+    def audios(self) -> np.ndarray | None:
+        """[B, channels, samples] float32, silent after the end of a shorter song; None without audio."""
+        songs = [song.audio for song in self if song.audio is not None]
+        return _padded(songs, axis=1) if songs else None
+
+    @property
+    def latents(self) -> np.ndarray:
+        """[B, frames, C] float32, zero after the end of a shorter song."""
+        return _padded([song.latents for song in self], axis=0)
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz."""
+        return self._songs[0].sample_rate
+
+    @property
+    def seeds(self) -> tuple[int | None, ...] | None:
+        """Of each song; None if no song has one."""
+        seeds = tuple(song.seed for song in self)
+        return None if set(seeds) == {None} else seeds
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """How many each song has; none without audio."""
+        return tuple(song.audio.shape[1] for song in self if song.audio is not None)
+
+    @property
+    def frames(self) -> tuple[int, ...]:
+        """How many latent frames each song has."""
+        return tuple(len(song.latents) for song in self)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> list[Path]:
+        """Write every song, see `Song.save`. A batch becomes `song-0.wav`, `song-1.wav`, ..."""
+        path = Path(path)
+        paths = [path] if len(self) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(self))]
+        for target in paths:  # all of them, before the first is written
+            audio.check_output(target, overwrite=overwrite)
+        return [song.save(target, overwrite=overwrite) for song, target in zip(self, paths, strict=True)]
+
+    @property
+    def _only(self) -> Song:
+        if len(self) != 1:
+            raise InputError(f"expected one song, found {len(self)}; use result[i], or .audios and .seeds of the batch")
+        return self._songs[0]
+
+
+def _padded(arrays: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    """Return arrays as one batch, with zeros up to the longest along `axis`."""
+    size = max(array.shape[axis] for array in arrays)
+    shape = list(arrays[0].shape)
+    shape[axis] = size
+    batch = np.zeros((len(arrays), *shape), np.float32)
+    for i, array in enumerate(arrays):
+        batch[(i, *(slice(n) for n in array.shape))] = array
+    return batch
