@@ -1,1 +1,1 @@
-"""Fine-tuning by flow matching: a folder of songs to a folder of data, and from there to weights or an adapter."""
+"""Training: preprocessing of songs, fine-tuning by flow matching, and an autoencoder from scratch."""

@@ -1,4 +1,4 @@
-"""The checkpoints of a run, through Orbax: written while training goes on, whole or not at all, restored strictly."""
+"""The checkpoints of a run, through Orbax: written atomically in the background, restored strictly."""
 
 import math
 from collections.abc import Iterator
@@ -8,53 +8,60 @@ from typing import Any
 
 import jax
 import numpy as np
-from acestep_jax.train.step import TrainState
 from orbax.checkpoint import v1 as ocp
 
 from acestep_jax.errors import InputError
 from acestep_jax.io.checkpoint import flatten, host_sharding, is_disk_full, nest
+from acestep_jax.train.step import TrainState
 
 METRIC = "validation_loss"
 
 
 class Checkpoints:
-    """Those of one run, by step. The latest `keep` stay, and of all that were validated the best.
+    """The checkpoints of one run, by step: the latest `keep`, and the best of all that were validated.
 
     Args:
         folder: of the checkpoints.
-        writes: whether this is the run itself, which may remove what a killed one has begun.
+        keep: number of latest checkpoints to keep.
+        writes: whether this is the run itself, which removes incomplete checkpoints of a killed process.
     """
 
     def __init__(self, folder: Path, keep: int, *, writes: bool = True):
         self.folder = folder
-        policies = ocp.training.preservation_policies
+        training: Any = ocp.training
+        policies = training.preservation_policies
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[METRIC],
-            reverse=True,  # the last n of the falling order stay
+            reverse=True,  # the last n of the decreasing order stay
             n=1,
             keep_checkpoints_without_metrics=False,
         )
-        self._checkpointer = ocp.training.Checkpointer(
+        self._checkpointer: Any = training.Checkpointer(
             folder.absolute(),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # the caller decides
+            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),  # the caller decides
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             cleanup_tmp_directories=writes,
         )
 
     @property
     def steps(self) -> list[int]:
-        """The complete ones, in order."""
+        """The steps of complete checkpoints, in order."""
         return sorted(found.step for found in self._checkpointer.checkpoints)
 
     @property
     def best(self) -> int | None:
         """The step with the lowest validation loss."""
-        losses = {found.step: found.metrics[METRIC] for found in self._checkpointer.checkpoints if found.metrics}
-        return min(losses, key=losses.get) if losses else None
+        losses: dict[int, float] = {
+            found.step: found.metrics[METRIC] for found in self._checkpointer.checkpoints if found.metrics
+        }
+        return min(losses, key=losses.__getitem__) if losses else None
 
     def choose(self, step: int | None) -> int:
-        """This step or, if it is None, the best, or the latest if none was validated; raises InputError if it is not
-        kept."""
+        """Return this step or, if it is None, the best, or the latest if none was validated.
+
+        Raises:
+            InputError: if there is no checkpoint of the step.
+        """
         if not self.steps:
             raise InputError(f"{self.folder.parent}: no checkpoint is complete yet")
         if step is None:
@@ -65,14 +72,16 @@ class Checkpoints:
         return step
 
     def save(self, step: int, state: TrainState, notes: dict[str, Any], validation_loss: float | None) -> None:
-        """Copies the state out of the devices, then goes on in the background.
+        """Copy the state from the devices to the host, then write it in the background.
 
         Args:
-            notes: anything that JSON can hold.
-            validation_loss: what the best is chosen by; None: not known.
+            step: number of steps of the state.
+            state: what to write.
+            notes: what JSON can hold.
+            validation_loss: by which the best is chosen; None: unknown.
 
         Raises:
-            InputError: if this or the save before it finds the disk full.
+            InputError: if this save or the one before it finds the disk full.
         """
         known = validation_loss is not None and math.isfinite(validation_loss)
         with self._writing():
@@ -87,7 +96,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
-        """Waits for what is being written; raises as `save` does, unless the run has failed already."""
+        """Wait for what is being written; raise as `save` does, unless the run has failed already."""
         try:
             with self._writing():
                 self._checkpointer.wait()
@@ -98,11 +107,11 @@ class Checkpoints:
             self._checkpointer.close()
 
     def notes(self, step: int) -> dict[str, Any]:
-        """What was given to `save`."""
+        """Return the notes that were given to `save`."""
         return self._metadata(step).custom_metadata
 
     def weights(self, step: int, part: str) -> dict[str, np.ndarray]:
-        """The "params" or the "ema" of a step alone, in the host's memory, by dotted path; raises as `restore` does."""
+        """Load only the "params" or the "ema" of a step, to the host, by dotted path; raise as `restore` does."""
         host = host_sharding()
         target = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
@@ -115,13 +124,14 @@ class Checkpoints:
         return {name: np.asarray(value) for name, value in flatten(loaded[part])}
 
     def restore(self, step: int, target: TrainState) -> TrainState:
-        """The state of a step.
+        """Return the state of a step.
 
         Args:
-            target: shapes, dtypes and shardings of what to restore.
+            step: of a complete checkpoint.
+            target: shapes, dtypes and shardings of the state.
 
         Raises:
-            InputError: naming the first leaf that is missing, unexpected or of another shape or dtype; or if the
+            InputError: naming the first array that is missing, unexpected or of another shape or dtype; or if the
                 checkpoint is damaged.
         """
         path = self.folder / str(step)
@@ -156,7 +166,7 @@ class Checkpoints:
             yield
         except (ValueError, OSError, KeyError) as error:  # Orbax's and TensorStore's of what is missing or cut short
             raise InputError(
-                f"{self.folder / str(step)}: damaged ({error}); remove it to go on from the checkpoint before it"
+                f"{self.folder / str(step)}: damaged ({error}); remove it to resume from the checkpoint before it"
             ) from error
 
     @contextmanager
@@ -168,12 +178,12 @@ class Checkpoints:
                 raise
             kept = f"step {self.steps[-1]} is the last that is kept" if self.steps else "none is kept"
             raise InputError(
-                f"{self.folder}: the disk is full, so a checkpoint could not be written; {kept}. Make room and run the "
-                "same command again"
+                f"{self.folder}: the disk is full, so a checkpoint could not be written; {kept}. Free some space and "
+                "run the same command again"
             ) from error
 
 
 def _named(state: TrainState) -> Iterator[tuple[str, Any]]:
-    """The leaves by dotted name, in the order of the tree."""
+    """Yield the arrays of a state by dotted name, in the order of the tree."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         yield jax.tree_util.keystr(path, simple=True, separator="."), leaf

@@ -1,39 +1,36 @@
-"""The settings of a run: frozen dataclasses, which are the command line and the YAML file as well.
+"""The settings of a run: frozen dataclasses, which are the options of the command line and the keys of the YAML file.
 
-`--lora.rank 8` on the command line is `lora: {rank: 8}` in the file that `--config` names; a later one wins. The
-resolved settings are kept in the run's folder as `config.yaml`.
+`--lora.rank 8` on the command line is `lora: {rank: 8}` in the file given by `--config`; the later one wins. See
+`train.config_file` for how they are read and written.
 """
 
 import dataclasses
-import itertools
 import math
-import re
-from collections.abc import Iterator
-from pathlib import Path
-from types import NoneType
-from typing import ClassVar, Literal, TypeVar, get_args, get_origin
-
-import jsonargparse
+from typing import Literal
 
 from acestep_jax.errors import InputError
-from acestep_jax.io.files import publish_file
+from acestep_jax.inputs import tasks
 from acestep_jax.models.config import AutoencoderConfig, LoRAConfig
 from acestep_jax.request import MAX_DURATION, MIN_DURATION
+
+# The tasks that training draws; each has its weight among the fields of `DataConfig`. Data folders store the index of a
+# task in this tuple, so its order must stay.
+TASKS = tuple(name for name, task in tasks.TASKS.items() if task.trained)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which examples are drawn.
+    """Which examples are drawn, and how.
 
     Args:
-        batch_size: examples of one forward pass, over all devices.
-        crop_seconds: lengths of the crops, each of which compiles once; a batch has one of them. Of those that the data
-            were prepared for; none: all of them.
-        text2music: weight of the task in the mixture.
-        repaint: weight of making a random window of the song anew.
-        cover: weight of making the song from its own 5 Hz codes.
-        validation_fraction: share of the songs that is held out, at least one if it is not 0.
-        workers: threads that read ahead.
+        batch_size: Examples of one forward pass, over all devices.
+        crop_seconds: Lengths of the crops, in seconds, such as '[30, 60]'; each compiles once, and a batch has one of
+            them. By default all lengths that the data were prepared for.
+        text2music: Weight of the task text2music in the mixture.
+        repaint: Weight of the task repaint, which regenerates a random region of the song.
+        cover: Weight of the task cover, which regenerates the song from its own 5 Hz codes.
+        validation_fraction: Fraction of the songs that is held out for validation, at least one song; 0 for none.
+        workers: Threads that read ahead.
     """
 
     batch_size: int = 1
@@ -45,10 +42,15 @@ class DataConfig:
     workers: int = 4
 
     @property
-    def task_weights(self) -> tuple[float, float, float]:
-        """In the order of `TASKS`; they add up to one."""
-        weights = (self.text2music, self.repaint, self.cover)
+    def task_weights(self) -> tuple[float, ...]:
+        """The probability of each of `TASKS`."""
+        weights = [getattr(self, name) for name in TASKS]
         return tuple(weight / sum(weights) for weight in weights)
+
+    @property
+    def tokenizes(self) -> bool:
+        """Whether a task of the mixture takes its source through the audio tokenizer."""
+        return any(getattr(self, name) > 0 for name in TASKS if tasks.TASKS[name].tokenized)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,11 +58,12 @@ class ObjectiveConfig:
     """What is learned from an example.
 
     Args:
-        timesteps: logit_normal, the greater of two logit-normal draws, as ACE-Step was trained; stratified, the same
-            distribution, spread evenly over a step's examples; turbo, the eight times of the turbo schedule.
-        timestep_mu: mean of the logit-normal distribution.
-        timestep_sigma: its standard deviation.
-        condition_dropout: share of the examples that are shown no condition, for guidance.
+        timesteps: Distribution of the times t. logit_normal: the greater of two logit-normal draws, as ACE-Step was
+            trained; stratified: the same distribution, spread evenly over the examples of a step; turbo: only the eight
+            times of the turbo schedule.
+        timestep_mu: Mean of the normal distribution behind the logit-normal one.
+        timestep_sigma: Standard deviation of the normal distribution behind the logit-normal one.
+        condition_dropout: Rate of examples without a condition, which classifier-free guidance needs.
     """
 
     timesteps: Literal["stratified", "logit_normal", "turbo"] = "stratified"
@@ -71,17 +74,18 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamConfig:
-    """AdamW with a warm-up, then a cosine to a hundredth of the learning rate.
+    """AdamW with a linear warm-up, then a cosine to a hundredth of the learning rate.
 
     Args:
-        learning_rate: its peak.
-        warmup_steps: of linear growth; by default 100, or a tenth of all steps if that is less.
-        weight_decay: of matrices; norms, biases and modulation tables do not decay.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: added to the root of the second moment.
-        max_grad_norm: gradients are scaled down to this norm.
-        ema_decay: keeps an exponential moving average of the weights, beside them.
+        learning_rate: Peak of the learning rate.
+        warmup_steps: Steps of linear warm-up. By default 100, or a tenth of all steps if that is less.
+        weight_decay: Weight decay of matrices; norms, biases and modulation tables do not decay.
+        beta1: Decay rate of the first moment.
+        beta2: Decay rate of the second moment.
+        eps: Constant that is added to the root of the second moment.
+        max_grad_norm: Norm that gradients are clipped to.
+        ema_decay: Decay rate of an exponential moving average of the weights, which is kept beside them. By default
+            none is kept.
     """
 
     learning_rate: float = 1e-4
@@ -94,7 +98,7 @@ class AdamConfig:
     ema_decay: float | None = None
 
     def check(self, steps: int) -> None:
-        """Raises InputError if a value cannot be used in a run of so many steps."""
+        """Raise InputError if a value cannot be used in a run of so many steps."""
         _at_least(("warmup_steps", self.warmup_steps or 0, 0), ("weight_decay", self.weight_decay, 0), of="optimizer.")
         _above_zero(
             *((name, getattr(self, name)) for name in ("learning_rate", "max_grad_norm", "eps")), of="optimizer."
@@ -106,10 +110,10 @@ class AdamConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(AdamConfig):
-    """AdamW with a warm-up, then a cosine to a hundredth of the learning rate.
+    """AdamW with a linear warm-up, then a cosine to a hundredth of the learning rate.
 
     Args:
-        accumulation: batches of one step.
+        accumulation: Batches whose gradients are accumulated in one step.
     """
 
     accumulation: int = 4
@@ -117,14 +121,14 @@ class OptimizerConfig(AdamConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """What is seen of a run.
+    """What is reported of a run.
 
     Args:
-        log_every: steps between lines of metrics.jsonl and TensorBoard.
-        validate_every: steps between validations on held-out songs, besides those at checkpoints.
-        sample_every: steps between samples of sample_prompts.
-        sample_prompts: what to make samples of; none: no samples.
-        sample_seconds: their duration.
+        log_every: Steps between lines of metrics.jsonl and TensorBoard.
+        validate_every: Steps between validations on held-out songs, in addition to those at checkpoints.
+        sample_every: Steps between samples of the sample prompts.
+        sample_prompts: Prompts to generate samples of, such as '["lofi piano"]'. By default no samples.
+        sample_seconds: Duration of a sample, in seconds.
     """
 
     log_every: int = 10
@@ -139,23 +143,24 @@ class TrainConfig:
     """Fine-tune the transformer of a checkpoint.
 
     Args:
-        data: folder that `python -m train preprocess` made.
-        checkpoint: native checkpoint to start from.
-        out: folder of the run; if it is there, the run goes on from its last checkpoint.
-        method: lora, adapters on frozen weights; full, all weights of the transformer.
-        steps: optimizer steps.
-        seed: of everything random.
-        dtype: of the computation and of frozen weights; by default as stored. What is trained is float32 always.
-        remat: what the backward pass computes again instead of keeping it in memory.
-        mesh: devices for each axis, such as fsdp=4,tensor=2; by default one device.
-        save_every: steps between checkpoints, which are written while training goes on.
-        keep: how many of the latest checkpoints stay, besides the best.
-        max_bad_steps: steps in a row whose loss or gradient is no number, after which the run stops.
-        lora: adapters.
-        objective: loss.
-        optimizer: steps.
-        examples: batches.
-        report: metrics and samples.
+        data: Folder of training data, as written by `acestep-jax train preprocess`.
+        checkpoint: Native checkpoint to start from.
+        out: Folder of the run. If it holds a run, that is resumed from its last checkpoint.
+        method: What is trained. lora: adapters on frozen weights; full: all weights of the transformer.
+        steps: Number of optimizer steps.
+        seed: Seed of all random numbers, 0 to 2^32 - 1.
+        dtype: Dtype of the computation and of frozen weights. By default as stored. Trained weights are always float32.
+        remat: What the backward pass recomputes instead of keeping it in memory. dots: all but matrix products; full:
+            everything.
+        mesh: Number of devices of each mesh axis, such as fsdp=4,tensor=2. By default one device.
+        save_every: Steps between checkpoints, which are written in the background.
+        keep: Number of latest checkpoints that are kept, in addition to the best.
+        max_bad_steps: Consecutive steps with a non-finite loss or gradient, after which the run stops.
+        lora: Adapters.
+        objective: Loss.
+        optimizer: Optimizer.
+        examples: Batches.
+        report: Metrics and samples.
     """
 
     data: str
@@ -176,8 +181,6 @@ class TrainConfig:
     examples: DataConfig = dataclasses.field(default_factory=DataConfig)
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
 
-    command: ClassVar[str] = "fit"
-
     def __post_init__(self):
         objective, examples, report = self.objective, self.examples, self.report
         _at_least(
@@ -188,9 +191,7 @@ class TrainConfig:
             ("optimizer.accumulation", self.optimizer.accumulation, 1),
             ("examples.batch_size", examples.batch_size, 1),
             ("examples.workers", examples.workers, 0),
-            ("examples.text2music", examples.text2music, 0),
-            ("examples.repaint", examples.repaint, 0),
-            ("examples.cover", examples.cover, 0),
+            *((f"examples.{name}", getattr(examples, name), 0) for name in TASKS),
             *((f"report.{name}", getattr(report, name), 1) for name in ("log_every", "validate_every", "sample_every")),
         )
         _check_seed(self.seed)
@@ -201,7 +202,7 @@ class TrainConfig:
             )
         _above_zero(
             ("objective.timestep_sigma", objective.timestep_sigma),
-            ("examples.text2music + repaint + cover", examples.text2music + examples.repaint + examples.cover),
+            (f"examples.{' + '.join(TASKS)}", sum(getattr(examples, name) for name in TASKS)),
         )
         _below_one(
             ("objective.condition_dropout", objective.condition_dropout),
@@ -211,15 +212,16 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OobleckConfig:
-    """An autoencoder from nothing, for 48 kHz stereo.
+    """Sizes of an autoencoder that is trained from scratch, for 48 kHz stereo.
 
     Args:
-        latent_channels: of a latent frame.
-        patch_size: samples that the outermost layers take as one step.
-        downsampling_ratios: even; their product, times patch_size, is the samples of a latent frame.
-        channel_multiples: of the widths below, after each of the ratios.
-        encoder_channels: of the encoder's outermost layers.
-        decoder_channels: of the decoder's outermost layers.
+        latent_channels: Channels of a latent frame.
+        patch_size: Samples that the outermost layers take as one time step.
+        downsampling_ratios: Downsampling of each block, even numbers. Their product, times patch_size, is the number of
+            samples of a latent frame.
+        channel_multiples: Width after each block, as a multiple of encoder_channels and decoder_channels.
+        encoder_channels: Width of the encoder's outermost layers.
+        decoder_channels: Width of the decoder's outermost layers.
     """
 
     latent_channels: int = 64
@@ -231,6 +233,7 @@ class OobleckConfig:
 
     @property
     def network(self) -> AutoencoderConfig:
+        """The architecture of these sizes."""
         return AutoencoderConfig(
             encoder_hidden_size=2 * self.latent_channels,
             encoder_channels=self.encoder_channels,
@@ -244,14 +247,15 @@ class OobleckConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReconstructionConfig:
-    """What an autoencoder learns by, see `train.reconstruction`.
+    """The loss of an autoencoder, see `train.reconstruction`.
 
     Args:
-        windows: of the spectra, in samples, even.
-        spectrum: weight of the spectra's distance.
-        spectrum_warmup: steps in which it grows to that from 0: phases are learned first, by the waveform.
-        waveform: weight of the mean absolute error of the samples.
-        kl: weight of the divergence of the posterior, in nats a value, from N(0, 1).
+        windows: Window lengths of the spectra, in samples, even numbers.
+        spectrum: Weight of the distance of the spectra.
+        spectrum_warmup: Steps in which the weight of the spectra grows from 0, so that phases are learned first, by the
+            waveform.
+        waveform: Weight of the mean absolute error of the waveform.
+        kl: Weight of the KL divergence of the posterior from N(0, 1), in nats per latent value.
     """
 
     windows: tuple[int, ...] = (2048, 1024, 512, 256, 128)
@@ -263,23 +267,23 @@ class ReconstructionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderTrainConfig:
-    """Train an autoencoder from random weights.
+    """Train an autoencoder from scratch.
 
     Args:
-        data: folder of audio files, with subfolders.
-        out: folder of the run; if it is there, the run goes on from its last checkpoint.
-        steps: optimizer steps.
-        seed: of everything random.
-        batch_size: crops of a step.
-        crop_seconds: their length, in whole latent frames.
-        validation_fraction: share of the files that is held out, at least one if it is not 0.
-        save_every: steps between checkpoints and validations.
-        log_every: steps between lines of metrics.jsonl and TensorBoard.
-        keep: how many of the latest checkpoints stay, besides the best.
-        max_bad_steps: steps in a row whose loss or gradient is no number, after which the run stops.
-        model: sizes.
-        loss: what is learned.
-        optimizer: steps.
+        data: Folder of audio files, searched with its subfolders.
+        out: Folder of the run. If it holds a run, that is resumed from its last checkpoint.
+        steps: Number of optimizer steps.
+        seed: Seed of all random numbers, 0 to 2^32 - 1.
+        batch_size: Crops of a step.
+        crop_seconds: Length of a crop, in seconds, rounded to whole latent frames.
+        validation_fraction: Fraction of the files that is held out for validation, at least one file; 0 for none.
+        save_every: Steps between checkpoints, each of which is validated.
+        log_every: Steps between lines of metrics.jsonl and TensorBoard.
+        keep: Number of latest checkpoints that are kept, in addition to the best.
+        max_bad_steps: Consecutive steps with a non-finite loss or gradient, after which the run stops.
+        model: Sizes.
+        loss: Loss.
+        optimizer: Optimizer.
     """
 
     data: str
@@ -296,8 +300,6 @@ class AutoencoderTrainConfig:
     model: OobleckConfig = dataclasses.field(default_factory=OobleckConfig)
     loss: ReconstructionConfig = dataclasses.field(default_factory=ReconstructionConfig)
     optimizer: AdamConfig = dataclasses.field(default_factory=AdamConfig)
-
-    command: ClassVar[str] = "autoencoder"
 
     def __post_init__(self):
         names = ("steps", "batch_size", "save_every", "log_every", "keep", "max_bad_steps")
@@ -317,12 +319,18 @@ class AutoencoderTrainConfig:
             )
 
     @property
+    def report(self) -> ReportConfig:
+        """The settings of the report, by the names of fine-tuning: validation at checkpoints, no samples."""
+        return ReportConfig(log_every=self.log_every, validate_every=self.save_every)
+
+    @property
     def crop_samples(self) -> int:
+        """The samples of a crop, whole latent frames."""
         network = self.model.network
         return round(self.crop_seconds * network.sampling_rate / network.hop_length) * network.hop_length
 
 
-Config = TypeVar("Config", TrainConfig, AutoencoderTrainConfig)
+Config = TrainConfig | AutoencoderTrainConfig
 
 
 def _at_least(*settings: tuple[str, float, float], of: str = "") -> None:
@@ -346,100 +354,3 @@ def _below_one(*settings: tuple[str, float], of: str = "") -> None:
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**32:
         raise InputError(f"seed: expected a number from 0 to 2^32 - 1, found {seed}")
-
-
-def parse(arguments: list[str], kind: type[Config] = TrainConfig) -> Config:
-    """The settings of this kind that a command line asks for, files of `--config` included.
-
-    Raises:
-        InputError: naming the setting that is unknown, missing or of the wrong kind.
-    """
-    parser = _parser(kind)
-    try:
-        return _instantiate(parser, parser.parse_args(arguments), kind)
-    except jsonargparse.ArgumentError as error:
-        files = [value for flag, value in itertools.pairwise(arguments) if flag == "--config"]
-        where = f" (settings come from {', '.join(files)} and the command line)" if files else ""
-        help_ = f"`python -m train {kind.command} --help` lists all settings"
-        raise InputError(f"{_explain(str(error), kind)}{where}; {help_}") from None
-
-
-def _explain(message: str, config: type) -> str:
-    """The library's message about a value of the wrong kind or a flag that it does not know, in words."""
-    kinds = dict(_kinds(config))
-    if (found := re.search(r'Parser key "([\w.]+)":\n.*(?:Got|Given) value: ([^\n]*)', message, re.DOTALL)) and (
-        kind := kinds.get(found[1])
-    ):
-        return f"{found[1]}: expected {kind}, found {found[2]}"
-    if found := re.fullmatch(r"unrecognized arguments: --([\w.]+)(.*)", message):
-        last = found[1].rpartition(".")[2]
-        if near := [f"--{name}" for name in kinds if name.rpartition(".")[2] == last]:
-            return f"{message}; did you mean {' or '.join(near)}?"
-    return message
-
-
-def _kinds(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every setting by dotted name, with what it may be."""
-    words = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        tuple[str, ...]: 'a list such as \'["one", "two"]\'',
-        tuple[float, ...]: "a list such as '[30, 60]'",
-        tuple[int, ...]: "a list of whole numbers such as '[2, 4]'",
-    }
-    for field in dataclasses.fields(config):
-        name, kind = f"{prefix}{field.name}", field.type
-        if NoneType in get_args(kind):  # such as float | None
-            kind = get_args(kind)[0]
-        if dataclasses.is_dataclass(kind):
-            yield from _kinds(kind, f"{name}.")
-        else:
-            yield name, f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else words[kind]
-
-
-def read(path: Path, kind: type[Config] = TrainConfig) -> Config:
-    """The settings that a run has kept; raises InputError if there are none, or they cannot be used."""
-    if not path.is_file():
-        raise InputError(f"{path.parent}: no {path.name} here, so this is no run of `python -m train {kind.command}`")
-    parser = _parser(kind)
-    try:
-        return _instantiate(parser, parser.parse_path(str(path)), kind)
-    except (jsonargparse.ArgumentError, OSError) as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def write(path: Path, config: Config) -> None:
-    """Writes `config.yaml`."""
-    parser = _parser(type(config))
-    values = parser.parse_object(dataclasses.asdict(config))
-    with publish_file(path) as temporary:
-        temporary.write_text(parser.dump(values), encoding="utf-8")
-
-
-def differences(a: Config, b: Config) -> dict[str, tuple]:
-    """The settings that two runs do not share, by dotted name, with both values."""
-    flat = [_flatten(dataclasses.asdict(config)) for config in (a, b)]
-    return {name: (value, flat[1][name]) for name, value in flat[0].items() if value != flat[1][name]}
-
-
-def _flatten(values: dict, prefix: str = "") -> dict:
-    result = {}
-    for name, value in values.items():
-        result |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return result
-
-
-def _parser(kind: type[Config]) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
-        prog=f"python -m train {kind.command}", description=kind.__doc__.split("\n")[0], exit_on_error=False
-    )
-    parser.add_argument("--config", action="config", help="a YAML file with any of these settings")
-    parser.add_class_arguments(kind)
-    return parser
-
-
-def _instantiate(parser: jsonargparse.ArgumentParser, values, kind: type[Config]) -> Config:
-    values = parser.instantiate(values)
-    return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})

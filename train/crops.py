@@ -5,14 +5,14 @@ import math
 from pathlib import Path
 
 import numpy as np
-from acestep_jax.train.config import AutoencoderTrainConfig
-from acestep_jax.train.data_folder import file_sha256, text_sha256
-from acestep_jax.train.preprocess import find_audio
 from tqdm import tqdm
 
 from acestep_jax.errors import InputError
 from acestep_jax.io import audio
 from acestep_jax.models.config import AutoencoderConfig
+from acestep_jax.train.config import AutoencoderTrainConfig
+from acestep_jax.train.data_folder import file_sha256, text_sha256
+from acestep_jax.train.preprocess import find_audio
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +24,9 @@ class Songs:
     """Audio in memory as float16, whose error is 70 dB below the signal, and crops of it.
 
     Args:
-        files: of a shorter one there are no crops.
-        samples: of a crop.
+        files: audio files; those that are shorter than a crop are ignored.
+        samples: length of a crop.
+        config: of the autoencoder, for the sample rate and the channels.
 
     Raises:
         InputError: if a file cannot be read, or none is long enough.
@@ -33,20 +34,20 @@ class Songs:
 
     def __init__(self, files: list[Path], samples: int, config: AutoencoderConfig):
         self.samples = samples
-        files = tqdm(files, "reading", unit="file", disable=None)
-        read = (audio.read(file, config.sampling_rate, config.audio_channels) for file in files)
+        progress = tqdm(files, "reading", unit="file", disable=None)
+        read = (audio.read(file, config.sampling_rate, config.audio_channels) for file in progress)
         self.sounds = [sound.astype(np.float16) for sound in read if sound.shape[1] >= samples]
         if not self.sounds:
             raise InputError(
                 f"none of {len(files)} file(s) is as long as a crop, {samples} samples; lower crop_seconds"
             )
         if len(self.sounds) < len(files):
-            logger.warning("%d file(s) are shorter than a crop and left out", len(files) - len(self.sounds))
+            logger.warning("%d file(s) are shorter than a crop and ignored", len(files) - len(self.sounds))
         starts = np.array([sound.shape[1] - samples + 1 for sound in self.sounds], np.float64)
         self._share = starts / starts.sum()
 
     def draw(self, size: int, *seed: int) -> np.ndarray:
-        """[size, channels, samples] float16, anywhere with the same probability; the same seed gives the same."""
+        """Draw crops [size, channels, samples] float16 uniformly from all audio; equal seeds give equal crops."""
         random = np.random.default_rng(seed)
         crops = []
         for i in random.choice(len(self.sounds), size, p=self._share):
@@ -56,8 +57,10 @@ class Songs:
 
 
 def read_songs(config: AutoencoderTrainConfig) -> tuple[Songs, Songs | None, dict[str, str]]:
-    """Songs to train on, songs held out, and a hash of all. Which side a file is on depends on the bytes
-    of all, not on names."""
+    """Return the songs to train on, the held-out songs, and a hash of all.
+
+    Which songs are held out depends on the bytes of all files, not on their names.
+    """
     folder = Path(config.data)
     files = {file_sha256(folder / source): folder / source for source in find_audio(folder)}
     names = sorted(files)  # copies of a file count once
@@ -73,13 +76,13 @@ def read_songs(config: AutoencoderTrainConfig) -> tuple[Songs, Songs | None, dic
 
 
 def validation_crops(songs: Songs, size: int) -> list[np.ndarray]:
-    """The same for every run on these songs; none is silent."""
+    """Return batches of crops, the same for every run on these songs; none is silent."""
     crops, seed = [], 0
     while len(crops) < VALIDATION_BATCHES * size and seed < 100:
         drawn = songs.draw(size, seed)
         crops += [crop for crop in drawn if np.square(crop, dtype=np.float32).mean() >= MIN_POWER]
         seed += 1
     if len(crops) < size:
-        raise InputError("the songs to validate on are nearly all silent; look at them")
+        raise InputError("the songs to validate on are nearly all silent; check them")
     crops = crops[: max(len(crops) // size, 1) * size][: VALIDATION_BATCHES * size]
     return [np.stack(crops[i : i + size]) for i in range(0, len(crops), size)]

@@ -1,28 +1,33 @@
-"""From a data folder to batches, through Grain: which song, crop, task and window an example has depends on the seed
-and on the example's number in the run alone, so that every number of processes and every resumed run sees the same.
+"""From a data folder to batches, through Grain.
+
+The song, crop, task and window of an example depend only on the seed and on the number of the example in the run, so
+that resumed runs and any number of processes see the same examples.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
-from acestep_jax.train.config import DataConfig
-from acestep_jax.train.data_folder import TASKS, Index, Song, crop_durations, decode_record, text_key
-from acestep_jax.train.objective import REPAINT, TEXT2MUSIC, Batch
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from acestep_jax.errors import InputError
+from acestep_jax.inputs import tasks
+from acestep_jax.train.config import TASKS, DataConfig
+from acestep_jax.train.data_folder import Index, Song, crop_durations, decode_record, text_key
+from acestep_jax.train.objective import Batch
 
-TEXT_MULTIPLE = 32  # tokens; so that much the same data give much the same programs, which may be compiled already
+TEXT_MULTIPLE = 32  # tokens; so that similar data need the same programs, which may be compiled already
+VALIDATION_TASK = next(i for i, name in enumerate(TASKS) if tasks.TASKS[name].silent_source)
 
-# The streams of random numbers that do not come from JAX.
+# Streams of the random numbers that do not come from JAX.
 _SHUFFLE, _EXAMPLE, _CROP = range(3)
 
 
 class Records:
-    """The records of some songs, for random access: item i is song i with its arrays."""
+    """Records of some songs, for random access: item i is song i with its arrays."""
 
     def __init__(self, folder: Path, songs: Sequence[Song]):
         self.songs = songs
@@ -39,8 +44,10 @@ class Records:
 
 
 def split(index: Index, fraction: float) -> tuple[list[Song], list[Song]]:
-    """Songs to train on and songs held out. The held-out ones are those of the smallest hashes of their files, so that
-    copies and repeats of a song never fall on both sides; with more songs, one that was held out may not be any more.
+    """Return the songs to train on and the held-out songs.
+
+    Held out are the songs whose files have the smallest hashes, so that copies and repeats of a song are never on both
+    sides. With more songs, one that was held out may no longer be.
 
     Raises:
         InputError: if nothing would be left to train on.
@@ -52,11 +59,12 @@ def split(index: Index, fraction: float) -> tuple[list[Song], list[Song]]:
             f"examples.validation_fraction: {fraction} holds out all of {len(distinct)} song(s); set it to 0"
         )
     held_out = set(distinct[:count])
-    return tuple([song for song in index.songs if (song.sha256 in held_out) == side] for side in (False, True))
+    training = [song for song in index.songs if song.sha256 not in held_out]
+    return training, [song for song in index.songs if song.sha256 in held_out]
 
 
 class Examples:
-    """Makes examples of one size of every axis but time, so that a step compiles once for each length of crop."""
+    """Makes examples whose shapes differ only in time, so that a step compiles once for each length of crop."""
 
     def __init__(self, folder: Path, index: Index, songs: Sequence[Song], config: DataConfig, silence: np.ndarray):
         """
@@ -64,22 +72,22 @@ class Examples:
             silence: latents of silence, [frames, 64], at least as long as the longest crop.
 
         Raises:
-            InputError: if `config.crop_seconds` are not of those that the data were prepared for.
+            InputError: if the data were not prepared for one of `config.crop_seconds`.
         """
         self.config, self.silence, self.rate = config, silence, index.latents_per_second
         self.crops = tuple(config.crop_seconds) or index.crop_seconds
         if unknown := sorted(set(self.crops) - set(index.crop_seconds)):
             raise InputError(
                 f"examples.crop_seconds: {folder} was prepared for {list(index.crop_seconds)}, found {unknown}; "
-                "preprocess again with --crop-seconds (only the texts are encoded anew)"
+                "preprocess again with --crop-seconds (only the texts are encoded again)"
             )
         self.records = Records(folder, songs)
         self.text_size = _round_up(max(song.prompt_tokens for song in index.songs), TEXT_MULTIPLE)
         self.lyric_size = _round_up(max(song.lyric_tokens for song in index.songs), TEXT_MULTIPLE)
 
-    def make(self, i: int, number: int, crop: float, task: int, rng: np.random.Generator | None) -> Batch:
-        """Example `number` of the run, of song i: a random crop and, for repaint, a random window; without `rng`, the
-        middle of the song."""
+    def make(self, i: int, number: int, crop: float, task: int, rng: np.random.Generator | None) -> Batch[Any]:
+        """Return example `number` of the run, of song i: a random crop and, for a task with regions, a random window;
+        without `rng`, the middle of the song."""
         song, arrays = self.records[i]
         size = int(crop * self.rate)
         length = min(size, song.frames)
@@ -89,7 +97,7 @@ class Examples:
         std = np.zeros_like(mean)
         std[:length] = arrays["std"][begin : begin + length]
         window = (0, length)
-        if task == REPAINT:
+        if rng is not None and tasks.TASKS[TASKS[task]].has_regions:
             width = int(rng.integers(1, length + 1))
             first = int(rng.integers(length - width + 1))
             window = (first, first + width)
@@ -109,20 +117,26 @@ class Examples:
         )
 
 
-def training_batches(examples: Examples, seed: int, accumulation: int, rows: Sequence[int]) -> grain.IterDataset:
-    """An endless stream of `Batch`es with leaves [accumulation, len(rows), ...], one for each step.
+def training_batches(
+    examples: Examples, seed: int, accumulation: int, rows: Sequence[int], first: int = 0
+) -> grain.IterDataset:
+    """Return an endless stream of `Batch`es of arrays [accumulation, len(rows), ...], one for each step.
 
-    Every song comes up `repeat` times an epoch, in an order that changes from epoch to epoch.
+    Every song occurs `repeat` times in an epoch, in an order that changes from epoch to epoch.
 
     Args:
+        examples: those of the songs to train on.
+        seed: of the run.
+        accumulation: batches of a step.
         rows: of the batches of all processes, those that this process needs.
+        first: number of steps to skip, those before the checkpoint that a run resumes from.
     """
     config = examples.config
     songs = [i for i, song in enumerate(examples.records.songs) for _ in range(song.repeat)]
     order = grain.MapDataset.source(songs).seed(_seed(seed, _SHUFFLE)).shuffle().repeat()
     batch, step_size = config.batch_size, config.batch_size * accumulation
 
-    def load(step: int) -> Batch:
+    def load(step: int) -> Batch[np.ndarray]:
         # All examples of a step have one length, or they would not be one program.
         crop = examples.crops[np.random.default_rng([seed, _CROP, step]).integers(len(examples.crops))]
         parts = []
@@ -132,27 +146,30 @@ def training_batches(examples: Examples, seed: int, accumulation: int, rows: Seq
                 number = step * step_size + part * batch + row
                 rng = np.random.default_rng([seed, _EXAMPLE, number])
                 task = int(rng.choice(len(TASKS), p=config.task_weights))
-                made.append(examples.make(order[number], number, crop, task, rng))
+                song = order[number]
+                assert song is not None  # nothing is filtered
+                made.append(examples.make(song, number, crop, task, rng))
             parts.append(_stack(made))
         return _stack(parts)
 
     options = grain.ReadOptions(num_threads=config.workers, prefetch_buffer_size=2 * config.workers)
-    return grain.MapDataset.range(2**31).map(load).to_iter_dataset(options)
+    return grain.MapDataset.range(first, 2**31).map(load).to_iter_dataset(options)
 
 
-def validation_batches(examples: Examples) -> Iterator[Batch]:
-    """The held-out songs, the middle of each at the longest crop; leaves [B, ...]. The last batch is filled
-    up with examples of length 0."""
+def validation_batches(examples: Examples) -> Iterator[Batch[np.ndarray]]:
+    """Yield the held-out songs as `VALIDATION_TASK`, the middle of each at the longest crop; arrays [B, ...]. The last
+    batch is padded with examples of length 0."""
     size, count = examples.config.batch_size, len(examples.records)
     for first in range(0, count, size):
         made = [
-            examples.make(i, i, max(examples.crops), TEXT2MUSIC, None) for i in range(first, min(first + size, count))
+            examples.make(i, i, max(examples.crops), VALIDATION_TASK, None)
+            for i in range(first, min(first + size, count))
         ]
         made += [made[-1]._replace(lengths=np.int32(0))] * (size - len(made))
         yield _stack(made)
 
 
-def _stack(batches: Sequence[Batch]) -> Batch:
+def _stack(batches: Sequence[Batch[Any]]) -> Batch[np.ndarray]:
     return Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
 
 

@@ -1,87 +1,97 @@
-"""What is learned from a batch: pure functions, float32 in everything that concerns times and the loss.
+"""The objective of fine-tuning: pure functions, in float32 in all that concerns times and the loss.
 
 x_t = t * noise + (1 - t) * x0 with x0 from the autoencoder's posterior, target v = noise - x0, mean squared error over
-the frames that are there. Everything random about an example, but for dropout in adapters, comes from its own number in
-the run, so that it is the same whatever batch, device or process it is in.
+the valid frames. All random numbers of an example, except for dropout in adapters, are derived from its number in the
+run, so that they are the same in every batch, device and process.
 """
 
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from acestep_jax.train.config import ObjectiveConfig
-from acestep_jax.train.data_folder import TASKS
-from flax import nnx
+import numpy as np
 from jax.scipy.special import ndtri
 
+from acestep_jax.diffusion import denoise
 from acestep_jax.diffusion.schedule import schedule
 from acestep_jax.inputs import tasks
 from acestep_jax.models.audio_tokenizer import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer
 from acestep_jax.models.condition_encoder import AceStepConditionEncoder
 from acestep_jax.models.transformer import AceStepTransformer1DModel
+from acestep_jax.train.config import TASKS, ObjectiveConfig
 
-TEXT2MUSIC, REPAINT, COVER = range(len(TASKS))
+_TABLE = [tasks.TASKS[name] for name in TASKS]
+TOKENIZED = np.array([task.tokenized for task in _TABLE])
+SILENT_SOURCE = np.array([task.silent_source for task in _TABLE])
+HAS_REGIONS = np.array([task.has_regions for task in _TABLE])
+SILENT_REGIONS = np.array([task.silent_regions for task in _TABLE])
 
 
-class Batch(NamedTuple):
-    """Examples as the loader gives them; those of length 0 fill the batch up and count for nothing."""
+A = TypeVar("A")  # jax.Array; of the loader, np.ndarray
 
-    mean: jax.Array  # [B, T, 64] float32, of the posterior; silence from `lengths` on
-    std: jax.Array  # [B, T, 64] float32, 0 there
-    lengths: jax.Array  # [B] int32, frames
-    text: jax.Array  # [B, S, 1024], hidden states of the prompt
-    text_lengths: jax.Array  # [B] int32
-    lyric_ids: jax.Array  # [B, S] int32
-    lyric_lengths: jax.Array  # [B] int32
-    tasks: jax.Array  # [B] int32, index into `TASKS`
-    windows: jax.Array  # [B, 2] int32, first frame and the one after the last of what repaint makes anew
-    numbers: jax.Array  # [B] uint32, of the examples in the run
+
+class Batch(NamedTuple, Generic[A]):
+    """Examples as the loader yields them; those of length 0 are padding and have no weight."""
+
+    mean: A  # [B, T, 64] float32, of the posterior; silence from `lengths` on
+    std: A  # [B, T, 64] float32, 0 there
+    lengths: A  # [B] int32, frames
+    text: A  # [B, S, 1024], hidden states of the prompt
+    text_lengths: A  # [B] int32
+    lyric_ids: A  # [B, S] int32
+    lyric_lengths: A  # [B] int32
+    tasks: A  # [B] int32, index into `TASKS`
+    windows: A  # [B, 2] int32, first frame and the one after the last of the region to regenerate
+    numbers: A  # [B] uint32, number of each example in the run
 
 
 class Frozen(NamedTuple):
-    """The networks around the transformer, which do not learn."""
+    """The networks around the transformer, which are not trained."""
 
     condition_encoder: AceStepConditionEncoder
     embedding: jax.Array  # [vocabulary, 1024], the text encoder's
-    audio_tokenizer: AceStepAudioTokenizer | None  # both None where the mixture has no covers
+    audio_tokenizer: AceStepAudioTokenizer | None  # both None if no task of the mixture is tokenized
     audio_token_detokenizer: AceStepAudioTokenDetokenizer | None
-    timbre: jax.Array  # [1, 1, D], of silence, the reference of all examples
+    timbre: jax.Array  # [1, 1, D], that of silence, the reference of all examples
 
 
 class Draws(NamedTuple):
-    """What is random about examples."""
+    """The random numbers of examples."""
 
     noise: jax.Array  # [B, T, 64] float32
     x0: jax.Array  # [B, T, 64] float32, a sample of the posterior
     t: jax.Array  # [B] float32
-    dropped: jax.Array  # [B] bool, which are shown no condition
+    dropped: jax.Array  # [B] bool, whether the condition is dropped
 
 
 def logit_normal_pair(key: jax.Array, mu: float, sigma: float) -> jax.Array:
-    """t = sigmoid(mu + sigma max(n1, n2)) with n1, n2 ~ N(0, 1); a float32 scalar. Source: ACE-Step 1.5's training."""
+    """Draw t = sigmoid(mu + sigma max(n1, n2)) with n1, n2 ~ N(0, 1), a float32 scalar. Source: ACE-Step 1.5."""
     return jax.nn.sigmoid(mu + sigma * jnp.max(jax.random.normal(key, (2,))))
 
 
 def stratified_time(u: jax.Array, mu: float, sigma: float) -> jax.Array:
-    """The same distribution by its quantiles: for u uniform in (0, 1), the greater of two normals is ndtri(sqrt(u))."""
+    """Return the quantile u of that distribution.
+
+    For u uniform in (0, 1), ndtri(sqrt(u)) is distributed as the greater of two normals.
+    """
     return jax.nn.sigmoid(mu + sigma * ndtri(jnp.sqrt(jnp.clip(u, 1e-7, 1.0 - 1e-7))))
 
 
 def sample_times(key: jax.Array, numbers: jax.Array, step_size: int, config: ObjectiveConfig) -> jax.Array:
-    """t [B] float32 of the examples with these numbers, of which a step has `step_size` with consecutive numbers."""
+    """Draw t [B] float32 of the examples with these numbers; a step has `step_size` examples of consecutive numbers."""
     mu, sigma = config.timestep_mu, config.timestep_sigma
     if config.timesteps == "logit_normal":
         return jax.vmap(lambda i: logit_normal_pair(jax.random.fold_in(key, i), mu, sigma))(numbers)
     if config.timesteps == "turbo":
         times = jnp.asarray(schedule(8, 3.0)[:-1])
         return jax.vmap(lambda i: jax.random.choice(jax.random.fold_in(key, i), times))(numbers)
-    # One example in each of the step's strata, anywhere in it.
+    # One example in each of the step's strata, at a uniform place in it.
     offset = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(numbers)
     return stratified_time(((numbers % step_size).astype(jnp.float32) + offset) / step_size, mu, sigma)
 
 
-def draw(batch: Batch, key: jax.Array, step_size: int, config: ObjectiveConfig) -> Draws:
-    """Everything random about the examples of a batch, from the key of the run and their numbers."""
+def draw(batch: Batch[jax.Array], key: jax.Array, step_size: int, config: ObjectiveConfig) -> Draws:
+    """Draw the random numbers of the examples of a batch, from the key of the run and the numbers of the examples."""
     time_key, example_key = jax.random.split(key)
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(example_key, i), 3))(batch.numbers)  # [B, 3]
     shape = batch.mean.shape[1:]
@@ -94,14 +104,14 @@ def draw(batch: Batch, key: jax.Array, step_size: int, config: ObjectiveConfig) 
 def velocity_losses(
     transformer: AceStepTransformer1DModel,
     frozen: Frozen,
-    batch: Batch,
+    batch: Batch[jax.Array],
     draws: Draws,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Squared errors of each example, added up over its valid frames and all channels, and how many they are.
+    """Return the sum of squared errors of each example over its valid frames and all channels, and their number.
 
-    `dropout_key`: of the transformer's `attention_dropout`; without it there is none.
-    Sums, so that parts of a batch add up: the loss is one over the other. [B] float32 each.
+    These are sums, so that accumulated batches add up: the loss is one over the other. [B] float32 each. `dropout_key`
+    is that of the transformer's `attention_dropout`; without it nothing is dropped.
     """
     noise, x0, t, dropped = draws
     condition, condition_lengths = encode_condition(frozen, batch, dropped)
@@ -123,8 +133,8 @@ def velocity_losses(
     return error.sum((1, 2)), batch.lengths.astype(jnp.float32) * channels
 
 
-def encode_condition(frozen: Frozen, batch: Batch, dropped: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Condition tokens [B, S, D] and their lengths [B]; all of an example's are the null embedding where `dropped`."""
+def encode_condition(frozen: Frozen, batch: Batch[jax.Array], dropped: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return condition tokens [B, S, D] and their lengths [B]; where `dropped`, all tokens are the null embedding."""
     encoder = frozen.condition_encoder
     size, references = batch.lengths.shape[0], frozen.timbre.shape[1]
 
@@ -144,28 +154,31 @@ def encode_condition(frozen: Frozen, batch: Batch, dropped: jax.Array) -> tuple[
     return jax.lax.stop_gradient(condition), valid.sum(1, dtype=jnp.int32)
 
 
-def context_latents(frozen: Frozen, batch: Batch, x0: jax.Array) -> jax.Array:
-    """Source latents and chunk mask, [B, T, 128].
+def context_latents(frozen: Frozen, batch: Batch[jax.Array], x0: jax.Array) -> jax.Array:
+    """Return the transformer's context of each example by its task: source latents and chunk mask, [B, T, 128].
 
-    text2music: silence, 1. repaint: x0 outside the window with mask 0, silence inside with mask 1. cover: x0 through
-    the audio tokenizer and back, 1.
+    The source is x0, through the audio tokenizer and back where the task is tokenized; silence everywhere or in the
+    window, as `Task` says. The mask is 1 everywhere or, for tasks with regions, in the window.
     """
     frames = x0.shape[1]
     silence = frozen.condition_encoder.silence(frames).astype(jnp.float32)
-    task = batch.tasks[:, None]
     position = jnp.arange(frames)
-    begin, end = batch.windows[:, 0, None], batch.windows[:, 1, None]
-    kept = (task == REPAINT) & ((position < begin) | (position >= end))
-    source, silent = x0, ~kept
-    if frozen.audio_tokenizer is not None:
+    window = (position >= batch.windows[:, :1]) & (position < batch.windows[:, 1:])  # [B, T]
+
+    def of_task(flags: np.ndarray) -> jax.Array:
+        return jnp.asarray(flags)[batch.tasks][:, None]  # [B, 1]
+
+    source = x0
+    if frozen.audio_tokenizer is not None and frozen.audio_token_detokenizer is not None:
         quantized, _ = frozen.audio_tokenizer.tokenize(x0, frozen.condition_encoder.silence_latent[...])
-        covered = frozen.audio_token_detokenizer(quantized)[:, :frames].astype(jnp.float32)
-        source, silent = jnp.where((task == COVER)[:, :, None], covered, x0), silent & (task != COVER)
-    return tasks.context_latents(source, silence, silent, ~kept)
+        tokenized = frozen.audio_token_detokenizer(quantized)[:, :frames].astype(jnp.float32)
+        source = jnp.where(of_task(TOKENIZED)[:, :, None], tokenized, x0)
+    silent = of_task(SILENT_SOURCE) | (of_task(SILENT_REGIONS) & window)
+    return denoise.context_latents(source, silence, silent, ~of_task(HAS_REGIONS) | window)
 
 
-def freeze(networks: dict[str, nnx.Module], embedding: jax.Array, reference_frames: int) -> Frozen:
-    """`Frozen` of the networks of a checkpoint, by name."""
+def freeze(networks: dict[str, Any], embedding: jax.Array, reference_frames: int) -> Frozen:
+    """Return `Frozen` for the networks of a checkpoint, by name."""
     encoder = networks["condition_encoder"]
     timbre = jax.jit(lambda encoder: encoder.timbre_encoder(encoder.silence(reference_frames)))(encoder)
     return Frozen(

@@ -1,7 +1,6 @@
-"""`python -m train preprocess`: songs through the autoencoder and their texts through the text encoder, once.
+"""`acestep-jax train preprocess`: songs through the autoencoder and their texts through the text encoder, once.
 
-What is done stays done: a run that was stopped goes on where its last shard ended, and a later one encodes only what
-changed since.
+Work is never repeated: a run that was stopped resumes after its last shard, and a later run encodes only what changed.
 """
 
 import dataclasses
@@ -10,27 +9,32 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from acestep_jax.train import data_folder
-from acestep_jax.train.data_folder import TASKS, Index, Song
-from acestep_jax.train.sidecars import Sidecars, Texts
 from tqdm import tqdm
 
 from acestep_jax.errors import InputError
-from acestep_jax.inputs import programs, tasks
-from acestep_jax.inputs.codec import bucket
-from acestep_jax.inputs.prompt import MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS, lyric_text, prompt_text, tokenize
+from acestep_jax.inputs import tasks
+from acestep_jax.inputs.buckets import BUCKETS
+from acestep_jax.inputs.collate import pad_tokens
+from acestep_jax.inputs.prompt import lyric_text, prompt_text, tokenize
 from acestep_jax.io import audio
 from acestep_jax.io import checkpoint as checkpoints
+from acestep_jax.io.manifest import default_dtype
 from acestep_jax.models.autoencoder import AutoencoderOobleck
 from acestep_jax.models.config import check_dtype
+from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS
 from acestep_jax.models.qwen3 import Qwen3Model
-from acestep_jax.pipeline import LYRIC_BUCKET, PROMPT_BUCKET
+from acestep_jax.request import MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS
+from acestep_jax.train import data_folder
+from acestep_jax.train.config import TASKS
+from acestep_jax.train.data_folder import Index, Song
+from acestep_jax.train.sidecars import Sidecars, Texts
 
-# Those that libsndfile cannot read are looked at too, to be reported.
+# Formats that libsndfile cannot read are included, so that such files are reported.
 SUFFIXES = frozenset(".wav .flac .mp3 .ogg .opus .aif .aiff .m4a .aac .mp4 .wma".split())
 MIN_SECONDS, MIN_PEAK = 1.0, 1e-4
 MAX_CROP_SECONDS = 600.0
@@ -46,24 +50,24 @@ def preprocess(
     crop_seconds: Sequence[float] = (60.0,),
     dtype: str | None = None,
 ) -> Index:
-    """Brings a data folder up to date with a folder of songs, and prints what it did.
+    """Update a data folder to a folder of songs, and print what was done.
 
-    A song is known by its size and time of change, else by its bytes: it is encoded once, also when it moves. New texts
-    or crops encode the text alone. What is no longer there leaves the index.
+    A song is recognised by its size and time of change, else by its bytes: it is encoded once, also if it is moved. New
+    texts or crops encode only the text. Songs that no longer exist leave the index.
 
     Args:
-        audio_dir: searched with its subfolders; see `train.sidecars` for what may lie beside a song.
-        data_dir: made if it does not exist.
+        audio_dir: searched with its subfolders; see `train.sidecars` for the files beside a song.
+        data_dir: created if it does not exist.
         checkpoint: native; its autoencoder, text encoder and tokenizer are used.
-        crop_seconds: lengths of the crops that training will take, 1 to 600.
+        crop_seconds: lengths of the crops to train on, in seconds, 1 to 600.
         dtype: of weights and computation, one of `config.DTYPES`; None: as stored.
 
     Returns:
         The index. Files that cannot be used (unreadable, silent, shorter than a second) are in `skipped`, with reasons.
 
     Raises:
-        InputError: if no file or an argument cannot be used, `data_dir` is of another checkpoint or dtype, or the disk
-            is full; what was done until then is kept.
+        InputError: if no file or an argument can be used, `data_dir` is of another checkpoint or dtype, or the disk is
+            full; what was done until then is kept.
     """
     audio_dir, data_dir = Path(audio_dir), Path(data_dir)
     if not crop_seconds or not all(MIN_SECONDS <= crop <= MAX_CROP_SECONDS for crop in crop_seconds):
@@ -73,11 +77,12 @@ def preprocess(
     sources = find_audio(audio_dir)
     _check_destination(data_dir)
     sidecars = Sidecars(audio_dir, sources)
-    configs = checkpoints.read_manifest(checkpoint).configs
-    vae = configs["vae"]
+    manifest = checkpoints.read_manifest(checkpoint)
+    stored = checkpoints.network_leaves(Path(checkpoint), manifest)["text_encoder"]
+    vae: Any = manifest.configs["vae"]
     index = Index(
         checkpoint=data_folder.fingerprint(checkpoint),
-        dtype=dtype or configs["text_encoder"].dtype,
+        dtype=dtype or default_dtype(manifest, "text_encoder", stored),
         latents_per_second=vae.sampling_rate / vae.hop_length,
         latent_channels=vae.decoder_input_channels,
         crop_seconds=tuple(sorted({float(crop) for crop in crop_seconds})),
@@ -90,7 +95,7 @@ def preprocess(
 
     with writer:
         for source in tqdm(sources, unit="song"):
-            file, sound = audio_dir / source, None
+            file, sound = audio_dir / source, np.empty((0, 0))
             shown = source.encode(errors="backslashreplace").decode()
             try:
                 if shown != source:
@@ -105,10 +110,10 @@ def preprocess(
                     sha256 = known.sha256
                 if known is None:
                     sound = _read(file, vae.sampling_rate, vae.audio_channels)
+                seconds = sound.shape[1] / vae.sampling_rate if known is None else known.seconds
             except (InputError, OSError) as error:
                 skipped.append((shown, str(error).removeprefix(f"{file}: ")))
                 continue
-            seconds = known.seconds if sound is None else sound.shape[1] / vae.sampling_rate
             prompts, words = _prompts(texts, seconds, index.crop_seconds), lyric_text(texts.lyrics, texts.language)
             values = dataclasses.asdict(texts)
             if values.pop("fallback"):
@@ -144,58 +149,51 @@ def preprocess(
     return index
 
 
-def _load(path: str | Path, dtype: str | None, name: str) -> AutoencoderOobleck | Qwen3Model:
+def _load(path: str | Path, dtype: str | None, name: str) -> Any:
     return checkpoints.load(path, dtype=dtype, names=[name])[name]
 
 
 class _Encoder:
-    """The networks of a checkpoint, loaded when they are first needed."""
+    """The networks of a checkpoint, each loaded when it is first needed."""
 
     def __init__(self, path: str | Path, dtype: str | None):
         self._load = functools.cache(lambda name: _load(path, dtype, name))
         self._tokenizer = checkpoints.load_tokenizer(path)
 
     def posterior(self, sound: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[channels, samples] -> mean and standard deviation, [frames, 64] float32."""
+        """Return the mean and standard deviation, [frames, 64] float32, of the posterior of [channels, samples]."""
         vae = self._load("vae")
         samples, hop = sound.shape[1], vae.hop_length
-        padding = bucket(-(-samples // hop)) * hop - samples
+        padding = BUCKETS.frames_of(-(-samples // hop)) * hop - samples
         mean, std = _posterior(vae, np.pad(sound, ((0, 0), (0, padding)))[None], np.array([samples], np.int32))
-        return tuple(np.asarray(value)[0, : samples // hop] for value in (mean, std))
+        return np.asarray(mean)[0, : samples // hop], np.asarray(std)[0, : samples // hop]
 
     def texts(self, source: str, prompts: dict[str, str], words: str) -> dict[str, np.ndarray]:
-        """What a record has besides the posterior. Warns of texts that are too long, in the name of `source`."""
-        tokens = tokenize(
-            self._tokenizer,
-            list(prompts.values()),
-            max_length=MAX_PROMPT_TOKENS,
-            multiple=PROMPT_BUCKET,
-            what=f"{source}: prompt",
-        )
+        """Return the arrays of a record other than the posterior. Warn of texts that are too long, naming `source`."""
+        rows = tokenize(self._tokenizer, list(prompts.values()), max_length=MAX_PROMPT_TOKENS, what=f"{source}: prompt")
+        tokens = pad_tokens(rows, BUCKETS.prompt, 0)
         hidden = np.asarray(_hidden_states(self._load("text_encoder"), tokens.ids))
-        lyrics = tokenize(
-            self._tokenizer, [words], max_length=MAX_LYRIC_TOKENS, multiple=LYRIC_BUCKET, what=f"{source}: lyrics"
-        )
+        (lyric_ids,) = tokenize(self._tokenizer, [words], max_length=MAX_LYRIC_TOKENS, what=f"{source}: lyrics")
         arrays = {key: states[mask] for key, states, mask in zip(prompts, hidden, tokens.mask, strict=True)}
-        return arrays | {"lyric_ids": lyrics.ids[0][lyrics.mask[0]]}
+        return arrays | {"lyric_ids": lyric_ids}
 
 
-@functools.partial(jax.jit, compiler_options=programs.COMPILER_OPTIONS)
+@functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 def _posterior(vae: AutoencoderOobleck, sound: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
     posterior = vae.encode(sound, lengths)
     return posterior.mean.astype(jnp.float32), posterior.std.astype(jnp.float32)
 
 
-@functools.partial(jax.jit, compiler_options=programs.COMPILER_OPTIONS)
+@functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 def _hidden_states(text_encoder: Qwen3Model, ids: jax.Array) -> jax.Array:
     return text_encoder(ids)
 
 
 class _Writer:
-    """Gathers records into shards. After each shard the index says what is done, and what of before is not yet looked
-    at: it may be needed if this run is stopped.
+    """Gathers records into shards. After each shard, the index lists the finished songs and those of the old index that
+    were not checked yet: they may be needed if this run is stopped.
 
-    songs: those that are done, in order, by source.
+    songs: finished songs, in order, by source.
     """
 
     def __init__(self, folder: Path, index: Index, old: Index):
@@ -205,12 +203,12 @@ class _Writer:
         self._next = 1 + max((int(shard[6:11]) for shard in _shards(folder)), default=-1)
 
     def keep(self, song: Song) -> None:
-        """Notes a song whose record is there."""
+        """Add a song whose record exists already."""
         self.songs[song.source] = song
 
     def add(self, values: dict, record: bytes) -> None:
-        """Notes a song, all but its place, and its record."""
-        self.songs[values["source"]] = None  # its place in the order
+        """Add a song, except for its place in a shard, and its record."""
+        self.songs[values["source"]] = None  # reserves its place in the order
         self._pending.append((values, record))
         if len(self._pending) >= SHARD_SONGS or sum(len(record) for _, record in self._pending) >= SHARD_BYTES:
             self.flush()
@@ -219,12 +217,12 @@ class _Writer:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
-        # Also after a failure of another kind, such as too little memory for one song: the others are done.
+        # Also after a failure of another kind, such as too little memory for one song: the others are finished.
         if kind is None or not issubclass(kind, InputError):
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was gathered."""
+        """Write the gathered records as a shard, and the index."""
         if not self._pending:
             return
         self._folder.mkdir(exist_ok=True)
@@ -240,7 +238,7 @@ class _Writer:
 
 
 def find_audio(audio_dir: Path) -> list[str]:
-    """The audio files below a folder, as paths in it, sorted; raises InputError if there are none."""
+    """Return the audio files below a folder, as relative paths, sorted; raise InputError if there are none."""
     if not audio_dir.is_dir():
         raise InputError(f"{audio_dir}: no such folder; expected one with songs")
     files = (file for file in audio_dir.rglob("*") if file.suffix.lower() in SUFFIXES)
@@ -258,7 +256,8 @@ def _check_destination(data_dir: Path) -> None:
 
 
 def _read_old(data_dir: Path, index: Index) -> Index:
-    """What the data folder has, `index` if nothing; raises InputError if it is of another checkpoint or dtype."""
+    """Read the index of the data folder; return `index` if there is none. Raise InputError if it is of another
+    checkpoint or dtype."""
     if not (data_dir / data_folder.INDEX).exists():
         return index
     old = data_folder.read_index(data_dir, unfinished=True)
@@ -266,8 +265,8 @@ def _read_old(data_dir: Path, index: Index) -> Index:
         theirs, ours = getattr(old, name)[:12], getattr(index, name)[:12]
         if getattr(old, name) != getattr(index, name):
             raise InputError(
-                f"{data_dir}: its data are of {name} {theirs}, but the one given now is {ours}; give the same {name}, "
-                "or another DATA_DIR"
+                f"{data_dir}: holds data of {name} {theirs}, but {name} is now {ours}; give the same {name} or another "
+                "DATA_DIR"
             )
     _remove_leftovers(data_dir, old)
     return old
@@ -283,7 +282,7 @@ def _read(file: Path, sample_rate: int, channels: int) -> np.ndarray:
 
 
 def _prompts(texts: Texts, seconds: float, crop_seconds: Sequence[float]) -> dict[str, str]:
-    """By the names that a record has for them."""
+    """Return the prompts of a song, by their names in a record."""
     return {
         data_folder.text_key(task, duration): prompt_text(
             texts.caption,
@@ -303,7 +302,7 @@ def _shards(folder: Path) -> list[str]:
 
 
 def _remove_leftovers(folder: Path, index: Index) -> None:
-    """Deletes shards that no song is in, and what a killed run had begun to write."""
+    """Delete shards without songs, and files that a killed run has not completed."""
     used = {song.shard for song in index.songs}
     begun = [file.name for kind in ("songs-*.array_record", data_folder.INDEX) for file in folder.glob(f".*-{kind}")]
     for name in [*begun, *(shard for shard in _shards(folder) if shard not in used)]:
@@ -318,7 +317,7 @@ def _report(data_dir: Path, index: Index, counts: Counter, fallbacks: list[str],
     print(f"{data_dir}: {songs} ({done}), {minutes:.1f} min, {shards} shard(s)")
     for title, lines in (
         (f"skipped {len(index.skipped)} file(s)", [f"{source}: {reason}" for source, reason in index.skipped]),
-        (f"{len(warnings)} value(s) left out", warnings),
+        (f"{len(warnings)} value(s) ignored", warnings),
         (f"no caption for {len(fallbacks)} song(s), used the file name", fallbacks),
     ):
         if lines:

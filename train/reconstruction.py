@@ -1,23 +1,24 @@
-"""What an autoencoder learns by, and is measured by: distance of spectra, divergence of the posterior, SI-SDR.
+"""Loss and metrics of an autoencoder: distance of spectra, KL divergence of the posterior, SI-SDR.
 
-Audio is [B, 2, samples]. Spectra are taken of mid and side, so that what differs between left and right counts
-as much as what they share. All in float32.
+Audio is [B, 2, samples]. Spectra are those of mid and side, so that the difference between left and right has the same
+weight as what they share. All in float32.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from acestep_jax.models.autoencoder import DiagonalGaussian
 
-# Magnitudes below it count as it, a sine of full scale being 1 (-80 dB): synthetic music has true silence between notes
-# and above its highest partial, where a logarithm would go on to count errors that nobody hears.
+# Its square is added to power, which is 1 for a sine of full scale (so -80 dB): synthetic music is truly silent between
+# notes and above its highest partial, where a logarithm would count inaudible errors.
 FLOOR = 1e-4
 
 
 def power(x: jax.Array, window: int) -> jax.Array:
-    """Squared magnitudes under a Hann window that moves by half its length, 1 for a sine of full scale.
+    """Return squared magnitudes under a Hann window that moves by half its length, 1 for a sine of full scale.
 
     [..., samples] -> [..., frames, window / 2 + 1], with frames = samples // (window / 2) - 1.
     """
@@ -30,16 +31,16 @@ def power(x: jax.Array, window: int) -> jax.Array:
 
 
 def spectral_distance(x: jax.Array, y: jax.Array, windows: Sequence[int]) -> jax.Array:
-    """Of audio x from the true y: spectral convergence and mean absolute difference of the logarithms (in nats) of
-    magnitudes, added, as a mean over windows. Scalar.
+    """Return the distance of audio x from the target y, a scalar: spectral convergence plus mean absolute difference of
+    the logarithms (in nats) of magnitudes, as a mean over windows.
 
-    Spectral convergence is |X - Y| / |Y| in the Frobenius norm, for mid and side apart.
+    Spectral convergence is |X - Y| / |Y| in the Frobenius norm, separately for mid and side.
     """
     x, y = ((a[:, :1] + jnp.array([[1.0], [-1.0]]) * a[:, 1:]) / 2 for a in (x, y))  # mid and side
-    total = 0.0
+    total: Any = 0.0
     for window in windows:
         a, b = (power(z, window) + FLOOR**2 for z in (x, y))
-        # Next to nothing is added where it may be nothing: the root's derivative is infinite there.
+        # A small constant, because the derivative of the root is infinite at 0.
         error = jnp.sqrt(jnp.square(jnp.sqrt(a) - jnp.sqrt(b)).sum(axis=(0, 2, 3)) + 1e-12)
         norm = jnp.sqrt(b.sum(axis=(0, 2, 3)))
         total += (error / norm).mean() + 0.5 * jnp.abs(jnp.log(a) - jnp.log(b)).mean()
@@ -47,13 +48,14 @@ def spectral_distance(x: jax.Array, y: jax.Array, windows: Sequence[int]) -> jax
 
 
 def divergence(posterior: DiagonalGaussian) -> jax.Array:
-    """Of the posterior from N(0, 1), in nats, as a mean over all its values. Scalar."""
+    """Return the KL divergence of the posterior from N(0, 1), in nats, as a mean over all its values. Scalar."""
     mean, std = (a.astype(jnp.float32) for a in posterior)
     return 0.5 * (jnp.square(mean) + jnp.square(std) - 1.0 - 2.0 * jnp.log(std)).mean()
 
 
 def si_sdr(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Scale-invariant ratio of signal to distortion of audio x, given the true y, both channels as one. [B], in dB.
+    """Return the scale-invariant signal-to-distortion ratio of audio x, given the target y, [B] in dB, both channels as
+    one signal.
 
     Source: Le Roux et al., SDR - half-baked or well done? (2019).
     """

@@ -1,16 +1,16 @@
-"""What is known of a song besides its sound: caption, lyrics and metadata, from the files that people keep beside it.
+"""Caption, lyrics and metadata of a song, from the files beside it.
 
-For a song `name.mp3`, each value is taken from the first of these that has it:
+For a song `name.mp3`, each value is taken from the first of these that contains it:
 
 1. `name.caption.txt` and `name.lyrics.txt`;
-2. `name.txt`: lines `key: value`, `lyrics:` last and over as many lines as there are; or lyrics alone, if the first
-   line is no such pair;
+2. `name.txt`: lines `key: value`, with `lyrics:` last and up to the end of the file; or only lyrics, if the first line
+   is no such pair;
 3. `name.json`: an object of such keys;
-4. one JSON in the top folder, {"metadata": {...}, "samples": [...]}, as ACE-Step's own dataset builder saves it;
+4. one JSON file in the top folder, {"metadata": {...}, "samples": [...]}, as saved by ACE-Step's dataset builder;
 5. tables `*.csv` in the top folder with a column `file`.
 
-What the model was not trained on is brought into its form where that is unambiguous ("Am", "4/4", "128 bpm"), and left
-out with a warning otherwise.
+Values are normalised to what the model was trained on where that is unambiguous ("Am", "4/4", "128 bpm"), and ignored
+with a warning otherwise.
 """
 
 import csv
@@ -29,13 +29,13 @@ from acestep_jax.inputs.prompt import TIME_SIGNATURES
 
 INSTRUMENTAL = "[Instrumental]"
 LANGUAGE = "en"
-# Those of ACE-Step's `VALID_LANGUAGES`; "unknown" is one of them.
+# ACE-Step's `VALID_LANGUAGES`, "unknown" included.
 LANGUAGES = frozenset(
     "ar az bg bn ca cs da de el en es fa fi fr he hi hr ht hu id is it ja ko la lt ms ne nl no pa pl pt ro ru sa sk sr "
     "sv sw ta te th tl tr uk ur vi yue zh unknown".split()
 )
 
-# The names that a value goes by.
+# The keys of each value.
 _ALIASES = {
     "caption": ("caption", "prompt"),
     "lyrics": ("lyrics", "lyric"),
@@ -58,7 +58,7 @@ _KEY = re.compile(r"([A-Ga-g])\s*(#|b|♯|♭|sharp|flat)?\s*(?:([mM])|(major|ma
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """What goes into the prompt and the lyrics of a song. `fallback`: the caption is the file's name."""
+    """Contents of the prompt and the lyrics of a song. `fallback`: the caption is the name of the file."""
 
     caption: str
     lyrics: str
@@ -73,15 +73,15 @@ class Texts:
 class Sidecars:
     """Reads the texts of the songs of a folder.
 
-    warnings: what was found and not used, by file, so far.
+    warnings: values that were found and ignored so far, by file.
     """
 
     def __init__(self, folder: str | Path, sources: Iterable[str]):
-        """Reads the files that speak of all songs.
+        """Read the files that describe several songs.
 
         Args:
-            folder: where the songs are.
-            sources: their paths in it, with "/" between parts.
+            folder: of the songs.
+            sources: relative paths of the songs, with "/" between parts.
 
         Raises:
             InputError: if such a file is damaged, or there are several datasets.
@@ -98,7 +98,7 @@ class Sidecars:
         self._read_tables()
 
     def read(self, source: str) -> Texts:
-        """The texts of a song. Raises InputError if one of its files is not UTF-8 or cannot be understood."""
+        """Return the texts of a song. Raise InputError if one of its files is not UTF-8 or cannot be parsed."""
         path = self.folder / source
         found = [*self._own(path), *self._shared.get(source, ())]
         values: dict[str, tuple[Path, Any]] = {}
@@ -112,7 +112,7 @@ class Sidecars:
             file, value = values[field]
             result = check(value)
             if result is None:
-                self.warnings.append(f"{file}: {field} {value!r} is not what the model knows; left out for {source}")
+                self.warnings.append(f"{file}: {field} {value!r} is unknown to the model; ignored for {source}")
             return result
 
         caption, fallback = self._caption(path, {field: str(value) for field, (_, value) in values.items()})
@@ -129,7 +129,7 @@ class Sidecars:
         )
 
     def _own(self, path: Path) -> list[tuple[Path, dict[str, Any]]]:
-        """What the song's own files say, in order of precedence."""
+        """Return the values of the song's own files, in order of precedence."""
         found = []
         for field in ("caption", "lyrics"):
             if (file := path.with_suffix(f".{field}.txt")).is_file():
@@ -141,18 +141,18 @@ class Sidecars:
             values = _read_json(file)
             if not isinstance(values, dict):
                 raise InputError(f"{file}: expected a JSON object with keys such as caption and lyrics")
-            if "samples" not in values:  # that is a dataset, see below
+            if "samples" not in values:  # else it is a dataset, see `_read_dataset`
                 found.append((file, self._clean(file, values, quiet=True)))
         return [(file, {k: v for k, v in entry.items() if v != ""}) for file, entry in found]
 
     def _clean(self, file: Path, values: Mapping[str, Any], *, quiet: bool = False) -> dict[str, Any]:
-        """The values that are known, under our names; without those that say nothing."""
+        """Return the known values under our names, without empty ones."""
         result = {}
         for key, value in values.items():
             field = _FIELDS.get(str(key).strip().lower().replace(" ", "_"))
             if field is None:
                 if not quiet:
-                    self.warnings.append(f"{file}: {key!r} is none of {', '.join(_ALIASES)}; it is left out")
+                    self.warnings.append(f"{file}: unknown key {key!r}, ignored; known are {', '.join(_ALIASES)}")
             elif isinstance(value, list):
                 result.setdefault(field, ", ".join(map(str, value)))
             elif value is not None and str(value).strip().lower() not in _UNKNOWN:
@@ -160,7 +160,7 @@ class Sidecars:
         return result
 
     def _caption(self, path: Path, values: dict[str, str]) -> tuple[str, bool]:
-        """The caption with its tag, and whether it had to be made from the name of the file."""
+        """Return the caption with its tag, and whether it is the name of the file."""
         genre, caption = values.get("genre"), values.get("caption")
         override = values.get("prompt_override", "").lower()
         if genre and override != "caption" and (override == "genre" or not caption or self._by_genre(path)):
@@ -178,18 +178,18 @@ class Sidecars:
         return caption, fallback
 
     def _by_genre(self, path: Path) -> bool:
-        """Whether the song is of the percentage that the dataset trains on their genre; the same in every run."""
+        """Return whether the song is of the percentage that the dataset trains on the genre; the same in every run."""
         ratio = self._defaults.get("genre_ratio", 0)
         return int(hashlib.sha256(path.name.encode()).hexdigest(), 16) % 100 < ratio
 
     def _lyrics(self, found: list[tuple[Path, dict[str, Any]]]) -> str:
-        """Of the first source that has lyrics or says that there is no voice."""
+        """Return the lyrics of the first source that has some or says that the song is instrumental."""
         for file, entry in found:
             lyrics = entry.get("lyrics")
             instrumental = _is_true(entry["is_instrumental"]) if "is_instrumental" in entry else False
             is_tag = lyrics is not None and re.fullmatch(r"\[?\s*(instrumental|inst)\s*\]?", lyrics.strip(), re.I)
             if instrumental and lyrics and not is_tag:
-                self.warnings.append(f"{file}: is_instrumental is true, so its lyrics are left out")
+                self.warnings.append(f"{file}: is_instrumental is true, so its lyrics are ignored")
             if instrumental or is_tag:
                 return INSTRUMENTAL
             if lyrics:
@@ -229,7 +229,7 @@ class Sidecars:
             header = text.partition("\n")[0].lower().replace('"', "")
             delimiter = next((d for d in ",;\t" if "file" in map(str.strip, header.split(d))), None)
             if delimiter is None:
-                self.warnings.append(f"{file}: its first line names no column `file`; it is left out")
+                self.warnings.append(f"{file}: its first line names no column `file`; it is ignored")
                 continue
             for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter):
                 values = {str(key).strip().lower(): value for key, value in row.items() if isinstance(value, str)}
@@ -237,27 +237,27 @@ class Sidecars:
                     self._share(file, [name], self._clean(file, values, quiet=True))
 
     def _share(self, file: Path, names: list[str], values: dict[str, Any]) -> None:
-        """Notes values for the one song that goes by one of the names: paths of this or another machine."""
+        """Add values for the only song that fits one of the names, paths on this or another machine."""
         for name in names:
             parts = PurePosixPath(name.replace("\\", "/")).parts
             fits = []
             for source in self._by_name.get(parts[-1] if parts else "", ()):
                 own = PurePosixPath(source).parts
                 if (shorter := min(len(own), len(parts))) and own[-shorter:] == parts[-shorter:]:
-                    # The more parts of the path agree, the better; the whole path is best.
+                    # The more parts of the path agree, the better the match; the whole path is best.
                     fits.append(((shorter, own == parts), source))
             fits.sort()
             if len(fits) > 1 and fits[-1][0] == fits[-2][0]:
-                self.warnings.append(f"{file}: {name} may be any of {len(fits)} files; give the folder too")
+                self.warnings.append(f"{file}: {name} may be any of {len(fits)} files; add the folder")
                 return
             if fits:
                 self._shared[fits[-1][1]].append((file, values))
                 return
-        self.warnings.append(f"{file}: no audio file {' or '.join(names) or 'is named in an entry'}; it is left out")
+        self.warnings.append(f"{file}: no audio file {' or '.join(names) or 'is named in an entry'}; it is ignored")
 
 
 def _parse_text(file: Path, text: str) -> dict[str, str]:
-    """`key: value` lines, or the whole as lyrics if the first line is no pair with a key of ours."""
+    """Parse `key: value` lines, or the whole text as lyrics if the first line has no known key."""
     lines = text.strip().splitlines()
     first = _PAIR.match(lines[0]) if lines else None
     if first is None or first[1].lower().replace(" ", "_") not in _FIELDS:
@@ -268,8 +268,8 @@ def _parse_text(file: Path, text: str) -> dict[str, str]:
         if pair is None:
             if line.strip():
                 raise InputError(
-                    f"{file}: begins with lines of `key: value`, but {line.strip()!r} is none; put lyrics last, after "
-                    "a line `lyrics:`"
+                    f"{file}: begins with lines of `key: value`, but {line.strip()!r} is not one; put lyrics last, "
+                    "after a line `lyrics:`"
                 )
             continue
         if _FIELDS.get(pair[1].lower()) == "lyrics":
@@ -303,7 +303,7 @@ def _bpm(value: str) -> int | None:
 
 
 def _keyscale(value: str) -> str | None:
-    """ "F#m", "f♯ minor" -> "F# minor"; a bare letter is major, as in the names of chords."""
+    """Normalise "F#m" or "f♯ minor" to "F# minor"; a bare letter is major, as in the names of chords."""
     found = _KEY.fullmatch(re.sub(r"(?i)major|maj|minor|min|sharp|flat", lambda m: m[0].lower(), value))
     if found is None:
         return None
