@@ -1,1 +1,1 @@
-"""Between PyTorch checkpoints of ACE-Step 1.5 and the native one: `python -m convert --help`."""
+"""Conversion of ACE-Step 1.5 between PyTorch and the native format: `acestep-jax convert --help`."""

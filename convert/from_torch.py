@@ -1,13 +1,15 @@
-"""PyTorch -> native: `python -m convert from-torch SRC DST`."""
+"""PyTorch checkpoint to native checkpoint: `acestep-jax convert from-torch SRC DST`."""
 
-import dataclasses
-from collections import Counter
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import torch
+from flax import nnx
+from tqdm import tqdm
+
 from acestep_jax.convert import rules
 from acestep_jax.convert.safetensors_writer import write_safetensors
 from acestep_jax.convert.torch_checkpoint import (
@@ -17,12 +19,9 @@ from acestep_jax.convert.torch_checkpoint import (
     fold_weight_norm,
     open_checkpoint,
 )
-from flax import nnx
-from tqdm import tqdm
-
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
-from acestep_jax.models.config import NetworkConfig, check_dtype
+from acestep_jax.models.config import DEFAULT_RUNTIME, NetworkConfig, Runtime, check_dtype
 
 WEIGHT_NORM = "vae_weight_norm.safetensors"
 
@@ -35,22 +34,21 @@ def from_torch(
     vae: str | Path | None = None,
     text_encoder: str | Path | None = None,
 ) -> None:
-    """Converts a checkpoint, a stacked parameter at a time: memory stays near the largest of them.
+    """Convert a checkpoint one stacked parameter at a time, so that peak memory stays near the largest of them.
 
     Args:
         source, vae, text_encoder: see `open_checkpoint`.
-        destination: the folder to make.
-        dtype: of all weights; None: each as it is, folded convolutions in float32.
+        destination: the folder to create.
+        dtype: what all weights are cast to; None keeps the dtype of each, and folded convolutions are float32.
 
     Raises:
-        InputError: see `open_checkpoint` and `plan`; also if `destination` exists. Nothing is written then.
+        InputError: see `open_checkpoint` and `plan`; also if `destination` exists. Nothing is written in these cases.
     """
     if dtype is not None:
         check_dtype(dtype, "--dtype")
     checkpoint.check_new(Path(destination))
     opened = open_checkpoint(source, vae=vae, text_encoder=text_encoder, dtype=dtype)
     plans = {name: plan(name, config, opened.tensors[name]) for name, config in opened.configs.items()}
-    configs = {name: _with_stored_dtype(config, plans[name]) for name, config in opened.configs.items()}
     total = sum(len(tensors) for plan in plans.values() for tensors in plan.values())
 
     def arrays(bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
@@ -63,16 +61,17 @@ def from_torch(
     with tqdm(total=total, unit="tensor", disable=None) as bar:
         checkpoint.save(
             destination,
-            configs,
+            opened.configs,
             arrays(bar),
             opened.tokenizer,
             opened.tokenizer_config,
             {WEIGHT_NORM: lambda path: _write_weight_norm(path, opened)},
+            size=sum(_bytes(tensor) for plan in plans.values() for tensors in plan.values() for tensor in tensors),
         )
 
 
 def plan(network: str, config: NetworkConfig, tensors: dict[str, Tensor]) -> dict[str, list[Tensor]]:
-    """Which torch tensors make up each of our parameters, row by row; every tensor and every parameter once.
+    """Return the torch tensors that make up each of our parameters, row by row; each is used exactly once.
 
     Raises:
         InputError: naming the tensors that are missing, unexpected or of the wrong shape.
@@ -93,25 +92,31 @@ def plan(network: str, config: NetworkConfig, tensors: dict[str, Tensor]) -> dic
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         listing = "\n  ".join(problems[:8])
-        raise InputError(f"{network}: the tensors do not fit the config; are both of one model?\n  {listing}{more}")
+        raise InputError(
+            f"{network}: the tensors do not match the config; check that both are of the same model\n  {listing}{more}"
+        )
     return {leaf: [tensors[name] for name in names] for leaf, names in leaves.items()}
 
 
-def build(network: str, config: NetworkConfig, tensors: dict[str, Tensor]) -> nnx.Module:
-    """The network with the weights of `tensors`, in memory; raises InputError as `plan` does."""
+def build(
+    network: str, config: NetworkConfig, tensors: dict[str, Tensor], runtime: Runtime = DEFAULT_RUNTIME
+) -> nnx.Module:
+    """Return the network with the weights of `tensors`, in memory; raise InputError as `plan` does."""
     leaves = plan(network, config, tensors)
     arrays = {leaf: jnp.asarray(gather(network, leaf, rows)) for leaf, rows in leaves.items()}
-    return checkpoint.assemble(checkpoint.abstract(network, config), arrays)
+    return checkpoint.assemble(checkpoint.abstract(network, config, runtime), arrays)
 
 
-def from_module(network: str, config: NetworkConfig, module: torch.nn.Module) -> nnx.Module:
-    """The network with the weights of a torch module of diffusers or transformers; raises InputError as `plan` does."""
+def from_module(
+    network: str, config: NetworkConfig, module: torch.nn.Module, runtime: Runtime = DEFAULT_RUNTIME
+) -> nnx.Module:
+    """Return the network with the weights of a module of diffusers or transformers; raise InputError as `plan` does."""
     tensors = {key: _tensor(value) for key, value in module.state_dict().items()}
     if network == "text_encoder":
         tensors = {attention_name(key): tensor for key, tensor in tensors.items()}
     if network == "vae":
         tensors = fold_weight_norm(tensors, None)
-    return build(network, config, tensors)
+    return build(network, config, tensors, runtime)
 
 
 def _tensor(value: torch.Tensor) -> Tensor:
@@ -120,7 +125,7 @@ def _tensor(value: torch.Tensor) -> Tensor:
 
 
 def gather(network: str, leaf: str, tensors: list[Tensor]) -> np.ndarray:
-    """Reads the tensors of one leaf and puts them in our layout, stacked if there is one for each layer."""
+    """Read the tensors of one parameter and return it in our layout, stacked if there is one tensor for each layer."""
     _, rule = rules.to_torch(network, leaf, (len(tensors),))
     if not rules.is_stacked(leaf):
         return np.ascontiguousarray(rule.to_jax(tensors[0].read()))
@@ -132,16 +137,11 @@ def gather(network: str, leaf: str, tensors: list[Tensor]) -> np.ndarray:
     return stacked
 
 
-def _with_stored_dtype(config: NetworkConfig, leaves: dict[str, list[Tensor]]) -> NetworkConfig:
-    """A network computes, unless told otherwise, in the dtype that most of its weights are stored in."""
-    sizes: Counter[str] = Counter()
-    for tensors in leaves.values():
-        for tensor in tensors:
-            sizes[tensor.dtype.name] += int(np.prod(tensor.shape))
-    dtype = sizes.most_common(1)[0][0]
-    return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+def _bytes(tensor: Tensor) -> int:
+    """Return the size of a tensor in memory."""
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def _write_weight_norm(path: Path, opened: TorchCheckpoint) -> None:
-    """Keeps the factors of the folded convolutions for `to-torch`, so that the way back can be bit-exact."""
+    """Write the factors of the folded convolutions, so that `to-torch` can restore them bit for bit."""
     write_safetensors(path, [(name, t.shape, t.dtype, t.read) for name, t in opened.weight_norm.items()])

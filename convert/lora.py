@@ -1,14 +1,14 @@
-"""LoRA adapters to and from PyTorch: `python -m convert lora-to-torch` and `lora-from-torch`.
+"""LoRA adapters to and from PyTorch: `acestep-jax convert lora-to-torch` and `lora-from-torch`.
 
-Layouts, with A [r, in] and B [out, r] of each linear layer in tensors of their own:
+Layouts, in which A [r, in] and B [out, r] of each linear layer are separate tensors:
 
 - peft: a folder as PEFT and ACE-Step's own application write it, with the original model's names, such as
-  `base_model.model.layers.0.self_attn.q_proj.lora_A.weight`. The strength is in `adapter_config.json`. It is for
+  `base_model.model.layers.0.self_attn.q_proj.lora_A.weight`. Rank and alpha are in `adapter_config.json`. It is read by
   `PeftModel.from_pretrained(model.decoder, folder)`.
 - diffusers: a folder for `load_lora_weights`, with diffusers' names, such as
-  `transformer.layers.0.self_attn.to_q.lora_A.weight`. The strength is in the header of the file.
+  `transformer.layers.0.self_attn.to_q.lora_A.weight`. Rank and alpha are in the header of the file.
 - comfyui: a file with the original model's names, such as
-  `diffusion_model.decoder.layers.0.self_attn.q_proj.lora_down.weight`. The strength is in a tensor `alpha` beside it.
+  `diffusion_model.decoder.layers.0.self_attn.q_proj.lora_down.weight`. Alpha is a tensor beside it.
 """
 
 import json
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors.numpy import save
+
 from acestep_jax.convert import original, rules
 from acestep_jax.convert.lora_reader import (
     DIFFUSERS_KEY,
@@ -28,26 +30,25 @@ from acestep_jax.convert.lora_reader import (
     linear_layers,
     read_lora,
 )
-from safetensors.numpy import save
-
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
 from acestep_jax.io.adapter import Adapter, check_adapter, load_adapter, save_adapter
+from acestep_jax.models.config import TransformerConfig
 
 LAYOUTS = ("peft", "diffusers", "comfyui")
 
 
 def lora_from_torch(source: str | Path, destination: str | Path, *, model: str | Path | None = None) -> None:
-    """Makes an acestep-jax adapter of one of PyTorch, in whichever layout it is.
+    """Convert an adapter of PyTorch, in any of `LAYOUTS`, to an acestep-jax adapter.
 
     Args:
         source: the folder or the .safetensors file.
-        destination: the folder to make.
-        model: the native checkpoint that the adapter is for, to check that it fits. An adapter that leaves out the
-            last layers needs it, for it does not tell how many there are.
+        destination: the folder to create.
+        model: the native checkpoint that the adapter is for, to check that it fits. It is needed for an adapter that
+            leaves out the last layers, since such a file does not say how many layers there are.
 
     Raises:
-        InputError: see `read_lora`; also if `destination` exists. Nothing is written then.
+        InputError: see `read_lora`; also if `destination` exists. Nothing is written in these cases.
     """
     destination = Path(destination)
     checkpoint.check_new(destination)
@@ -55,23 +56,24 @@ def lora_from_torch(source: str | Path, destination: str | Path, *, model: str |
         adapter = read_lora(Path(source))
     else:
         config = checkpoint.read_manifest(model).configs["transformer"]
+        assert isinstance(config, TransformerConfig)
         adapter = read_lora(Path(source), config.num_hidden_layers)
         check_adapter(adapter, config, str(source))
     save_adapter(destination, adapter)
 
 
 def lora_to_torch(source: str | Path, destination: str | Path, *, layout: str) -> None:
-    """Writes an adapter in one of `LAYOUTS`; `lora_from_torch` gives the same values back, bit for bit.
+    """Write an adapter in one of `LAYOUTS`; `lora_from_torch` restores the same values bit for bit.
 
-    Of the config, rank, alpha and use_dora come back; targets as whole paths; dropout, which matters to further
-    training alone, from peft only.
+    Of the config, rank, alpha and use_dora are restored; targets as full paths; dropout, which matters only to further
+    training, only from peft.
 
     Args:
         source: the folder of an acestep-jax adapter.
-        destination: the folder to make; for comfyui the .safetensors file.
+        destination: the folder to create; for comfyui the .safetensors file.
 
     Raises:
-        InputError: if `source` is no adapter, `destination` exists, or the layout cannot express the adapter.
+        InputError: if `source` is not an adapter, `destination` exists, or the layout cannot express the adapter.
     """
     if layout not in LAYOUTS:
         raise InputError(f"--layout: expected {', '.join(LAYOUTS)}, found {layout!r}")
@@ -79,7 +81,9 @@ def lora_to_torch(source: str | Path, destination: str | Path, *, layout: str) -
     checkpoint.check_new(destination)
     adapter = load_adapter(source)
     if unknown := sorted({leaf.rpartition(".")[0] for leaf in adapter.leaves} - linear_layers()):
-        raise InputError(f"{source}: {unknown[0]} is no linear layer of ACE-Step 1.5's transformer; nothing to write")
+        raise InputError(
+            f"{source}: {unknown[0]} is not a linear layer of ACE-Step 1.5's transformer; expected only those"
+        )
     if layout == "comfyui":
         _write_comfyui(destination, source, adapter)
         return
@@ -88,7 +92,7 @@ def lora_to_torch(source: str | Path, destination: str | Path, *, layout: str) -
 
 
 class _Module(NamedTuple):
-    """The adapter of one torch module, by diffusers' name: A [r, in], B [out, r], magnitude [out]."""
+    """Hold the adapter of one torch module, by diffusers' name: A [r, in], B [out, r], magnitude [out]."""
 
     name: str
     a: np.ndarray
@@ -98,16 +102,21 @@ class _Module(NamedTuple):
 
 def _modules(adapter: Adapter) -> Iterator[_Module]:
     for layer in sorted({leaf.rpartition(".")[0] for leaf in adapter.leaves}):
-        parts = [adapter.leaves.get(f"{layer}.{part}") for part in ("lora_a", "lora_b", "lora_magnitude")]
-        names, rule = rules.to_torch("transformer", f"{layer}.kernel", parts[0].shape)
+        a, b = adapter.leaves[f"{layer}.lora_a"], adapter.leaves[f"{layer}.lora_b"]
+        magnitude = adapter.leaves.get(f"{layer}.lora_magnitude")
+        names, rule = rules.to_torch("transformer", f"{layer}.kernel", a.shape)
         for row, name in enumerate(names):
-            a, b, m = [p[row] if p is not None and rules.is_stacked(f"{layer}.kernel") else p for p in parts]
-            a, b = (np.ascontiguousarray(rule.to_torch(factor)) for factor in (a, b))
-            yield _Module(name.removesuffix(".weight"), a, b, m)
+            at = row if rules.is_stacked(f"{layer}.kernel") else ...
+            yield _Module(
+                name.removesuffix(".weight"),
+                np.ascontiguousarray(rule.to_torch(a[at])),
+                np.ascontiguousarray(rule.to_torch(b[at])),
+                None if magnitude is None else magnitude[at],
+            )
 
 
 def _original(module: str) -> str:
-    """diffusers' name of a module as the original model's decoder has it."""
+    """Return the name in the original model's decoder of a module that diffusers calls `module`."""
     return original.original_name("transformer", f"{module}.weight").removeprefix("decoder.").removesuffix(".weight")
 
 
@@ -146,7 +155,9 @@ def _write_comfyui(file: Path, source: Path, adapter: Adapter) -> None:
 
 
 def _save(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    file.write_bytes(save(tensors, {"format": "pt"} | metadata))  # `save_file` would let nobody else read it
+    file.write_bytes(
+        save(tensors, {"format": "pt"} | metadata)
+    )  # `save_file` would make the file readable only by its owner
 
 
 def _peft_tensors(prefix: str, modules: list[_Module]) -> dict[str, np.ndarray]:
@@ -159,7 +170,7 @@ def _peft_tensors(prefix: str, modules: list[_Module]) -> dict[str, np.ndarray]:
 
 
 def _peft_config(adapter: Adapter, modules: list[_Module]) -> dict[str, Any]:
-    """The arguments of `peft.LoraConfig`. A target is the end of a module's name, here what follows its layer."""
+    """Return the arguments of `peft.LoraConfig`. A target is the part of a name after its layer."""
     config = adapter.config
     return {
         "r": config.rank,

@@ -1,4 +1,4 @@
-"""Reading LoRA and DoRA adapters of PyTorch, in the layouts of `convert.lora` and what other trainers make of them."""
+"""Reading LoRA and DoRA adapters of PyTorch, in the layouts of `convert.lora` and other trainers' variants of them."""
 
 import functools
 import json
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from acestep_jax.convert import original, rules
-from acestep_jax.convert.torch_checkpoint import Tensor, read_header, read_json
 from safetensors import SafetensorError, safe_open
 
+from acestep_jax.convert import original, rules
+from acestep_jax.convert.torch_checkpoint import Tensor, read_header, read_json
 from acestep_jax.errors import InputError
 from acestep_jax.io import adapter, checkpoint
 from acestep_jax.io.adapter import Adapter
@@ -35,16 +35,16 @@ _PARTS = {
     "dora_scale": "magnitude",
     "alpha": "alpha",
 }
-# What a tensor that is none of these belongs to, by a part of its name.
+# What a tensor of another name belongs to, by a part of its name.
 _OTHER_KINDS = {
     ".lokr_": "a LoKr adapter",
     ".hada_": "a LoHa adapter",
     ".oft_": "an OFT adapter",
     ".lora_mid.": "a Tucker decomposition",
     ".lora_B.bias": "the bias of an adapter (lora_bias)",
-    ".modules_to_save.": "a layer trained as a whole (modules_to_save)",
+    ".modules_to_save.": "a fully trained layer (modules_to_save)",
 }
-# Settings of PEFT that change what the tensors mean, or add others; they count if they are set.
+# Settings of PEFT that change what the tensors mean or add others. They are refused if they are set.
 _OTHER_SETTINGS = (
     "alora_invocation_tokens arrow_config kasa_config layer_replication lora_bias modules_to_save monteclora_config "
     "target_parameters trainable_token_indices use_bdlora use_qalora velora_config"
@@ -52,7 +52,7 @@ _OTHER_SETTINGS = (
 
 
 class _Source(NamedTuple):
-    """A file of tensors, and what its trainer noted of rank and strength: where, and the arguments of LoraConfig."""
+    """Hold a file of tensors and the arguments of LoraConfig that its trainer recorded, with the file they are in."""
 
     file: Path
     tensors: dict[str, Tensor]
@@ -61,7 +61,7 @@ class _Source(NamedTuple):
 
 
 class _Module(NamedTuple):
-    """The adapter of one torch module: A [r, in], B [out, r], magnitude [out], and the factor before B A."""
+    """Hold the adapter of one torch module: A [r, in], B [out, r], magnitude [out], and the factor of B A."""
 
     a: np.ndarray
     b: np.ndarray
@@ -71,33 +71,33 @@ class _Module(NamedTuple):
 
 
 def read_lora(source: Path, num_layers: int | None = None) -> Adapter:
-    """Reads an adapter; half precision becomes float32.
+    """Read an adapter; half precision becomes float32.
 
     Names may be those of the original model or of diffusers, with any of the prefixes of PEFT, diffusers and ComfyUI.
-    The strength is what the file's own kind says: in `adapter_config.json` or the header, else in `alpha` tensors, else
-    alpha = r, with a warning. One rank and alpha stand for all layers: smaller factors are filled up with zeros, and
-    where strengths differ B carries the quotient. Layers of a stack that have no adapter get zeros.
+    Alpha is read from `adapter_config.json` or the header, else from `alpha` tensors; else alpha = r, with a warning.
+    The result has one rank and one alpha: smaller factors are padded with zeros, and where the scaling of a layer
+    differs, its quotient is multiplied into B. Layers of a stack that have no adapter get zeros.
 
     Args:
         source: a folder or a .safetensors file.
-        num_layers: of the model; None: as many as the adapter names.
+        num_layers: number of layers of the model; None: as many as the adapter names.
 
     Raises:
-        InputError: if it is no adapter of ACE-Step 1.5, one of another kind than LoRA and DoRA, or damaged.
+        InputError: if it is not an adapter of ACE-Step 1.5, of another kind than LoRA and DoRA, or damaged.
     """
     opened = _open(source)
     modules: dict[tuple[str, int | None], _Module] = {}
     for raw, parts in _group(opened).items():
         place = _place(raw, opened.file)
         if place in modules:
-            raise InputError(f"{opened.file}: {raw} is there twice, under another name too; expected it once")
+            raise InputError(f"{opened.file}: found {raw} twice, also under another name; expected it once")
         modules[place] = _read_module(raw, parts, opened)
     return _stack(modules, opened, num_layers)
 
 
 @functools.lru_cache
 def linear_layers() -> frozenset[str]:
-    """The dotted paths of the linear layers of the transformer, which are the same for every size."""
+    """Return the dotted paths of the linear layers of the transformer, which are the same for every size."""
     leaves = checkpoint.leaf_shapes("transformer", TransformerConfig())
     kernels = {n: len(leaf.shape) - rules.is_stacked(n) for n, leaf in leaves.items() if n.endswith(".kernel")}
     return frozenset(name.removesuffix(".kernel") for name, axes in kernels.items() if axes == 2)
@@ -132,7 +132,9 @@ def _open(source: Path) -> _Source:
     if file.name == PEFT_WEIGHTS:
         settings = file.with_name(PEFT_CONFIG)
         if not settings.is_file():
-            raise InputError(f"{settings}: missing, and the strength with it; put it beside {PEFT_WEIGHTS}")
+            raise InputError(
+                f"{settings}: missing; it holds the adapter's rank and alpha, put it beside {PEFT_WEIGHTS}"
+            )
         values = read_json(settings)
         if (kind := values.get("peft_type", "LORA")) != "LORA":
             raise InputError(f'{settings}: peft_type {kind!r}; expected "LORA", other kinds are not supported')
@@ -141,7 +143,7 @@ def _open(source: Path) -> _Source:
 
 
 def _header_settings(file: Path) -> dict[str, Any] | None:
-    """What diffusers notes in the header of a file, under `transformer.KEY` or, of a network alone, KEY."""
+    """Return the settings that diffusers writes in the header of a file, as `transformer.KEY` or only KEY."""
     try:
         with safe_open(file, framework="np") as reader:
             text = (reader.metadata() or {}).get(DIFFUSERS_KEY)
@@ -173,12 +175,12 @@ def _check_settings(values: dict[str, Any], file: Path) -> dict[str, Any]:
             try:
                 re.compile(module)
             except re.error as error:
-                raise InputError(f"{file}: {key}: {module!r} is no regular expression ({error})") from None
+                raise InputError(f"{file}: {key}: {module!r} is not a regular expression ({error})") from None
     return values
 
 
 def _group(source: _Source) -> dict[str, dict[str, Tensor]]:
-    """The tensors by module, as the file names it, and by which of `_PARTS` they are."""
+    """Return the tensors by module, as the file names it, and by which of `_PARTS` they are."""
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in source.tensors.items():
         match = re.fullmatch(rf"(.+)\.({'|'.join(map(re.escape, _PARTS))})", name)
@@ -186,15 +188,15 @@ def _group(source: _Source) -> dict[str, dict[str, Tensor]]:
             kind = next((kind for part, kind in _OTHER_KINDS.items() if part in name), None)
             what = f"{name} belongs to {kind}" if kind else f"found {name}"
             raise InputError(
-                f"{source.file}: {what}; expected lora_A and lora_B, or lora_down and lora_up, of linear layers alone"
+                f"{source.file}: {what}; expected lora_A and lora_B, or lora_down and lora_up, of linear layers only"
             )
         part = _PARTS[match[2]]
         if match[2] == "dora_scale" and (len(tensor.shape) != 2 or tensor.shape[1] != 1):
             raise InputError(
-                f"{source.file}: {name} has shape {list(tensor.shape)}; expected [out, 1], a norm for each output"
+                f"{source.file}: {name} has shape {list(tensor.shape)}; expected [out, 1], the norm of each output"
             )
         if part in modules.setdefault(match[1], {}):
-            raise InputError(f"{source.file}: {name} is there twice, under another name too; expected it once")
+            raise InputError(f"{source.file}: found {name} twice, also under another name; expected it once")
         modules[match[1]][part] = tensor
     if not modules:
         raise InputError(f"{source.file}: holds no tensors; expected lora_A and lora_B of at least one linear layer")
@@ -202,8 +204,8 @@ def _group(source: _Source) -> dict[str, dict[str, Tensor]]:
 
 
 def _place(raw: str, file: Path) -> tuple[str, int | None]:
-    """The dotted path of the linear layer that a module of a file is, and which of its stack."""
-    name = raw[_PREFIX.match(raw).end() :]
+    """Return the dotted path of the linear layer that a module of a file is for, and its row in a stack."""
+    name = _PREFIX.sub("", raw, count=1)
     try:
         leaf, row, _ = rules.to_jax("transformer", original.attention_name(f"{name}.weight"))
     except KeyError:
@@ -211,8 +213,8 @@ def _place(raw: str, file: Path) -> tuple[str, int | None]:
     layer = leaf.removesuffix(".kernel")
     if layer not in linear_layers() or rules.is_stacked(leaf) != (row is not None):
         raise InputError(
-            f"{file}: {raw} is no linear layer of ACE-Step 1.5's transformer, such as layers.0.self_attn.q_proj; "
-            "expected an adapter of that alone"
+            f"{file}: {raw} is not a linear layer of ACE-Step 1.5's transformer, such as layers.0.self_attn.q_proj; "
+            "expected an adapter of its linear layers only"
         )
     return layer, row
 
@@ -232,12 +234,12 @@ def _read_module(raw: str, parts: dict[str, Tensor], source: _Source) -> _Module
             found = list(parts["magnitude"].shape)
             raise InputError(f"{source.file}: the magnitude of {raw} has shape {found}, expected [{outputs}]")
         magnitude = parts["magnitude"].read().reshape(-1)
-    alpha, scaling = _strength(raw, rank, parts.get("alpha"), source)
+    alpha, scaling = _scaling(raw, rank, parts.get("alpha"), source)
     return _Module(parts["a"].read(), parts["b"].read(), magnitude, alpha, scaling)
 
 
-def _strength(raw: str, rank: int, tensor: Tensor | None, source: _Source) -> tuple[float, float]:
-    """alpha and the factor before B A. Patterns as PEFT reads them: the first that fits the end of the name."""
+def _scaling(raw: str, rank: int, tensor: Tensor | None, source: _Source) -> tuple[float, float]:
+    """Return alpha and the factor of B A. Patterns are read as by PEFT: the first that matches the end of a name."""
     settings, noted = source.settings, None
     if tensor is not None:
         if math.prod(tensor.shape) != 1:
@@ -265,16 +267,18 @@ def _strength(raw: str, rank: int, tensor: Tensor | None, source: _Source) -> tu
 
 
 def _stack(modules: dict[tuple[str, int | None], _Module], source: _Source, num_layers: int | None) -> Adapter:
-    """All modules as the leaves of an adapter, with one rank and one scaling."""
+    """Return all modules as one adapter, with one rank and one scaling."""
     if source.settings is None and all(module.alpha == len(module.a) for module in modules.values()):
         if not any(name.endswith(".alpha") for name in source.tensors):
             logger.warning(
-                "%s: notes no alpha; alpha = rank is assumed, as diffusers and ComfyUI do. If it was trained with "
-                "another, change its strength accordingly", source.file
+                "%s: records no alpha; alpha = rank is assumed, as diffusers and ComfyUI do. If it was trained with "
+                "another alpha, change its scale accordingly", source.file
             )  # fmt: skip
     dora = {module.magnitude is not None for module in modules.values()}
     if len(dora) > 1:
-        raise InputError(f"{source.file}: some layers have a magnitude and others none; expected LoRA or DoRA for all")
+        raise InputError(
+            f"{source.file}: some layers have a magnitude and others do not; expected LoRA or DoRA for all"
+        )
     use_dora = dora.pop()
     if source.settings is not None and bool(source.settings.get("use_dora")) != use_dora:
         found = "has magnitudes" if use_dora else "has no magnitudes"
@@ -297,7 +301,7 @@ def _stack(modules: dict[tuple[str, int | None], _Module], source: _Source, num_
         if None not in parts and use_dora and (absent := sorted(set(range(depth)) - parts.keys())):
             raise InputError(
                 f"{source.file}: a DoRA adapter without layer {_some(list(map(str, absent)))} of {layer}; expected all "
-                f"{depth}, for its magnitude there would be that of the model"
+                f"{depth}, since the magnitude of a layer that is left out is that of the model"
             )
         inputs, outputs = _shape(next(iter(parts.values())))
         stack = () if None in parts else (depth,)

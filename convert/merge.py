@@ -1,24 +1,41 @@
-"""`python -m convert merge-lora SRC DST --lora DIR`: a native checkpoint with adapters in its weights."""
+"""A native checkpoint with adapters merged into its weights: `acestep-jax convert merge-lora SRC DST --lora DIR`."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from acestep_jax.io import checkpoint
-from acestep_jax.io.adapter import Adapter, merge_adapters
+from acestep_jax.io.adapter import Adapter, merge_adapters, resolve_adapters
+from acestep_jax.models.config import TransformerConfig
+from acestep_jax.models.transformer import AceStepTransformer1DModel
 
 
 def merge_lora(
-    source: str | Path, destination: str | Path, adapters: Sequence[Adapter], scales: Sequence[float]
+    source: str | Path,
+    destination: str | Path,
+    adapters: Sequence[str | Path | Adapter],
+    scales: float | Sequence[float] = 1.0,
 ) -> None:
-    """Writes a checkpoint whose transformer is that of `source` after `merge_adapters`; all else stays as it is.
+    """Write a checkpoint whose transformer is that of `source` after `merge_adapters`; everything else stays unchanged.
 
-    The transformer is in memory as a whole, the other networks some arrays at a time.
+    The whole transformer is held in memory, and of the other networks a few arrays at a time.
+
+    Args:
+        source: a native checkpoint.
+        destination: the folder to create.
+        adapters: the adapters or their folders.
+        scales: one for all adapters, or one for each.
 
     Raises:
-        InputError: if `source` is no native checkpoint, `destination` exists, or an adapter is for another model.
+        InputError: if `source` is not a native checkpoint, `destination` exists, a scale is not a finite number, or an
+            adapter is for another model. Nothing is written then.
     """
     checkpoint.check_new(Path(destination))
-    transformer = merge_adapters(checkpoint.load(source, names=["transformer"])["transformer"], adapters, scales)
+    config = checkpoint.read_manifest(source).configs["transformer"]
+    assert isinstance(config, TransformerConfig)
+    adapters, scales = resolve_adapters(adapters, scales, config)
+    transformer = checkpoint.load(source, names=["transformer"])["transformer"]
+    assert isinstance(transformer, AceStepTransformer1DModel)
+    transformer = merge_adapters(transformer, adapters, scales)
     adapted = {f"{leaf.rpartition('.')[0]}.kernel" for adapter in adapters for leaf in adapter.leaves}
     arrays = {leaf: v[...] for leaf, v in checkpoint.leaves(transformer).items() if leaf in adapted}
     checkpoint.save_changed(source, destination, "transformer", arrays)

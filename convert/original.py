@@ -11,6 +11,7 @@ from typing import Any
 
 from acestep_jax.errors import InputError
 from acestep_jax.models.config import (
+    AttentionConfig,
     AudioTokenDetokenizerConfig,
     AudioTokenizerConfig,
     ConditionEncoderConfig,
@@ -40,7 +41,7 @@ _PATCH_NAMES = (("proj_in_conv.", "proj_in.1."), ("proj_out_conv.", "proj_out.1.
 # The encoders fall back to the transformer's size; tokenizer and detokenizer are as large as the encoders.
 _ENCODER_KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 _SHARED_KEYS = "head_dim rope_theta attention_bias attention_dropout rms_norm_eps sliding_window".split()
-# Of training, of the application, or notes of transformers about itself.
+# Settings of training and of the application, and what transformers records about itself.
 _IGNORED = frozenset(
     "architectures auto_map bos_token_id data_proportion dtype eos_token_id hidden_act initializer_range "
     "lyric_alignment_layers_config max_position_embeddings model_type num_audio_decoder_hidden_layers pad_token_id "
@@ -50,12 +51,14 @@ _IGNORED = frozenset(
 
 
 def find_folders(source: Path, vae: str | Path | None, text_encoder: str | Path | None) -> tuple[Path, Path, Path]:
-    """The folders of the model, the autoencoder and the text encoder.
+    """Return the folders of the model, the autoencoder and the text encoder.
 
-    `source` is the model's folder, or the one that holds it and the other two.
+    Args:
+        source: the model's folder, or the one that holds it and the other two.
+        vae, text_encoder: their folders; None: those beside the model's.
 
     Raises:
-        InputError: if there is no model, more than one, or no autoencoder or text encoder.
+        InputError: if there is no model or more than one, or no autoencoder or text encoder.
     """
 
     def is_model(folder: Path) -> bool:
@@ -82,7 +85,7 @@ def find_folders(source: Path, vae: str | Path | None, text_encoder: str | Path 
 
 
 def split_config(values: dict[str, Any], source: str) -> dict[str, NetworkConfig]:
-    """The one config of the original layout as one for each network; raises InputError on an unknown key."""
+    """Return the config of each network from the one of the original layout; raise InputError on an unknown key."""
     values = {key: value for key, value in values.items() if not key.startswith("_")}
     if values.get("hidden_act", "silu") != "silu":
         raise InputError(f"{source}: hidden_act: expected 'silu', found {values['hidden_act']!r}")
@@ -134,12 +137,14 @@ def split_config(values: dict[str, Any], source: str) -> dict[str, NetworkConfig
 
 
 def join_config(configs: dict[str, NetworkConfig]) -> dict[str, Any]:
-    """The inverse of `split_config`, which needs all four networks.
+    """Return the one config of the original layout, the inverse of `split_config`, from those of all four networks.
 
     Raises:
-        InputError: if they differ in what this layout has one value for.
+        InputError: if the networks differ in a value that this layout has only once.
     """
-    transformer, encoder = configs["transformer"].to_hf(), configs["condition_encoder"].to_hf()
+    network = configs["transformer"]
+    assert isinstance(network, TransformerConfig)
+    transformer, encoder = network.to_hf(), configs["condition_encoder"].to_hf()
     values = transformer | {
         key: encoder[key] for key in encoder.keys() - transformer.keys() if key not in _ENCODER_KEYS
     }
@@ -152,7 +157,7 @@ def join_config(configs: dict[str, NetworkConfig]) -> dict[str, Any]:
         values |= {key: part[key] for key in part.keys() - values.keys()}
     values["layer_types"] = [
         "full_attention" if window is None else "sliding_attention"
-        for window in configs["transformer"].windows(transformer["num_hidden_layers"])
+        for window in network.windows(network.num_hidden_layers)
     ]
     notes = {"architectures": ["AceStepConditionGenerationModel"], "model_type": "acestep", "hidden_act": "silu"}
     for name, config in split_config(values, "").items():
@@ -167,7 +172,8 @@ def join_config(configs: dict[str, NetworkConfig]) -> dict[str, Any]:
 
 
 def _essentials(config: NetworkConfig) -> dict[str, Any]:
-    """What a config says of the network's function, with defaults that depend on other keys filled in."""
+    """Return what a config says of the network's function, with the defaults that depend on other keys."""
+    assert isinstance(config, AttentionConfig)
     values = config.to_hf()
     del values["attention_dropout"]
     depth = next(value for key, value in values.items() if re.fullmatch(r"num_(\w+_)?hidden_layers", key))
@@ -178,13 +184,14 @@ def _essentials(config: NetworkConfig) -> dict[str, Any]:
 
 
 def model_folder(configs: dict[str, NetworkConfig]) -> str:
-    """The name under which ACE-Step publishes a model of this kind, such as `acestep-v15-xl-turbo`."""
+    """Return the name under which ACE-Step publishes a model of this kind, such as `acestep-v15-xl-turbo`."""
     transformer, encoder = configs["transformer"], configs["condition_encoder"]
+    assert isinstance(transformer, TransformerConfig) and isinstance(encoder, ConditionEncoderConfig)
     return f"acestep-v15-{'xl-' if transformer.hidden_size != encoder.hidden_size else ''}{transformer.variant}"
 
 
 def split_names(tensors: dict[str, Any], source: str) -> dict[str, dict[str, Any]]:
-    """Tensors of the one file by network and diffusers' name; raises InputError on a name of no network."""
+    """Return the tensors of the one file by network and diffusers' name; raise InputError on an unknown name."""
     networks: dict[str, dict[str, Any]] = {network: {} for network in PREFIXES.values()}
     unknown = []
     for name, tensor in tensors.items():
@@ -206,14 +213,14 @@ def split_names(tensors: dict[str, Any], source: str) -> dict[str, dict[str, Any
 
 
 def attention_name(name: str) -> str:
-    """The name of a tensor of an attention layer, from the original's and Qwen3's to diffusers'."""
+    """Return diffusers' name of a tensor of an attention layer from the original's or Qwen3's name."""
     for ours, theirs in _ATTENTION_NAMES:
         name = re.sub(rf"(^|\.){re.escape(theirs)}", rf"\g<1>{ours}", name)
     return name
 
 
 def original_name(network: str, name: str) -> str:
-    """The inverse: a diffusers name of `network` as the original layout has it."""
+    """Return the name in the original layout of a tensor of `network` from diffusers' name."""
     for ours, theirs in (*_ATTENTION_NAMES, *(_PATCH_NAMES if network == "transformer" else ())):
         name = re.sub(rf"(^|\.){re.escape(ours)}", rf"\g<1>{theirs}", name)
     prefix = next((prefix for prefix, owner in PREFIXES.items() if owner == network), "")

@@ -1,22 +1,20 @@
-"""A PyTorch checkpoint with random weights, made by diffusers' own classes: `python -m convert random-torch DST`.
+"""PyTorch checkpoints with random weights from diffusers' own classes: `acestep-jax convert random-torch DST`.
 
-What it generates is noise. It is for trying the tools, for tests, and for measuring at full size.
+They generate noise. They are for trials of the tools, for tests, and for measurements at full size.
 """
 
 from pathlib import Path
 
 import torch
-from diffusers import (
-    AceStepPipeline,
-    AceStepTransformer1DModel,
-    AutoencoderOobleck,
-    FlowMatchEulerDiscreteScheduler,
-)
+from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck
+from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
 from diffusers.pipelines.ace_step.modeling_ace_step import (
     AceStepAudioTokenDetokenizer,
     AceStepAudioTokenizer,
     AceStepConditionEncoder,
 )
+from diffusers.pipelines.ace_step.pipeline_ace_step import AceStepPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
@@ -31,7 +29,7 @@ _ATTENTION = dict(
     sliding_window=16,
 )
 _TEXT = dict(hidden_size=48, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-# Arguments of each class, where they differ from its defaults.
+# Arguments of each class that differ from its defaults.
 SIZES: dict[str, dict[str, dict]] = {
     "tiny": {
         "transformer": _ATTENTION | {"num_hidden_layers": 4, "in_channels": 24, "audio_acoustic_hidden_dim": 8},
@@ -65,11 +63,17 @@ END_OF_TEXT = "<|endoftext|>"
 def write_random_checkpoint(
     destination: str | Path, *, size: str = "tiny", variant: str = "turbo", dtype: str = "float32", seed: int = 0
 ) -> None:
-    """Writes a diffusers folder; the same arguments give the same bytes. Raises InputError if it exists.
+    """Write a diffusers folder; the same arguments give the same bytes.
 
     Args:
+        destination: the folder to create.
         size: "tiny", or "2B" for the size of the published model (12.6 GB in float32).
         variant: "turbo", "base" or "sft".
+        dtype: dtype of all weights.
+        seed: seed of the weights.
+
+    Raises:
+        InputError: if `destination` exists.
     """
     with publish(Path(destination)) as folder:
         pipeline = random_pipeline(SIZES[size], variant=variant, seed=seed)
@@ -79,7 +83,7 @@ def write_random_checkpoint(
 
 
 def random_pipeline(sizes: dict[str, dict], *, variant: str = "turbo", seed: int = 0) -> AceStepPipeline:
-    """A torch pipeline all of whose parameters and buffers are random. `sizes`: one of `SIZES`, or like them."""
+    """Return a torch pipeline with random parameters and buffers. `sizes`: one of `SIZES`, or of the same form."""
     tokenizer = byte_tokenizer()
     text = Qwen3Config(
         **{"vocab_size": tokenizer.get_vocab_size(), "rope_theta": 1e6, "rms_norm_eps": 1e-6, **sizes["text_encoder"]}
@@ -107,9 +111,9 @@ def random_pipeline(sizes: dict[str, dict], *, variant: str = "turbo", seed: int
 
 @torch.no_grad()
 def randomise(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Random values for all parameters and buffers, of a size that keeps activations near one.
+    """Fill all parameters and buffers with random values that keep activations near one; return the network.
 
-    Fresh networks have norms of one and biases of zero, which would hide a swapped or forgotten one.
+    Newly built networks have norms of one and biases of zero, which would hide one that is swapped or missing.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -125,7 +129,7 @@ def randomise(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             direction = network.get_parameter(name.removesuffix("_g") + "_v")
             fan_in = 2 * direction.shape[0] if ".conv_t1." in name else direction[0].numel()
             norm = (direction[0].numel() / fan_in) ** 0.5
-            # Small residual branches, as in a trained network: full ones would amplify rounding errors thirtyfold.
+            # Small residual branches, as in a trained network: larger ones would amplify rounding errors thirtyfold.
             gain = 0.25 if ".res_unit" in name and ".conv2." in name else 0.7
             value.copy_(gain * norm * (1.0 + 0.1 * normal(value)))
         elif last == "bias":
@@ -145,7 +149,7 @@ def randomise(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token a byte, and `<|endoftext|>`, which ends every text as Qwen3-Embedding's own tokenizer does."""
+    """Return a tokenizer of bytes that ends each text with `<|endoftext|>`, as Qwen3-Embedding's does."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""One table between PyTorch's tensor names and layouts and ours; it is read in both directions.
+"""The table between PyTorch's tensor names and layouts and ours, which is read in both directions.
 
 The PyTorch side speaks diffusers' names. A stacked leaf `layers.REST` stands for `layers.0.REST`, `layers.1.REST`, ...
 """
@@ -13,7 +13,7 @@ Transform = Callable[[np.ndarray], np.ndarray]
 
 
 class Rule(NamedTuple):
-    """`*` stands for any module path, empty or ending in a dot; it is the same on both sides."""
+    """Pair a torch name with ours. `*` stands for any module path, empty or ending in a dot, the same on both sides."""
 
     torch: str
     jax: str
@@ -35,7 +35,7 @@ def _permute(*axes: int) -> tuple[Transform, Transform]:
 
 
 def _upsample_to_jax(w: np.ndarray) -> np.ndarray:
-    """ConvTranspose1d of kernel 2s and stride s: [in, out, 2s] -> [2, in, s, out], the earlier frame's tap first."""
+    """Map the kernel 2s of ConvTranspose1d of stride s, [in, out, 2s], to [2, in, s, out], the earlier frame first."""
     inputs, outputs, size = w.shape
     return w.reshape(inputs, outputs, 2, size // 2)[:, :, ::-1].transpose(2, 0, 3, 1)
 
@@ -90,10 +90,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
 
 
 def to_jax(network: str, torch_name: str) -> tuple[str, int | None, Rule]:
-    """The leaf that a torch tensor belongs to, its row there if the leaf is stacked, and the rule between them.
+    """Return the leaf that a torch tensor belongs to, its row if the leaf is stacked, and the rule between them.
 
     Raises:
-        KeyError: if not exactly one rule knows the name.
+        KeyError: unless exactly one rule matches the name.
     """
     layer = re.search(r"(?:^|\.)layers\.(\d+)\.", torch_name)
     row = int(layer[1]) if layer else None
@@ -103,7 +103,7 @@ def to_jax(network: str, torch_name: str) -> tuple[str, int | None, Rule]:
 
 
 def to_torch(network: str, leaf: str, shape: tuple[int, ...]) -> tuple[list[str], Rule]:
-    """The torch names of the rows of a leaf (of itself, if it is not stacked) and the rule between them."""
+    """Return the torch names of the rows of a leaf, or the one of a leaf that is not stacked, and the rule."""
     name, rule = _lookup(network, leaf, "jax", "torch")
     if not is_stacked(leaf):
         return [name], rule
@@ -111,12 +111,12 @@ def to_torch(network: str, leaf: str, shape: tuple[int, ...]) -> tuple[list[str]
 
 
 def torch_shape(leaf: str, rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the torch tensor, of one row if the leaf is stacked, that a leaf of `shape` comes from."""
+    """Return the shape of the torch tensor that a leaf of `shape`, or each row of a stacked one, comes from."""
     return rule.to_torch(np.broadcast_to(np.float32(0), shape[1:] if is_stacked(leaf) else shape)).shape
 
 
 def is_stacked(leaf: str) -> bool:
-    """Whether the first axis of a leaf counts layers."""
+    """Return whether the first axis of a leaf counts layers."""
     return re.search(r"(?:^|\.)layers\.", leaf) is not None
 
 

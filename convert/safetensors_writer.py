@@ -1,4 +1,4 @@
-"""Writing a safetensors file one tensor at a time; the library itself needs all of them in memory at once.
+"""Writing a safetensors file one tensor at a time, which the safetensors library cannot.
 
 Format: https://github.com/huggingface/safetensors#format. Eight bytes of header length, a JSON header, the data.
 """
@@ -15,7 +15,13 @@ _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 def write_safetensors(
     path: Path, tensors: Sequence[tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]
 ) -> None:
-    """Writes (name, shape, dtype, read) in the order given; `read` is called when its turn has come."""
+    """Write tensors in the order given, each as (name, shape, dtype, read).
+
+    Only one tensor is in memory at a time: `read` is called when its turn comes.
+
+    Raises:
+        ValueError: if what `read` returns does not have the promised shape and dtype.
+    """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape, dtype, _ in tensors:

@@ -1,4 +1,4 @@
-"""Native -> PyTorch, in either layout: `python -m convert to-torch SRC DST --layout diffusers|original`."""
+"""Native to PyTorch checkpoint: `acestep-jax convert to-torch SRC DST --layout diffusers|original`."""
 
 import json
 import math
@@ -8,16 +8,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
 from acestep_jax.convert import original, rules
 from acestep_jax.convert.from_torch import WEIGHT_NORM
 from acestep_jax.convert.safetensors_writer import write_safetensors
 from acestep_jax.convert.torch_checkpoint import fold, weight_norm
-from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
-
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
 from acestep_jax.models.config import NetworkConfig
+from acestep_jax.models.registry import FAMILY
 
 LAYOUTS = ("diffusers", "original")
 
@@ -36,15 +37,20 @@ Entry = tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]
 
 
 def to_torch(source: str | Path, destination: str | Path, *, layout: str) -> None:
-    """Writes a checkpoint in diffusers' layout ("diffusers") or in that of ACE-Step's own application ("original").
+    """Write a checkpoint in diffusers' layout ("diffusers") or in that of ACE-Step's own application ("original").
 
     In the original layout `destination` holds `acestep-v15-turbo/` (or -base, -xl-sft, ...), `vae/` and
-    `Qwen3-Embedding-0.6B/`. The published folders also hold the model's Python code, which is not ours to write: to run
-    the application, put `model.safetensors` in place of the one in a published folder of that name. Weights are written
-    as stored; a checkpoint that came from PyTorch with its dtype unchanged goes back bit for bit.
+    `Qwen3-Embedding-0.6B/`. The published folders also hold the model's Python code, which is not part of a native
+    checkpoint: to run the application, replace the `model.safetensors` of a published folder of that name. Weights are
+    written as stored; a checkpoint that came from PyTorch with its dtype unchanged is restored bit for bit.
+
+    Args:
+        source: the folder of a native checkpoint.
+        destination: the folder to create.
+        layout: one of `LAYOUTS`.
 
     Raises:
-        InputError: if `source` is no native checkpoint, `destination` exists, or a network that the original layout
+        InputError: if `source` is not a native checkpoint, `destination` exists, or a network that the original layout
             needs is missing.
     """
     if layout not in LAYOUTS:
@@ -53,7 +59,7 @@ def to_torch(source: str | Path, destination: str | Path, *, layout: str) -> Non
     checkpoint.check_new(Path(destination))
     manifest = checkpoint.read_manifest(source)
     checkpoint.load_tokenizer(source)
-    if layout == "original" and (missing := [n for n in checkpoint.OPTIONAL_NETWORKS if n not in manifest.configs]):
+    if layout == "original" and (missing := [n for n in FAMILY.optional if n not in manifest.configs]):
         raise InputError(f"{source}: the original layout needs {', '.join(missing)}, which this checkpoint lacks")
     stored = checkpoint.network_leaves(source, manifest)
     with tqdm(total=sum(map(len, stored.values())), unit="tensor", disable=None) as bar:
@@ -67,7 +73,7 @@ def to_torch(source: str | Path, destination: str | Path, *, layout: str) -> Non
 
 
 def _entries(source: Path, network: str, leaves: dict[str, jax.ShapeDtypeStruct], read: "_Reader") -> list[Entry]:
-    """The tensors of a network in the order of our leaves, so that each group of leaves is read once."""
+    """Return the tensors of a network in the order of our leaves, so that each group of leaves is read once."""
     factors = _stored_factors(source) if network == "vae" else {}
     result: list[Entry] = []
     for name, leaf in leaves.items():
@@ -88,7 +94,7 @@ def _entries(source: Path, network: str, leaves: dict[str, jax.ShapeDtypeStruct]
 
 
 class _Reader:
-    """Reads leaves in groups of `BATCH_BYTES` or one; only the last group is in memory."""
+    """Read leaves in groups of at most `BATCH_BYTES`, or one leaf; only the last group is kept in memory."""
 
     def __init__(self, source: Path, stored: dict[str, dict[str, jax.ShapeDtypeStruct]], bar: tqdm):
         self.source, self.bar = source, bar
@@ -109,7 +115,7 @@ class _Reader:
 
 
 def _stored_factors(source: Path) -> dict[str, Callable[[], np.ndarray]]:
-    """The factors that kernels were folded from, where conversion kept them."""
+    """Return the factors that kernels were folded from; none if the checkpoint has no file of them."""
     file = source / WEIGHT_NORM
     if not file.is_file():
         return {}
@@ -122,11 +128,19 @@ def _stored_factors(source: Path) -> dict[str, Callable[[], np.ndarray]]:
         with safe_open(file, framework="np") as reader:
             return {name: (lambda name=name: read(name)) for name in reader.keys()}
     except SafetensorError as error:
-        raise InputError(f"{file}: damaged ({error}); remove it, it is needed for a bit-exact way back alone") from None
+        raise InputError(
+            f"{file}: damaged ({error}); remove it; it is needed only to restore the weights bit for bit"
+        ) from None
 
 
-def _weight_norm_entries(name: str, shape, dtype: np.dtype, kernel, factors) -> list[Entry]:
-    """`X.weight` as `X.weight_g` and `X.weight_v`: what it was folded from or, if it has changed since, new ones.
+def _weight_norm_entries(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    kernel: Callable[[], np.ndarray],
+    factors: dict[str, Callable[[], np.ndarray]],
+) -> list[Entry]:
+    """Return `X.weight_g` and `X.weight_v` of `X.weight`: those it was folded from, or new ones if it has changed.
 
     New ones are v = kernel and g = |kernel|, which fold to the kernel itself.
     """
@@ -161,14 +175,14 @@ def _write_original(folder: Path, source: Path, manifest: checkpoint.Manifest, e
     model = folder / original.model_folder(manifest.configs)
     model.mkdir()
     _write_json(model / "config.json", original.join_config(manifest.configs))
-    tensors, silence = [], None
-    for name in original.PREFIXES.values():
-        for torch_name, *rest in entries[name]:
-            if torch_name == "silence_latent":
-                silence = rest[-1]()
-            else:
-                tensors.append((original.original_name(name, torch_name), *rest))
+    found = [(name, entry) for name in original.PREFIXES.values() for entry in entries[name]]
+    tensors = [
+        (original.original_name(name, torch_name), shape, dtype, read)
+        for name, (torch_name, shape, dtype, read) in found
+        if torch_name != "silence_latent"
+    ]
     write_safetensors(model / "model.safetensors", tensors)
+    (silence,) = (read() for _, (torch_name, _, _, read) in found if torch_name == "silence_latent")
     value = torch.from_numpy(np.ascontiguousarray(silence.astype(np.float32).transpose(0, 2, 1)))
     torch.save(value, model / "silence_latent.pt")
     for name, target in (("vae", original.VAE), ("text_encoder", original.TEXT_ENCODER)):
@@ -177,12 +191,12 @@ def _write_original(folder: Path, source: Path, manifest: checkpoint.Manifest, e
 
 
 def _write_network(folder: Path, name: str, config: NetworkConfig, entries: list[Entry]) -> None:
-    """A folder of one network as diffusers or, for the text encoder, transformers saves it."""
+    """Write the folder of one network as diffusers or, for the text encoder, transformers saves it."""
     folder.mkdir()
     values, file = {"_class_name": _CLASSES[name][1]} | config.to_hf(), "diffusion_pytorch_model.safetensors"
     if name == "text_encoder":
         values, file = config.to_hf(), "model.safetensors"
-        entries = [(original.original_name(name, n), *rest) for n, *rest in entries]
+        entries = [(original.original_name(name, n), shape, dtype, read) for n, shape, dtype, read in entries]
     _write_json(folder / "config.json", values)
     write_safetensors(folder / file, entries)
 

@@ -2,7 +2,7 @@
 
 Layouts: "diffusers", a folder with `model_index.json` and a folder for each network; "original", the folder of a
 diffusion model as ACE-Step publishes it, with the autoencoder and the text encoder in folders beside it.
-Nothing is read before it is asked for, and no file stays open (or mapped into memory) between two tensors.
+No tensor is read before its `read` is called, and no file stays open, or mapped into memory, between two tensors.
 """
 
 import dataclasses
@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from acestep_jax.convert import original
-from acestep_jax.convert.original import attention_name
 from safetensors import SafetensorError, safe_open
 
+from acestep_jax.convert import original
+from acestep_jax.convert.original import attention_name
 from acestep_jax.errors import InputError
-from acestep_jax.io.checkpoint import NETWORKS, OPTIONAL_NETWORKS, load_tokenizer
+from acestep_jax.io.checkpoint import load_tokenizer
 from acestep_jax.models.config import NetworkConfig
+from acestep_jax.models.registry import FAMILY
 
 INDEX = "model_index.json"
 WEIGHT_FILES = ("diffusion_pytorch_model", "model")
@@ -28,7 +29,7 @@ _DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dt
 
 
 class Tensor(NamedTuple):
-    """A tensor that can be read: its shape and dtype, and how."""
+    """Hold a tensor's shape and dtype, and the function that reads it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -37,7 +38,10 @@ class Tensor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TorchCheckpoint:
-    """`tensors[network][name]`, names as in diffusers; `weight_norm` has what the weights of `vae` are folded from."""
+    """Hold a checkpoint as `tensors[network][name]`, with diffusers' names.
+
+    `weight_norm` are the factors that the weights of `vae` are folded from.
+    """
 
     configs: dict[str, NetworkConfig]
     tensors: dict[str, dict[str, Tensor]]
@@ -53,45 +57,47 @@ def open_checkpoint(
     text_encoder: str | Path | None = None,
     dtype: str | None = None,
 ) -> TorchCheckpoint:
-    """Opens a checkpoint of either layout; reads configs and the headers of the weight files, no weights.
+    """Open a checkpoint of either layout; read configs and the headers of the weight files, but no weights.
 
     Args:
         source: a diffusers folder, an original folder, or the id of a repository on the Hugging Face hub.
-        vae, text_encoder: folders for the original layout, where they are not beside `source`.
-        dtype: what every tensor is cast to as it is read; None: nothing.
+        vae, text_encoder: folders of an original checkpoint that are not beside `source`.
+        dtype: dtype that every tensor is cast to as it is read; None keeps its own.
 
     Raises:
-        InputError: if this is no checkpoint, or a part of it is missing, damaged or unknown.
+        InputError: if `source` is not a checkpoint, or a part of it is missing, damaged or unknown.
     """
     path = _locate(str(source))
     kind = None if dtype is None else np.dtype(getattr(ml_dtypes, dtype, dtype))
     if (path / INDEX).is_file():
         if vae is not None or text_encoder is not None:
             raise InputError(
-                f"{path}: holds its own vae and text encoder; --vae and --text-encoder are not for this layout"
+                f"{path}: holds its own vae and text encoder; --vae and --text-encoder are only for the original layout"
             )
-        folders = {name: path / name for name in NETWORKS}
-        for name in NETWORKS:
+        folders = {name: path / name for name in FAMILY.networks}
+        for name in FAMILY.networks:
             if not folders[name].is_dir():
-                if name not in OPTIONAL_NETWORKS:
+                if name not in FAMILY.optional:
                     raise InputError(f"{path}: the folder {name}/ is missing; expected a complete diffusers checkpoint")
                 del folders[name]
         configs = {
-            name: NETWORKS[name][1].from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+            name: FAMILY.networks[name][1].from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
             for name, folder in folders.items()
         }
         tensors = {name: _network_tensors(folder, name, kind) for name, folder in folders.items()}
         tokenizer = path / "tokenizer"
     else:
-        model, vae, text_encoder = original.find_folders(path, vae, text_encoder)
+        model, vae_folder, text_folder = original.find_folders(path, vae, text_encoder)
         configs = original.split_config(read_json(model / "config.json"), str(model / "config.json"))
-        for name, folder in (("vae", vae), ("text_encoder", text_encoder)):
-            configs[name] = NETWORKS[name][1].from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+        for name, folder in (("vae", vae_folder), ("text_encoder", text_folder)):
+            configs[name] = FAMILY.networks[name][1].from_hf(
+                read_json(folder / "config.json"), str(folder / "config.json")
+            )
         tensors = original.split_names(_file_tensors(model, kind), str(model))
         tensors["condition_encoder"]["silence_latent"] = _silence_latent(model / "silence_latent.pt", kind)
-        tensors["vae"] = _network_tensors(vae, "vae", kind)
-        tensors["text_encoder"] = _network_tensors(text_encoder, "text_encoder", kind)
-        tokenizer = text_encoder
+        tensors["vae"] = _network_tensors(vae_folder, "vae", kind)
+        tensors["text_encoder"] = _network_tensors(text_folder, "text_encoder", kind)
+        tokenizer = text_folder
 
     if not (tokenizer / "tokenizer.json").is_file():
         raise InputError(
@@ -112,7 +118,7 @@ def open_checkpoint(
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object; raises InputError if the file is missing or is none."""
+    """Read a JSON object; raise InputError if the file is missing or holds something else."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -125,13 +131,13 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def fold(g: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Weight norm: v * g / |v|, the norm over all axes but the first. Computed and returned in float32."""
+    """Compute the weight v * g / |v| of weight norm, the norm over all axes but the first, in float32."""
     v = v.astype(np.float32)
     return v * (g.astype(np.float32) / weight_norm(v))
 
 
 def weight_norm(v: np.ndarray) -> np.ndarray:
-    """|v| over all axes but the first, float32, rounded once."""
+    """Compute |v| over all axes but the first; float32, rounded once."""
     squares = np.square(v.astype(np.float64))
     return np.sqrt(squares.sum(axis=tuple(range(1, v.ndim)), keepdims=True)).astype(np.float32)
 
@@ -149,9 +155,7 @@ def _locate(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["acestep-5Hz-lm*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"{source}: neither a folder here nor a repository that the hub would give ({error})"
-        ) from None
+        raise InputError(f"{source}: neither a folder here nor a repository that the hub serves ({error})") from None
 
 
 def _network_tensors(folder: Path, network: str, dtype: np.dtype | None) -> dict[str, Tensor]:
@@ -164,7 +168,7 @@ def _network_tensors(folder: Path, network: str, dtype: np.dtype | None) -> dict
 
 
 def _file_tensors(folder: Path, dtype: np.dtype | None) -> dict[str, Tensor]:
-    """All tensors of a folder, from one safetensors file or from the shards that an index names."""
+    """Return all tensors of a folder, from one safetensors file or from the shards that an index names."""
     for stem in WEIGHT_FILES:
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
@@ -188,10 +192,10 @@ def _file_tensors(folder: Path, dtype: np.dtype | None) -> dict[str, Tensor]:
 
 
 def read_header(file: Path, dtype: np.dtype | None) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, to be read as `dtype` (None: as they are).
+    """Return the tensors of a safetensors file, which are cast to `dtype` when read (None: not cast).
 
     Raises:
-        InputError: if the file is missing or damaged, or holds other numbers than floating-point ones.
+        InputError: if the file is missing or damaged, or holds tensors that are not floating-point.
     """
     if not file.is_file():
         raise InputError(f"{file}: missing; the checkpoint is incomplete, download the file")
@@ -217,7 +221,7 @@ def _read(file: Path, name: str, dtype: np.dtype | None) -> np.ndarray:
 
 
 def _silence_latent(file: Path, dtype: np.dtype | None) -> Tensor:
-    """The latents of silence: [1, 64, 15000] float32 in a torch file, read as [1, 15000, 64]."""
+    """Return the latents of silence: float32 [1, 64, 15000] in a torch file, read as [1, 15000, 64]."""
     import torch
 
     try:
@@ -233,7 +237,7 @@ def _silence_latent(file: Path, dtype: np.dtype | None) -> Tensor:
 
 
 def fold_weight_norm(tensors: dict[str, Tensor], dtype: np.dtype | None) -> dict[str, Tensor]:
-    """`X.weight_g` and `X.weight_v` become `X.weight`: float32, unless another dtype was asked for."""
+    """Replace `X.weight_g` and `X.weight_v` by `X.weight`; float32, unless `dtype` says otherwise."""
     folded = {}
     kind = dtype or np.dtype("float32")
     for name, tensor in tensors.items():

@@ -1,23 +1,20 @@
-"""`python -m convert verify SRC`: SRC's own weights in PyTorch and in JAX, side by side, stage by stage.
+"""Numerical parity of a checkpoint in PyTorch and JAX, stage by stage: `acestep-jax convert verify SRC`.
 
-Every stage gets the same inputs in both frameworks, those of a short song; each network is loaded, run and dropped
-before the next, so memory stays near twice the largest network in float32.
+Each stage gets the same inputs in both frameworks, those of a short song. Each network is loaded, run and dropped
+before the next one, so peak memory stays near twice the largest network in float32.
 """
 
-import dataclasses
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from acestep_jax.convert import original
-from acestep_jax.convert.from_torch import build
-from acestep_jax.convert.torch_checkpoint import TorchCheckpoint, open_checkpoint
-from diffusers import AceStepTransformer1DModel, AutoencoderOobleck
+from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck
+from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
 from diffusers.pipelines.ace_step.modeling_ace_step import (
     AceStepAudioTokenDetokenizer,
     AceStepAudioTokenizer,
@@ -27,11 +24,15 @@ from flax import nnx
 from tokenizers import Tokenizer
 from transformers import Qwen3Config, Qwen3Model
 
+from acestep_jax.convert import original
+from acestep_jax.convert.from_torch import build
+from acestep_jax.convert.torch_checkpoint import TorchCheckpoint, open_checkpoint
 from acestep_jax.inputs.programs import REFERENCE_FRAMES
 from acestep_jax.inputs.prompt import lyric_text, prompt_text
+from acestep_jax.models.config import AutoencoderConfig, TransformerConfig
 
 # max |ours - torch| / max |torch|. The transformer is the deepest network, and the codes are exact or wrong.
-# Where torch's own float32 is farther than half of that from its float64, twice its distance is the limit.
+# If torch's own float32 is farther than half of that from its float64, the limit is twice that distance.
 LIMITS = {"transformer": 2e-5, "audio codes": 0.0}
 DEFAULT_LIMIT = 1e-5
 FRAMES = 751  # 30 s and an odd number
@@ -46,7 +47,7 @@ _TORCH = {
 
 
 class Row(NamedTuple):
-    """One line of the table."""
+    """Hold one line of the table."""
 
     stage: str
     shape: tuple[int, ...]
@@ -56,7 +57,10 @@ class Row(NamedTuple):
 
 
 def verify(source: str | Path, *, vae: str | Path | None = None, text_encoder: str | Path | None = None) -> bool:
-    """Prints a row for each stage as it is done; returns whether all are within their limits.
+    """Print a row for each stage as it completes; return whether all are within their limits.
+
+    Args:
+        source, vae, text_encoder: see `open_checkpoint`.
 
     Raises:
         InputError: see `open_checkpoint` and `plan`.
@@ -79,7 +83,7 @@ def verify(source: str | Path, *, vae: str | Path | None = None, text_encoder: s
 
 
 def rows(opened: TorchCheckpoint) -> Iterator[Row]:
-    """Runs every stage; a network's inputs are the torch outputs of the one before it."""
+    """Run every stage, with the torch outputs of the networks before it as inputs, and yield its row."""
     random = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:
@@ -116,6 +120,7 @@ def rows(opened: TorchCheckpoint) -> Iterator[Row]:
     del both
 
     config = opened.configs["transformer"]
+    assert isinstance(config, TransformerConfig)
     channels = config.audio_acoustic_hidden_dim
     both = _Both(opened, "transformer")
     noise = normal(1, FRAMES, channels)
@@ -129,8 +134,9 @@ def rows(opened: TorchCheckpoint) -> Iterator[Row]:
     del both
 
     both = _Both(opened, "vae")
-    ratio = opened.configs["vae"].hop_length
-    audio = 0.1 * normal(1, opened.configs["vae"].audio_channels, 100 * ratio)
+    config = opened.configs["vae"]
+    assert isinstance(config, AutoencoderConfig)
+    audio = 0.1 * normal(1, config.audio_channels, 100 * config.hop_length)
     latents, row = both.compare(
         "autoencoder encode",
         lambda m, t: m.encode(t(audio)).latent_dist.mode().transpose(1, 2).contiguous(),
@@ -168,7 +174,7 @@ def rows(opened: TorchCheckpoint) -> Iterator[Row]:
 
 
 class _Both:
-    """A network of the checkpoint in both frameworks, in float32."""
+    """Hold a network of the checkpoint in both frameworks, in float32."""
 
     def __init__(self, opened: TorchCheckpoint, network: str):
         gc.collect()
@@ -178,10 +184,16 @@ class _Both:
     def compare(
         self,
         stage: str,
-        run_torch: Callable[[torch.nn.Module, Callable[[np.ndarray], torch.Tensor]], torch.Tensor],
-        run_jax: Callable[[nnx.Module], jax.Array],
+        run_torch: Callable[[Any, Callable[[np.ndarray], torch.Tensor]], torch.Tensor],
+        run_jax: Callable[[Any], jax.Array],
     ) -> tuple[np.ndarray, Row]:
-        """What torch gives, and how near ours is to it. `run_torch` gets the network and what makes tensors for it."""
+        """Return torch's result and the row that compares ours with it.
+
+        Args:
+            stage: name of the stage.
+            run_torch: gets the torch network, and a function that makes its tensors from arrays.
+            run_jax: gets our network.
+        """
         with torch.no_grad():
             reference = run_torch(self.torch, torch.from_numpy).numpy()
         ours = np.asarray(jax.jit(run_jax)(self.jax), np.float64)
@@ -205,14 +217,13 @@ def _double(array: np.ndarray) -> torch.Tensor:
 
 
 def _jax_network(opened: TorchCheckpoint, network: str) -> nnx.Module:
-    config = dataclasses.replace(opened.configs[network], dtype="float32", param_dtype="float32")
-    return build(network, config, opened.tensors[network])
+    return build(network, opened.configs[network], opened.tensors[network])
 
 
 def _torch_network(opened: TorchCheckpoint, network: str) -> torch.nn.Module:
     config = opened.configs[network].to_hf()
     tensors = dict(opened.tensors[network])
-    # Parameters get their memory with their values; buffers that no checkpoint holds are computed as usual.
+    # Parameters get their memory with their values; buffers that are not in the checkpoint are computed as usual.
     with init_empty_weights(include_buffers=False):
         if network == "text_encoder":
             config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
