@@ -1,4 +1,4 @@
-"""What the tests of LoRA share: a small network in both frameworks, random adapters, and PEFT's."""
+"""What the tests of adapters share: a small network in both frameworks, random adapters, and PEFT's."""
 
 import copy
 import functools
@@ -54,7 +54,7 @@ def torch_velocity(model):
 
 
 def random_adapter(config=CONFIG, layers=(*ATTENTION, *MLP, *OTHERS), *, rank=4, alpha=8.0, use_dora=False, seed=0):
-    """An adapter all of whose leaves are random, strong enough to matter."""
+    """An adapter all of whose parameters are random, large enough to matter."""
     shapes, leaves = checkpoint.leaf_shapes("transformer", config), {}
     for i, layer in enumerate(layers):
         *stack, inputs, outputs = shapes[f"{layer}.kernel"].shape
@@ -80,6 +80,22 @@ def peft_model(seed=0, **options):
             elif ".lora_magnitude_vector." in name:
                 value.mul_(1 + 0.2 * noise)
     return model
+
+
+def torch_adapter(model, use_dora=False):
+    """The adapter of a `peft_model`, put together without the converter."""
+    found = {name.replace(".default", ""): p.detach().numpy() for name, p in model.named_parameters()}
+    leaves = {}
+    for layer in (*ATTENTION, *MLP, *OTHERS):
+        torch_name = layer.replace("to_out", "to_out.0")
+        rows = [torch_name.replace("layers.", f"layers.{i}.") for i in range(4)] if "layers" in layer else [torch_name]
+        parts = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+        if use_dora:
+            parts["lora_magnitude"] = "lora_magnitude_vector.weight"
+        for ours, theirs in parts.items():
+            values = [found[f"base_model.model.{row}.{theirs}"].T for row in rows]
+            leaves[f"{layer}.{ours}"] = np.stack(values) if "layers" in layer else values[0]
+    return Adapter(LoRAConfig(rank=4, alpha=8, targets=(*ATTENTION, *MLP, *OTHERS), use_dora=use_dora), leaves)
 
 
 class OriginalAttention(AceStepAttention):

@@ -1,4 +1,7 @@
-"""What the conversion tests share: reading, editing and writing PyTorch checkpoints without the converter."""
+"""What the conversion tests share: reading, editing and writing PyTorch checkpoints without the converter.
+
+PyTorch is imported where it is needed, so that tests of the native format do without it.
+"""
 
 import json
 import os
@@ -6,10 +9,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-from acestep_jax.convert.from_torch import gather, plan
-from acestep_jax.convert.torch_checkpoint import open_checkpoint
-from safetensors.torch import load_file, save_file
 
 from acestep_jax import InputError
 
@@ -62,18 +61,23 @@ def read_json(path):
 
 
 def edit_json(path, **changes):
-    """Changes keys of a JSON file; None removes one."""
+    """Change keys of a JSON file; None removes one."""
     values = read_json(path) | changes
     path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
 
 
 def edit_tensors(path, change):
-    """Rewrites a safetensors file with `change`, a function from dictionary to dictionary."""
+    """Rewrite a safetensors file with `change`, a function from dictionary to dictionary."""
+    from safetensors.torch import load_file, save_file
+
     save_file({k: v.contiguous() for k, v in change(load_file(path)).items()}, path, {"format": "pt"})
 
 
 def tensors(folder):
-    """Every tensor under a folder by the name of its own folder and its own: dtype, shape and bytes."""
+    """Return dtype, shape and bytes of every tensor under a folder by the name of its own folder and its own."""
+    import torch
+    from safetensors.torch import load_file
+
     found = {}
     for file in sorted(folder.rglob("*.safetensors")):
         for name, value in load_file(file).items():
@@ -83,7 +87,10 @@ def tensors(folder):
 
 
 def native_arrays(source, **options):
-    """What conversion makes of a PyTorch checkpoint, before it is written: name to array."""
+    """Return what conversion makes of a PyTorch checkpoint before it is written: name to array."""
+    from acestep_jax.convert.from_torch import gather, plan
+    from acestep_jax.convert.torch_checkpoint import open_checkpoint
+
     opened = open_checkpoint(source, **options)
     return {
         f"{network}.{leaf}": gather(network, leaf, rows)
@@ -100,7 +107,7 @@ def assert_equal_arrays(found, expected):
 
 
 def assert_refused(convert, source, destination, words, **options):
-    """Conversion must fail with a message that has all of some words, and leave everything as it was."""
+    """Fail unless conversion raises an InputError that has all of some words and leaves every file as it was."""
     before = sorted(destination.parent.rglob("*"))
     with pytest.raises(InputError) as error:
         convert(source, destination, **options)
@@ -110,7 +117,7 @@ def assert_refused(convert, source, destination, words, **options):
 
 
 def remove(path):
-    """Like the next three, a function that does it in a folder."""
+    """Return, like the next three, a function that does it in a folder."""
     return lambda folder: shutil.rmtree(folder / path) if (folder / path).is_dir() else (folder / path).unlink()
 
 
@@ -127,7 +134,10 @@ def edit(path, **changes):
 
 
 def write_original(diffusers, destination, *, shards=1):
-    """The checkpoint in diffusers' layout as ACE-Step publishes its models; returns the model's folder."""
+    """Write a checkpoint in diffusers' layout as ACE-Step publishes its models; return the model's folder."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
     model = destination / MODEL
     model.mkdir(parents=True)
     configs = {name: read_json(diffusers / name / "config.json") for name in PREFIXES}
@@ -165,7 +175,9 @@ def write_original(diffusers, destination, *, shards=1):
 
 
 def write_shards(state, folder, stem, count):
-    """Some files that hold every count-th tensor each, and their index."""
+    """Write some files that hold every count-th tensor each, and their index."""
+    from safetensors.torch import save_file
+
     files = {name: f"{stem}-{i % count + 1:05}-of-{count:05}.safetensors" for i, name in enumerate(state)}
     for file in set(files.values()):
         save_file({name: state[name] for name in state if files[name] == file}, folder / file, {"format": "pt"})

@@ -1,6 +1,6 @@
-"""What shows that training works: a small model, and a clip for it to learn by heart.
+"""A small model, and a clip for it to overfit, which shows that training works.
 
-`python -m tests.overfit make DIR` writes both, `compare DATA CHECKPOINT AUDIO PICTURE` says how well it was learned.
+`python -m tests.overfit make DIR` writes both, `compare DATA CHECKPOINT AUDIO PICTURE` compares the result.
 
 Nothing can be heard through a random autoencoder, so the weights of this one are set by hand: it is a modified discrete
 cosine transform of what lies below 400 Hz, 32 bands of 12.5 Hz at 25 frames a second. All other networks are random.
@@ -11,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from acestep_jax.convert.random_checkpoint import random_pipeline
-from acestep_jax.train.data_folder import read_index, read_records
 
 from acestep_jax import AceStepPipeline
+from acestep_jax.convert.random_checkpoint import random_pipeline
 from acestep_jax.io import audio
+from acestep_jax.train.data_folder import read_index, read_records
 
 CAPTION, BPM, KEY, SIGNATURE = "slow electric piano over a warm bass", 96, "D minor", "4"
 SECONDS, SAMPLE_RATE = 10, 48000
 BANDS, HOP = 32, 60  # of the transform, which runs at 1500 Hz
-LINEAR = -20.0  # the logarithm of a snake's frequency at which it hands on what it gets
+LINEAR = -20.0  # the logarithm of a snake's frequency at which it is the identity
 
 _WIDTHS = dict(num_attention_heads=4, num_key_value_heads=2, sliding_window=16)
 _SMALL = dict(hidden_size=128, intermediate_size=256, head_dim=32, **_WIDTHS)
@@ -47,14 +47,14 @@ SIZES = {
 
 
 def write_checkpoint(folder: Path) -> None:
-    """A diffusers folder of the turbo variant."""
+    """Write a diffusers folder of the turbo variant."""
     pipeline = random_pipeline(SIZES)
     set_autoencoder(pipeline.vae)
     pipeline.save_pretrained(folder)
 
 
 def write_song(folder: Path) -> np.ndarray:
-    """A clip of 10 s and its caption, as a user would lay them out; returns it, [2, samples]."""
+    """Write a clip of 10 s and its caption, as a user would; return it, [2, samples]."""
     folder.mkdir()
     clip = song()
     audio.write(folder / "clip.wav", clip, SAMPLE_RATE)
@@ -64,7 +64,7 @@ def write_song(folder: Path) -> np.ndarray:
 
 
 def song() -> np.ndarray:
-    """Four chords, a bass note and four quavers to each beat pair; nothing above 400 Hz. [2, samples] float32."""
+    """Return four chords, a bass note and four quavers to each beat pair, below 400 Hz. [2, samples] float32."""
     rng = np.random.default_rng(0)
     time = np.arange(SECONDS * SAMPLE_RATE) / SAMPLE_RATE
     beat = 60 / BPM
@@ -87,7 +87,7 @@ def song() -> np.ndarray:
 
 @torch.no_grad()
 def set_autoencoder(vae: torch.nn.Module) -> None:
-    """Gives an autoencoder with strides 2, 4, 4, 6, 10 the weights of the transform.
+    """Set the weights of an autoencoder with strides 2, 4, 4, 6, 10 to those of the transform.
 
     The first three strides average down to 1500 Hz and interpolate linearly back, the fourth puts six samples into six
     channels, and the kernel of the last is the window, two hops of sixty samples.
@@ -95,10 +95,10 @@ def set_autoencoder(vae: torch.nn.Module) -> None:
     for name, value in vae.named_parameters():
         value.copy_(torch.full_like(value, LINEAR if name.endswith(".alpha") else 0.0))
         if name.endswith("weight_v"):
-            value.fill_(1.0)  # of length not zero, for it is divided by it; `weight_g`, the length, stays 0
+            value.fill_(1.0)  # its length is a divisor and must not be 0; `weight_g`, the length, stays 0
 
     def put(layer: torch.nn.Module, kernel: np.ndarray) -> None:
-        """Into the first channels of both sides."""
+        """Write a kernel into the first channels of both sides."""
         whole = torch.zeros_like(layer.weight_v)
         whole[tuple(map(slice, kernel.shape))] = torch.from_numpy(kernel).float()
         norm = whole.flatten(1).norm(dim=1)[:, None, None]
@@ -124,11 +124,11 @@ def set_autoencoder(vae: torch.nn.Module) -> None:
     unit = np.eye(BANDS)[:, :, None]
     put(vae.encoder.conv2, 4.0 * unit * np.eye(3)[1])  # for latents of about one
     put(vae.decoder.conv1, unit / 4.0 * centre)
-    vae.encoder.conv2.bias[BANDS:] = LINEAR  # a posterior without spread
+    vae.encoder.conv2.bias[BANDS:] = LINEAR  # a posterior of nearly no variance
 
 
 def similarity(data: Path, checkpoint: Path, steps: int | None = None, seed: int = 1) -> float:
-    """The cosine between the latents of the only song of a data folder and what a checkpoint makes of its texts."""
+    """Return the cosine between the latents of the only song of a data folder and those generated from its texts."""
     (song,) = read_index(data).songs
     (record,) = read_records(data / song.shard, [song.row])
     made = AceStepPipeline.from_checkpoint(checkpoint)(
@@ -147,7 +147,7 @@ def similarity(data: Path, checkpoint: Path, steps: int | None = None, seed: int
 
 
 def draw_spectrograms(file: Path, clip: np.ndarray, made: np.ndarray) -> None:
-    """Both sounds, [2, samples], from 0 to 600 Hz."""
+    """Draw the spectrograms of both sounds, [2, samples], from 0 to 600 Hz."""
     import matplotlib
 
     matplotlib.use("Agg")

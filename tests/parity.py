@@ -1,46 +1,57 @@
-"""What the parity tests share: the same weights in both frameworks, and one measure of the difference."""
+"""What the parity tests share: the same weights in both frameworks, and one measure of the difference.
+
+PyTorch is imported where it is needed, so that unit tests take `normal` and `assert_close` from here without it.
+"""
 
 import jax
 import numpy as np
-import torch
-from acestep_jax.convert.from_torch import from_module
-from acestep_jax.convert.random_checkpoint import randomise
+
+from acestep_jax.models.config import Runtime
 
 
 def make_pair(name, theirs, config, seed=0):
-    """Randomises the torch network and returns it with ours, loaded by the converter's own rules."""
+    """Randomise the torch network; return it and ours, loaded by the converter's own rules."""
+    from acestep_jax.convert.random_checkpoint import randomise
+
     theirs = randomise(theirs, seed).eval()
     return theirs, convert(name, theirs, config)
 
 
-def convert(name, theirs, config):
-    """Our network called `name` with the weights of `theirs`."""
-    return from_module(name, config, theirs)
+def convert(name, theirs, config, **runtime):
+    """Return our network called `name` with the weights of `theirs`."""
+    from acestep_jax.convert.from_torch import from_module
+
+    return from_module(name, config, theirs, Runtime(**runtime))
 
 
 def normal(*shape, seed=0):
-    """A float32 array that both frameworks are given."""
+    """Return a standard normal float32 array of this shape, the same for the same seed and shape."""
     return np.random.default_rng([seed, *shape]).standard_normal(shape, dtype=np.float32)
 
 
 def run_torch(network, *inputs, **keywords):
-    """Calls a torch network without gradients on NumPy inputs; a first output if there are several."""
+    """Call a torch network on NumPy inputs without gradients; return a NumPy array, or a tuple of them."""
+    import torch
+
     with torch.no_grad():
         out = network(*map(as_torch, inputs), **{k: as_torch(v) for k, v in keywords.items()})
     return tuple(o.numpy() for o in out) if isinstance(out, tuple) else out.numpy()
 
 
 def as_torch(value):
+    """Return a tensor that shares the memory of a NumPy array, and any other value as it is."""
+    import torch
+
     return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 def run_jax(network, *inputs, method="__call__", **static):
-    """Calls one of our networks, compiled, as a program of weights and inputs."""
+    """Call a method of one of our networks, compiled as a program of weights and inputs."""
     return jax.jit(lambda network, inputs: getattr(network, method)(*inputs, **static))(network, inputs)
 
 
 def relative_error(ours, reference):
-    """max |ours - reference| / max |reference|."""
+    """Return max |ours - reference| / max |reference|, computed in double precision."""
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     assert ours.shape == reference.shape, (ours.shape, reference.shape)
     assert np.isfinite(reference).all() and np.abs(reference).max() > 0
@@ -48,5 +59,6 @@ def relative_error(ours, reference):
 
 
 def assert_close(ours, reference, limit=1e-5):
+    """Fail where the relative error is above a limit, or not a number."""
     error = relative_error(ours, reference)
     assert error <= limit, f"relative error {error:.2e} > {limit:.0e}"

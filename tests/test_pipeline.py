@@ -1,21 +1,28 @@
 """The whole pipeline against diffusers', and what its users rely on."""
 
+import dataclasses
 import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import soundfile
 import torch
 from diffusers import AceStepPipeline as TorchPipeline
 
-from acestep_jax import AceStepPipeline, InputError, make_mesh
+from acestep_jax import AceStepPipeline, InputError, Request, make_mesh
+from acestep_jax.diffusion import denoise
+from acestep_jax.diffusion.guidance import GUIDANCE
+from acestep_jax.diffusion.solvers import SOLVERS
+from acestep_jax.errors import Cancelled
 from acestep_jax.inputs import programs
-from acestep_jax.io import checkpoint
+from acestep_jax.inputs.keywords import requests_and_sampling
 from acestep_jax.io.adapter import Adapter, save_adapter
 from acestep_jax.models.config import LoRAConfig
-from acestep_jax.request import collect
+from acestep_jax.request import Sampling
 from tests.adapters import ATTENTION, CONFIG, random_adapter
+from tests.noise import drawn
 from tests.parity import assert_close, normal, relative_error
 
 SONG = dict(lyrics="[verse]\nla la la\n[chorus]\nhello", audio_duration=10.0, bpm=90, keyscale="C major")
@@ -90,11 +97,11 @@ def test_batch_matches_diffusers(tiny, pipe):
 def test_defaults_are_the_variants(pipe, base_pipe, monkeypatch):
     seen = []
 
-    def denoise(*arguments, program, report):
-        seen.append((arguments[6], float(arguments[7]), program.guidance))
-        return jnp.asarray(arguments[2])
+    def instead(transformer, condition_encoder, inputs, *, method):
+        seen.append((inputs.times, float(inputs.guidance_scale), method.guidance))
+        return jnp.asarray(inputs.x)
 
-    monkeypatch.setattr(programs, "denoise", denoise)
+    monkeypatch.setattr(denoise, "denoise", instead)
     for model in (pipe, base_pipe):
         model("x", audio_duration=10, output_type="latent")
     (turbo_times, _, turbo_guided), (base_times, base_scale, base_guided) = seen
@@ -132,11 +139,11 @@ def test_same_seed_on_one_device_or_eight(tiny_base, base_pipe, axes):
     assert sharded(["piano", "drums"], latents=given, output_type="latent", **arguments).latents.shape == (2, 520, 8)
 
 
-def test_seeds_and_keys(pipe):
+def test_seeds_and_keys():
     def noise(prompt, frames=5, seed=None):
-        requests = collect(list(prompt), {}, {}, seed, None)
-        seeds, _, x = pipe._noise(requests, [frames] * len(prompt), "jax", False)
-        return seeds, x[:, :frames]
+        requests, _ = requests_and_sampling(dict(prompt=list(prompt), seed=seed))
+        seeds, _, x = drawn([request.seed for request in requests], frames)
+        return tuple(seeds), x[:, :frames]
 
     seeds, two = noise("ab", seed=[4, 4])
     assert seeds == (4, 4)
@@ -153,27 +160,86 @@ def test_seeds_and_keys(pipe):
 
 
 def test_steps_are_reported(pipe):
-    """In order, with the times of the schedule and the latents after the step; an error comes out afterwards."""
+    """In order, with the times of the schedule and the latents after the step."""
     steps = []
     song = pipe("piano", seed=0, callback_on_step_end=lambda *step: steps.append(step), **SONG)
     assert [i for i, _, _ in steps] == list(range(8))
     assert steps[0][1] == 1.0 and steps[-1][1] == pytest.approx(0.3)
     np.testing.assert_array_equal(steps[-1][2], song.latents)
 
-    def fail(i, t, latents):
-        raise KeyboardInterrupt if i < 0 else RuntimeError("stop")
 
-    with pytest.raises(RuntimeError, match="stop"):
-        pipe("piano", seed=0, callback_on_step_end=fail, **SONG)
+def test_a_song_can_be_stopped(pipe):
+    """What a callback raises at step 3 of 20 ends the run before the next step, and so does a flag."""
+    steps = []
+
+    def fail(i, t, latents):
+        steps.append(i)
+        if i == 3:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        pipe("piano", seed=0, num_inference_steps=20, callback_on_step_end=fail, **SONG)
+    assert steps == [0, 1, 2, 3]
+    job, asked = pipe.prepare(Request("piano", seed=0, **SONG)), []
+
+    def should_stop():
+        asked.append(True)
+        return len(asked) == 3
+
+    with pytest.raises(Cancelled, match="stopped before step 2 of 20"):
+        pipe.run([job], Sampling(num_inference_steps=20), should_stop=should_stop)
+    (song,) = pipe.run([job], Sampling(num_inference_steps=2), should_stop=lambda: False)
+    np.testing.assert_array_equal(song.audio, pipe("piano", seed=0, num_inference_steps=2, **SONG).audio)
+
+
+PIECES = {
+    **{f"solver {name}": dict(solver=name) for name in SOLVERS},
+    **{f"guidance {name}": dict(guidance=name, solver="heun") for name in GUIDANCE},
+    "injection": dict(task_type="repaint", repainting_start=1.0, repainting_end=2.0, repaint_injection_ratio=0.6),
+    "switched cover": dict(task_type="cover", audio_cover_strength=0.5),
+    "blended cover": dict(task_type="cover", audio_cover_strength=0.5, cover_mode="blend"),
+}
+
+
+@pytest.mark.parametrize("case", PIECES)
+def test_the_loop_in_pieces_is_the_loop(base_pipe, case):
+    """Watched, it runs a step at a time, from programs that call nothing back; the song is the same."""
+    source = dict(src_audio=0.1 * normal(2, 4 * 48_000)) if "task_type" in PIECES[case] else dict(audio_duration=10)
+    arguments = dict(seed=1, num_inference_steps=5, guidance_scale=3.0, output_type="latent") | source | PIECES[case]
+    whole = base_pipe("piano", **arguments)
+    steps = []
+    pieces = base_pipe("piano", callback_on_step_end=lambda i, t, x: steps.append(i), **arguments)
+    assert steps == list(range(5))
+    assert_close(pieces.latents, whole.latents, 1e-6)
+
+
+def test_prepare_and_run(pipe, tmp_path):
+    """Files are read once; jobs with the same key share programs; songs are one by one or a batch."""
+    request = Request("piano", seed=0, **SONG)
+    first, second = pipe.prepare(request), pipe.prepare(dataclasses.replace(request, prompt="drums", seed=1))
+    assert first.program_key == second.program_key and hash(first.program_key)
+    assert first.program_key != pipe.prepare(dataclasses.replace(request, audio_duration=30)).program_key
+    one, two = pipe.run([first, second])
+    both = pipe(["piano", "drums"], seed=0, **SONG)
+    np.testing.assert_array_equal(both.audios, np.stack([one.audio, two.audio]))
+    assert [song.seed for song in both] == [one.seed, two.seed] == [0, 1] and len(both) == 2 and both[1].seed == 1
+    with pytest.raises(InputError, match="expected one song, found 2"):
+        _ = both.audio
+    assert one.save(tmp_path / "one.wav") == tmp_path / "one.wav"
+    soundfile.write(tmp_path / "source.wav", 0.1 * normal(48_000, 2), 48_000)
+    job = pipe.prepare(Request("x", task_type="cover", src_audio=tmp_path / "source.wav"))
+    (tmp_path / "source.wav").unlink()
+    (song,) = pipe.run([job], Sampling(num_inference_steps=1))
+    assert song.audio.shape == (2, 48_000)
 
 
 def test_one_program_for_all_prompts_and_strengths(base_pipe):
     """Prompts, steps' times, strengths and seeds are data: nothing compiles again."""
     first = dict(num_inference_steps=3, output_type="latent", audio_duration=10)
     base_pipe("piano", guidance_scale=3.0, shift=1.0, seed=0, **first)
-    before = programs.denoise._cache_size(), programs.encode._cache_size()
+    before = denoise.denoise._cache_size(), programs.encode._cache_size()
     base_pipe("drums and bass", lyrics="oh", guidance_scale=6.0, shift=2.5, seed=1, cfg_interval_end=0.5, **first)
-    assert (programs.denoise._cache_size(), programs.encode._cache_size()) == before
+    assert (denoise.denoise._cache_size(), programs.encode._cache_size()) == before
 
 
 def test_bfloat16(tiny):
@@ -207,26 +273,29 @@ def test_turbo_ignores_guidance_with_a_warning(pipe, caplog):
 BAD = {
     "prompt: it is empty": dict(prompt="  "),
     "prompt: the list is empty": dict(prompt=[]),
-    "audio_duration: expected 10 to 600 seconds, found 9.5": dict(audio_duration=9.5),
-    "audio_duration: expected 10 to 600 seconds, found 601": dict(audio_duration=601),
-    "audio_duration: expected 10 to 600 seconds, found nan": dict(audio_duration=float("nan")),
+    "audio_duration: expected 10 to 600 s, found 9.5": dict(audio_duration=9.5),
+    "audio_duration: expected 10 to 600 s, found 601": dict(audio_duration=601),
+    "audio_duration: expected 10 to 600 s, found nan": dict(audio_duration=float("nan")),
     "num_inference_steps: expected at least 1, found 0": dict(num_inference_steps=0),
     "shift: expected a number above 0, found 0": dict(shift=0),
-    "shift: expected a number above 0, found -1": dict(shift=-1),
-    "guidance_scale: expected a number of at least 0, found -0.1": dict(guidance_scale=-0.1),
-    "guidance_scale: expected a number of at least 0, found inf": dict(guidance_scale=float("inf")),
+    "shift: expected at least 0, found -1": dict(shift=-1),
+    "guidance_scale: expected at least 0, found -0.1": dict(guidance_scale=-0.1),
+    "guidance_scale: expected at least 0, found inf": dict(guidance_scale=float("inf")),
     "seed: expected whole numbers": dict(seed=1.5),
     "bpm: expected 30 to 300": dict(bpm=-5),
     r"latents: expected \[250, 8\]": dict(latents=np.zeros((1, 8, 250), np.float32)),
     "lyrics: expected one or 1, one for each prompt, found 2": dict(lyrics=["a", "b"]),
     "vocal_language: expected one or 1": dict(vocal_language=["en", "de"]),
+    "bpm: expected one or 1": dict(bpm=[90, 91]),
+    "generator: unknown argument; use seed=N": dict(generator=0),
+    "num_inference_step: unknown argument; did you mean num_inference_steps?": dict(num_inference_step=3),
     "seed: expected one or 1, one for each prompt, found 2": dict(seed=[1, 2]),
-    "seed: expected numbers from 0": dict(seed=-1),
+    "seed: expected 0 to 2\\^32 - 1, found -1": dict(seed=-1),
     "output_type": dict(output_type="pt"),
     "cfg_interval_start": dict(cfg_interval_start=0.6, cfg_interval_end=0.5),
-    r"timesteps: expected falling numbers within \(0, 1\], found \[0.5, 0.7\]": dict(timesteps=[0.5, 0.7]),
-    r"timesteps: expected falling numbers within \(0, 1\], found \[1.5\]": dict(timesteps=[1.5]),
-    r"timesteps: expected falling numbers within \(0, 1\], found \[\]": dict(timesteps=[]),
+    r"timesteps: expected strictly decreasing numbers within \(0, 1\], found \[0.5, 0.7\]": dict(timesteps=[0.5, 0.7]),
+    r"timesteps: expected strictly decreasing numbers within \(0, 1\], found \[1.5\]": dict(timesteps=[1.5]),
+    r"timesteps: expected strictly decreasing numbers within \(0, 1\], found \[\]": dict(timesteps=[]),
 }
 
 
@@ -236,18 +305,23 @@ def test_bad_input(pipe, message):
         pipe(**dict(prompt="piano", audio_duration=10.0) | BAD[message])
 
 
-def test_batches_must_divide_by_the_mesh(pipe):
-    """More songs than one, that is; one alone is replicated."""
-    networks = {name: getattr(pipe, name) for name in checkpoint.NETWORKS}
-    pipe = AceStepPipeline(**networks, tokenizer=pipe.tokenizer, mesh=make_mesh(data=8))
-    with pytest.raises(InputError, match="prompt: 3 do not divide by the mesh's data=8"):
-        pipe(["a", "b", "c"], **SONG)
+def test_batches_are_filled_up_for_the_mesh(tiny, pipe):
+    """Three songs on a mesh with data=8, which are the songs without."""
+    sharded = AceStepPipeline.from_pretrained(tiny[1], mesh=make_mesh(data=8))
+    arguments = SONG | dict(num_inference_steps=2, seed=5)
+    found = sharded(["a", "b", "c"], **arguments)
+    assert len(found) == 3 and found.seeds == (5, 6, 7)
+    assert_close(found.audios, pipe(["a", "b", "c"], **arguments).audios)
+
+
+def test_unknown_arguments_of_from_pretrained():
+    with pytest.raises(InputError, match='torch_dtype: unknown argument; use dtype="bfloat16"'):
+        AceStepPipeline.from_pretrained(torch_dtype="bfloat16")
 
 
 def with_loras(pipe, *arguments):
     """The latents of a pipeline like `pipe` with adapters."""
-    networks = {name: getattr(pipe, name) for name in checkpoint.NETWORKS}
-    adapted = AceStepPipeline(**networks, tokenizer=pipe.tokenizer)
+    adapted = AceStepPipeline(**pipe.networks, tokenizer=pipe.tokenizer)
     adapted.load_lora(*arguments)
     return adapted("piano", seed=0, output_type="latent", **SONG).latents
 

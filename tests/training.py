@@ -1,22 +1,23 @@
-"""What the training tests share: a data folder of random songs, settings of a short run, batches."""
+"""What the training tests share: a data folder of random songs, settings of a short run, batches, the command line."""
 
 import dataclasses
 
 import numpy as np
-from acestep_jax.train import data_folder
-from acestep_jax.train.config import DataConfig, ObjectiveConfig, OptimizerConfig, ReportConfig, TrainConfig
-from acestep_jax.train.data_folder import TASKS, Index, Song, crop_durations, text_key
-from acestep_jax.train.objective import Batch
 
+import acestep_jax.train.__main__
 from acestep_jax.io import checkpoint
 from acestep_jax.models.config import LoRAConfig
+from acestep_jax.train import data_folder
+from acestep_jax.train.config import TASKS, DataConfig, ObjectiveConfig, OptimizerConfig, ReportConfig, TrainConfig
+from acestep_jax.train.data_folder import Index, Song, crop_durations, text_key
+from acestep_jax.train.objective import Batch
 from tests.parity import normal
 
 CHANNELS, TEXT_DIM, RATE = 8, 32, 25.0
 
 
 def write_songs(folder, native, seconds=(12, 9, 15, 7, 11), crop_seconds=(8.0, 10.0)):
-    """Random records for songs of these lengths; returns the index."""
+    """Write random records for songs of these lengths; return the index."""
     folder.mkdir()
     songs, records = [], []
     text_dim = checkpoint.read_manifest(native).configs["condition_encoder"].text_hidden_dim
@@ -66,7 +67,7 @@ def write_songs(folder, native, seconds=(12, 9, 15, 7, 11), crop_seconds=(8.0, 1
 
 
 def settings(data, native, out, **changes):
-    """A run of a few steps. Keys of `changes` may be those of a section, with two underscores: `lora__rank`."""
+    """Return the settings of a run of a few steps. A key of `changes` may name a section: `lora__rank`."""
     sections = dict(
         lora=LoRAConfig(rank=4, alpha=8.0, dropout=0.0),
         objective=ObjectiveConfig(),
@@ -85,7 +86,7 @@ def settings(data, native, out, **changes):
 
 
 def random_batch(config, frames=61, lengths=(61, 37), tasks=(0, 0), first_number=0, text_tokens=7, lyric_tokens=11):
-    """A batch for the networks of a checkpoint's configs, without padding of texts."""
+    """Return a batch for the networks of a checkpoint's configs, without padding of texts."""
     size, channels = len(lengths), config["transformer"].audio_acoustic_hidden_dim
     valid = np.arange(frames) < np.array(lengths)[:, None]
     mean, std = normal(size, frames, channels), np.abs(normal(size, frames, channels, seed=1)) / 4
@@ -101,3 +102,17 @@ def random_batch(config, frames=61, lengths=(61, 37), tasks=(0, 0), first_number
         windows=np.array([(5, 20)] * size, np.int32),
         numbers=np.arange(first_number, first_number + size, dtype=np.uint32),
     )
+
+
+def run_command(*arguments):
+    """Run `acestep-jax train` with these arguments; return its exit status."""
+    return acestep_jax.train.__main__.main([str(argument) for argument in arguments])
+
+
+def error_of(capsys, *arguments):
+    """Run a command that fails with one message; return it."""
+    assert run_command(*arguments) == 2
+    error = capsys.readouterr().err
+    progress, found, message = error.partition("acestep-jax: ")
+    assert found and "Traceback" not in error and (not progress or progress[-1] in "\n\r"), error
+    return message

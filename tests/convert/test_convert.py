@@ -7,16 +7,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from diffusers import AceStepPipeline as TorchPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+
 from acestep_jax.convert.from_torch import WEIGHT_NORM, from_torch
 from acestep_jax.convert.random_checkpoint import write_random_checkpoint
 from acestep_jax.convert.safetensors_writer import write_safetensors
 from acestep_jax.convert.to_torch import to_torch
 from acestep_jax.convert.torch_checkpoint import fold, open_checkpoint
-from diffusers import AceStepPipeline as TorchPipeline
-from safetensors import safe_open
-from safetensors.torch import load_file
-
 from acestep_jax.io import checkpoint
+from acestep_jax.models.registry import FAMILY
 from tests.folders import MODEL, SILENCE, assert_equal_arrays, edit_tensors, native_arrays, tensors, write_original
 
 
@@ -63,9 +64,9 @@ def test_bfloat16_source_is_bit_exact(tmp_path):
     before = tensors(tmp_path / "torch")
     assert {dtype for dtype, *_ in before.values()} == {torch.bfloat16}
     assert tensors(tmp_path / "back") == before
-    configs = checkpoint.read_manifest(tmp_path / "native").configs
-    assert {name: config.dtype for name, config in configs.items()} == {
-        name: "float32" if name == "vae" else "bfloat16" for name in checkpoint.NETWORKS
+    networks = checkpoint.load(tmp_path / "native")
+    assert {name: network.runtime.dtype for name, network in networks.items()} == {
+        name: "float32" if name == "vae" else "bfloat16" for name in FAMILY.networks
     }
 
 

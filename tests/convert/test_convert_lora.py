@@ -1,4 +1,4 @@
-"""Adapters of PEFT, diffusers and ComfyUI in our network, and ours in theirs: the same output, at the same strength."""
+"""Adapters of PEFT, diffusers and ComfyUI in our network, and ours in theirs: the same output, at the same scale."""
 
 import copy
 import json
@@ -8,14 +8,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from acestep_jax.convert import __main__ as command_line
-from acestep_jax.convert.lora import lora_from_torch, lora_to_torch
-from acestep_jax.convert.to_torch import to_torch
 from diffusers import AceStepPipeline as TorchPipeline
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 
-from acestep_jax import AceStepPipeline, InputError
+from acestep_jax import InputError
+from acestep_jax.convert import __main__ as command_line
+from acestep_jax.convert.lora import lora_from_torch, lora_to_torch
+from acestep_jax.convert.to_torch import to_torch
 from acestep_jax.io import checkpoint
 from acestep_jax.io.adapter import load_adapter, merge_adapters, save_adapter
 from acestep_jax.io.checkpoint import load
@@ -43,7 +43,7 @@ def merged_velocity(folder, scale=1.0):
     return velocity(merge_adapters(pair()[1], [load_adapter(folder)], [scale]))
 
 
-# Options of PEFT's LoraConfig; each makes another strength of some layer, another rank, or leaves some out.
+# Options of PEFT's LoraConfig; each changes the scaling or the rank of some layer, or leaves some out.
 PEFT_CASES = {
     "alpha": {},
     "rslora": dict(use_rslora=True, r=4, lora_alpha=3),
@@ -63,7 +63,7 @@ def test_adapters_of_peft(tmp_path, case):
     theirs.save_pretrained(tmp_path / "peft")
     lora_from_torch(tmp_path / "peft", tmp_path / "ours")
     reference = torch_velocity(theirs)
-    assert relative_error(merged_velocity(tmp_path / "ours", 0.9), reference) > 1e-3  # what a wrong strength gives
+    assert relative_error(merged_velocity(tmp_path / "ours", 0.9), reference) > 1e-3  # the error of a wrong scale
     assert_close(merged_velocity(tmp_path / "ours"), reference, LIMIT)
 
 
@@ -87,8 +87,8 @@ def exported(tmp_path, layout, **options):
     return adapter, written
 
 
-def assert_full_strength(adapter, reference):
-    """Ours must give theirs, which half the strength would not."""
+def assert_scale_of_one(adapter, reference):
+    """Ours must give theirs, which half the scale would not."""
     network = pair()[1]
     assert relative_error(velocity(merge_adapters(network, [adapter], [0.5])), reference) > 0.01
     assert_close(velocity(merge_adapters(network, [adapter], [1.0])), reference, LIMIT)
@@ -100,14 +100,14 @@ def test_diffusers_loads_ours(tmp_path, tiny, use_dora):
     adapter, written = exported(tmp_path, "diffusers", use_dora=use_dora)
     pipeline = TorchPipeline.from_pretrained(tiny[0], transformer=copy.deepcopy(pair()[0]))
     pipeline.load_lora_weights(written)
-    assert_full_strength(adapter, torch_velocity(pipeline.transformer))
+    assert_scale_of_one(adapter, torch_velocity(pipeline.transformer))
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_peft_loads_ours(tmp_path, use_dora):
     """As ACE-Step's own application does it, onto a network with the names of the original model."""
     adapter, written = exported(tmp_path, "peft", use_dora=use_dora)
-    assert_full_strength(adapter, torch_velocity(PeftModel.from_pretrained(original_model(), written)))
+    assert_scale_of_one(adapter, torch_velocity(PeftModel.from_pretrained(original_model(), written)))
 
 
 def test_comfyui_loads_ours(tmp_path):
@@ -120,7 +120,7 @@ def test_comfyui_loads_ours(tmp_path):
     for name in names:
         up, down = found[f"{name}.lora_up.weight"], found[f"{name}.lora_down.weight"]
         state[f"{name}.weight"].data += torch.from_numpy(found[f"{name}.alpha"] / len(down) * up @ down)
-    assert_full_strength(adapter, torch_velocity(model))
+    assert_scale_of_one(adapter, torch_velocity(model))
 
 
 ROUND_TRIPS = [("peft", False), ("peft", True), ("diffusers", False), ("diffusers", True), ("comfyui", False)]
@@ -156,7 +156,7 @@ PREFIXES = [
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("names", ["diffusers", "original"])
 def test_names_of_other_trainers(tmp_path, prefix, names, caplog):
-    """One file without alpha: the strength is alpha = r, as diffusers and ComfyUI take it, and a warning says so."""
+    """One file without alpha: alpha = r is assumed, as diffusers and ComfyUI do, and a warning says so."""
     adapter = random_adapter(alpha=4.0, layers=ATTENTION)
     save_adapter(tmp_path / "ours", adapter)
     layout, before = {"diffusers": ("diffusers", "transformer."), "original": ("peft", "base_model.model.")}[names]
@@ -265,7 +265,7 @@ BAD = {
     "no alpha": (edit_settings(lora_alpha=0), [f"{SETTINGS}: lora_alpha: expected a number above 0, found 0"]),
     "another rank": (edit_settings(r=8), ["has rank 4, but", "adapter_config.json says 8"]),
     "pattern": (edit_settings(rank_pattern={"to_q": "x"}), ["rank_pattern: expected numbers above 0"]),
-    "no pattern": (edit_settings(alpha_pattern={"(": 3}), ["alpha_pattern: '(' is no regular expression"]),
+    "no pattern": (edit_settings(alpha_pattern={"(": 3}), ["alpha_pattern: '(' is not a regular expression"]),
     "bias": (edit_settings(bias="all"), ["bias is 'all'; expected 'none'"]),
     "dropout": (edit_settings(lora_dropout=1.5), [f"{SETTINGS}: lora.dropout: expected a number from 0 to below 1"]),
     "modules_to_save": (edit_settings(modules_to_save=["norm_out"]), ["modules_to_save is ['norm_out']", "plain LoRA"]),
@@ -276,23 +276,26 @@ BAD = {
     "LoKr": (add(f"{PREFIX}.to_q.lokr_w1", 2, 2), [f"{PREFIX}.to_q.lokr_w1 belongs to a LoKr adapter"]),
     "LoHa": (add(f"{PREFIX}.to_q.hada_w1_a", 2, 2), ["hada_w1_a belongs to a LoHa adapter"]),
     "LoRA bias": (add(f"{PREFIX}.to_q.lora_B.bias", 32), ["belongs to the bias of an adapter (lora_bias)"]),
-    "whole layer": (add("base_model.model.norm_out.weight", 32), ["found base_model.model.norm_out.weight", "alone"]),
+    "whole layer": (
+        add("base_model.model.norm_out.weight", 32),
+        ["found base_model.model.norm_out.weight", "linear layers only"],
+    ),
     "half a pair": (edit(lambda f: f.pop(f"{PREFIX}.to_q.lora_B.weight")), ["to_q has no lora_B", "both factors"]),
     "other half": (edit(lambda f: f.pop(f"{PREFIX}.to_q.lora_A.weight")), ["to_q has no lora_A", "both factors"]),
     "three axes": (add(f"{PREFIX}.to_q.lora_A.weight", 4, 32, 1), ["has shape [4, 32, 1], expected two axes"]),
     "two ranks": (add(f"{PREFIX}.to_q.lora_A.weight", 3, 32), ["have ranks 3 and 4"]),
     "two widths": (add(f"{PREFIX}.to_q.lora_A.weight", 4, 31), ["layers.self_attn.to_q has shapes"]),
-    "text encoder": (add("text_encoder.layers.0.self_attn.q_proj.lora_A.weight", 4, 32), ["is no linear layer"]),
-    "convolution": (add("base_model.model.proj_in_conv.lora_A.weight", 4, 32), ["proj_in_conv is no linear layer"]),
-    "a norm": (add(f"{PREFIX}.norm_q.lora_A.weight", 4, 32), ["norm_q is no linear layer"]),
+    "text encoder": (add("text_encoder.layers.0.self_attn.q_proj.lora_A.weight", 4, 32), ["is not a linear layer"]),
+    "convolution": (add("base_model.model.proj_in_conv.lora_A.weight", 4, 32), ["proj_in_conv is not a linear layer"]),
+    "a norm": (add(f"{PREFIX}.norm_q.lora_A.weight", 4, 32), ["norm_q is not a linear layer"]),
     "twice": (
         edit(lambda f: f.update({k.replace("to_q", "q_proj"): v for k, v in f.items() if "to_q" in k})),
-        ["is there twice, under another name too"],
+        ["twice, also under another name"],
     ),
-    "both names": (add(f"{PREFIX}.to_q.lora_down.weight", 4, 32), ["is there twice, under another name too"]),
+    "both names": (add(f"{PREFIX}.to_q.lora_down.weight", 4, 32), ["twice, also under another name"]),
     "other alpha": (add(f"{PREFIX}.to_q.alpha"), ["to_q.alpha is 1.0, but", "says 8.0"]),
     "many alphas": (add(f"{PREFIX}.to_q.alpha", 2), ["to_q.alpha has shape [2], expected one number"]),
-    "no settings": (lambda f: (f / SETTINGS).unlink(), [f"{SETTINGS}: missing, and the strength with it"]),
+    "no settings": (lambda f: (f / SETTINGS).unlink(), [f"{SETTINGS}: missing; it holds the adapter's rank and alpha"]),
 }
 
 
@@ -313,7 +316,7 @@ def test_bad_input(saved, tmp_path, capsys, case):
     source = tmp_path / "source" / WEIGHTS if case == "no settings" else tmp_path / "source"
     assert command_line.main(["lora-from-torch", str(source), str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
-    for word in [f"convert: {tmp_path / 'source'}", *words]:
+    for word in [f": {tmp_path / 'source'}", *words]:
         assert word in message
     assert message.count("\n") == 1 and sorted(tmp_path.rglob("*")) == before
 
@@ -356,16 +359,16 @@ def test_bad_output(saved, tmp_path):
 
 
 def test_merge_lora(tiny, tmp_path, capsys):
-    """The checkpoint is what `load_lora` gives, and all but the adapted weights stays bit for bit, in torch too."""
+    """The checkpoint is what `merge_adapters` gives; all but the adapted weights stays bit for bit, in torch too."""
     source, merged = str(tiny[1]), tmp_path / "merged"
     config = checkpoint.read_manifest(tiny[1]).configs["transformer"]
     save_adapter(tmp_path / "a", random_adapter(config, ATTENTION))
     save_adapter(tmp_path / "b", random_adapter(config, MLP, seed=1))
     arguments = ["merge-lora", source, str(merged), "--lora", str(tmp_path / "a"), "--lora-scale", "0.5"]
-    assert command_line.main([*arguments, "--lora", str(tmp_path / "b")]) == 0
-    pipe = AceStepPipeline.from_checkpoint(tiny[1])
-    pipe.load_lora([tmp_path / "a", tmp_path / "b"], [0.5, 1.0])
-    expected, found = checkpoint.leaves(pipe.transformer), checkpoint.leaves(load(merged)["transformer"])
+    assert command_line.main([*arguments, "--lora", str(tmp_path / "b"), "--lora-scale", "1"]) == 0
+    adapters = [load_adapter(tmp_path / name) for name in "ab"]
+    transformer = merge_adapters(load(tiny[1], names=["transformer"])["transformer"], adapters, [0.5, 1.0])
+    expected, found = checkpoint.leaves(transformer), checkpoint.leaves(load(merged)["transformer"])
     for name, variable in expected.items():
         np.testing.assert_array_equal(found[name][...], variable[...])
     assert checkpoint.read_manifest(merged) == checkpoint.read_manifest(tiny[1])

@@ -5,9 +5,9 @@ import shutil
 import sys
 
 import pytest
+
 from acestep_jax.convert.from_torch import WEIGHT_NORM, from_torch
 from acestep_jax.convert.to_torch import to_torch
-
 from acestep_jax.io import checkpoint
 from tests.folders import assert_refused, edit, edit_json, remove, write
 

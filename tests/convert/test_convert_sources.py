@@ -5,16 +5,17 @@ import shutil
 
 import pytest
 import torch
+from diffusers import AceStepPipeline as TorchPipeline
+from diffusers import AceStepTransformer1DModel as TorchTransformer
+
+from acestep_jax import InputError
 from acestep_jax.convert import original
 from acestep_jax.convert.from_torch import WEIGHT_NORM, from_torch
 from acestep_jax.convert.random_checkpoint import SIZES, randomise
 from acestep_jax.convert.to_torch import to_torch
 from acestep_jax.convert.torch_checkpoint import open_checkpoint
-from diffusers import AceStepPipeline as TorchPipeline
-from diffusers import AceStepTransformer1DModel as TorchTransformer
-
-from acestep_jax import InputError
 from acestep_jax.io import checkpoint
+from acestep_jax.models.registry import FAMILY
 from tests.folders import (
     MODEL,
     TEXT_ENCODER,
@@ -117,12 +118,12 @@ def test_checkpoint_without_audio_tokenizer(tiny, tmp_path):
     """
     folder, back = tmp_path / "torch", tmp_path / "back"
     shutil.copytree(tiny[0], folder)
-    for name in checkpoint.OPTIONAL_NETWORKS:
+    for name in FAMILY.optional:
         shutil.rmtree(folder / name)
-    edit_json(folder / "model_index.json", **dict.fromkeys(checkpoint.OPTIONAL_NETWORKS))
+    edit_json(folder / "model_index.json", **dict.fromkeys(FAMILY.optional))
     from_torch(folder, tmp_path / "native")
     found = checkpoint.read_manifest(tmp_path / "native").configs.keys()
-    assert found == checkpoint.NETWORKS.keys() - set(checkpoint.OPTIONAL_NETWORKS)
+    assert found == FAMILY.networks.keys() - set(FAMILY.optional)
 
     (tmp_path / "native" / WEIGHT_NORM).unlink()
     to_torch(tmp_path / "native", back, layout="diffusers")

@@ -3,10 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from acestep_jax.convert import rules
-from acestep_jax.convert.from_torch import plan
-from acestep_jax.convert.random_checkpoint import SIZES
-from acestep_jax.convert.torch_checkpoint import Tensor, attention_name, fold_weight_norm, open_checkpoint
 from diffusers import AceStepTransformer1DModel, AutoencoderOobleck
 from diffusers.pipelines.ace_step.modeling_ace_step import (
     AceStepAudioTokenDetokenizer,
@@ -15,8 +11,13 @@ from diffusers.pipelines.ace_step.modeling_ace_step import (
 )
 from transformers import Qwen3Config, Qwen3Model
 
+from acestep_jax.convert import rules
+from acestep_jax.convert.from_torch import plan
+from acestep_jax.convert.random_checkpoint import SIZES
+from acestep_jax.convert.torch_checkpoint import Tensor, attention_name, fold_weight_norm, open_checkpoint
 from acestep_jax.io import checkpoint
 from acestep_jax.models.config import TextEncoderConfig
+from acestep_jax.models.registry import FAMILY
 from tests.folders import native_arrays
 
 TORCH = {
@@ -28,8 +29,8 @@ TORCH = {
 }
 XL = dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=32, num_attention_heads=32)
 CASES = {
-    **{f"{name} tiny": (name, SIZES["tiny"][name]) for name in checkpoint.NETWORKS},
-    **{f"{name} default": (name, {}) for name in checkpoint.NETWORKS},
+    **{f"{name} tiny": (name, SIZES["tiny"][name]) for name in FAMILY.networks},
+    **{f"{name} default": (name, {}) for name in FAMILY.networks},
     **{f"{name} biased": (name, SIZES["tiny"][name] | {"attention_bias": True}) for name in TORCH if name != "vae"},
     "transformer xl": ("transformer", XL | {"encoder_hidden_size": 2048}),
 }
@@ -49,7 +50,7 @@ def network(case):
     state = {key: Tensor(tuple(value.shape), np.dtype("float32"), None) for key, value in module.state_dict().items()}
     if name == "text_encoder":
         state = {attention_name(key): value for key, value in state.items()}
-    config = checkpoint.NETWORKS[name][1].from_hf(arguments)
+    config = FAMILY.networks[name][1].from_hf(arguments)
     return name, config, fold_weight_norm(state, None) if name == "vae" else state
 
 
@@ -70,7 +71,7 @@ def test_every_tensor_has_one_rule_and_every_leaf_one_source(case):
     plan(name, config, state)  # raises if a shape differs
 
 
-@pytest.mark.parametrize("name", checkpoint.NETWORKS)
+@pytest.mark.parametrize("name", FAMILY.networks)
 def test_rules_are_exactly_inverse(name):
     _, config, state = network(f"{name} tiny")
     shapes = checkpoint.leaf_shapes(name, config)

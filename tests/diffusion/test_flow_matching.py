@@ -4,9 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers import AceStepPipeline as TorchPipeline
-from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 
 from acestep_jax.diffusion.guidance import GUIDANCE, Guided, adg, apg, cfg
 from acestep_jax.diffusion.schedule import custom_schedule, late_start, schedule
@@ -14,10 +11,13 @@ from acestep_jax.diffusion.solvers import SOLVERS, integrate
 from acestep_jax.errors import InputError
 from tests.parity import assert_close, normal
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.mark.parametrize("steps, shift", [(8, 3.0), (8, 1.0), (50, 1.0), (13, 2.5), (1, 3.0)])
 def test_schedule_matches_diffusers(steps, shift):
-    theirs = TorchPipeline._get_timestep_schedule(None, steps, shift, dtype=torch.float32).numpy()
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    theirs = diffusers.AceStepPipeline._get_timestep_schedule(None, steps, shift, dtype=torch.float32).numpy()
     ours = schedule(steps, shift)
     assert ours.dtype == np.float32 and ours[-1] == 0.0
     np.testing.assert_allclose(ours[:-1], theirs, rtol=1e-6)
@@ -49,20 +49,21 @@ def test_bad_schedule(arguments):
 # Guidance
 
 
-def guided(step=0, size=1.0, memory=None):
+def guided(step=0, size=1.0, momentum=None):
     cond = normal(2, 40, 8, seed=step)
     null = cond + size * normal(2, 40, 8, seed=100 + step)
-    memory = np.zeros_like(cond) if memory is None else memory
-    return Guided(cond, null, normal(2, 40, 8, seed=200 + step), np.float32(0.9 - 0.2 * step), memory)
+    momentum = np.zeros_like(cond) if momentum is None else momentum
+    return Guided(cond, null, normal(2, 40, 8, seed=200 + step), np.float32(0.9 - 0.2 * step), momentum)
 
 
 @pytest.mark.parametrize("size", [0.01, 1.0])
 def test_apg_matches_diffusers(size):
     """Over several steps, with differences below and above the norm threshold."""
-    buffer, momentum = MomentumBuffer(-0.75), None
+    torch, theirs = pytest.importorskip("torch"), pytest.importorskip("diffusers.guiders.adaptive_projected_guidance")
+    buffer, momentum = theirs.MomentumBuffer(-0.75), None
     for step in range(4):
         g = guided(step, size, momentum)
-        theirs = normalized_guidance(
+        expected = theirs.normalized_guidance(
             torch.from_numpy(g.cond),
             torch.from_numpy(g.null),
             guidance_scale=6.0,
@@ -73,13 +74,13 @@ def test_apg_matches_diffusers(size):
             norm_dim=(1,),
         )
         ours, momentum = apg(g, 7.0)
-        assert_close(ours, theirs.numpy(), 1e-6)
+        assert_close(ours, expected.numpy(), 1e-6)
         assert_close(momentum, buffer.running_average.numpy(), 1e-6)
 
 
 def numpy_apg(g, scale):
     """One channel of one song after the other."""
-    momentum = g.cond - g.null - 0.75 * g.memory
+    momentum = g.cond - g.null - 0.75 * g.momentum
     out = np.empty_like(g.cond)
     for b, c in np.ndindex(g.cond.shape[0], g.cond.shape[2]):
         m, v = momentum[b, :, c], g.cond[b, :, c]
@@ -99,11 +100,11 @@ def numpy_adg(g, scale):
         away = (c - u) - (c - u) @ u / (u @ u + 1e-8) * u
         factor = np.sin(turned) / np.sin(angle) if np.sin(angle) > 1e-3 else weight
         out[b, f] = (g.x[b, f] - np.cos(turned) * c - away * factor) / g.t
-    return out, g.memory
+    return out, g.momentum
 
 
 def numpy_cfg(g, scale):
-    return (1 - scale) * g.null + scale * g.cond, g.memory
+    return (1 - scale) * g.null + scale * g.cond, g.momentum
 
 
 @pytest.mark.parametrize("size", [1e-4, 0.05, 1.0])
@@ -145,9 +146,9 @@ def test_solvers_are_exact_on_straight_paths(solver):
     keys = jax.random.split(jax.random.key(0), 2)
     for times in (schedule(1), schedule(2), schedule(7, 3.0)):
 
-        def velocity(x, i, memory, times=times):
+        def velocity(x, i, momentum, times=times):
             t = jnp.asarray(times)[i]
-            return (x - x0) / jnp.where(t > 0, t, 1) if "sde" in solver else noise - x0, memory
+            return (x - x0) / jnp.where(t > 0, t, 1) if "sde" in solver else noise - x0, momentum
 
         x = jax.jit(lambda n, t: integrate(velocity, n, t, solver=solver, keys=keys))(noise, times)  # noqa: B023
         assert_close(x, x0, 1e-6)
@@ -227,7 +228,7 @@ def test_noise_of_solvers_belongs_to_the_song_and_the_frame():
     assert_close(both, longer[:, :9], 1e-6)
 
 
-def test_memory_and_steps():
+def test_momentum_and_steps():
     """What the velocity function remembers is carried, once a step; what comes after a step may change x."""
     seen = []
 
@@ -239,9 +240,9 @@ def test_memory_and_steps():
         return jnp.where(i == 1, x + 10, x)
 
     times = jnp.asarray([1.0, 0.5, 0.25, 0.0], jnp.float32)
-    x = integrate(velocity, jnp.zeros((1, 1, 1)), times, memory=0.0, after_step=after)
+    x = integrate(velocity, jnp.zeros((1, 1, 1)), times, momentum=0.0, after_step=after)
     jax.effects_barrier()
     assert float(x[0, 0, 0]) == 10 - (1 * 0.25 + 2 * 0.25)
     assert seen == [[0, 0.0], [1, -0.25], [2, 9.25]]
-    heun = integrate(velocity, jnp.zeros((1, 1, 1)), times, solver="heun", memory=0.0)
+    heun = integrate(velocity, jnp.zeros((1, 1, 1)), times, solver="heun", momentum=0.0)
     assert float(heun[0, 0, 0]) == -(1 * 0.25 + 2 * 0.25) / 2  # the second evaluation is told apart

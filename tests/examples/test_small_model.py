@@ -1,7 +1,9 @@
 """The model that comes with the package, and the parts of its making that `train` does not have."""
 
+import jax
 import numpy as np
 import pytest
+import soundfile
 from flax import nnx
 
 from acestep_jax import AceStepPipeline, cli
@@ -9,7 +11,7 @@ from acestep_jax.io import checkpoint
 from acestep_jax.models.autoencoder import AutoencoderOobleck
 from acestep_jax.models.config import AutoencoderConfig, TextEncoderConfig
 from acestep_jax.models.qwen3 import Qwen3Model
-from acestep_jax.sampling import Sampling
+from acestep_jax.models.registry import FAMILY
 from examples.small_model.__main__ import main
 from examples.small_model.pack import read_as_nearest
 from examples.small_model.requests import facts, song_and_prompt
@@ -17,6 +19,9 @@ from examples.small_model.start import TEXT_ENCODER, silence
 from examples.small_model.text_encoder import train_text_encoder
 from examples.small_model.tokenizer import train_tokenizer
 from examples.synthetic_music.caption import request
+from examples.synthetic_music.compose import compose
+from examples.synthetic_music.synth import SAMPLE_RATE, render
+from examples.synthetic_music.theory import parse_key
 
 VAE = AutoencoderConfig(patch_size=40, downsampling_ratios=(8, 6), channel_multiples=(1, 2), decoder_channels=8)
 
@@ -31,16 +36,18 @@ def save(folder, network, name, tokenizer=None):
     checkpoint.save(folder, {name: network.config}, arrays, tokenizer and tokenizer.to_str(), {})
 
 
+@pytest.mark.unit
 def test_the_package_holds_a_whole_model_of_20_mb():
     files = [file for file in checkpoint.SMALL_MODEL.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 20e6
     manifest = checkpoint.read_manifest(checkpoint.SMALL_MODEL)
-    assert set(manifest.configs) == set(checkpoint.NETWORKS)
+    assert set(manifest.configs) == set(FAMILY.networks)
     assert manifest.configs["vae"].sampling_rate == 48000 and manifest.configs["vae"].hop_length == 1920
-    assert Sampling().schedule(False, manifest.configs["transformer"].variant).guidance_scale == 3
-    assert {config.dtype for config in manifest.configs.values()} == {"float32"}
+    assert manifest.sampling == {"num_inference_steps": 50, "guidance_scale": 3.0, "shift": 1.0}
+    assert manifest.dtypes == dict.fromkeys(FAMILY.networks, "float32")
 
 
+@pytest.mark.unit
 def test_words_of_the_shipped_tokenizer_are_whole():
     tokenizer = checkpoint.load_tokenizer(checkpoint.SMALL_MODEL)
     for seed in range(1_000_000, 1_000_100):
@@ -50,11 +57,90 @@ def test_words_of_the_shipped_tokenizer_are_whole():
         assert len(ids) < 1.6 * len(text.split()) + 8
 
 
+@pytest.mark.unit
 def test_generates_by_default(tmp_path, capsys):
     out = tmp_path / "song.wav"
-    assert cli.main(["generate", "lofi piano, 80 bpm", "--duration", "10", "--steps", "2", "--out", str(out)]) == 0
-    song = AceStepPipeline.from_checkpoint()("lofi piano", audio_duration=10.0, num_inference_steps=2, seed=0)
-    assert song.audios.shape == (1, 2, 480_000) and np.isfinite(song.audios).all() and song.audios.std() > 1e-3
+    assert cli.main(["generate", "lofi piano, 80 bpm", "--duration", "10", "--steps", "1", "--out", str(out)]) == 0
+    song, rate = soundfile.read(out)
+    assert rate == SAMPLE_RATE and song.shape == (480_000, 2) and 0.1 < np.abs(song).max() <= 1
+
+
+@pytest.mark.unit
+def test_the_autoencoder_restores_a_song():
+    """Two seconds that it was not trained on, by the correlation of samples; with its latents out of order, no song."""
+    (vae,) = checkpoint.load(checkpoint.SMALL_MODEL, names=["vae"]).values()
+    song = render(compose(1_000_000, 2.0), 2.0).astype(np.float32)[None]
+    restore = jax.jit(lambda vae, x, order: vae.decode(vae.encode(x).mean[:, :, order]))
+
+    def correlation(order):
+        return np.corrcoef(np.ravel(restore(vae, song, order)), np.ravel(song))[0, 1]
+
+    assert correlation(np.arange(64)) > 0.9
+    assert correlation(np.roll(np.arange(64), 1)) < 0.5
+
+
+SEEDS = range(1_000_000, 1_000_004)  # of requests that nothing was trained on
+
+
+@pytest.fixture(scope="module")
+def small():
+    return AceStepPipeline.from_checkpoint()
+
+
+def songs(pipe, count=4):
+    """Yield songs of 10 s for the requests of the first seeds, [2, samples], made in eight steps."""
+    for seed in SEEDS[:count]:
+        asked = request(seed)
+        facts = dict(bpm=asked.bpm, keyscale=asked.keyscale, timesignature=asked.timesignature, lyrics="[Instrumental]")
+        made = pipe(asked.caption, audio_duration=10.0, num_inference_steps=8, seed=seed - SEEDS[0], **facts)
+        assert made.sample_rate == SAMPLE_RATE and made.audios.shape == (1, 2, 480_000)
+        yield made.audios[0]
+
+
+def adherence(made):
+    """Return how well songs keep to the requests of SEEDS: mean share of the energy that lies in the seven notes of
+    the requested key (chance: 0.58), and for how many songs the tempo and the presence of drums are as requested."""
+    listen = pytest.importorskip("benchmarks.music_analysis", reason="listening needs librosa").listen
+    judged = [(listen(song, SAMPLE_RATE), request(seed)) for song, seed in zip(made, SEEDS, strict=False)]
+    key = np.mean([heard.share(parse_key(asked.keyscale).pitch_classes) for heard, asked in judged])
+    tempo = sum(heard.has_tempo(asked.bpm) for heard, asked in judged)
+    drums = sum(heard.has_drums == asked.has_drums for heard, asked in judged)
+    return float(key), tempo, drums
+
+
+def test_songs_keep_to_their_requests(small):
+    key, tempo, drums = adherence(songs(small))
+    assert key > 0.9 and tempo >= 3 and drums == 4
+
+
+def untrained(pipe, name):
+    """Return a pipeline with new weights in one network."""
+    networks = pipe.networks
+    networks[name] = type(networks[name])(networks[name].config, rngs=nnx.Rngs(0))
+    return AceStepPipeline(**networks, tokenizer=pipe.tokenizer, sampling_defaults=pipe.sampling_defaults)
+
+
+def noise(pipe):
+    """Yield what the autoencoder makes of noise, at full scale as songs are."""
+    decode = jax.jit(type(pipe.vae).decode)
+    for seed in SEEDS[:2]:
+        sound = decode(pipe.vae, np.random.default_rng(seed).standard_normal((1, 250, 64), np.float32))[0]
+        yield np.asarray(sound / np.abs(sound).max())
+
+
+WRONG = {
+    "noise": noise,
+    "silence": lambda pipe: np.zeros((2, 2, 480_000), np.float32),
+    "untrained transformer": lambda pipe: songs(untrained(pipe, "transformer"), 2),
+    "untrained text encoder": lambda pipe: songs(untrained(pipe, "text_encoder"), 2),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_no_song_keeps_to_no_request(small, case):
+    """So that the test before can fail."""
+    key, _, _ = adherence(WRONG[case](small))
+    assert key < 0.8
 
 
 def test_prompts_and_facts():

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 import soundfile
-from acestep_jax.train.sidecars import Sidecars
 
-from acestep_jax import AceStepPipeline, AudioPipelineOutput, InputError
+from acestep_jax import AceStepPipeline, AudioPipelineOutput, InputError, Song
+from acestep_jax.train.sidecars import Sidecars
 from benchmarks import prompt_adherence
 from benchmarks.music_analysis import RATE, Heard, listen
 from examples.synthetic_music import __main__ as command
@@ -238,7 +238,7 @@ def test_prompt_adherence_asks_the_model(monkeypatch, capsys):
         assert fields == facts or (not fields and f"{song.bpm} bpm, {song.key}" in prompt)
         assert lyrics == "[Instrumental]" and seed < 3
         audio = render(song, audio_duration)
-        return AudioPipelineOutput(audio[None], None, SAMPLE_RATE, (seed,), (audio.shape[1],), (0,))
+        return AudioPipelineOutput([Song(audio, np.zeros((0, 64), np.float32), SAMPLE_RATE, seed)])
 
     monkeypatch.setattr(AceStepPipeline, "from_checkpoint", lambda path: pipe)
     for options in ([], ["--few-words"]):

@@ -6,12 +6,13 @@ from importlib import resources
 
 import numpy as np
 import pytest
-from diffusers import AceStepPipeline as TorchPipeline
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
-from acestep_jax.errors import InputError
+from acestep_jax import InputError, Request
+from acestep_jax.inputs.collate import pad_tokens
 from acestep_jax.inputs.prompt import lyric_text, prompt_text, tokenize
+
+pytestmark = pytest.mark.unit
 
 # The pre-tokenisation of Qwen's tokenizers.
 QWEN_SPLIT = (
@@ -22,6 +23,7 @@ QWEN_SPLIT = (
 @pytest.fixture(scope="module")
 def qwen():
     """A tokenizer with Qwen's real vocabulary, which ends every text as that of Qwen3-Embedding does."""
+    pytest.importorskip("dashscope")
     text = resources.files("dashscope").joinpath("resources/qwen.tiktoken").read_text()
     ranks = [base64.b64decode(line.split()[0]) for line in text.splitlines() if line]
     alphabet = _byte_symbols()
@@ -77,18 +79,21 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_strings_match_diffusers(case):
     arguments = dict(audio_duration=60.0) | case
-    theirs = TorchPipeline.__new__(TorchPipeline)
+    kind = pytest.importorskip("diffusers").AceStepPipeline
+    theirs = kind.__new__(kind)
     text, words = theirs._format_prompt("piano & strings", "[verse]\nla", "fr", **arguments)
     assert prompt_text("piano & strings", **arguments) == text
     assert lyric_text("[verse]\nla", "fr") == words
 
 
 def test_tokens_match_transformers(qwen):
-    theirs = PreTrainedTokenizerFast(tokenizer_object=qwen, pad_token="<|endoftext|>", padding_side="right")
+    theirs = pytest.importorskip("transformers").PreTrainedTokenizerFast(
+        tokenizer_object=qwen, pad_token="<|endoftext|>", padding_side="right"
+    )
     words = lyric_text("[verse]\n你好，世界 ♪ naïve\n\n ", "zh")
     texts = [prompt_text("warm lofi piano, 80 bpm", audio_duration=30), words]
     want = theirs(texts, padding="longest", truncation=True, max_length=256, return_tensors="np")
-    got = tokenize(qwen, texts, max_length=256, multiple=1, what="prompt")
+    got = pad_tokens(tokenize(qwen, texts, max_length=256, what="prompt"), 1, 0)
     np.testing.assert_array_equal(got.mask, want.attention_mask.astype(bool))
     np.testing.assert_array_equal(np.where(got.mask, got.ids, 0), np.where(got.mask, want.input_ids, 0))
     assert got.ids[0][got.mask[0]][-1] == 151643  # the post-processor's end of text, after the template's own
@@ -96,19 +101,21 @@ def test_tokens_match_transformers(qwen):
 
 
 def test_truncation_matches_transformers_and_warns(qwen, caplog):
-    theirs = PreTrainedTokenizerFast(tokenizer_object=qwen, pad_token="<|endoftext|>", padding_side="right")
+    theirs = pytest.importorskip("transformers").PreTrainedTokenizerFast(
+        tokenizer_object=qwen, pad_token="<|endoftext|>", padding_side="right"
+    )
     texts = ["short", "la " * 300]
     whole = len(qwen.encode(texts[1]).ids)
     want = theirs(texts, padding="longest", truncation=True, max_length=256, return_tensors="np")
     with caplog.at_level(logging.WARNING):
-        got = tokenize(qwen, texts, max_length=256, multiple=64, what="lyrics")
+        got = pad_tokens(tokenize(qwen, texts, max_length=256, what="lyrics"), 64, 0)
     assert got.ids.shape == (2, 256)
     np.testing.assert_array_equal(got.ids[1], want.input_ids[1])
-    assert caplog.messages == [f"lyrics 1 has {whole} tokens and the model reads 256: {whole - 256} are cut"]
+    assert caplog.messages == [f"lyrics: {whole} tokens, but the model reads 256: {whole - 256} are cut"]
 
 
 def test_padding_is_to_a_multiple(qwen):
-    got = tokenize(qwen, ["piano"], max_length=256, multiple=64, what="prompt")
+    got = pad_tokens(tokenize(qwen, ["piano"], max_length=256, what="prompt"), 64, 0)
     assert got.ids.shape == (1, 64) and got.mask.sum() == len(qwen.encode("piano").ids)
 
 
@@ -126,7 +133,7 @@ def test_bad_metadata(message):
 
 
 def test_bad_text(qwen):
-    with pytest.raises(InputError, match="prompt 1: not valid text"):
-        tokenize(qwen, ["fine", "bad \udcff"], max_length=8, multiple=1, what="prompt")
-    with pytest.raises(InputError, match="at least 1 token"):
-        tokenize(qwen, ["fine"], max_length=0, multiple=1, what="prompt")
+    with pytest.raises(InputError, match="prompt: not valid text"):
+        tokenize(qwen, ["fine", "bad \udcff"], max_length=8, what="prompt")
+    with pytest.raises(InputError, match="max_text_length: expected at least 1, found 0"):
+        Request("fine", max_text_length=0)

@@ -1,30 +1,28 @@
 """The six tasks: against diffusers' pipeline, and what diffusers does not do against the formulas."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
-import torch
-from diffusers import AceStepPipeline as TorchPipeline
-from diffusers.models.autoencoders.autoencoder_oobleck import OobleckDiagonalGaussianDistribution
 
-from acestep_jax import AceStepPipeline, InputError, Request
+from acestep_jax import AceStepPipeline, InputError, Request, Sampling
+from acestep_jax.diffusion import denoise
 from acestep_jax.diffusion.guidance import GUIDANCE, Guided
 from acestep_jax.diffusion.schedule import schedule
 from acestep_jax.diffusion.solvers import integrate
-from acestep_jax.inputs import programs, tasks
-from acestep_jax.inputs.codec import Codec, bucket
-from acestep_jax.inputs.prompt import tokenize
+from acestep_jax.inputs import programs, sources, tasks
+from acestep_jax.inputs.buckets import BUCKETS
+from acestep_jax.inputs.collate import pad_tokens
 from acestep_jax.io import audio
-from acestep_jax.request import Model, plan
+from tests.noise import drawn
 from tests.parity import assert_close, normal, relative_error
 
 RATE, HOP, CHANNELS = 48_000, 1920, 8
 PARTS = dict(lyrics="[verse]\nla la", num_inference_steps=4)
-MODEL = Model(RATE, HOP, 2, 64_000, 5)
 
 
 def song(seconds, seed=0):
@@ -42,6 +40,9 @@ def pipe(tiny_base):
 @pytest.fixture(scope="module")
 def theirs(tiny_base):
     """diffusers' pipeline with the mean of the posterior for a sample of it."""
+    from diffusers import AceStepPipeline as TorchPipeline
+    from diffusers.models.autoencoders.autoencoder_oobleck import OobleckDiagonalGaussianDistribution
+
     pipe = TorchPipeline.from_pretrained(tiny_base[0])
     pipe.set_progress_bar_config(disable=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -51,6 +52,8 @@ def theirs(tiny_base):
 
 def torch_latents(theirs, prompt, noise, **arguments):
     """diffusers' latents for the same noise; arrays become tensors."""
+    import torch
+
     for name in ("src_audio", "reference_audio"):
         if name in arguments:
             arguments[name] = torch.from_numpy(arguments[name])
@@ -185,6 +188,7 @@ def test_repainted_files_keep_the_rest_bit_for_bit(pipe, tmp_path):
     assert (found[RATE : 2 * RATE] != whole[RATE : 2 * RATE]).mean() > 0.9
 
 
+@pytest.mark.unit
 def test_splice():
     """Made at two and a half times full scale: brought down to it. The gap of 4 samples between regions is kept."""
     source, made = np.full((1, 40), 0.5, np.float32), np.full((1, 40), 2.5, np.float32)
@@ -212,6 +216,7 @@ def test_regions_make_a_song_longer(pipe):
     assert all(np.abs(made.audios[0, :, part]).max() > 1e-3 for part in (slice(0, RATE), slice(7 * RATE, None)))
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize(
     "starts, ends, left, frames, regions",
     [
@@ -235,13 +240,13 @@ def test_injection_puts_back_what_is_kept(pipe):
     """After the last step as well with a ratio of 1: outside of the region, the latents are the source's."""
     source = song(10.24)
     arguments = PARTS | dict(task_type="repaint", src_audio=source, repainting_start=2, repainting_end=5, seed=0)
-    latents = pipe.codec.encode([source], 256)[:, :256]
+    latents = sources.encode_audio(pipe.vae, [source], 256)
     inside = slice(50, 125)
     seen = []
     keep = lambda i, t, x: seen.append(x)  # noqa: E731
     whole = pipe("x", output_type="latent", repaint_injection_ratio=1.0, callback_on_step_end=keep, **arguments)
     times = [*np.linspace(1, 0, 5)[1:]]
-    noise = pipe._noise([Request("x", seed=0)], [256], "jax", False)[2]
+    noise = drawn([0], 256)[2]
     for x, t in zip(seen, times, strict=True):
         expected = t * noise + (1 - t) * latents
         for part in (slice(0, 50), slice(125, None)):
@@ -281,8 +286,8 @@ def test_covers_start_from_their_source(pipe):
     source = song(10.24)
     arguments = dict(src_audio=source, task_type="cover", guidance_scale=1.0, seed=0, output_type="latent")
     found = pipe("x", num_inference_steps=10, shift=1.0, cover_noise_strength=0.5, **arguments)
-    noise = pipe._noise([Request("x", seed=0)], [256], "jax", False)[2]
-    start = 0.5 * noise + 0.5 * pipe.codec.encode([source], 256)
+    noise = drawn([0], 256)[2]
+    start = 0.5 * noise + 0.5 * sources.encode_audio(pipe.vae, [source], 256)
     arguments["latents"] = start
     del arguments["seed"]
     expected = pipe("x", timesteps=np.linspace(1, 0, 11)[5:-1], **arguments)
@@ -294,25 +299,27 @@ def test_covers_start_from_their_source(pipe):
 
 def test_codes_match_diffusers(pipe, theirs):
     """Tokenize and detokenize a song whose length is no multiple of a code: all codes equal, latents to 1e-5."""
+    import torch
+
     source = song(7.08)  # 177 frames
     with torch.no_grad():
         latents = theirs.vae.encode(torch.from_numpy(source)[None]).latent_dist.mode().transpose(1, 2)
         silence = theirs.condition_encoder.silence_latent
         quantized, indices = theirs.audio_tokenizer.tokenize(latents, silence)
         expected = theirs.audio_token_detokenizer(quantized).numpy()
-    codes = pipe.codec.song_to_codes(source)
+    codes = pipe.song_to_codes(source)
     np.testing.assert_array_equal(codes, indices[0, :, 0].numpy())
     assert len(codes) == 36 and len(set(codes.tolist())) > 2
     text = tasks.codes_to_text(codes)
-    found = pipe.codec.detokenize([tasks.codes_from_text(text, 64_000)], 180)
+    found = sources.detokenize(pipe.networks, [tasks.codes_from_text(text, 64_000)], 180)
     assert_close(found, expected)
-    audio_ = pipe.codec.codes_to_song(text)
+    audio_ = pipe.codes_to_song(text)
     assert audio_.shape == (2, 36 * 5 * HOP) and np.abs(audio_).max() == pytest.approx(10 ** (-1 / 20), rel=1e-5)
 
 
 def test_all_codes_survive(tiny_base):
     """Index -> the levels that it stands for -> index, for each of the 64000."""
-    quantizer = Codec.from_checkpoint(tiny_base[1]).audio_tokenizer.quantizer
+    quantizer = AceStepPipeline.from_pretrained(tiny_base[1], networks=["audio_tokenizer"]).audio_tokenizer.quantizer
     assert quantizer.codebook_size == 64_000
     indices = jnp.arange(64_000)[:, None]
     levels = np.array(quantizer.levels)
@@ -332,6 +339,7 @@ def test_all_codes_survive(tiny_base):
     np.testing.assert_array_equal(again, indices)
 
 
+@pytest.mark.unit
 def test_codes_as_text():
     codes = [0, 63_999, 12]
     text = tasks.codes_to_text(codes)
@@ -342,9 +350,10 @@ def test_codes_as_text():
 # Instructions
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("task_type", tasks.TASKS)
 def test_instructions_match_diffusers(task_type):
-    theirs = TorchPipeline._get_task_instruction
+    theirs = pytest.importorskip("diffusers").AceStepPipeline._get_task_instruction
     assert tasks.instruction(task_type) == theirs(task_type)
     if task_type in ("extract", "lego"):
         assert tasks.instruction(task_type, ["fx"]) == theirs(task_type, track_name="fx")
@@ -362,11 +371,11 @@ def test_turbo_models_warn(tiny, caplog):
     assert "task_type extract: turbo models were not trained for it" in caplog.text
 
 
-def test_files_of_other_rates_and_one_channel(tmp_path):
+def test_files_of_other_rates_and_one_channel(pipe, tmp_path):
     """Resampled, and both channels the same."""
     t = np.arange(2 * 22_050) / 22_050
     soundfile.write(tmp_path / "mono.flac", 0.5 * np.sin(2 * np.pi * 440 * t), 22_050)
-    found = plan(Request("x", task_type="extract", src_audio=tmp_path / "mono.flac"), MODEL)
+    found = pipe.prepare(Request("x", task_type="extract", src_audio=tmp_path / "mono.flac"))
     assert found.source.shape == (2, 2 * RATE) and found.samples == 2 * RATE
     np.testing.assert_array_equal(found.source[0], found.source[1])
     expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(2 * RATE) / RATE)
@@ -386,7 +395,7 @@ BAD = {
     "num_inference_steps: expected a whole number, found 8.0": dict(num_inference_steps=8.0),
     "guidance_scale: expected a number, found '7'": dict(guidance_scale="7"),
     "timesteps: expected a list of numbers, found 'abc'": dict(timesteps="abc"),
-    "complete_track_classes: expected a list of tracks, found 'vocals'": dict(
+    "complete_track_classes: expected a list of texts, found 'vocals'": dict(
         task_type="complete", src_audio=song(2.0), complete_track_classes="vocals"
     ),
     "repainting_start: expected a number, found '1'": REPAINT | dict(repainting_start="1"),
@@ -402,11 +411,11 @@ BAD = {
         task_type="extract", src_audio=song(2.0), track_name="kazoo", instruction="take the kazoo:"
     ),
     "expected a start before the end, found 5 and 4 s": REPAINT | dict(repainting_start=5, repainting_end=4),
-    "expected a start before the end, found nan": REPAINT | dict(repainting_start=float("nan")),
+    r"repainting_start: expected a finite number \(s\), found nan": REPAINT | dict(repainting_start=float("nan")),
     "with these the song is 601 s long, expected at most 600 s": REPAINT | dict(repainting_end=601),
     "with these the song is 602 s long": REPAINT | dict(repainting_start=-600, repainting_end=0),
     "expected as many of both, found 2 and 1": REPAINT | dict(repainting_start=[0, 1], repainting_end=[2]),
-    "repainting_start, repainting_end: the task cover takes none": dict(
+    "repainting_start: the task cover does not take it; leave it out, or set task_type to repaint or lego": dict(
         task_type="cover", src_audio=song(2.0), repainting_start=1
     ),
     "src_audio: expected 1 to 600 s of music, found 0.5 s": REPAINT | dict(src_audio=song(0.5)),
@@ -414,30 +423,30 @@ BAD = {
         REPAINT | dict(src_audio=song(2.0).T)
     ),
     "src_audio: holds NaN": REPAINT | dict(src_audio=np.full((2, RATE), np.nan, np.float32)),
-    "src_audio: the task repaint needs a song to work on": dict(task_type="repaint"),
-    "src_audio: the task text2music takes none; set task_type to one of repaint": dict(src_audio=song(2.0)),
+    "src_audio: the task repaint needs a source; give a file or an array": dict(task_type="repaint"),
+    "src_audio: the task text2music does not take it": dict(src_audio=song(2.0)),
     r"reference_audio: expected an array .* found shape \[3, 48000\]": dict(reference_audio=np.ones((3, RATE))),
     "audio_codes: expected codes from 0 to 63999, found 64000": dict(audio_codes="<|audio_code_64000|>"),
     "audio_codes: expected codes from 0 to 63999, found -1": dict(audio_codes="<|audio_code_-1|>"),
     "audio_codes: expected <|audio_code_N|> one after the other, found none in 'la la'": dict(audio_codes="la la"),
     "audio_codes: expected 1 to 600 s of music, found 0.2 s": dict(audio_codes="<|audio_code_1|>"),
     "audio_codes, src_audio: expected one of them": dict(task_type="cover", audio_codes=CODES, src_audio=song(2.0)),
-    "audio_codes: the task repaint takes none": REPAINT | dict(audio_codes=CODES, src_audio=None),
+    "audio_codes: the task repaint does not take it": REPAINT | dict(audio_codes=CODES, src_audio=None),
     "unknown track 'voice'; expected one of woodwinds, brass": dict(
         task_type="extract", src_audio=song(2.0), track_name="voice"
     ),
-    "track_name: the task repaint takes none, found drums": REPAINT | dict(track_name="drums"),
-    "complete_track_classes: the task lego takes none": dict(
+    "track_name: the task repaint does not take it": REPAINT | dict(track_name="drums"),
+    "complete_track_classes: the task lego does not take it; leave it out, or set task_type to complete": dict(
         task_type="lego", src_audio=song(2.0), complete_track_classes=["drums"]
     ),
-    "track_name: the task complete takes complete_track_classes": dict(
-        task_type="complete", src_audio=song(2.0), track_name="drums"
+    "track_name: the task lego takes one track, found drums, bass": dict(
+        task_type="lego", src_audio=song(2.0), track_name=["drums", "bass"]
     ),
     "audio_cover_strength: expected 0 to 1, found 1.5": dict(
         task_type="cover", src_audio=song(2.0), audio_cover_strength=1.5
     ),
-    "audio_cover_strength: the task text2music takes none": dict(audio_cover_strength=0.5),
-    "cover_noise_strength: only covers start from their source": dict(cover_noise_strength=0.5),
+    "audio_cover_strength: the task text2music does not take it": dict(audio_cover_strength=0.5),
+    "cover_noise_strength: the task text2music does not take it": dict(cover_noise_strength=0.5),
     "cover_noise_strength: expected 0 to 1, found 2": dict(cover_noise_strength=2),
     "repaint_injection_ratio: expected 0 to 1, found -1": REPAINT | dict(repaint_injection_ratio=-1),
     "solver: expected one of euler, heun, ab2, ab3, sde, sde_linear, found 'dpm'": dict(solver="dpm"),
@@ -473,7 +482,7 @@ def test_covers_need_the_audio_tokenizer(pipe):
     with pytest.raises(InputError, match="cover needs the audio tokenizer, which this checkpoint lacks"):
         without("x", task_type="cover", src_audio=song(2.0))
     with pytest.raises(InputError, match="has no audio tokenizer"):
-        without.codec.song_to_codes(song(2.0))
+        without.song_to_codes(song(2.0))
 
 
 def test_a_request_has_its_own_settings(pipe):
@@ -481,26 +490,24 @@ def test_a_request_has_its_own_settings(pipe):
         pipe(Request("x"), lyrics="la")
     with pytest.raises(InputError, match="bpm: prompt 1 is a Request"):
         pipe(["y", Request("x")], bpm=90)
-    fields = {field.name for field in dataclasses.fields(Request)}
-    assert fields <= set(AceStepPipeline.__call__.__annotations__)
+    fields = {field.name for kind in (Request, Sampling) for field in dataclasses.fields(kind)}
+    assert fields < set(inspect.signature(AceStepPipeline.__call__).parameters)
 
 
 def test_noise_of_torch(pipe):
     """As much as the song needs, not its bucket; the network's dtype rounds it."""
-    seeds, _, noise = pipe._noise([Request("x", seed=0)], [300], "torch", False)
+    seeds, _, noise = drawn([0], 300, kind="torch")
     np.testing.assert_allclose(noise[0, 0, :4], [-0.92466259, -0.42534414, -2.64384580, 0.14518388], atol=2e-6)
-    assert seeds == (0,) and noise.shape == (1, bucket(300), CHANNELS) and not noise[:, 300:].any()
+    assert seeds == [0] and noise.shape == (1, BUCKETS.frames_of(300), CHANNELS) and not noise[:, 300:].any()
     found = pipe("x", seed=0, noise="torch", audio_duration=12, output_type="latent", num_inference_steps=1)
     given = pipe("x", latents=noise[:, :300], audio_duration=12, output_type="latent", num_inference_steps=1)
     assert_close(found.latents, given.latents, 1e-6)
-    half = AceStepPipeline.__new__(AceStepPipeline)
-    config = dataclasses.replace(pipe.transformer.config, dtype="bfloat16", audio_acoustic_hidden_dim=64)
-    half.transformer = type("Half", (), {"config": config})
-    rounded = half._noise([Request("x", seed=0)], [640], "torch", False)[2]  # 25.6 s, the longest for any GPU
+    half = dict(channels=64, kind="torch", dtype="bfloat16")
+    rounded = drawn([0], 640, **half)[2]  # 25.6 s, the longest for any GPU
     np.testing.assert_array_equal(rounded, rounded.astype(jnp.bfloat16).astype(np.float32))
     np.testing.assert_allclose(rounded[0, 0, :4], noise[0, 0, :4], rtol=0.004)
     with pytest.raises(InputError, match="depend on the GPU; name it"):
-        half._noise([Request("x", seed=0)], [641], "torch", False)
+        drawn([0], 641, **half)
 
 
 @pytest.mark.parametrize("solver", ["ab3", "sde"])
@@ -509,15 +516,13 @@ def test_solvers_in_the_pipeline(pipe, solver):
     request = Request("x", seed=3, audio_duration=10.24)
     arguments = dict(solver=solver, num_inference_steps=4, shift=2.0, guidance_scale=1.0, output_type="latent")
     found = pipe(request, **arguments)
-    asked = plan(request, MODEL)
-    texts = [
-        tokenize(pipe.tokenizer, [text], max_length=2048, multiple=1, what="x") for text in (asked.text, asked.lyrics)
-    ]
+    job = pipe.prepare(request)
+    texts = [pad_tokens([ids], 1, 0) for ids in (job.prompt_ids, job.lyric_ids)]
     condition, _ = programs.encode(pipe.text_encoder, pipe.condition_encoder, *texts)
     silence = pipe.condition_encoder.silence(256)
     context = jnp.concatenate([silence, jnp.ones_like(silence)], -1)
     times = jnp.asarray(schedule(4, 2.0))
-    _, keys, noise = pipe._noise([request], [256], "jax", True)
+    _, keys, noise = drawn([3], 256)
 
     @jax.jit
     def solve(transformer, noise):
@@ -541,7 +546,7 @@ def test_noisy_solvers_make_a_song_again(pipe):
 def test_guidance_rules_in_the_pipeline(pipe, guidance):
     """One step from pure noise, against the rule on the two velocities."""
     arguments = dict(audio_duration=10.24, output_type="latent", num_inference_steps=1, seed=3)
-    noise = pipe._noise([Request("x", seed=3)], [256], "jax", False)[2]
+    noise = drawn([3], 256)[2]
     apart = {}
     for scale in (1.0, 3.0):
         apart[scale] = noise - pipe("x", guidance="cfg", guidance_scale=scale, **arguments).latents
@@ -559,10 +564,10 @@ def test_program_count(pipe):
     one = dict(task_type="cover", src_audio=song(4.0), audio_cover_strength=0.3)
     two = dict(task_type="cover", src_audio=song(5.0, 1), audio_cover_strength=0.9)
     pipe("x", **one, **arguments)
-    before = programs.denoise._cache_size(), programs.encode_audio._cache_size(), programs.tokenize._cache_size()
+    before = denoise.denoise._cache_size(), programs.encode_audio._cache_size(), programs.tokenize._cache_size()
     pipe("y", **two, **arguments)
     assert (
-        programs.denoise._cache_size(),
+        denoise.denoise._cache_size(),
         programs.encode_audio._cache_size(),
         programs.tokenize._cache_size(),
     ) == before

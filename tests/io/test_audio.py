@@ -10,6 +10,8 @@ import soundfile
 from acestep_jax import InputError
 from acestep_jax.io import audio
 
+pytestmark = pytest.mark.unit
+
 SECONDS, RATE = 3, 48000
 
 
@@ -67,7 +69,7 @@ def test_nothing_is_overwritten_unasked(tmp_path, stereo):
 def test_full_disk_leaves_nothing(tmp_path):
     """A limit on the size of files stands in for a full disk."""
     code = (
-        "import resource, signal, numpy as np; from acestep_jax import audio;"
+        "import resource, signal, numpy as np; from acestep_jax.io import audio;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000));"
         f"audio.write({str(tmp_path / 'song.wav')!r}, np.zeros((2, 480000), np.float32), 48000)"
@@ -137,7 +139,7 @@ UNREADABLE = {
     "cut": ("song.flac", None, "not a sound file .*decoder lost sync.*if it is another kind, convert it"),
     "no header": ("song.raw", lambda path: path.write_bytes(b"ab" * 99), "not a sound file"),
     "no samples": ("song.wav", lambda path: soundfile.write(path, np.zeros((0, 2)), RATE), "holds no samples"),
-    "nan": ("song.wav", with_nan, "2 of 48000 samples are NaN or infinite; expected numbers"),
+    "nan": ("song.wav", with_nan, "2 of 48000 samples are NaN or infinite; expected finite numbers"),
     "surround": (
         "song.wav",
         lambda path: soundfile.write(path, np.zeros((99, 6)), RATE),

@@ -1,5 +1,6 @@
 """The native checkpoint: what is saved is loaded, where and as what it was asked for; what is broken is named."""
 
+import json
 import os
 import shutil
 
@@ -11,6 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from acestep_jax import InputError, make_mesh
 from acestep_jax.io import checkpoint
+from acestep_jax.io.manifest import Manifest, default_dtype
+from acestep_jax.models.config import Runtime
+from acestep_jax.models.registry import FAMILY
 from tests.folders import edit_json, native_arrays
 
 
@@ -50,8 +54,8 @@ def test_leaves_reach_the_host_where_jax_has_no_cpu(tiny, expected, monkeypatch)
 def test_load_casts(tiny, expected, dtype):
     networks = checkpoint.load(tiny[1], dtype=dtype, names=["audio_tokenizer"])
     assert networks.keys() == {"audio_tokenizer"}
-    config = networks["audio_tokenizer"].config
-    assert config.dtype == config.param_dtype == dtype
+    runtime = networks["audio_tokenizer"].runtime
+    assert runtime.dtype == runtime.param_dtype == dtype
     for name, value in flat(networks).items():
         assert value.dtype == dtype
         np.testing.assert_array_equal(value, expected[name].astype(value.dtype), err_msg=name)
@@ -97,8 +101,9 @@ def test_save_and_load(tiny, expected, tmp_path):
     text = (tiny[1] / checkpoint.TOKENIZER).read_text()
     path = tmp_path / "saved"
     extra = {"notes.txt": lambda file: file.write_text("x")}
-    checkpoint.save(path, configs, arrays.items(), text, {"a": 1}, extra)
-    assert checkpoint.read_manifest(path) == checkpoint.Manifest(configs, {"a": 1})
+    sampling, dtypes = {"guidance_scale": 3.0}, {"vae": "float16"}
+    checkpoint.save(path, configs, arrays.items(), text, {"a": 1}, extra, sampling=sampling, dtypes=dtypes)
+    assert checkpoint.read_manifest(path) == Manifest(configs, {"a": 1}, sampling, dtypes)
     for name, value in flat(checkpoint.load(path)).items():
         np.testing.assert_array_equal(value, arrays[name], err_msg=name)
     assert checkpoint.load_tokenizer(path).encode("hello").ids == checkpoint.load_tokenizer(tiny[1]).encode("hello").ids
@@ -113,6 +118,71 @@ def test_save_and_load(tiny, expected, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["saved"]
 
 
+def edit_config(folder, edit):
+    """Apply `edit` to what config.json of a checkpoint holds."""
+    values = json.loads((folder / "config.json").read_text())
+    edit(values)
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def as_version_1(values):
+    """What version 1 of the format said of the same networks."""
+    values["format_version"] = 1
+    for name in FAMILY.networks:
+        values[name] |= dict(dtype="float32", param_dtype="bfloat16", remat="none", attention_kernel="auto")
+    values["vae"]["dtype"] = "bfloat16"
+
+
+def test_version_1_reads(tiny, tmp_path):
+    """Of its runtime, only the dtype of the computation counts: in it the network computes unless told otherwise."""
+    old = tmp_path / "old"
+    shutil.copytree(tiny[1], old)
+    edit_config(old, as_version_1)
+    first, second = checkpoint.read_manifest(tiny[1]), checkpoint.read_manifest(old)
+    assert first.configs == second.configs and not first.dtypes
+    assert second.dtypes == dict.fromkeys(FAMILY.networks, "float32") | {"vae": "bfloat16"}
+    networks = checkpoint.load(old, names=["vae", "text_encoder"])
+    assert {name: network.runtime.dtype for name, network in networks.items()} == {
+        "vae": "bfloat16",
+        "text_encoder": "float32",
+    }
+    again = checkpoint.load(tiny[1], names=["vae", "text_encoder"])
+    for (name, value), other in zip(flat(networks).items(), flat(again).values(), strict=True):
+        assert value.dtype == other.dtype
+        np.testing.assert_array_equal(value, other, err_msg=name)
+
+
+def test_a_changed_copy_keeps_what_the_checkpoint_says(tiny, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(tiny[1], source)
+    sampling, dtypes = {"num_inference_steps": 20, "shift": 2.5}, {"text_encoder": "bfloat16"}
+    edit_config(source, lambda values: values.update(sampling=sampling, dtypes=dtypes))
+    checkpoint.save_changed(source, tmp_path / "copy", "vae", {})
+    found = checkpoint.read_manifest(tmp_path / "copy")
+    assert found == checkpoint.read_manifest(source)
+    assert found.sampling == sampling and found.dtypes == dtypes
+
+
+def test_unless_told_otherwise_a_network_computes_in_what_most_of_its_weights_are_stored_in():
+    stored = {
+        "a": jax.ShapeDtypeStruct((10,), np.float32),
+        "b": jax.ShapeDtypeStruct((3, 4), jax.numpy.bfloat16),
+        "c": jax.ShapeDtypeStruct((1,), np.float32),
+    }
+    assert default_dtype(Manifest({}, {}), "vae", stored) == "bfloat16"
+    assert default_dtype(Manifest({}, {}, {}, {"vae": "float16"}), "vae", stored) == "float16"
+
+
+def test_runtime_is_given_when_weights_are_loaded(tiny):
+    (network,) = checkpoint.load(
+        tiny[1], dtype="bfloat16", param_dtype="float32", remat="dots", attention="xla", names=["transformer"]
+    ).values()
+    assert network.runtime == Runtime(dtype="bfloat16", param_dtype="float32", remat="dots", attention="xla")
+    assert network.config == checkpoint.read_manifest(tiny[1]).configs["transformer"]
+    with pytest.raises(InputError, match="attention: expected one of auto, .*, found 'flash'"):
+        checkpoint.load(tiny[1], attention="flash", names=["transformer"])
+
+
 def largest_file(folder):
     return max((file for file in (folder / "weights").rglob("*") if file.is_file()), key=lambda f: f.stat().st_size)
 
@@ -125,14 +195,43 @@ BROKEN = {
         lambda f: (f / "config.json").write_text("{}"),
         ["not of an acestep-jax checkpoint", "from-torch"],
     ),
-    "newer": (lambda f: edit_json(f / "config.json", format_version=2), ["format_version 2", "reads 1", "update"]),
+    "newer": (lambda f: edit_json(f / "config.json", format_version=3), ["format_version 3", "reads 1 to 2", "update"]),
     "unknown network": (lambda f: edit_json(f / "config.json", foo={}), ["unknown network(s) foo"]),
     "no network": (lambda f: edit_json(f / "config.json", vae=None), ["the network(s) vae are missing"]),
     "not a network": (lambda f: edit_json(f / "config.json", vae=3), ["vae: expected a JSON object, found 3"]),
     "unknown key": (lambda f: edit_json(f / "config.json", vae={"foo": 1}), ["vae: unknown key(s) foo"]),
     "bad value": (
-        lambda f: edit_json(f / "config.json", vae={"dtype": "int8"}),
-        ["AutoencoderConfig.dtype: 'int8' is no"],
+        lambda f: edit_json(f / "config.json", vae={"patch_size": 0}),
+        ["AutoencoderConfig.patch_size: expected a positive integer, found 0"],
+    ),
+    "runtime": (lambda f: edit_json(f / "config.json", vae={"remat": "full"}), ["vae: unknown key(s) remat"]),
+    "bad dtype": (lambda f: edit_json(f / "config.json", dtypes={"vae": "int8"}), ["dtypes: vae: 'int8' is no dtype"]),
+    "dtype of nothing": (lambda f: edit_json(f / "config.json", dtypes={"foo": "float32"}), ["unknown network(s) foo"]),
+    "no dtypes": (lambda f: edit_json(f / "config.json", dtypes=3), ["dtypes: expected a dtype for", "found 3"]),
+    "bad dtype of version 1": (
+        lambda f: edit_json(f / "config.json", format_version=1, vae={"dtype": "int8"}),
+        ["vae.dtype: 'int8' is no dtype"],
+    ),
+    "sampling": (lambda f: edit_json(f / "config.json", sampling=3), ["sampling: expected a JSON object, found 3"]),
+    "unknown default": (
+        lambda f: edit_json(f / "config.json", sampling={"steps": 8}),
+        ["sampling: unknown key(s) steps; expected some of num_inference_steps, guidance_scale, shift"],
+    ),
+    "no steps": (
+        lambda f: edit_json(f / "config.json", sampling={"num_inference_steps": 0}),
+        ["sampling: num_inference_steps: expected a whole number of at least 1, found 0"],
+    ),
+    "half a step": (
+        lambda f: edit_json(f / "config.json", sampling={"num_inference_steps": 8.5}),
+        ["num_inference_steps: expected a whole number"],
+    ),
+    "negative guidance": (
+        lambda f: edit_json(f / "config.json", sampling={"guidance_scale": -1}),
+        ["sampling: guidance_scale: expected a number of at least 0, found -1"],
+    ),
+    "no shift": (
+        lambda f: edit_json(f / "config.json", sampling={"shift": 0}),
+        ["sampling: shift: expected a number above 0, found 0"],
     ),
     "leaf missing": (
         lambda f: edit_json(f / "config.json", audio_tokenizer=SMALL | {"attention_bias": True}),
@@ -185,6 +284,7 @@ def test_wrong_arguments(tiny):
         checkpoint.load(tiny[1], names=["vae", "foo"])
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize(
     "content, message", [(None, "missing"), (b"{}", "not a tokenizer"), (b"\xff", "not a tokenizer")]
 )

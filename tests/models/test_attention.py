@@ -9,11 +9,15 @@ import pytest
 from flax import nnx
 
 from acestep_jax import InputError
-from acestep_jax.models import attention as attention_module
-from acestep_jax.models.attention import Attention, attention, choose_kernel
-from acestep_jax.models.config import AttentionConfig
+from acestep_jax.models.attention import Attention, attention
+from acestep_jax.models.config import AttentionConfig, Runtime
 from acestep_jax.models.kernels import attention as kernels
+from acestep_jax.models.kernels import blockwise, fused
+from acestep_jax.models.kernels.attention import choose_kernel
+from tests.jaxprs import equations
 from tests.parity import assert_close, normal, relative_error
+
+pytestmark = pytest.mark.unit
 
 
 def dense(q, k, v, mask):
@@ -65,7 +69,7 @@ def test_banded(length, window, padded):
 @pytest.mark.parametrize("length", [7, 8, 9, 21])
 def test_full_in_blocks(length, causal, monkeypatch):
     """Blocks of queries give what one piece gives, also where the last block is short."""
-    monkeypatch.setattr(kernels, "QUERY_BLOCK", 8)
+    monkeypatch.setattr(blockwise, "QUERY_BLOCK", 8)
     q, k, v = inputs(length)
     lengths = np.array([length, length - 3], np.int32)
     mask = within(lengths, length)
@@ -85,37 +89,41 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_chunked_over_rows(form, monkeypatch):
-    platform, scores = FORMS[form]
-    monkeypatch.setattr(kernels, "CPU_SCORES", scores)
-    monkeypatch.setattr(kernels, "QUERY_BLOCK", 16)
+    name, scores = FORMS[form]
+    monkeypatch.setattr(blockwise, "platform", lambda: name)
+    monkeypatch.setattr(blockwise, "CPU_SCORES", scores)
+    monkeypatch.setattr(blockwise, "QUERY_BLOCK", 16)
     q, k, v = inputs(21)
     for causal, lengths in ((False, None), (True, np.array([21, 9], np.int32))):
-        got = jax.jit(functools.partial(kernels.chunked, causal=causal, key_lengths=lengths, platform=platform))(
-            q, k, v
-        )
+        got = jax.jit(functools.partial(blockwise.chunked, causal=causal, key_lengths=lengths))(q, k, v)
         mask = np.tril(np.ones((21, 21), bool)) if causal else True
         assert_close(got, dense(q, k, v, mask & within(lengths, 21)), 1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_banded_over_rows(form, monkeypatch):
-    platform, scores = FORMS[form]
-    monkeypatch.setattr(kernels, "CPU_SCORES", scores)
+    name, scores = FORMS[form]
+    monkeypatch.setattr(blockwise, "platform", lambda: name)
+    monkeypatch.setattr(blockwise, "CPU_SCORES", scores)
     q, k, v = inputs(21)
     lengths = np.array([21, 18], np.int32)
-    halo = [kernels.pad_time(x, 4, 4) for x in (k, v)]
-    got = jax.jit(functools.partial(kernels.banded, window=4, key_lengths=lengths, platform=platform))(q, *halo)
+    halo = [blockwise.pad_time(x, 4, 4) for x in (k, v)]
+    got = jax.jit(functools.partial(blockwise.banded, window=4, key_lengths=lengths))(q, *halo)
     assert_close(got, dense(q, k, v, band(21, 4) & within(lengths, 21)), 1e-6)
 
 
 def test_a_cpu_takes_as_many_rows_as_fit(monkeypatch):
     """Of six rows: the largest divisor of six within the limit."""
-    sizes = []
-    monkeypatch.setattr(kernels, "CPU_SCORES", 40)
-    monkeypatch.setattr(jax.lax, "map", lambda function, xs, batch_size: sizes.append(batch_size))
-    for scores in (5, 10, 20, 30, 50):
-        kernels._over_rows(None, (np.zeros(6),), scores, "cpu")
-    assert sizes == [6, 3, 2, None, None]
+    monkeypatch.setattr(blockwise, "CPU_SCORES", 40)
+    rows = normal(6, 5)
+    for scores, expected in {5: 6, 10: 3, 20: 2, 30: 1, 50: 1}.items():
+
+        def squares(x, scores=scores):
+            return blockwise._over_rows(lambda row: row[0] ** 2, (x,), scores)
+
+        np.testing.assert_allclose(squares(rows), rows**2, rtol=1e-6)
+        (loop,) = equations(squares, rows, name="scan")
+        assert loop.params["length"] * expected == 6
 
 
 def test_cross_attention_without_grouping():
@@ -133,7 +141,7 @@ def test_a_query_without_keys_is_finite(window):
 @pytest.mark.parametrize("window", [None, 4])
 def test_gradients(window, monkeypatch):
     """Against central differences in a random direction."""
-    monkeypatch.setattr(kernels, "QUERY_BLOCK", 8)
+    monkeypatch.setattr(blockwise, "QUERY_BLOCK", 8)
     q, k, v = inputs(21)
     mask = True if window is None else band(21, window)
     weights = normal(*q.shape, seed=3)
@@ -165,7 +173,7 @@ def test_dropout_keeps_the_mean(window):
 
 
 def splash(*arrays, lengths=None):
-    return kernels.splash(*arrays, key_lengths=lengths, interpret=True)
+    return fused.splash(*arrays, key_lengths=lengths, interpret=True)
 
 
 # T, S and key lengths: several tiles, of which the last are padded; padding alone, and neither.
@@ -174,7 +182,7 @@ SPLASH = [(200, 300, (300, 170)), (130, 70, None), (128, 256, None)]
 
 @pytest.mark.parametrize(("t", "s", "lengths"), SPLASH)
 def test_splash(t, s, lengths, monkeypatch):
-    monkeypatch.setattr(kernels, "SPLASH_BLOCK", 128)
+    monkeypatch.setattr(fused, "SPLASH_BLOCK", 128)
     q, k, v = inputs(t, s, head_dim=128)
     lengths = None if lengths is None else np.array(lengths, np.int32)
     assert_close(jax.jit(splash)(q, k, v, lengths=lengths), dense(q, k, v, within(lengths, s)), 1e-5)
@@ -188,7 +196,7 @@ def test_splash_gradients():
         loss = jax.grad(lambda *x: jnp.sum(kernel(*x) * weights), argnums=(0, 1, 2))
         return jax.jit(loss)(*arrays)
 
-    expected = gradients(lambda *x: kernels.chunked(*x, key_lengths=lengths))
+    expected = gradients(lambda *x: blockwise.chunked(*x, key_lengths=lengths))
     for found, reference in zip(gradients(lambda *x: splash(*x, lengths=lengths)), expected, strict=True):
         assert_close(found, reference, 1e-4)
 
@@ -198,8 +206,8 @@ def backend(monkeypatch):
     """Makes the library believe in another backend, and perhaps a GPU of some compute capability."""
 
     def pretend(name, capability=0.0):
-        monkeypatch.setattr(attention_module, "platform", lambda: name)
-        monkeypatch.setattr(attention_module, "_compute_capability", lambda: capability)
+        monkeypatch.setattr(kernels, "platform", lambda: name)
+        monkeypatch.setattr(kernels, "compute_capability", lambda: capability)
 
     return pretend
 
@@ -236,11 +244,11 @@ def test_a_kernel_of_another_backend_is_refused(backend):
     q = jax.ShapeDtypeStruct((1, 512, 4, 128), "bfloat16")
     assert choose_kernel("auto", q, q) == "xla"  # on the CPU that is really there
     for kernel, own in (("cudnn", "gpu"), ("splash", "tpu")):
-        with pytest.raises(InputError, match=f'"{kernel}" runs on {own} alone, found cpu'):
+        with pytest.raises(InputError, match=f'"{kernel}" runs on {own} only, found cpu'):
             choose_kernel(kernel, q, q)
     backend("tpu")
     assert choose_kernel("splash", q, q) == "splash"
-    with pytest.raises(InputError, match='"cudnn" runs on gpu alone, found tpu'):
+    with pytest.raises(InputError, match='"cudnn" runs on gpu only, found tpu'):
         choose_kernel("cudnn", q, q)
 
 
@@ -262,12 +270,12 @@ def test_attention_runs_the_kernel_of_the_backend(backend, monkeypatch, name, ke
     def record(called):
         def run(q, k, v, *, key_lengths=None):
             seen.append((called, key_lengths))
-            return kernels.chunked(q, k, v, key_lengths=key_lengths)
+            return blockwise.chunked(q, k, v, key_lengths=key_lengths)
 
         return run
 
     for called in ("cudnn", "splash"):
-        monkeypatch.setattr(kernels, called, record(called))
+        monkeypatch.setattr(fused, called, record(called))
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs(130, head_dim=128))
     lengths = np.array([130, 70], np.int32)
     assert_close(attention(q, k, v, key_lengths=lengths), dense(q, k, v, within(lengths, 130)), 1e-2)
@@ -282,9 +290,9 @@ def test_attention_runs_the_kernel_of_the_backend(backend, monkeypatch, name, ke
 SMALL = dict(hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
 
 
-def test_the_config_names_the_kernel():
-    module = Attention(AttentionConfig(**SMALL, attention_kernel="cudnn"), rngs=nnx.Rngs(0))
-    with pytest.raises(InputError, match='"cudnn" runs on gpu alone, found cpu'):
+def test_the_runtime_names_the_kernel():
+    module = Attention(AttentionConfig(**SMALL), runtime=Runtime(attention="cudnn"), rngs=nnx.Rngs(0))
+    with pytest.raises(InputError, match='"cudnn" runs on gpu only, found cpu'):
         module(normal(1, 8, 16))
-    with pytest.raises(InputError, match="attention_kernel: expected one of auto, .*, found 'flash'"):
-        AttentionConfig(**SMALL, attention_kernel="flash")
+    with pytest.raises(InputError, match="Runtime.attention: expected one of auto, .*, found 'flash'"):
+        Runtime(attention="flash")

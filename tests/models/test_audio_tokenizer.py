@@ -12,7 +12,7 @@ from diffusers.pipelines.ace_step.modeling_ace_step import AceStepAudioTokenizer
 
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
-from acestep_jax.models.config import AudioTokenDetokenizerConfig, AudioTokenizerConfig
+from acestep_jax.models.config import AudioTokenDetokenizerConfig, AudioTokenizerConfig, Runtime
 from tests.parity import as_torch, assert_close, convert, make_pair, normal, relative_error, run_torch
 
 ATTENTION = dict(
@@ -125,11 +125,10 @@ def test_bfloat16_keeps_the_quantizer_in_float32(param_dtype):
     theirs, ours = pair(**FSQ_ALONE)
     if param_dtype == "bfloat16":
         theirs = theirs.bfloat16()
-    config = dataclasses.replace(ours.config, dtype="bfloat16", param_dtype=param_dtype)
     x = normal(20, 1000, 32)
     with torch.no_grad():
         expected = theirs.quantizer(as_torch(x))[1].numpy()
-    ours = convert("audio_tokenizer", theirs.float(), config)
+    ours = convert("audio_tokenizer", theirs.float(), ours.config, dtype="bfloat16", param_dtype=param_dtype)
     ours = jax.tree.map(lambda leaf: leaf.astype(param_dtype), ours)
     quantized, found = apply(ours.quantizer, x)
     np.testing.assert_array_equal(found, expected)
@@ -169,11 +168,11 @@ def test_quantizer_must_fit_the_pooler():
     ],
 )
 def test_config_and_dtype(name, network, config):
-    """The defaults are torch's, and a bfloat16 config computes in bfloat16."""
+    """The defaults are torch's, and a bfloat16 runtime computes in bfloat16."""
     with torch.device("meta"):
         theirs = {key: value for key, value in network().config.items() if not key.startswith("_")}
     assert config.from_hf(theirs) == config()
     small = SMALL if name == "audio_tokenizer" else ATTENTION
-    model = checkpoint.abstract(name, config(**small, dtype="bfloat16"))
+    model = checkpoint.abstract(name, config(**small), Runtime(dtype="bfloat16"))
     x = normal(2, 11, 5, 12) if name == "audio_tokenizer" else normal(2, 11, 32)
     assert jax.tree.leaves(jax.eval_shape(apply, model, x))[0].dtype == jnp.bfloat16

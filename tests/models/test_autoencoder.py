@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from acestep_jax.convert.torch_checkpoint import fold
 from diffusers import AutoencoderOobleck as TorchAutoencoder
 
 from acestep_jax import make_mesh
+from acestep_jax.convert.torch_checkpoint import fold
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
 from acestep_jax.models import autoencoder
-from acestep_jax.models.config import AutoencoderConfig
+from acestep_jax.models.config import AutoencoderConfig, Runtime
+from acestep_jax.models.kernels.sine import sine
 from tests.parity import assert_close, make_pair, normal, relative_error, run_jax, run_torch
 
 CASES = {
@@ -96,7 +97,7 @@ def test_reach_is_what_a_frame_depends_on(case):
     other_x[:, :, middle * hop : (middle + 1) * hop] += 3
     sound = np.asarray(decode(ours, z) - decode(ours, other_z)).reshape(2, -1, FRAMES, hop)
     mean = np.asarray(encode(ours, x).mean - encode(ours, other_x).mean)
-    sound_reach, mean_reach = autoencoder._decoder_reach(config), autoencoder._encoder_reach(config) / hop
+    sound_reach, mean_reach = autoencoder._decoder_field(config), autoencoder._encoder_field(config) / hop
     for change, reach in ((sound.any(axis=(0, 1, 3)), sound_reach), (mean.any(axis=(0, 2)), math.ceil(mean_reach))):
         assert reach - 3 <= abs(np.flatnonzero(change) - middle).max() <= reach
 
@@ -181,15 +182,15 @@ def test_sine():
     zeros = np.arange(-30000, 30001, 7) * np.pi
     x = np.concatenate([np.linspace(-1e5, 1e5, 1_000_003), np.linspace(-7, 7, 100_001), zeros, zeros + np.pi / 2])
     x = x[abs(x) <= 1e5].astype(np.float32)
-    error = np.abs(np.square(np.asarray(jax.jit(autoencoder._sine)(x), np.float64)) - np.sin(x.astype(np.float64)) ** 2)
+    error = np.abs(np.square(np.asarray(jax.jit(sine)(x), np.float64)) - np.sin(x.astype(np.float64)) ** 2)
     assert error.max() <= 5e-7, x[error.argmax()]
 
 
 def test_too_small_an_overlap_would_be_seen(monkeypatch):
     _, ours = pair("two_blocks")
     z, x = latents(ours, 87), audio(ours, 87, 7)
-    monkeypatch.setattr(autoencoder, "_decoder_reach", lambda config: 1)
-    monkeypatch.setattr(autoencoder, "_encoder_reach", lambda config: 1)
+    monkeypatch.setattr(autoencoder, "_decoder_field", lambda config: 1)
+    monkeypatch.setattr(autoencoder, "_encoder_field", lambda config: 1)
     assert relative_error(run_jax(ours, z, method="decode", tile_frames=45), decode(ours, z)) > 1e-4
     assert relative_error(run_jax(ours, x, method="encode", tile_frames=45).mean, encode(ours, x).mean) > 1e-4
 
@@ -280,14 +281,14 @@ def test_patches_in_tiles_and_padding():
 
 
 def test_config_and_dtype():
-    """The keys are torch's, what is not supported is refused, and a bfloat16 config computes in bfloat16."""
+    """The keys are torch's, what is not supported is refused, and a bfloat16 runtime computes in bfloat16."""
     with torch.device("meta"):
         theirs = {key: value for key, value in TorchAutoencoder().config.items() if not key.startswith("_")}
     assert AutoencoderConfig.from_hf(theirs).to_hf() == theirs
     for wrong in (dict(downsampling_ratios=[2, 3, 4, 6, 10]), dict(channel_multiples=[1, 2])):
         with pytest.raises(InputError, match="AutoencoderConfig.*downsampling_ratios"):
             AutoencoderConfig(**wrong)
-    network = checkpoint.abstract("vae", AutoencoderConfig(**CASES["two_blocks"], dtype="bfloat16"))
+    network = checkpoint.abstract("vae", AutoencoderConfig(**CASES["two_blocks"]), Runtime(dtype="bfloat16"))
     for tile in (60, 45):
         y = jax.eval_shape(lambda n, tile=tile: n.decode(jnp.zeros((1, 50, 4)), tile_frames=tile), network)
         posterior = jax.eval_shape(lambda n, tile=tile: n.encode(jnp.zeros((1, 1, 400)), tile_frames=tile), network)

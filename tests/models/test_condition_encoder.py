@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from acestep_jax.convert.original import split_config
 from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder as TorchConditionEncoder
 
+from acestep_jax.convert.original import split_config
 from acestep_jax.io import checkpoint
 from acestep_jax.models.condition_encoder import SILENCE_FRAMES
-from acestep_jax.models.config import ConditionEncoderConfig
+from acestep_jax.models.config import ConditionEncoderConfig, Runtime
 from tests.parity import assert_close, convert, make_pair, normal, relative_error, run_jax, run_torch
 
 SMALL = dict(
@@ -144,8 +144,8 @@ def test_buffers_and_tokens_are_those_of_torch():
     np.testing.assert_array_equal(ours.timbre_encoder.special_token[...], token)
 
 
-def test_compute_dtype_is_the_configs():
-    model = checkpoint.abstract("condition_encoder", ConditionEncoderConfig(**SMALL, dtype="bfloat16"))
+def test_compute_dtype_is_the_runtimes():
+    model = checkpoint.abstract("condition_encoder", ConditionEncoderConfig(**SMALL), Runtime(dtype="bfloat16"))
     tokens, mask = jax.eval_shape(lambda model, arrays: model(*arrays), model, inputs())
     assert (tokens.dtype, mask.dtype) == (jnp.bfloat16, jnp.bool_)
     assert all(leaf.dtype == jnp.float32 for leaf in checkpoint.leaves(model).values())

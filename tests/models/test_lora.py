@@ -16,7 +16,18 @@ from acestep_jax.io import checkpoint
 from acestep_jax.io.adapter import Adapter, check_adapter, load_adapter, merge_adapters, save_adapter
 from acestep_jax.models.config import LoRAConfig, TransformerConfig
 from acestep_jax.models.lora import LoRALinear, add_lora, merge_loras
-from tests.adapters import ATTENTION, CONFIG, MLP, OTHERS, pair, peft_model, random_adapter, torch_velocity, velocity
+from tests.adapters import (
+    ATTENTION,
+    CONFIG,
+    MLP,
+    OTHERS,
+    pair,
+    peft_model,
+    random_adapter,
+    torch_adapter,
+    torch_velocity,
+    velocity,
+)
 from tests.parity import assert_close, relative_error
 
 KINDS = {"lora": {}, "dora": dict(use_dora=True)}
@@ -32,27 +43,10 @@ def with_adapter(network, adapter):
     return network
 
 
-def torch_leaves(model, use_dora):
-    """The parameters of a PEFT model by the name of our leaf, put together without the converter."""
-    found = {name.replace(".default", ""): p.detach().numpy() for name, p in model.named_parameters()}
-    leaves = {}
-    for layer in (*ATTENTION, *MLP, *OTHERS):
-        torch_name = layer.replace("to_out", "to_out.0")
-        rows = [torch_name.replace("layers.", f"layers.{i}.") for i in range(4)] if "layers" in layer else [torch_name]
-        parts = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
-        if use_dora:
-            parts["lora_magnitude"] = "lora_magnitude_vector.weight"
-        for ours, theirs in parts.items():
-            values = [found[f"base_model.model.{row}.{theirs}"].T for row in rows]
-            leaves[f"{layer}.{ours}"] = np.stack(values) if "layers" in layer else values[0]
-    return leaves
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_matches_peft_beside_and_within_the_weights(kind):
     theirs = peft_model(**KINDS[kind])
-    config = LoRAConfig(rank=4, alpha=8, targets=(*ATTENTION, *MLP, *OTHERS), **KINDS[kind])
-    adapter = Adapter(config, torch_leaves(theirs, config.use_dora))
+    adapter = torch_adapter(theirs, **KINDS[kind])
     reference, network = torch_velocity(theirs), pair()[1]
     assert relative_error(velocity(network), reference) > 0.1
     assert_close(velocity(with_adapter(network, adapter)), reference)
@@ -70,7 +64,7 @@ def test_new_adapters_change_nothing(kind):
 
 
 def test_adapters_add_up():
-    """In any order; a negative strength takes away what a positive one adds."""
+    """In any order; a negative scale takes away what a positive one adds."""
     network = pair()[1]
     one, two = random_adapter(), random_adapter(layers=ATTENTION, rank=2, alpha=3.0, seed=1)
     both = velocity(merge_adapters(network, [one, two], [0.7, 1.5]))
@@ -86,7 +80,7 @@ def test_adapters_add_up():
     assert_close(checkpoint.leaves(merged)[f"{name}.kernel"][...], kernel, 1e-6)
 
 
-def test_strength_of_dora_goes_from_none_to_all():
+def test_scale_of_dora_goes_from_nothing_to_all():
     network, adapter = pair()[1], random_adapter(use_dora=True)
     name = "layers.self_attn.to_v.kernel"
     plain, half, full = (
@@ -99,7 +93,7 @@ def test_strength_of_dora_goes_from_none_to_all():
     assert_close(checkpoint.leaves(two)[name][...], full, 1e-6)
 
 
-def test_a_strength_of_zero_is_none():
+def test_a_scale_of_zero_changes_nothing():
     network = pair()[1]
     merged = checkpoint.leaves(merge_adapters(network, [random_adapter(use_dora=True)], [0.0]))
     for name, variable in checkpoint.leaves(network).items():
@@ -274,12 +268,12 @@ def test_an_adapter_of_another_model(case):
 def test_an_adapter_of_another_layer():
     adapter = random_adapter(layers=(Q,))
     leaves = {name.replace("self_attn", "lstm"): value for name, value in adapter.leaves.items()}
-    with pytest.raises(InputError, match="layers.lstm.to_q is no linear layer of this network"):
+    with pytest.raises(InputError, match="layers.lstm.to_q is not a linear layer of this network"):
         merge_adapters(pair()[1], [Adapter(adapter.config, leaves)], [0.0])
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", None])
-def test_a_strength_is_a_number(scale):
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", None, True])
+def test_a_scale_is_a_number(scale):
     with pytest.raises(InputError, match="scale: expected a finite number"):
         merge_adapters(pair()[1], [random_adapter()], [scale])
 

@@ -11,8 +11,9 @@ from diffusers import AceStepTransformer1DModel as TorchTransformer
 from flax import nnx
 
 from acestep_jax.io import checkpoint
-from acestep_jax.models.config import TransformerConfig
-from acestep_jax.models.layers import RMSNorm, period
+from acestep_jax.models.config import Runtime, TransformerConfig
+from acestep_jax.models.layers import RMSNorm
+from acestep_jax.models.scan import period
 from acestep_jax.models.transformer import AceStepTransformer1DModel
 from tests.parity import as_torch, assert_close, convert, make_pair, normal, relative_error, run_jax, run_torch
 
@@ -26,6 +27,7 @@ SMALL = dict(
     sliding_window=8,
 )
 SLIDING, FULL = "sliding_attention", "full_attention"
+BFLOAT16 = dict(dtype="bfloat16", param_dtype="bfloat16")
 
 CASES = {
     "default": {},
@@ -131,8 +133,8 @@ def test_padded_frames_have_no_effect(case, frames):
 def test_gradients_match_torch(case, remat):
     """Every parameter, whatever the backward pass recomputes."""
     theirs, ours = pair(**CASES[case])
-    config = dataclasses.replace(ours.config, remat=remat)
-    ours = convert("transformer", theirs, config)
+    config = ours.config
+    ours = convert("transformer", theirs, config, remat=remat)
     arrays = inputs(config, frames=51)
     target = normal(2, 51, config.audio_acoustic_hidden_dim, seed=3)
 
@@ -153,14 +155,15 @@ def test_gradients_match_torch(case, remat):
 
 def test_bfloat16_is_no_worse_than_torch():
     theirs, ours = pair(num_hidden_layers=8, hidden_size=128, intermediate_size=256, head_dim=32)
-    config = dataclasses.replace(ours.config, dtype="bfloat16", param_dtype="bfloat16")
-    arrays = inputs(config, frames=201)
+    arrays = inputs(ours.config, frames=201)
     exact = torch_velocity(theirs, *arrays)
     half = theirs.to(torch.bfloat16)
     low = [as_torch(array).to(torch.bfloat16) for array in arrays]
     with torch.no_grad():
         torch_half = half(*low, return_dict=False)[0].float().numpy()
-    ours = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), convert("transformer", half.float(), config))
+    ours = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16), convert("transformer", half.float(), ours.config, **BFLOAT16)
+    )
     found = np.asarray(run_jax(ours, *arrays).astype(jnp.float32))
     rms = lambda x: np.sqrt(np.mean((x - exact) ** 2))  # noqa: E731
     assert 0 < rms(found) <= 1.5 * rms(torch_half)
@@ -174,19 +177,20 @@ def test_rms_norm_is_bit_equal_in_bfloat16():
     with torch.no_grad():
         theirs.weight.copy_(as_torch(scale))
         want = theirs(as_torch(x).to(torch.bfloat16)).float().numpy()
-    ours = RMSNorm(512, 1e-6, TransformerConfig(dtype="bfloat16", param_dtype="bfloat16"))
+    ours = RMSNorm(512, 1e-6, Runtime(**BFLOAT16))
     ours.scale[...] = jnp.asarray(scale, jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(ours(jnp.asarray(x, jnp.bfloat16)).astype(jnp.float32)), want)
 
 
-def test_compute_and_parameter_dtypes_are_the_configs():
-    config = TransformerConfig(**SMALL, dtype="bfloat16", param_dtype="float32")
-    model = AceStepTransformer1DModel(config, rngs=nnx.Rngs(0))
+def test_compute_and_parameter_dtypes_are_the_runtimes():
+    config, runtime = TransformerConfig(**SMALL), Runtime(dtype="bfloat16", param_dtype="float32")
+    model = AceStepTransformer1DModel(config, runtime=runtime, rngs=nnx.Rngs(0))
+    assert model.config == config and model.runtime == runtime
     assert all(v.dtype == jnp.float32 for v in checkpoint.leaves(model).values())
     assert jax.eval_shape(model, *inputs(config)).dtype == jnp.bfloat16
 
 
-def test_attention_dropout_acts_in_training_alone():
+def test_attention_dropout_acts_only_in_training():
     _, ours = pair(attention_dropout=0.5)
     arrays = inputs(ours.config)
     plain = run_jax(ours, *arrays)

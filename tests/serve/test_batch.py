@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from acestep_jax import AceStepPipeline, cli
-from acestep_jax.inputs import programs
+from acestep_jax import AceStepPipeline, Request, Sampling, cli
+from acestep_jax.arguments import arguments as about
+from acestep_jax.cli import generate, runtime
+from acestep_jax.cli.parser import read_fields
+from acestep_jax.diffusion import denoise
 from acestep_jax.serve import jsonl
 from tests.parity import normal
 
@@ -15,7 +18,7 @@ from tests.parity import normal
 @pytest.fixture(autouse=True)
 def no_cache(monkeypatch):
     """The tests leave the user's cache folder alone."""
-    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(runtime, "use_compilation_cache", lambda: None)
 
 
 def write_lines(path, *lines):
@@ -50,8 +53,13 @@ def test_songs_and_settings_failures_and_a_second_run(tiny, tmp_path, capsys, so
         dict(prompt="long", audio_duration=21, seed=4),
     )
     sizes = []
-    denoise = programs.denoise
-    monkeypatch.setattr(programs, "denoise", lambda *a, **k: sizes.append(a[2].shape) or denoise(*a, **k))
+    whole = denoise.denoise
+
+    def counted(transformer, condition_encoder, inputs, *, method):
+        sizes.append(inputs.x.shape)
+        return whole(transformer, condition_encoder, inputs, method=method)
+
+    monkeypatch.setattr(denoise, "denoise", counted)
     assert run(tiny, tmp_path, "--batch-size", 2) == 1
     captured = capsys.readouterr()
     assert sizes == [(2, 256, 8), (1, 256, 8), (1, 768, 8)]  # 10 and 10.2 s, the cover of 2 s, 21 s
@@ -115,14 +123,14 @@ def test_one_song_of_a_batch_that_fails(tiny, tmp_path, monkeypatch):
     songs, errors = jsonl.read(tmp_path / "requests.jsonl", tmp_path, dict(num_inference_steps=1))
     assert not errors
     pipe = AceStepPipeline.from_checkpoint(tiny[1])
-    call = AceStepPipeline.__call__
+    run = AceStepPipeline.run
 
-    def fail(self, requests, **options):
-        if any(request.prompt == "b" for request in requests):
+    def fail(self, jobs, sampling):
+        if any(job.request.prompt == "b" for job in jobs):
             raise ValueError("no b")
-        return call(self, requests, **options)
+        return run(self, jobs, sampling)
 
-    monkeypatch.setattr(AceStepPipeline, "__call__", fail)
+    monkeypatch.setattr(AceStepPipeline, "run", fail)
     results = {song.request.prompt: error for song, error in jsonl.generate(pipe, songs, 3, {})}
     assert results == {"a": None, "b": "no b", "c": None}
     assert (tmp_path / "c.wav").exists() and not (tmp_path / "b.wav").exists()
@@ -130,8 +138,10 @@ def test_one_song_of_a_batch_that_fails(tiny, tmp_path, monkeypatch):
 
 LINES = {
     "expected a JSON object, found [1]": "[1]",
-    "unknown key(s) bmp; expected some of name, attend_to_padding, audio_codes": dict(prompt="x", bmp=90),
-    "prompt: expected a text, found None": dict(seed=1),
+    "bmp: unknown key; did you mean bpm?": dict(prompt="x", bmp=90),
+    "latents: unknown key": dict(prompt="x", latents=[0]),
+    "prompt: missing; describe the music": dict(seed=1),
+    "prompt: expected a text, found None": dict(prompt=None),
     "name: expected the name of a file, without folders, found 'a/b'": dict(prompt="x", name="a/b"),
     "name: first is that of": dict(prompt="x", name="first.flac"),
     "name: expected the name of a file, without folders, found '..'": dict(prompt="x", name=".."),
@@ -147,6 +157,7 @@ LINES = {
 }
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("message", LINES)
 def test_bad_lines(tmp_path, message):
     write_lines(tmp_path / "requests.jsonl", dict(prompt="x", name="first"), LINES[message])
@@ -155,6 +166,7 @@ def test_bad_lines(tmp_path, message):
     assert errors[0].startswith(f"{tmp_path / 'requests.jsonl'}:2: {message}")
 
 
+@pytest.mark.unit
 def test_lines_end_at_line_feeds_alone(tmp_path):
     """Not at what else Unicode takes for an end of line, which JSON may hold as it is; names with dots are names."""
     line = json.dumps(dict(prompt="x", lyrics="one\u2028two\x85", name="No. 5"), ensure_ascii=False)
@@ -215,8 +227,8 @@ def test_bad_options(tiny, tmp_path, capsys):
     (tmp_path / "requests.jsonl").write_bytes(b"\xff\xfe")
     assert run(tiny, tmp_path) == 2
     errors = capsys.readouterr().err.splitlines()
-    expected = ("--batch-size: expected", "--out-dir: give", "give one of them", "give a PROMPT")
-    expected += ("--out: is for one song", "no request", "UTF-8")
+    expected = ("--batch-size: expected", "--out-dir: missing", "PROMPT, --batch: expected one", "PROMPT: missing")
+    expected += ("--out: for one song only", "no request", "UTF-8")
     for line, message in zip(errors, expected, strict=True):
         assert message in line
 
@@ -247,35 +259,38 @@ def test_tasks_on_the_command_line(tiny, tmp_path, source, capsys, monkeypatch):
     class Seen(Exception):
         pass
 
-    def call(self, prompt, **arguments):
-        seen.append(arguments)
+    def prepared(request, configs, tokenizer):
+        seen.append(request)
         raise Seen
 
-    monkeypatch.setattr(AceStepPipeline, "__call__", call)
-    pipe = AceStepPipeline.from_checkpoint(tiny[1])
-    monkeypatch.setattr(AceStepPipeline, "from_checkpoint", lambda *_, **__: pipe)
+    monkeypatch.setattr(generate, "prepare", prepared)
 
     def arguments(*options):
         with pytest.raises(Seen):
             cli.main(["generate", "x", "--checkpoint", str(tiny[1]), "--out", str(tmp_path / "x.wav"), *options])
-        return {name: value for name, value in seen[-1].items() if name not in ("lyrics", "vocal_language")}
+        return {
+            name: value
+            for name, (field, _) in about(Request).items()
+            if (value := getattr(seen[-1], name)) != field.default and name != "prompt"
+        }
 
-    plain = dict(task_type="text2music", audio_cover_strength=1.0)
-    assert arguments() == plain
+    assert arguments() == {}
     found = arguments(*"--task repaint --source a.wav --start -1 --end 2 --start 5 --end 6".split())
-    assert found == plain | dict(
-        task_type="repaint", src_audio="a.wav", repainting_start=[-1.0, 5.0], repainting_end=[2.0, 6.0]
+    assert found == dict(
+        task_type="repaint", src_audio="a.wav", repainting_start=(-1.0, 5.0), repainting_end=(2.0, 6.0)
     )
     found = arguments(*"--task complete --source a.wav --track drums --track bass --reference b.mp3".split())
-    assert found == plain | dict(
-        task_type="complete", src_audio="a.wav", complete_track_classes=["drums", "bass"], reference_audio="b.mp3"
-    )
+    assert found == dict(task_type="complete", src_audio="a.wav", track_name=("drums", "bass"), reference_audio="b.mp3")
     assert arguments("--task", "lego", "--source", "a.wav", "--track", "fx")["track_name"] == "fx"
-    found = arguments(*"--task cover --codes <|audio_code_1|> --cover-strength 0.5 --cover-noise 0.2".split())
-    assert found == dict(
-        task_type="cover", audio_codes="<|audio_code_1|>", audio_cover_strength=0.5, cover_noise_strength=0.2
+    found = arguments(*"--task cover --codes <|audio_code_1|> --cover-strength 0.5".split())
+    assert found == dict(task_type="cover", audio_codes="<|audio_code_1|>", audio_cover_strength=0.5)
+    words = "--solver heun --guidance-rule adg --noise torch:A100 --cover-noise 0.2 --timestep 0.9 --timestep 0.4"
+    parsed = cli.parser().parse_args(["generate", "x", *words.split(), "--attend-to-padding"]).generate
+    assert read_fields(parsed, Sampling) == dict(
+        solver="heun",
+        guidance="adg",
+        noise="torch:A100",
+        cover_noise_strength=0.2,
+        timesteps=[0.9, 0.4],
+        attend_to_padding=True,
     )
-    found = arguments(*"--solver heun --guidance-rule adg --noise torch:A100".split())
-    assert found == plain | dict(solver="heun", guidance="adg", noise="torch:A100")
-    assert cli.main(["generate", "x", "--checkpoint", str(tiny[1]), "--track", "a", "--track", "b"]) == 2
-    assert "--track: the task text2music takes one" in capsys.readouterr().err

@@ -1,12 +1,15 @@
-"""The folder of training data: what is written is read again, whole or not at all, and damage is told."""
+"""The folder of training data: round trips, atomic writes, errors for damaged files."""
 
 import dataclasses
+import json
 import resource
 import shutil
 
 import ml_dtypes
 import numpy as np
 import pytest
+
+from acestep_jax import InputError
 from acestep_jax.train.data_folder import (
     Index,
     Song,
@@ -20,8 +23,6 @@ from acestep_jax.train.data_folder import (
     write_index,
     write_shard,
 )
-
-from acestep_jax import InputError
 from tests.parity import normal
 
 RECORD = dict(
@@ -77,6 +78,7 @@ def data(tmp_path):
     return folder
 
 
+@pytest.mark.unit
 def test_what_is_written_is_read(data):
     assert read_index(data) == INDEX
     assert sorted(path.name for path in data.iterdir()) == ["index.json", SHARD]
@@ -96,6 +98,7 @@ def test_a_record_is_a_safetensors_file():
     assert str(theirs[text_key("cover", 1)].dtype) == "torch.bfloat16"
 
 
+@pytest.mark.unit
 def test_crop_durations():
     assert crop_durations(200.7, (60.0, 30.5)) == [30, 60]
     assert crop_durations(45.9, (60.0, 30.0, 120.0)) == [30, 45]
@@ -114,18 +117,19 @@ def remove(name):
 
 
 INDEXES = {
-    "none": (remove("index.json"), "data: no index.json here, so this is no folder of training data"),
+    "none": (remove("index.json"), "data: no index.json here, so this is not a folder of training data"),
     "no folder": (shutil.rmtree, "data: no such folder"),
     "garbage": (write("index.json", "{"), "index.json: damaged"),
     "a list": (write("index.json", "[]"), "index.json: damaged"),
     "other schema": (replace(schema_version=99), "schema_version 99, but this version .* reads 1; update"),
     "no songs": (write("index.json", '{"schema_version": 1}'), "index.json: damaged .*songs"),
     "other keys": (write("index.json", '{"schema_version": 1, "songs": [{"a": 1}]}'), "index.json: damaged"),
-    "not complete": (replace(complete=False), "data: preprocessing was stopped before its end; .* goes on from there"),
+    "not complete": (replace(complete=False), "data: preprocessing was stopped before its end; .* resumes it"),
     "no shard": (remove(SHARD), f"{SHARD}: missing; remove .*index.json"),
 }
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("case", INDEXES)
 def test_damaged_index(data, case):
     damage, message = INDEXES[case]
@@ -134,6 +138,7 @@ def test_damaged_index(data, case):
         read_index(data)
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("content", [b"", b"garbage" * 9999, None])
 def test_damaged_shard(data, content):
     shard = data / SHARD
@@ -142,17 +147,19 @@ def test_damaged_shard(data, content):
         list(read_records(shard, [0, 1]))
 
 
-def test_record_that_is_not_there(data):
+@pytest.mark.unit
+def test_missing_record(data):
     with pytest.raises(InputError, match=f"{SHARD}: damaged"):
         list(read_records(data / SHARD, [2]))
 
 
+@pytest.mark.unit
 def test_full_disk(data):
     """Really so: no file may grow beyond 500 bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
-        with pytest.raises(InputError, match="index.json: the disk is full; make room and run the same command again"):
+        with pytest.raises(InputError, match="index.json: the disk is full; free some space and run the same command"):
             write_index(data, dataclasses.replace(INDEX, songs=(song(0),)))
         with pytest.raises(InputError, match="songs-00001.array_record: the disk is full"):
             write_shard(data / "songs-00001.array_record", [encode_record(RECORD)])
@@ -162,15 +169,14 @@ def test_full_disk(data):
 
 
 def test_fingerprint(tiny, tiny_base, tmp_path):
-    """It is of what the data depend on, and of nothing else."""
+    """It depends on what the data depend on, and only on that."""
     first = fingerprint(tiny[1])
     assert first == fingerprint(tiny[1]) and len(first) == 64
     assert fingerprint(tiny_base[1]) == first, "the variants have the same autoencoder and text encoder"
     copy = tmp_path / "copy"
     shutil.copytree(tiny[1], copy)
     config = (copy / "config.json").read_text()
-    assert '"remat": "none"' in config
-    (copy / "config.json").write_text(config.replace('"remat": "none"', '"remat": "full"'))
+    (copy / "config.json").write_text(json.dumps(json.loads(config) | {"dtypes": {"vae": "bfloat16"}}))
     assert fingerprint(copy) == first
     (copy / "config.json").write_text(config.replace('"sampling_rate": 48000', '"sampling_rate": 44100'))
     assert fingerprint(copy) != first

@@ -1,10 +1,11 @@
-"""`python -m train fit` from end to end: what a run leaves, how it goes on, what becomes of its result, bad input."""
+"""`acestep-jax train fit` from end to end: what a run writes, how it resumes, its result, bad input."""
 
 import dataclasses
 import json
 import logging
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -13,27 +14,32 @@ import sys
 import time
 
 import jax
+import jsonargparse
 import numpy as np
 import pytest
 import soundfile
 import torch
-from acestep_jax.convert.to_torch import to_torch
-from acestep_jax.train import config as train_config
-from acestep_jax.train.__main__ import main
-from acestep_jax.train.checkpoints import Checkpoints
-from acestep_jax.train.loop import DivergedError, Trainer, fit
 from diffusers import AceStepTransformer1DModel as TorchTransformer
 from safetensors.numpy import load_file
 
 from acestep_jax import AceStepPipeline, InputError
+from acestep_jax.cli import train as cli
+from acestep_jax.convert.to_torch import to_torch
 from acestep_jax.io import checkpoint
 from acestep_jax.io.adapter import load_adapter
+from acestep_jax.models.registry import FAMILY
+from acestep_jax.train import config_file
+from acestep_jax.train.checkpoints import Checkpoints
+from acestep_jax.train.config import TrainConfig
+from acestep_jax.train.finetune import FineTuning as Trainer
+from acestep_jax.train.finetune import fit
+from acestep_jax.train.run import DivergedError
 from tests.folders import tensors
 from tests.parity import as_torch, assert_close, normal, relative_error
-from tests.test_multihost import free_port
-from tests.training import settings, write_songs
+from tests.test_distributed_processes import free_port
+from tests.training import error_of, run_command, settings, write_songs
 
-# Nothing that is not looked at: three networks and a program less to compile.
+# Without what is not tested: three networks and a program less to compile.
 SMALL = dict(examples__validation_fraction=0.0, examples__cover=0.0)
 ENDLESS = dict(lora__dropout=0.1, optimizer__ema_decay=0.9)
 
@@ -62,7 +68,7 @@ def rows(folder, *names):
     return {name: [(row["step"], row[name]) for row in found if name in row] for name in names}
 
 
-def test_what_a_run_leaves(finished, tiny, data):
+def test_what_a_run_writes(finished, tiny, data):
     folder, result = finished
     assert result == folder / "adapter"
     names = {path.name for path in folder.iterdir() if path.name != ".lock"}
@@ -70,7 +76,7 @@ def test_what_a_run_leaves(finished, tiny, data):
         *("config.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "loss.png", "samples"),
         *("adapter", "adapter-ema"),
     }
-    assert train_config.read(folder / "config.yaml").lora.rank == 4
+    assert config_file.read(folder / "config.yaml").lora.rank == 4
     found = rows(folder, "loss", "gradient_norm", "learning_rate", "audio_seconds_per_second", "memory_gb")
     for name, values in found.items():
         assert [step for step, _ in values] == list(range(1, 7)), name
@@ -102,7 +108,7 @@ def test_the_latest_checkpoints_and_the_best_stay(finished, tmp_path):
 def test_the_adapter_changes_the_song_and_the_average_is_another(finished, tiny):
     folder, result = finished
     adapter, average = load_adapter(result), load_adapter(folder / "adapter-ema")
-    assert adapter.config == train_config.read(folder / "config.yaml").lora
+    assert adapter.config == config_file.read(folder / "config.yaml").lora
     assert all(np.abs(adapter.leaves[k]).max() > 0 for k in adapter.leaves)
     assert all(not np.array_equal(adapter.leaves[k], average.leaves[k]) for k in adapter.leaves)
     pipe = AceStepPipeline.from_checkpoint(tiny[1])
@@ -119,7 +125,7 @@ def test_the_adapter_changes_the_song_and_the_average_is_another(finished, tiny)
 def test_export_of_a_step(finished, tmp_path, capsys):
     """The best by default, here the last; another step; averages; and what is not there."""
     folder, result = finished
-    run = lambda *options: main(["export", str(folder), *map(str, options)])  # noqa: E731
+    run = lambda *options: run_command("export", folder, *options)  # noqa: E731
     assert run(tmp_path / "best") == run(tmp_path / "6", "--step", 6) == run(tmp_path / "4", "--step", 4) == 0
     with Checkpoints(folder / "checkpoints", 2, writes=False) as saved:
         assert f"{tmp_path}/best: step {saved.best}\n" in capsys.readouterr().out
@@ -138,17 +144,15 @@ def test_export_of_a_step(finished, tmp_path, capsys):
     text = (folder / "config.yaml").read_text()
     assert "ema_decay: 0.9" in text
     (tmp_path / "plain" / "config.yaml").write_text(text.replace("ema_decay: 0.9", "ema_decay: 0"))
-    assert main(["export", str(tmp_path / "plain"), str(tmp_path / "none"), "--ema"]) == 2
-    assert "has no averages" in capsys.readouterr().err
-    assert main(["export", str(tmp_path), str(tmp_path / "none")]) == 2
-    assert "config.yaml" in capsys.readouterr().err
+    assert "has no moving averages" in error_of(capsys, "export", tmp_path / "plain", tmp_path / "none", "--ema")
+    assert "config.yaml" in error_of(capsys, "export", tmp_path, tmp_path / "none")
 
 
 class Stopped(Exception):
     pass
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(finished, tiny, data, tmp_path, monkeypatch, caplog):
+def test_a_stopped_run_resumes_bit_for_bit(finished, tiny, data, tmp_path, monkeypatch, caplog):
     """Stopped in step 5, after the checkpoint of step 4; then finished with other numbers of workers and reports."""
     out = tmp_path / "run"
     steps = Trainer.step
@@ -163,10 +167,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tiny, data, tmp_path, monke
         fit(settings(data, tiny[1], out, **ENDLESS))
     assert not (out / "adapter").exists()
     monkeypatch.setattr(Trainer, "step", steps)
-    caplog.set_level(logging.INFO, "train")
+    caplog.set_level(logging.INFO, "acestep_jax.train")
     with jax.log_compiles():
         fit(settings(data, tiny[1], out, **ENDLESS, examples__workers=0, keep=1))
-    assert "going on from step 4" in caplog.text
+    assert "resuming from step 4" in caplog.text
     compiled = [m for m in caplog.messages if m.startswith("Finished XLA compilation of jit(step)")]
     assert len(compiled) == 1
     for name in ("adapter", "adapter-ema"):
@@ -179,9 +183,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tiny, data, tmp_path, monke
 
 def command(data, native, out, *options):
     run = [sys.executable, "-m", "train", "fit", "--data", str(data), "--checkpoint", str(native), "--out", str(out)]
-    lora = ["--lora.rank", "4", "--lora.alpha", "8", "--lora.dropout", "0.1", "--optimizer.learning_rate", "0.01"]
-    examples = ["--examples.batch_size", "2", "--examples.crop_seconds", "[8]", "--optimizer.accumulation", "2"]
-    examples += ["--examples.validation_fraction", "0.2", "--optimizer.ema_decay", "0.9", "--report.log_every", "1"]
+    lora = ["--lora.rank", "4", "--lora.alpha", "8", "--lora.dropout", "0.1", "--optimizer.learning-rate", "0.01"]
+    examples = ["--examples.batch-size", "2", "--examples.crop-seconds", "[8]", "--optimizer.accumulation", "2"]
+    examples += ["--examples.validation-fraction", "0.2", "--optimizer.ema-decay", "0.9", "--report.log_every", "1"]
     examples += ["--examples.cover", "0"]  # two networks less to compile
     return [*run, *lora, *examples, "--optimizer.warmup_steps", "1", *options]
 
@@ -304,7 +308,9 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(tiny, data, tmp
 
     before_step(monkeypatch, change)
     config = settings(data, tiny[1], tmp_path / "run", max_bad_steps=2, **SMALL, keep=5, steps=9)
-    with pytest.raises(DivergedError, match=r"run: the loss is not a number since step 5, 2 steps in a row\. .*rate"):
+    with pytest.raises(
+        DivergedError, match=r"run: the loss or its gradient is non-finite since step 5, 2 consecutive steps\. .*rate"
+    ):
         fit(config)
     trainer = Trainer(config, None)
     with Checkpoints(tmp_path / "run" / "checkpoints", 5) as saved:
@@ -322,11 +328,11 @@ def test_a_checkpoint_of_other_settings_names_the_leaf(finished, tiny, data, tmp
     fewer = settings(data, tiny[1], tmp_path / "run", **ENDLESS, steps=5)
     with pytest.raises(InputError, match=r"run: has made 6 steps already, more than steps \(5\)"):
         fit(fewer)
-    train_config.write(tmp_path / "run" / "config.yaml", other)
+    config_file.write(tmp_path / "run" / "config.yaml", other)
     with pytest.raises(InputError, match=r"6: ema\.layers\.\S+lora_a is float32\[.*\], expected float32\[.*8\]; "):
         fit(dataclasses.replace(other, steps=9))
     gone = settings(data, tiny[1], tmp_path / "run", **ENDLESS, lora__targets=("to_q",), steps=9)
-    train_config.write(tmp_path / "run" / "config.yaml", gone)
+    config_file.write(tmp_path / "run" / "config.yaml", gone)
     with pytest.raises(InputError, match=r"ema\.layers\.\S+ is not part of this run"):
         fit(gone)
 
@@ -355,42 +361,45 @@ def test_a_full_disk(tiny, data, tmp_path, monkeypatch):
 BAD = {
     "rank": (["--lora.rank", "0"], "lora.rank: expected a positive integer, found 0"),
     "targets": (["--lora.targets", '["to_z"]'], "lora.targets: 'to_z' matches no linear layer; there are"),
-    "unknown": (["--rank", "4"], "unrecognized arguments: --rank 4; did you mean --lora.rank?"),
-    "kind": (["--steps", "many"], "steps: expected a whole number, found many"),
-    "list": (["--lora.targets", "to_q"], 'lora.targets: expected a list such as \'["one", "two"]\', found to_q'),
+    "unknown": (["--rank", "4"], "--rank: unknown option; did you mean --lora.rank?"),
+    "spelling": (["--optimiser.learning-rte", "1"], "unknown option; did you mean --optimizer.learning-rate?"),
+    "argument": (["4"], "unexpected argument 4; `acestep-jax train fit --help` lists all options"),
+    "value": (["--steps"], "--steps: expected one argument"),
+    "kind": (["--steps", "many"], "--steps: expected a whole number, found many"),
+    "list": (["--lora.targets", "to_q"], '--lora.targets: expected a list such as \'["one", "two"]\', found to_q'),
     "choice": (["--dtype", "fp8"], "dtype: expected one of float32, bfloat16, found fp8"),
     "sample": (
         ["--report.sample_prompts", "[a]", "--report.sample_seconds", "5"],
-        "sample_seconds: expected 10 to 600",
+        "--report.sample-seconds: expected 10 to 600",
     ),
     "steps": (["--steps", "0"], "steps: expected a number of at least 1, found 0"),
     "warmup": (
         ["--optimizer.warmup_steps", "9", "--steps", "9"],
-        "warmup_steps: expected less than steps (9), found 9",
+        "--optimizer.warmup-steps: expected less than steps (9), found 9",
     ),
-    "rate": (["--optimizer.learning_rate", "0"], "learning_rate: expected a number above 0"),
+    "rate": (["--optimizer.learning-rate", "0"], "--optimizer.learning-rate: expected a number above 0"),
     "mixture": (["--examples.text2music", "0", "--examples.repaint", "0", "--examples.cover", "0"], "above 0, found 0"),
-    "crops": (["--examples.crop_seconds", "[9]"], "crop_seconds: .* was prepared for [8.0, 10.0], found [9.0]"),
+    "crops": (
+        ["--examples.crop_seconds", "[9]"],
+        "--examples.crop-seconds: .* was prepared for [8.0, 10.0], found [9.0]",
+    ),
     "mesh": (
         ["--mesh", "fsdp=8", "--examples.batch_size", "4"],
-        "batch_size: 4 does not divide by the mesh's data and",
+        "--examples.batch-size: 4 does not divide by the mesh's data and",
     ),
     "axis": (["--mesh", "model=8"], "--mesh: expected AXIS=N"),
-    "held out": (["--examples.validation_fraction", "0.9"], "validation_fraction: 0.9 holds out all of 5 song(s)"),
+    "held out": (
+        ["--examples.validation_fraction", "0.9"],
+        "--examples.validation-fraction: 0.9 holds out all of 5 song(s)",
+    ),
 }
-
-
-def fails(capsys, arguments):
-    assert main(["fit", *map(str, arguments)]) == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_settings(tiny, data, tmp_path, capsys, case):
     options, message = BAD[case]
     paths = ["--data", data, "--checkpoint", tiny[1], "--out", tmp_path / "run"]
-    error = fails(capsys, [*paths, *options])
-    assert error.startswith("train: ")
+    error = error_of(capsys, "fit", *paths, *options)
     for part in message.split(".* "):
         assert part in error
     assert not (tmp_path / "run").exists()
@@ -401,7 +410,7 @@ def test_bad_places(tiny, tiny_base, data, tmp_path, capsys):
     arguments = dict(data=data, checkpoint=tiny[1], out=tmp_path / "run")
 
     def error(**changes):
-        return fails(capsys, [part for k, v in (arguments | changes).items() for part in (f"--{k}", v)])
+        return error_of(capsys, "fit", *(part for k, v in (arguments | changes).items() for part in (f"--{k}", v)))
 
     assert f"{tmp_path / 'none'}: no such folder; expected training data" in error(data=tmp_path / "none")
     assert f"{tmp_path / 'none'}: no such folder; expected an acestep-jax" in error(checkpoint=tmp_path / "none")
@@ -417,25 +426,58 @@ def test_bad_places(tiny, tiny_base, data, tmp_path, capsys):
     assert "was made with another autoencoder or text encoder (000000000000)" in error(data=other)
 
 
+def parse(*arguments):
+    """The settings of a command line."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    cli.add(parser.add_subcommands(required=True, dest="command"))
+    return config_file.instantiate(parser.parse_args(["train", "fit", *arguments]).train.fit, TrainConfig)
+
+
+def test_dashes_and_underscores(tiny, data, tmp_path):
+    """Options have dashes, and take underscores as before."""
+    paths = ["--data", str(data), "--checkpoint", str(tiny[1]), "--out", str(tmp_path / "run")]
+    dashed = parse(*paths, "--optimizer.max-grad-norm", "3", "--save-every=7", "--lora.use-dora", "true")
+    assert dashed == parse(*paths, "--optimizer.max_grad_norm", "3", "--save_every=7", "--lora.use_dora", "true")
+    assert (dashed.optimizer.max_grad_norm, dashed.save_every, dashed.lora.use_dora) == (3.0, 7, True)
+
+
+def test_help_has_dashes_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        run_command("fit", "--help")
+    text = capsys.readouterr().out
+    assert not re.findall(r"--[a-z0-9.-]*_", text)
+    assert "--optimizer.learning-rate" in text and "(type: int, default: 2000)" in text
+
+
+def test_missing_arguments(capsys):
+    assert error_of(capsys, "fit", "--data", "d").startswith("--checkpoint, --out: missing; ")
+    assert error_of(capsys, "export", "run").startswith("DST: missing; ")
+
+
 def test_yaml_file(tiny, data, tmp_path, capsys):
     """Sections as in `config.yaml`; the command line wins; an unknown key is an error that names it."""
     file = tmp_path / "run.yaml"
     file.write_text(f"data: {data}\ncheckpoint: {tiny[1]}\nout: {tmp_path}/run\nlora: {{rank: 3}}\nsteps: 7\n")
-    found = train_config.parse(["--config", str(file), "--steps", "5"])
+    found = parse("--config", str(file), "--steps", "5")
     assert (found.lora.rank, found.steps, found.data) == (3, 5, str(data))
-    train_config.write(tmp_path / "again.yaml", found)
-    assert train_config.read(tmp_path / "again.yaml") == found
-    for text, name in (("lora: {rnak: 3}", "rnak"), ("stpes: 3", "stpes"), ("lora: [", "")):
+    config_file.write(tmp_path / "again.yaml", found)
+    assert config_file.read(tmp_path / "again.yaml") == found
+    for text, name in (
+        ("lora: {rnak: 3}", "lora.rnak: unknown setting; did you mean lora.rank?"),
+        ("stpes: 3", "stpes: unknown setting; did you mean steps?"),
+        ("lora: [", ""),
+    ):
         file.write_text(text + "\n")
-        error = fails(capsys, ["--config", file])
+        error = error_of(capsys, "fit", "--config", file)
         assert name in error and f"settings come from {file} and the command line" in error
+        assert error.count("\n") == 1
 
 
 def test_covers_need_the_audio_tokenizer(tiny, data, tmp_path):
     native = tmp_path / "native"
     shutil.copytree(tiny[1], native)
     values = json.loads((native / "config.json").read_text())
-    for name in checkpoint.OPTIONAL_NETWORKS:
+    for name in FAMILY.optional:
         del values[name]
     (native / "config.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match="has no audio_tokenizer and audio_token_detokenizer, which covers need; set"):
@@ -443,8 +485,16 @@ def test_covers_need_the_audio_tokenizer(tiny, data, tmp_path):
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "jsonargparse", None)
-    monkeypatch.delitem(sys.modules, "acestep_jax.train.config", raising=False)
-    monkeypatch.delattr("acestep_jax.train.config", raising=False)
-    error = fails(capsys, [])
-    assert "jsonargparse is not installed; run pip install -e '.[train]'" in error
+    monkeypatch.setitem(sys.modules, "grain", None)
+    for name in ("finetune", "dataset"):
+        monkeypatch.delitem(sys.modules, f"acestep_jax.train.{name}", raising=False)
+        monkeypatch.delattr(f"acestep_jax.train.{name}", raising=False)
+    error = error_of(capsys, "fit", "--data", "d", "--checkpoint", "c", "--out", "o")
+    assert "grain is not installed; run pip install 'acestep-jax[train]'" in error
+
+
+def test_the_command_line_is_imported_without_the_packages_of_training():
+    """`acestep-jax generate` must work without them. (flax needs optax.)"""
+    missing = ("grain", "matplotlib", "tensorboardX", "array_record")
+    code = f"import sys; sys.modules |= dict.fromkeys({missing}); import acestep_jax.cli.train"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from acestep_jax.train.config import ObjectiveConfig
+
+from acestep_jax.inputs import tasks
+from acestep_jax.io import checkpoint
+from acestep_jax.train.config import TASKS, ObjectiveConfig
 from acestep_jax.train.objective import (
-    COVER,
-    REPAINT,
-    TEXT2MUSIC,
     context_latents,
     draw,
     encode_condition,
@@ -16,11 +16,10 @@ from acestep_jax.train.objective import (
     sample_times,
     velocity_losses,
 )
-
-from acestep_jax.io import checkpoint
 from tests.parity import assert_close, normal
 from tests.training import random_batch
 
+TEXT2MUSIC, REPAINT, COVER = (TASKS.index(name) for name in ("text2music", "repaint", "cover"))
 MANY = 40_000
 # Of sigmoid(-0.4 + max(n1, n2)): ACE-Step's own figures.
 QUANTILES = {0.05: 0.239, 0.25: 0.401, 0.75: 0.670, 0.95: 0.826}
@@ -45,6 +44,7 @@ def times(kind, step_size=8, count=MANY):
     return np.asarray(jax.jit(lambda n: sample_times(jax.random.key(3), n, step_size, config))(numbers))
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("kind", ["logit_normal", "stratified"])
 def test_times_have_the_quantiles_of_the_original(kind):
     t = times(kind)
@@ -54,6 +54,7 @@ def test_times_have_the_quantiles_of_the_original(kind):
         assert abs(np.quantile(t, share) - value) < 0.006
 
 
+@pytest.mark.unit
 def test_stratified_times_spread_over_a_step():
     """Each of a step's examples is in another eighth of the distribution; steps differ."""
     t = times("stratified", step_size=8, count=800).reshape(-1, 8)
@@ -65,6 +66,7 @@ def test_stratified_times_spread_over_a_step():
     assert t.mean(1).std() < times("logit_normal", count=800).reshape(-1, 8).mean(1).std() / 4
 
 
+@pytest.mark.unit
 def test_turbo_times_are_the_eight_of_the_schedule():
     found, counts = np.unique(times("turbo"), return_counts=True)
     expected = [0.3, 0.5, 0.642857, 0.75, 0.833333, 0.9, 0.954545, 1.0]
@@ -189,3 +191,9 @@ def test_context_of_each_task(configs, frozen):
     assert_close(source[2], through_the_codes(frozen, x0[2:])[0, :frames])
     np.testing.assert_array_equal(mask[2], 1)
     assert np.abs(source[2] - silence).max() > 0.1
+
+
+def test_the_indices_of_tasks_in_data_folders_stay():
+    """Stored prompts and draws depend on them; a task that training learns to draw goes to the end."""
+    assert TASKS == ("text2music", "repaint", "cover")
+    assert {name for name, task in tasks.TASKS.items() if task.trained} == set(TASKS)

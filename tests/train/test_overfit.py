@@ -1,34 +1,31 @@
-"""That training works, from the songs to the song: a small model learns one clip by heart and gives it back."""
+"""Training works from end to end: a small model overfits one clip and reproduces it."""
 
-import acestep_jax.train.__main__
 import numpy as np
 import pytest
-from acestep_jax.convert.from_torch import from_torch
-from acestep_jax.train.data_folder import read_index, read_records
-from acestep_jax.train.report import read_metrics
 
 import acestep_jax.cli
+from acestep_jax.convert.from_torch import from_torch
 from acestep_jax.io import audio
+from acestep_jax.train.data_folder import read_index, read_records
+from acestep_jax.train.report import read_metrics
 from tests import overfit
+from tests.training import run_command
 
 FIT = """
-    --method full --steps 300 --report.log_every 10 --optimizer.learning_rate 3e-3 --optimizer.accumulation 1
-    --examples.batch_size 2 --examples.text2music 1 --examples.repaint 0 --examples.cover 0
-    --examples.validation_fraction 0 --objective.condition_dropout 0
+    --method full --steps 300 --report.log-every 10 --optimizer.learning-rate 3e-3 --optimizer.accumulation 1
+    --examples.batch-size 2 --examples.text2music 1 --examples.repaint 0 --examples.cover 0
+    --examples.validation-fraction 0 --objective.condition-dropout 0
 """.split()
 
 
 @pytest.mark.slow
-def test_a_clip_is_learned_and_given_back(tmp_path, monkeypatch):
-    for module in (acestep_jax.cli, acestep_jax.train.__main__):
-        monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
+def test_a_clip_is_overfitted_and_reproduced(tmp_path):
     torch_folder, native, songs, data, run = (tmp_path / name for name in ("torch", "native", "songs", "data", "run"))
     overfit.write_checkpoint(torch_folder)
     from_torch(torch_folder, native)
     clip = overfit.write_song(songs)
-    same = ["--data", str(data), "--checkpoint", str(native)]
-    assert not acestep_jax.train.__main__.main(["preprocess", str(songs), str(data), *same[2:], "--crop-seconds", "10"])
-    assert not acestep_jax.train.__main__.main(["fit", *same, "--out", str(run), *FIT])
+    assert not run_command("preprocess", songs, data, "--checkpoint", native, "--crop-seconds", 10)
+    assert not run_command("fit", "--data", data, "--checkpoint", native, "--out", run, *FIT)
 
     losses = [row["loss"] for row in read_metrics(run)]
     assert losses[-1] <= losses[0] / 10

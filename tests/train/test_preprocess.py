@@ -1,4 +1,4 @@
-"""From songs to training data: the data are what torch and the pipeline make, and nothing is made twice."""
+"""From songs to training data: the data equal those of torch and the pipeline, and nothing is encoded twice."""
 
 import collections
 import dataclasses
@@ -15,17 +15,21 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from acestep_jax.train import __main__, data_folder, preprocess
-from acestep_jax.train.data_folder import TASKS, crop_durations, fingerprint, read_index, read_records, text_key
 from diffusers import AutoencoderOobleck
 
 from acestep_jax import InputError
-from acestep_jax.inputs.codec import bucket
+from acestep_jax.inputs.buckets import BUCKETS
+from acestep_jax.inputs.collate import pad_tokens
+from acestep_jax.inputs.prepare import prepare
 from acestep_jax.inputs.prompt import tokenize
 from acestep_jax.io import checkpoint
-from acestep_jax.models import autoencoder
-from acestep_jax.request import Model, Request, plan
+from acestep_jax.models.kernels import convolution
+from acestep_jax.request import Request
+from acestep_jax.train import data_folder, preprocess
+from acestep_jax.train.config import TASKS
+from acestep_jax.train.data_folder import crop_durations, fingerprint, read_index, read_records, text_key
 from tests.parity import assert_close, normal
+from tests.training import error_of, run_command
 
 RATE = 48000
 
@@ -35,11 +39,10 @@ load, known_fingerprint = functools.cache(preprocess._load), functools.cache(fin
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Songs of a second or two in buckets of their size; a checkpoint is read once; the user's cache is left alone."""
+    """Songs of a second or two in buckets of their size; a checkpoint is read once."""
     monkeypatch.setattr(preprocess, "_load", load)
     monkeypatch.setattr(data_folder, "fingerprint", known_fingerprint)
-    monkeypatch.setattr(preprocess, "bucket", lambda frames: -(-frames // 64) * 64)
-    monkeypatch.setattr(__main__, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(preprocess, "BUCKETS", dataclasses.replace(BUCKETS, frames=64))
 
 
 @pytest.fixture
@@ -95,8 +98,8 @@ def listing(folder):
 
 def test_posterior_is_that_of_torch(tiny, tmp_path, monkeypatch):
     """Of the whole song, at odd lengths, past one window and of one channel, in the buckets that are used."""
-    monkeypatch.setattr(preprocess, "bucket", bucket)
-    monkeypatch.setattr(autoencoder, "TILE_FRAMES", 150)
+    monkeypatch.setattr(preprocess, "BUCKETS", BUCKETS)
+    monkeypatch.setattr(convolution, "TILE_FRAMES", 150)
     folder = tmp_path / "audio"
     write_song(folder, "odd.wav", 2.34567)
     write_song(folder, "long.wav", 9.7)
@@ -129,25 +132,26 @@ def test_texts_are_those_of_the_pipeline(tiny, tmp_path):
     assert (song.caption, song.lyrics, song.language, song.repeat) == ("zxq, slow piano", lyrics, "de", 2)
     assert {name: getattr(song, name) for name in known} == known
     text_encoder, tokenizer = load(tiny[1], None, "text_encoder"), checkpoint.load_tokenizer(tiny[1])
-    texts, words, seen = {}, [], {}
+    texts, seen = {}, {}
     for task in TASKS:
         for seconds in (2, 3):
             source = None if task == "text2music" else np.ones((2, seconds * 48_000), np.float32)
             asked = Request(song.caption, lyrics, None, "de", **known, task_type=task, src_audio=source)
-            model = Model(48_000, 1920, 2, 64_000, 5)
-            made = plan(dataclasses.replace(asked, audio_duration=10.0 if source is None else None), model)
-            texts[task, seconds], words = made.text.replace("10 seconds", f"{seconds} seconds"), [made.lyrics]
+            asked = dataclasses.replace(asked, audio_duration=10.0 if source is None else None)
+            made = prepare(asked, checkpoint.read_manifest(tiny[1]).configs, tokenizer)
+            text = tokenizer.decode(made.prompt_ids.tolist(), skip_special_tokens=False)
+            text = text.removesuffix("<|endoftext|>")  # of the post-processor, which adds it again
+            texts[task, seconds] = text.replace("10 seconds", f"{seconds} seconds")
     record = record_of(folder, song)
     for (task, duration), text in texts.items():
-        tokens = tokenize(tokenizer, [text], max_length=256, multiple=64, what="prompt")
+        tokens = pad_tokens(tokenize(tokenizer, [text], max_length=256, what="prompt"), 64, 0)
         hidden = np.asarray(jax.jit(lambda network, ids: network(ids))(text_encoder, tokens.ids))
         seen[text_key(task, duration)] = hidden[0][tokens.mask[0]]
     assert record.keys() == {"mean", "std", "lyric_ids", *seen}
     for key, hidden in seen.items():
         assert_close(record[key], hidden, 1e-6)
-    tokens = tokenize(tokenizer, words, max_length=2048, multiple=256, what="lyrics")
     assert song.lyric_tokens == len(record["lyric_ids"]) and song.prompt_tokens == max(map(len, seen.values()))
-    assert record["lyric_ids"].dtype == np.int32 and np.array_equal(record["lyric_ids"], tokens.ids[0][tokens.mask[0]])
+    assert record["lyric_ids"].dtype == np.int32 and np.array_equal(record["lyric_ids"], made.lyric_ids)
     assert len({hidden.tobytes() for hidden in seen.values()}) == 6
 
 
@@ -158,7 +162,7 @@ def test_bfloat16(tiny, tmp_path):
     record = record_of(folder, index.songs[0])
     assert index.dtype == "bfloat16" and record["mean"].dtype == np.float32
     assert record[text_key("cover", 1)].dtype.name == "bfloat16"
-    with pytest.raises(InputError, match="data: its data are of dtype bfloat16, but the one given now is float32"):
+    with pytest.raises(InputError, match="data: holds data of dtype bfloat16, but dtype is now float32"):
         run(tiny, folder)
 
 
@@ -207,7 +211,7 @@ def test_only_what_changed_is_encoded(tiny, songs, work, monkeypatch, capsys):
     assert "4 songs (1 with new texts, 2 encoded, 1 as before)" in capsys.readouterr().out
 
 
-def test_new_crops_encode_the_text_alone(tiny, songs, work):
+def test_new_crops_encode_only_the_text(tiny, songs, work):
     """Songs of less than two seconds have the same prompts for either, so that nothing is done for them."""
     first = run(tiny, songs)
     work.clear()
@@ -231,7 +235,7 @@ def test_a_new_repeat_encodes_nothing(tiny, songs, work):
 
 KILLED = """
 import os, signal, sys
-from train import preprocess
+from acestep_jax.train import preprocess
 preprocess.SHARD_SONGS = 1
 posterior, count = preprocess._posterior, iter(range(99))
 def fatal(*arguments):
@@ -245,11 +249,11 @@ preprocess.preprocess(sys.argv[1], sys.argv[2], checkpoint=sys.argv[3])
 
 
 def test_killed_and_resumed(tiny, songs, work):
-    """Of four songs two were done; the result is that of a run which was left alone."""
+    """Of four songs two were done; the result is that of an undisturbed run."""
     data = songs.parent / "data"
     done = subprocess.run([sys.executable, "-c", KILLED, songs, data, tiny[1]], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    with pytest.raises(InputError, match="stopped before its end; .* goes on from there"):
+    with pytest.raises(InputError, match="stopped before its end; .* resumes it"):
         read_index(data)
     assert [song.source for song in read_index(data, unfinished=True).songs] == ["a.wav", "b.wav"]
     index = run(tiny, songs)
@@ -284,7 +288,7 @@ def test_interrupted_while_texts_change(tiny, songs, work, monkeypatch):
     assert work == dict(_hidden_states=4)
 
 
-def test_what_cannot_be_used_is_skipped(tiny, songs, work, capsys):
+def test_unusable_files_are_skipped(tiny, songs, work, capsys):
     """With the reason, in the index and at the end."""
     (songs / "bad.mp3").write_bytes(b"garbage" * 100)
     write_song(songs, "short.wav", 0.5)
@@ -300,7 +304,7 @@ def test_what_cannot_be_used_is_skipped(tiny, songs, work, capsys):
     (songs / ".hidden.wav").write_bytes(b"")
     (songs / "cover.jpg").write_bytes(b"")
     shutil.copy(songs / "a.wav", os.fsencode(songs) + b"/caf\xe9.wav")
-    assert __main__.main(["preprocess", str(songs), str(songs.parent / "data"), "--checkpoint", str(tiny[1])]) == 0
+    assert run_command("preprocess", songs, songs.parent / "data", "--checkpoint", tiny[1]) == 0
     index = read_index(songs.parent / "data")
     assert [song.source for song in index.songs] == ["04 Nameless.wav", "a.wav", "c.wav", "more/d.wav"]
     reasons = dict(index.skipped)
@@ -318,7 +322,7 @@ def test_what_cannot_be_used_is_skipped(tiny, songs, work, capsys):
     assert "4 songs (4 encoded)" in out and "skipped 7 file(s):" in out
     assert "no caption for 1 song(s), used the file name:\n  04 Nameless.wav" in out
     assert index.songs[0].caption == "Nameless"
-    assert "1 value(s) left out:" in out and "a.txt: bpm '999'" in out
+    assert "1 value(s) ignored:" in out and "a.txt: bpm '999'" in out
     assert len(record_of(songs, index.songs[2])["lyric_ids"]) == 2048
     work.clear()
     assert run(tiny, songs) == index and not work
@@ -333,7 +337,7 @@ def test_full_disk(tiny, songs, work, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(InputError, match="songs-00001.array_record: the disk is full; make room and run the same"):
+        with pytest.raises(InputError, match="songs-00001.array_record: the disk is full; free some space and run"):
             run(tiny, songs)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -349,7 +353,7 @@ def test_another_checkpoint(tiny, songs, tmp_path):
     with open(tmp_path / "other" / "tokenizer.json", "a") as file:
         file.write("\n")
     heads = fingerprint(tiny[1])[:12], fingerprint(tmp_path / "other")[:12]
-    message = f"data: its data are of checkpoint {heads[0]}, but the one given now is {heads[1]}; .* another DATA_DIR"
+    message = f"data: holds data of checkpoint {heads[0]}, but checkpoint is now {heads[1]}; .* another DATA_DIR"
     with pytest.raises(InputError, match=message):
         preprocess.preprocess(songs, tmp_path / "data", checkpoint=tmp_path / "other")
     assert listing(songs) == before
@@ -374,7 +378,7 @@ COMMANDS = {
     "data is a file": (None, ["{audio}", "{audio}/a.wav"], "a.wav: is a file"),
     "data in no folder": (None, ["{audio}", "{data}/deep"], "deep: the folder "),
     "crop": (None, ["{audio}", "{data}", "--crop-seconds", "60", "601"], "expected 1 to 600 seconds, found [60.0, 601"),
-    "no crop": (None, ["{audio}", "{data}", "--crop-seconds", "0"], "expected 1 to 600 seconds, found [0.0]"),
+    "no crop": (None, ["{audio}", "{data}", "--crop_seconds", "0"], "--crop-seconds: expected 1 to 600"),
     "dtype": (None, ["{audio}", "{data}", "--dtype", "int8"], "use one of float32, bfloat16, float16"),
     "checkpoint": (None, ["{audio}", "{data}", "--checkpoint", "{audio}"], "audio: no config.json here"),
 }
@@ -388,9 +392,7 @@ def test_errors_are_messages(tiny, songs, capsys, case):
     filled = [option.format(audio=songs, data=songs.parent / "data") for option in options]
     if "--checkpoint" not in filled:
         filled += ["--checkpoint", str(tiny[1])]
-    assert __main__.main(["preprocess", *filled]) == 2
-    error = capsys.readouterr().err
-    assert message in error.partition("train: ")[2] and "Traceback" not in error
+    assert message in error_of(capsys, "preprocess", *filled)
     assert not (songs.parent / "data").exists()
 
 
@@ -399,5 +401,5 @@ def test_interruption_is_a_message(tiny, songs, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(preprocess, "preprocess", interrupt)
-    assert __main__.main(["preprocess", str(songs), "data", "--checkpoint", str(tiny[1])]) == 130
-    assert "train: stopped; the same command goes on" in capsys.readouterr().err
+    assert run_command("preprocess", songs, "data", "--checkpoint", tiny[1]) == 130
+    assert "interrupted; the same command resumes" in capsys.readouterr().err

@@ -1,11 +1,13 @@
-"""What people keep beside their songs, in every form, and which of several forms counts."""
+"""The files beside songs, in every form, and the precedence of several forms."""
 
 import json
 
 import pytest
-from acestep_jax.train.sidecars import Sidecars, Texts, _bpm, _keyscale, _language, _time_signature
 
 from acestep_jax import InputError
+from acestep_jax.train.sidecars import Sidecars, Texts, _bpm, _keyscale, _language, _time_signature
+
+pytestmark = pytest.mark.unit
 
 LYRICS = "[Verse]\nla: la\n\n[Chorus]\nand on"
 
@@ -201,7 +203,7 @@ ERRORS = {
     "json list": ({"song.json": "[1]"}, "song.json: expected a JSON object"),
     "pairs and more": (
         {"song.txt": "caption: a\n[Verse]\nla"},
-        r"song.txt: begins .* '\[Verse\]' is none; put lyrics last",
+        r"song.txt: begins .* '\[Verse\]' is not one; put lyrics last",
     ),
     "dataset": ({"d.json": '{"samples": ['}, "d.json: not valid JSON"),
     "dataset entries": ({"d.json": {"samples": ["song.mp3"]}}, "d.json: expected JSON objects"),

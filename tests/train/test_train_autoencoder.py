@@ -7,24 +7,25 @@ import shutil
 from pathlib import Path
 
 import jax
+import jsonargparse
 import numpy as np
 import pytest
 import soundfile
 import torch
-from acestep_jax.train import autoencoder, reconstruction
-from acestep_jax.train import config as settings
-from acestep_jax.train.__main__ import main
-from acestep_jax.train.checkpoints import Checkpoints
-from acestep_jax.train.config import AdamConfig, AutoencoderTrainConfig, OobleckConfig, ReconstructionConfig
-from acestep_jax.train.crops import Songs, read_songs
-from acestep_jax.train.loop import DivergedError
 from flax import nnx
 
+from acestep_jax.cli import train as cli
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
 from acestep_jax.models.autoencoder import AutoencoderOobleck, DiagonalGaussian
 from acestep_jax.models.config import AutoencoderConfig
+from acestep_jax.train import autoencoder, config_file, reconstruction
+from acestep_jax.train.checkpoints import Checkpoints
+from acestep_jax.train.config import AdamConfig, AutoencoderTrainConfig, OobleckConfig, ReconstructionConfig
+from acestep_jax.train.crops import Songs, read_songs
+from acestep_jax.train.run import DivergedError
 from tests.parity import assert_close, normal
+from tests.training import error_of, run_command
 
 MODEL = OobleckConfig(
     latent_channels=6,
@@ -67,7 +68,7 @@ def songs(tmp_path_factory):
 def run(songs, tmp_path_factory):
     """A whole run: its settings and folder."""
     config = run_settings(songs, tmp_path_factory.mktemp("runs") / "run")
-    assert autoencoder.train(config) == Path(config.out) / "vae"
+    assert autoencoder.fit(config) == Path(config.out) / "vae"
     return config, Path(config.out)
 
 
@@ -169,10 +170,10 @@ def test_run_folder(run):
     assert {"config.yaml", "metrics.jsonl", "loss.png", "checkpoints", "vae"} <= {
         path.name for path in folder.iterdir()
     }
-    assert settings.read(folder / "config.yaml", AutoencoderTrainConfig) == config
+    assert config_file.read(folder / "config.yaml") == config
     training = [row for row in rows(folder) if "loss" in row]
     assert [row["step"] for row in training] == list(range(1, 41))
-    assert {"spectrum", "waveform", "kl", "grad_norm", "learning_rate"} <= training[0].keys()
+    assert {"spectrum", "waveform", "kl", "gradient_norm", "learning_rate"} <= training[0].keys()
     validation = [row for row in rows(folder) if "validation_loss" in row]
     assert [row["step"] for row in validation] == [10, 20, 30, 40] and "validation_si_sdr" in validation[0]
 
@@ -198,35 +199,34 @@ def test_result_reconstructs_as_the_run_did(run, songs):
     assert_close(same_sound, sound)
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(run, songs, tmp_path):
+def test_a_stopped_run_resumes_bit_for_bit(run, songs, tmp_path):
     """As if it had been killed after its third checkpoint; its folder may have moved."""
     config, folder = run
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
     shutil.rmtree(moved / "checkpoints" / "40")
     shutil.rmtree(moved / "vae")
-    autoencoder.train(run_settings(songs, moved))
+    autoencoder.fit(run_settings(songs, moved))
     before, after = arrays(folder / "vae"), arrays(moved / "vae")
     assert all(np.array_equal(before[name], after[name]) for name in before)
-    timed = "audio_seconds_per_second"
-    drop = lambda found: [{k: v for k, v in row.items() if k != timed} for row in found]  # noqa: E731
+    measured = ("audio_seconds_per_second", "memory_gb")
+    drop = lambda found: [{k: v for k, v in row.items() if k not in measured} for row in found]  # noqa: E731
     assert drop(rows(folder)) == drop(rows(moved))
 
 
 def test_export(run, tmp_path, capsys):
     """Of a step that is kept, by the command that exports fine-tunings too."""
     _, folder = run
-    assert main(["export", str(folder), str(tmp_path / "last"), "--step", "40"]) == 0
+    assert run_command("export", folder, tmp_path / "last", "--step", "40") == 0
     before, after = arrays(folder / "vae"), arrays(tmp_path / "last")
     assert all(np.array_equal(before[name], after[name]) for name in before)
-    assert main(["export", str(folder), str(tmp_path / "one"), "--step", "1"]) == 2
-    assert "no checkpoint of step 1" in capsys.readouterr().err
+    assert "no checkpoint of step 1" in error_of(capsys, "export", folder, tmp_path / "one", "--step", "1")
     # Without averages, the weights themselves.
     shutil.copytree(folder, tmp_path / "plain")
     text = (folder / "config.yaml").read_text()
     assert "ema_decay: 0.5" in text
     (tmp_path / "plain" / "config.yaml").write_text(text.replace("ema_decay: 0.5", "ema_decay: 0"))
-    assert main(["export", str(tmp_path / "plain"), str(tmp_path / "weights"), "--step", "40"]) == 0
+    assert run_command("export", tmp_path / "plain", tmp_path / "weights", "--step", "40") == 0
     plain = arrays(tmp_path / "weights")
     assert plain.keys() == before.keys() and not all(np.array_equal(plain[name], before[name]) for name in before)
 
@@ -247,12 +247,12 @@ def test_a_network_alone_is_no_model(run):
         (dict(model=OobleckConfig(downsampling_ratios=(3, 4), channel_multiples=(1, 2))), "expected even numbers"),
     ],
 )
-def test_settings_that_cannot_be_used(changes, message):
+def test_unusable_settings(changes, message):
     with pytest.raises(InputError, match=message):
         run_settings("songs", "run", **changes)
 
 
-def test_audio_that_cannot_be_used(songs, tmp_path):
+def test_unusable_audio(songs, tmp_path):
     empty, short = tmp_path / "empty", tmp_path / "short"
     empty.mkdir()
     short.mkdir()
@@ -265,14 +265,14 @@ def test_audio_that_cannot_be_used(songs, tmp_path):
         (songs, dict(validation_fraction=0.9), "holds out all of 3"),
     ):
         with pytest.raises(InputError, match=message):
-            autoencoder.train(run_settings(data, tmp_path / "run", **changes))
+            autoencoder.fit(run_settings(data, tmp_path / "run", **changes))
         assert not (tmp_path / "run").exists()
 
 
-def test_a_run_of_other_settings_or_songs_does_not_go_on(run, songs, tmp_path):
+def test_a_run_of_other_settings_or_songs_is_not_resumed(run, songs, tmp_path):
     _, folder = run
     with pytest.raises(InputError, match=r"other settings \(model.latent_channels was 6, now 8"):
-        autoencoder.train(run_settings(songs, folder, model=dataclasses.replace(MODEL, latent_channels=8)))
+        autoencoder.fit(run_settings(songs, folder, model=dataclasses.replace(MODEL, latent_channels=8)))
     fewer = tmp_path / "fewer"
     shutil.copytree(songs, fewer)
     (fewer / "0.wav").unlink()
@@ -280,31 +280,33 @@ def test_a_run_of_other_settings_or_songs_does_not_go_on(run, songs, tmp_path):
     text = (folder / "config.yaml").read_text().replace(str(songs), str(fewer))
     (tmp_path / "run" / "config.yaml").write_text(text)
     with pytest.raises(InputError, match="the data of this run changed"):
-        autoencoder.train(run_settings(fewer, tmp_path / "run"))
+        autoencoder.fit(run_settings(fewer, tmp_path / "run"))
 
 
-def test_a_loss_that_is_no_number_stops_the_run(songs, tmp_path, monkeypatch):
+def test_a_non_finite_loss_stops_the_run(songs, tmp_path, monkeypatch):
     draw = Songs.draw
     monkeypatch.setattr(
         Songs, "draw", lambda *args: draw(*args) if len(args) < 4 else np.full_like(draw(*args), np.nan)
     )
-    with pytest.raises(DivergedError, match="not a number since step 1, 5 steps in a row"):
-        autoencoder.train(run_settings(songs, tmp_path / "run"))
+    with pytest.raises(DivergedError, match="non-finite since step 1, 5 consecutive steps"):
+        autoencoder.fit(run_settings(songs, tmp_path / "run"))
 
 
 def test_command_line(songs, tmp_path, capsys):
-    """Its settings are those of a YAML file too; what cannot be used is told in one line."""
+    """Its settings are those of a YAML file too; bad ones give an error of one line."""
     file = tmp_path / "small.yaml"
     file.write_text("model: {channel_multiples: [1, 2, 3, 4, 5]}\nloss: {kl: 0.1}\n")
     arguments = ["--data", "songs", "--out", "run", "--config", str(file), "--model.decoder_channels", "8"]
-    found = settings.parse(arguments, AutoencoderTrainConfig)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    cli.add(parser.add_subcommands(required=True, dest="command"))
+    values = parser.parse_args(["train", "autoencoder", *arguments]).train.autoencoder
+    found = config_file.instantiate(values, AutoencoderTrainConfig)
     assert found.model.channel_multiples == (1, 2, 3, 4, 5) and found.model.decoder_channels == 8
     assert found.loss.kl == 0.1 and found.model.network.encoder_hidden_size == 128
-    assert main(["autoencoder", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "run")]) == 2
-    assert "none: no such folder" in capsys.readouterr().err
-    assert main(["autoencoder", "--data", "a", "--out", "b", "--steps", "many"]) == 2
-    message = capsys.readouterr().err
-    assert "steps: expected a whole number, found many" in message and "train autoencoder --help" in message
+    missing = error_of(capsys, "autoencoder", "--data", tmp_path / "none", "--out", tmp_path / "run")
+    assert "none: no such folder" in missing
+    message = error_of(capsys, "autoencoder", "--data", "a", "--out", "b", "--steps", "many")
+    assert "--steps: expected a whole number, found many" in message and "train autoencoder --help" in message
 
 
 def test_the_encoder_can_be_narrower_than_its_output():

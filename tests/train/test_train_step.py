@@ -9,19 +9,19 @@ import numpy as np
 import optax
 import pytest
 import torch
-from acestep_jax.convert.from_torch import from_module
-from acestep_jax.train import step as steps
-from acestep_jax.train.objective import context_latents, draw, encode_condition, freeze
 from diffusers import AceStepTransformer1DModel as TorchTransformer
 from flax import nnx
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 
 from acestep_jax import make_mesh
+from acestep_jax.convert.from_torch import from_module
 from acestep_jax.io import checkpoint
 from acestep_jax.models.config import LoRAConfig
 from acestep_jax.models.lora import add_lora
 from acestep_jax.models.transformer import AceStepTransformer1DModel
+from acestep_jax.train import step as steps
+from acestep_jax.train.objective import context_latents, draw, encode_condition, freeze
 from tests.parity import as_torch, assert_close, relative_error
 from tests.training import random_batch, settings
 

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 
 from acestep_jax.diffusion.noise import COMMON_THREADS, GPU_THREADS, cuda_normal, gpu_threads, philox4x32
 from acestep_jax.errors import InputError
+
+pytestmark = pytest.mark.unit
 
 # torch.manual_seed(0); torch.randn(12, device="cuda")
 SEED_0 = [-0.92466259, -0.42534414, -2.64384580, 0.14518388, -0.12086648, -0.57972562]
@@ -75,8 +76,10 @@ def test_names_of_gpus():
         cuda_normal(0, COMMON_THREADS + 1)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a torch for it")
 def test_matches_the_gpu():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU and a torch for it")
     properties = torch.cuda.get_device_properties(0)
     threads = properties.multi_processor_count * properties.max_threads_per_multi_processor
     for seed, count in ((0, 1000), (42, 96_000), (2**32 - 1, 3 * threads + 5)):

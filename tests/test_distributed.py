@@ -31,12 +31,14 @@ CASES = [
 ]
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("names, shape, axes, expected", CASES)
 def test_partition_spec(names, shape, axes, expected):
     """What does not divide is split as far as it does, or replicated."""
     assert partition_spec(names, shape, make_mesh(**axes)) == expected
 
 
+@pytest.mark.unit
 def test_what_does_not_divide_is_told_once(caplog):
     mesh = make_mesh(data=8)
     for _ in range(2):
@@ -44,11 +46,13 @@ def test_what_does_not_divide_is_told_once(caplog):
     assert caplog.messages == ["batch axis of 13 does not divide by the mesh's data: replicated"]
 
 
+@pytest.mark.unit
 def test_mesh_must_fit_the_devices():
     with pytest.raises(InputError, match="data=2, fsdp=1, tensor=2, sequence=1 needs 4 devices, but 8 are present"):
         make_mesh(data=2, tensor=2)
 
 
+@pytest.mark.unit
 def test_shard_without_a_mesh_does_nothing():
     x = jnp.ones((4, 4))
     assert shard(x, "batch", None) is x
@@ -140,7 +144,7 @@ UNEVEN = {
         dict(data=2, fsdp=2, sequence=2),
         dict(batch=2),
         4,
-        "batch axis of 2 does not divide by the mesh's data, fsdp: split over data alone",
+        "batch axis of 2 does not divide by the mesh's data, fsdp: split over data only",
     ),
 }
 
@@ -182,11 +186,13 @@ def collectives(window, **axes):
     return re.findall(rf" = \(?f32\[([\d,]+)\].*? ({kinds})(?:-start)?\(", text)
 
 
+@pytest.mark.unit
 def test_a_window_needs_only_its_halo():
     """Four keys and four values to either side."""
     assert collectives(4, sequence=8) == [("8,4,2,8", "collective-permute")] * 4
 
 
+@pytest.mark.unit
 def test_full_attention_gathers_keys_and_no_queries():
     assert collectives(None, sequence=8) == [("8,64,2,8", "all-gather")] * 2
 

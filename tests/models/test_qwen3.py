@@ -1,6 +1,5 @@
 """The text encoder against transformers' Qwen3, and its config against transformers' own."""
 
-import dataclasses
 import json
 
 import jax
@@ -12,8 +11,8 @@ from transformers import Qwen3Model as TorchQwen3
 
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
-from acestep_jax.models.config import TextEncoderConfig
-from acestep_jax.models.kernels.attention import QUERY_BLOCK
+from acestep_jax.models.config import Runtime, TextEncoderConfig
+from acestep_jax.models.kernels.blockwise import QUERY_BLOCK
 from tests.parity import assert_close, make_pair, relative_error, run_torch
 
 SMALL = dict(
@@ -96,9 +95,9 @@ def test_embedding_is_the_table_of_torch():
     np.testing.assert_array_equal(jax.jit(lambda network, ids: network.embed_tokens(ids))(ours, ids), expected)
 
 
-def test_compute_dtype_is_the_configs():
+def test_compute_dtype_is_the_runtimes():
     config = TextEncoderConfig.from_hf(written(Qwen3Config(**SMALL)))
-    model = checkpoint.abstract("text_encoder", dataclasses.replace(config, dtype="bfloat16"))
+    model = checkpoint.abstract("text_encoder", config, Runtime(dtype="bfloat16"))
     assert jax.eval_shape(run, model, tokens(3)).dtype == jnp.bfloat16
     assert all(leaf.dtype == jnp.float32 for leaf in checkpoint.leaves(model).values())
 

@@ -1,17 +1,20 @@
 """Lengths padded to buckets: the same song as without padding, and few programs."""
 
+import dataclasses
 import math
 
 import jax
 import numpy as np
 import pytest
 
-from acestep_jax import AceStepPipeline, Request, pipeline
-from acestep_jax.inputs import programs
-from acestep_jax.inputs.codec import bucket
+from acestep_jax import AceStepPipeline
+from acestep_jax.diffusion import denoise, noise
+from acestep_jax.inputs import collate, programs
+from acestep_jax.inputs.buckets import BUCKETS
+from tests.noise import drawn
 from tests.parity import assert_close, relative_error
 
-PROGRAMS = ("noise", "encode", "denoise", "decode")
+PROGRAMS = dict(noise=noise.normal, encode=programs.encode, denoise=denoise.denoise, decode=programs.decode)
 SHORT = dict(lyrics="[verse]\nla la la", num_inference_steps=2)
 
 
@@ -20,12 +23,13 @@ def pipe(tiny):
     return AceStepPipeline.from_checkpoint(tiny[1])
 
 
+@pytest.mark.unit
 def test_sizes_of_buckets():
     """Of all durations from 10 to 600 s."""
     frames = np.arange(250, 15001)
-    sizes = np.array([bucket(int(n)) for n in frames])
+    sizes = np.array([BUCKETS.frames_of(int(n)) for n in frames])
     assert (sizes >= frames).all() and (np.diff(sizes) >= 0).all() and (sizes % 256 == 0).all()
-    assert all(bucket(size) == size for size in set(sizes.tolist()))
+    assert all(BUCKETS.frames_of(size) == size for size in set(sizes.tolist()))
     assert (sizes - frames < 256)[frames <= 4096].all()
     assert (sizes / frames)[frames > 2048].max() <= 1.125
     assert len(set(sizes.tolist())) == 31
@@ -36,29 +40,30 @@ def test_a_song_in_its_bucket_is_the_song_without(pipe, monkeypatch, seconds):
     """Padded by 249 frames of 512, so that whole windows and blocks of attention are padding, and by 187; and so are
     the lyrics and the prompt."""
     padded = pipe("piano", seed=1, audio_duration=seconds, **SHORT)
-    for name, value in dict(bucket=lambda n: n, PROMPT_BUCKET=1, LYRIC_BUCKET=1).items():  # as the pipeline sees them
-        monkeypatch.setattr(pipeline, name, value)
+    size = BUCKETS.frames_of(padded.latents.shape[1])
+    monkeypatch.setattr(type(BUCKETS), "frames_of", lambda self, n: n)
+    monkeypatch.setattr(collate, "BUCKETS", dataclasses.replace(BUCKETS, prompt=1, lyrics=1))
     alone = pipe("piano", seed=1, audio_duration=seconds, **SHORT)
-    assert padded.latents.shape[1] == alone.latents.shape[1] < bucket(padded.latents.shape[1])
+    assert padded.latents.shape[1] == alone.latents.shape[1] < size
     assert_close(padded.latents, alone.latents)
     assert_close(padded.audios, alone.audios)
 
 
-def test_noise_begins_the_same_in_every_bucket(pipe):
-    short, same, long = (noise(pipe, [4, 5], frames) for frames in (250, 256, 3000))
+def test_noise_begins_the_same_in_every_bucket():
+    short, same, long = (drawn([4, 5], frames)[2] for frames in (250, 256, 3000))
     assert short.shape == (2, 256, 8) and long.shape == (2, 3072, 8)
     np.testing.assert_array_equal(short, same)
     np.testing.assert_array_equal(long[:, :256], short)
-    exact = programs.noise(jax.vmap(jax.random.key)(np.array([4, 5], np.uint32)), (263, 8))
+    exact = noise.normal(jax.vmap(jax.random.key)(np.array([4, 5], np.uint32)), (263, 8))
     np.testing.assert_array_equal(long[:, :263], exact)
 
 
 def test_what_pads_the_noise_changes_nothing(pipe):
     """Given noise is padded with zeros, that of a seed with more noise."""
-    drawn = noise(pipe, [2], 263)
-    assert drawn[:, 263:].any()
+    initial = drawn([2], 263)[2]
+    assert initial[:, 263:].any()
     arguments = SHORT | dict(audio_duration=10.5)
-    given, seeded = pipe("piano", latents=drawn[:, :263], **arguments), pipe("piano", seed=2, **arguments)
+    given, seeded = pipe("piano", latents=initial[:, :263], **arguments), pipe("piano", seed=2, **arguments)
     assert_close(given.latents, seeded.latents, 1e-6)
     assert_close(given.audios, seeded.audios, 1e-6)
 
@@ -87,10 +92,6 @@ def test_guidance_is_data(tiny_base):
     assert compiled() == before
 
 
-def noise(pipe, seeds, frames):
-    return pipe._noise([Request("a", seed=seed) for seed in seeds], [frames] * len(seeds), "jax", False)[2]
-
-
 def compiled():
     """How many of each stage have been compiled."""
-    return {name: getattr(programs, name)._cache_size() for name in PROGRAMS}
+    return {name: program._cache_size() for name, program in PROGRAMS.items()}

@@ -50,6 +50,7 @@ def test_two_processes_make_the_song_of_one(tiny, tmp_path, mesh):
     assert np.abs(together - alone).max() <= 1e-4  # 16 bits in the file: 3e-5
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("text", ["localhost", "localhost:1,2", "localhost:1,2,x", "localhost:1,2,2"])
 def test_bad_addresses(text):
     with pytest.raises(InputError, match="--distributed: .* found '"):

@@ -1,0 +1,47 @@
+"""Arguments of the command line that cannot be used end it with one line, before a network runs."""
+
+import pytest
+
+from acestep_jax import cli
+from acestep_jax.cli import runtime
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+    """Keep the tests away from the user's cache folder."""
+    monkeypatch.setattr(runtime, "use_compilation_cache", lambda: None)
+
+
+ERRORS = {
+    "kind of file": (["--out", "{tmp}/song.xyz"], "song.xyz"),
+    "folder of the file": (["--out", "{tmp}/absent/song.wav"], "absent"),
+    "duration": (["--duration", "5"], "--duration: expected 10 to 600 s, found 5"),
+    "dtype": (["--dtype", "int8"], "use one of float32, bfloat16, float16"),
+    "mesh axis": (["--mesh", "model=8"], "expected AXIS=N"),
+    "mesh size": (["--mesh", "data=3"], "needs 3 devices, but 8 are present"),
+    "adapter": (["--lora", "{tmp}/absent"], "absent: no such folder"),
+    "lyrics file": (["--lyrics", "@{tmp}/absent.txt"], "absent.txt"),
+    "checkpoint": (["--checkpoint", "{tmp}/absent"], "absent: no such folder"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_one_line(tmp_path, capsys, case):
+    options, message = ERRORS[case]
+    filled = [option.format(tmp=tmp_path) for option in options]
+    assert cli.main(["generate", "piano", "--duration", "10", "--out", str(tmp_path / "song.wav"), *filled]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("acestep-jax: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_prompt(tmp_path, capsys):
+    assert cli.main(["generate", " ", "--out", str(tmp_path / "song.wav")]) == 2
+    assert "PROMPT: it is empty" in capsys.readouterr().err
+
+
+def test_info_without_a_checkpoint(capsys):
+    assert cli.main(["info"]) == 0
+    assert "acestep-jax" in capsys.readouterr().out
