@@ -1,6 +1,6 @@
-"""Oobleck's decoder against diffusers' own: `python -m benchmarks.autoencoder`.
+"""Performance of Oobleck's decoder against diffusers' own: `python -m benchmarks.autoencoder`.
 
-Same random weights, same latents, same process, calls in turn.
+Both have the same random weights and latents and run in one process, with their calls in turn.
 """
 
 import argparse
@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from acestep_jax.convert.from_torch import from_module
-from acestep_jax.convert.random_checkpoint import randomise
 from diffusers import AutoencoderOobleck as TorchAutoencoder
 
-from acestep_jax.inputs.programs import COMPILER_OPTIONS
+from acestep_jax.convert.from_torch import from_module
+from acestep_jax.convert.random_checkpoint import randomise
 from acestep_jax.models.autoencoder import AutoencoderOobleck
 from acestep_jax.models.config import AutoencoderConfig
+from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS
 from benchmarks import measure
 from benchmarks.floor import FRAMES_PER_SECOND, decoder_flops
 from benchmarks.transformer import cast
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def sides(dtype: str, shape: tuple[int, int, int], names: list[str]) -> dict[str, measure.Side]:
-    """The sides of these names, with the same weights and latents."""
+    """Return the sides of these names, with the same weights and latents."""
     latents = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     theirs = randomise(TorchAutoencoder(**ARGUMENTS).eval())
     made = {}

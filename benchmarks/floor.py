@@ -1,13 +1,13 @@
-"""How many floating-point operations each network needs at least: matrix products alone, a multiply-add counted as two.
+"""The least number of floating-point operations of each network: only matrix products, a multiply-add counted as two.
 
-Padding, blocks of a band that hang over it and elementwise work are not in it, so a time over this floor shows them.
+Padding, the parts of blocks outside a band and elementwise work are not counted, so a time over this floor shows them.
 """
 
 from acestep_jax.models.config import AutoencoderConfig, ConditionEncoderConfig, TransformerConfig
 
 FRAMES_PER_SECOND = 25  # latent frames
 
-# The published transformers, where they differ from the defaults.
+# Arguments of the published transformers that differ from the defaults.
 TRANSFORMER_SIZES = {
     "2B": {},
     "XL": dict(
@@ -21,7 +21,10 @@ TRANSFORMER_SIZES = {
 
 
 def transformer_flops(config: TransformerConfig, frames: int, condition_tokens: int, batch: int = 1) -> float:
-    """One forward pass: `frames` latent frames, `condition_tokens` tokens to attend to, embedded and projected too."""
+    """Return the FLOPs of one forward pass over `frames` latent frames.
+
+    The `condition_tokens` tokens that are attended to are embedded and projected too.
+    """
     weights, condition, attention = _transformer_products(config, frames, condition_tokens)
     return 2.0 * batch * (weights + condition + attention)
 
@@ -29,11 +32,12 @@ def transformer_flops(config: TransformerConfig, frames: int, condition_tokens: 
 def training_flops(
     config: TransformerConfig, frames: int, condition_tokens: int, batch: int = 1, *, rank: int | None = None
 ) -> float:
-    """Forward and backward pass of all weights, or with `rank` of adapters on the attention's linear layers alone.
+    """Return the FLOPs of a forward and a backward pass of all weights, or with `rank` only of adapters.
 
-    A product of two activations, as in attention, costs twice as much backward. One with a weight does if the weight
-    learns, else as much as forward, or nothing if its input does not depend on what learns, as the condition. Nothing
-    is in it that is computed a second time to save memory.
+    Adapters are those of attention's linear layers. The backward pass of a product of two activations, as in attention,
+    costs twice its forward pass. That of a product with a weight costs twice if the weight is trained, else as much, or
+    nothing if its input does not depend on what is trained, as for the condition. What is computed a second time to
+    save memory is not counted.
     """
     weights, condition, attention = _transformer_products(config, frames, condition_tokens)
     if rank is None:
@@ -46,7 +50,7 @@ def training_flops(
 
 
 def _transformer_products(config: TransformerConfig, frames: int, condition_tokens: int) -> tuple[int, int, int]:
-    """Multiply-adds of the latents with weights, of the condition with weights, and of attention's two products."""
+    """Return the multiply-adds of latents with weights, of the condition with weights, and of attention's products."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     tokens = -(-frames // config.patch_size)
@@ -62,7 +66,7 @@ def _transformer_products(config: TransformerConfig, frames: int, condition_toke
 
 
 def lyric_encoder_flops(config: ConditionEncoderConfig, tokens: int, batch: int = 1) -> float:
-    """One forward pass over `tokens` lyric tokens."""
+    """Return the FLOPs of one forward pass over `tokens` lyric tokens."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     total = tokens * config.text_hidden_dim * hidden
@@ -73,18 +77,18 @@ def lyric_encoder_flops(config: ConditionEncoderConfig, tokens: int, batch: int 
 
 
 def band_pairs(tokens: int, window: int) -> int:
-    """How many pairs of tokens are at most `window` apart."""
+    """Return the number of pairs of tokens that are at most `window` apart."""
     window = min(window, tokens - 1)
     return tokens * (2 * window + 1) - window * (window + 1)
 
 
 def decoder_flops(config: AutoencoderConfig, frames: int, batch: int = 1) -> float:
-    """Oobleck's decoder on `frames` latent frames."""
+    """Return the FLOPs of Oobleck's decoder on `frames` latent frames."""
     channels = [config.decoder_channels * m for m in (1, *config.channel_multiples)][::-1]
     total = frames * 7 * config.decoder_input_channels * channels[0]
     samples = frames
     for inputs, outputs, stride in zip(channels, channels[1:], config.downsampling_ratios[::-1], strict=False):
-        total += samples * 2 * stride * inputs * outputs  # each input frame meets 2 * stride taps
+        total += samples * 2 * stride * inputs * outputs  # each input frame is multiplied by 2 * stride taps
         samples *= stride
         total += samples * 3 * (7 + 1) * outputs**2
     total += samples * 7 * channels[-1] * config.patch_size * config.audio_channels

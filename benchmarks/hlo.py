@@ -1,7 +1,7 @@
-"""What a TPU program compiled ahead of time says of itself: cycles, Pallas kernels and collectives, loops multiplied.
+"""Cycles, Pallas kernels and collectives of a TPU program compiled ahead of time, with loops multiplied out.
 
 `compiled.cost_analysis()` counts the body of a loop once and gives -1 for times that it does not know. The HLO text has
-the scheduler's estimate of each instruction instead, which is summed here over the instructions in their order.
+the scheduler's estimate of each instruction, which is summed here over the schedule.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ _CALLED = re.compile(r"(?:calls|to_apply|async_computation)=%?([\w.\-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Of one chip. Counts are pairs of how many there are in the text and how often they run.
+    """Hold the figures of one chip. A count is a pair: how many there are in the text, and how often they run.
 
-    cycles: sum of the scheduler's estimates. Collectives and Pallas kernels have none, so they are not in it.
-    pallas_flops: of the attention kernels' two matrix products, from the shapes of their operands.
+    cycles: sum of the scheduler's estimates. Collectives and Pallas kernels have none, so they are not included.
+    pallas_flops: those of the attention kernels' two matrix products, from the shapes of their operands.
     """
 
     cycles: float
@@ -31,10 +31,10 @@ class Program:
 
 
 def read(text: str) -> Program:
-    """Reads `compiled.as_text()`."""
+    """Return the figures of `compiled.as_text()`."""
     entry, computations = _computations(text)
     times: Counter[str] = Counter()  # how often each computation runs
-    scheduled = set()  # those whose instructions have a place of their own in the schedule, not those of a fusion
+    scheduled = set()  # those whose instructions are in the schedule themselves, unlike those of a fusion
 
     def visit(name: str, runs: int, in_schedule: bool) -> None:
         times[name] += runs
@@ -72,7 +72,7 @@ def read(text: str) -> Program:
 
 
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
-    """The name of the entry, and the instructions of every computation, one a line."""
+    """Return the name of the entry, and the instructions of every computation, one a line."""
     computations, entry, lines = {}, "", None
     for line in text.splitlines():
         if not line.startswith(" ") and (head := _COMPUTATION.match(line)):
@@ -89,15 +89,19 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
 
 
 def _trip_count(condition: list[str]) -> int:
-    """Of a loop that counts from 0, as `lax.scan` and `lax.map` do: the constant that its condition compares with."""
+    """Return the constant that a condition compares with: the trips of a loop from 0, as of `lax.scan` and `lax.map`.
+
+    Raises:
+        ValueError: if there is no such constant.
+    """
     constants = re.findall(r" = [su]32\[\]\S* constant\((\d+)\)", "\n".join(condition))
     if len(constants) != 1 or "direction=LT" not in "".join(condition):
-        raise ValueError("a loop whose number of rounds is not a constant of its condition")
+        raise ValueError("a loop whose number of iterations is not a constant of its condition")
     return int(constants[0])
 
 
 def _attention_flops(line: str) -> float:
-    """Of a kernel with operands q [..., T, H] and k, v [..., S, H]; other kernels have no such three."""
+    """Return the FLOPs of an attention kernel, which has operands q [..., T, H] and k, v [..., S, H]; 0 for others."""
     operands = re.search(r"operand_layout_constraints=\{(.*?\})\}", line)
     shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"(?:bf16|f16|f32)\[([\d,]+)\]", operands[1])]
     for q, k, v in zip(shapes, shapes[1:], shapes[2:], strict=False):

@@ -1,4 +1,4 @@
-"""Two implementations measured side by side in one run: their calls take turns, so that both meet the same machine."""
+"""Timing of two implementations in one run: their calls alternate, so that both see the same state of the machine."""
 
 import argparse
 import gc
@@ -18,7 +18,7 @@ import torch
 
 
 class Timing(NamedTuple):
-    """Seconds. cold: the first call, compilation included; the others of the calls after it."""
+    """Hold seconds: `cold` of the first call, with compilation, and the others of the calls after it."""
 
     cold: float
     median: float
@@ -30,7 +30,7 @@ class Timing(NamedTuple):
 
 
 def alternate(sides: dict[str, Callable[[], object]], runs: int) -> dict[str, Timing]:
-    """Calls each side once, cold, then all of them in turn `runs` times. A side returns when its result is there."""
+    """Time each side once, cold, then all of them in turn `runs` times. A call returns when its result is ready."""
     cold = {name: _seconds(call) for name, call in sides.items()}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(runs):
@@ -46,7 +46,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 class Side(NamedTuple):
-    """One implementation, ready to be called."""
+    """Hold one implementation, ready to be called."""
 
     call: Callable[[], object]  # returns when the device is done
     result: Callable[[], np.ndarray]  # what it computes, float32
@@ -56,31 +56,39 @@ COLUMNS = ("audio", "side", "cold", "warm", "torch / ours", "TFLOP/s", "time / f
 
 
 def add_options(parser: argparse.ArgumentParser, seconds: list[float], runs: int) -> None:
-    """Those of every benchmark, with the defaults of two of them."""
+    """Add the options of every benchmark, with the defaults of --seconds and --runs."""
     add = parser.add_argument
-    add("--seconds", type=float, nargs="+", default=seconds, help=f"of audio [{' '.join(map(str, seconds))}]")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
-    add("--batch", type=int, default=1)
-    add("--torch", nargs="*", choices=("eager", "compile"), default=["eager", "compile"], help="forms to compare with")
+    add("--seconds", type=float, nargs="+", default=seconds, help=f"lengths of audio [{' '.join(map(str, seconds))}]")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and computation [float32]")
+    add("--batch", type=int, default=1, help="number of items computed at once [1]")
+    add(
+        "--torch",
+        nargs="*",
+        choices=("eager", "compile"),
+        default=["eager", "compile"],
+        help="forms of PyTorch to compare with [both]",
+    )
     add("--runs", type=int, default=runs, help=f"calls of each side after the first [{runs}]")
 
 
 def add_compare_options(parser: argparse.ArgumentParser) -> None:
-    """Those of `compare`."""
+    """Add the options of `compare`."""
     add = parser.add_argument
-    add("--memory", action="store_true", help="measure peak memory as well, each side in a process of its own")
+    add("--memory", action="store_true", help="measure peak memory too, each side in its own process")
     add("--trace", metavar="DIR", help="write a profile of one more call of ours")
 
 
 def compare(make_sides: Callable[..., dict[str, Side]], arguments: tuple, flops: float, options) -> Iterator[tuple]:
-    """Yields the cells of `COLUMNS`, without the first, for each side.
+    """Yield the cells of `COLUMNS`, without the first, for each side.
 
     The floor is `flops` at the rate that a large `x @ w` reaches in JAX in the same run. The error is that of ours
     relative to the largest value of the first other side.
 
     Args:
-        make_sides: from `arguments`, the last of which lists the names of the sides, "JAX" first.
-        options: `runs`, `dtype`, `memory` and `trace` of the command line.
+        make_sides: returns the sides for `arguments`, the last of which lists their names, "JAX" first.
+        arguments: the arguments of `make_sides`.
+        flops: the operations of one call.
+        options: has `runs`, `dtype`, `memory` and `trace` of the command line.
     """
     sides = make_sides(*arguments)
     calls = {name: side.call for name, side in sides.items()}
@@ -122,7 +130,7 @@ def _large_product(dtype: str) -> Callable[[], object]:
 
 
 def torch_device() -> torch.device:
-    """The one that JAX uses as well."""
+    """Return the device that JAX uses too."""
     return torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
 
 
@@ -131,7 +139,7 @@ def jax_side(function: Callable[[], jax.Array]) -> Side:
 
 
 def torch_side(function: Callable[[], torch.Tensor]) -> Side:
-    """`function`, without gradients."""
+    """Return the side that calls `function` without gradients."""
 
     def call() -> torch.Tensor:
         with torch.inference_mode():
@@ -144,9 +152,11 @@ def torch_side(function: Callable[[], torch.Tensor]) -> Side:
 
 
 def peak_memory(make_sides: Callable[..., dict[str, Side]], *arguments) -> float:
-    """Bytes that the second call of the one side that `arguments` name needs beyond what is there before it, in a
-    process of its own. On the CPU, resident memory; on a GPU, the allocator's peak, parameters included."""
-    # Without these, glibc keeps freed blocks, which would then count as there before the call.
+    """Return the peak bytes of the second call of the one side that `arguments` name, in its own process.
+
+    On the CPU, this is resident memory beyond that before the call; on a GPU, the allocator's peak with parameters.
+    """
+    # Without these, glibc keeps freed blocks, which would then count as in use before the call.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = str(1 << 17)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_memory, (make_sides, arguments))
@@ -173,7 +183,7 @@ def _status(key: str) -> int:
 
 
 def print_header() -> None:
-    """What the figures below it were measured on."""
+    """Print the machine and the versions that the figures below were measured with."""
     versions = (f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "torch", "diffusers"))
     device = jax.devices()[0]
     name = f"{os.cpu_count()} cores, {_processor()}" if device.platform == "cpu" else device.device_kind
@@ -187,7 +197,7 @@ def _processor() -> str:
 
 
 def print_table(columns: Iterable[str]) -> Callable[..., None]:
-    """Prints the head of a Markdown table; gives the function that prints a row of it."""
+    """Print the head of a Markdown table; return the function that prints a row of it."""
     columns = list(columns)
 
     def row(*cells: object) -> None:

@@ -1,4 +1,4 @@
-"""What can be heard of music without knowing how it was made: its tempo, its pitch classes, whether it has drums.
+"""Analysis of audio without knowing how it was made: its tempo, its pitch classes, whether it has drums.
 
 The threshold of drums was set on songs of `examples.synthetic_music`; see `DRUMS_SHARE`.
 """
@@ -12,21 +12,26 @@ import soxr
 RATE = 22050  # Hz
 TEMPO_TOLERANCE = 0.04
 KEY_SHARE = 0.7
-# Of what sounds above 3 kHz, the share that is percussive. Of 60 songs of the composer (seeds from 500000, 10 s), those
-# without drums had 0.24 at most and those with drums 0.74 at least; through the small model's autoencoder, 0.30 and
-# 0.48.
+# Threshold of the percussive part of the energy above 3 kHz. Of 60 songs of the composer (seeds from 500000, 10 s),
+# those without drums had at most 0.24 and those with drums at least 0.74; through the small model's autoencoder, 0.30
+# and 0.48.
 DRUMS_SHARE = 0.4
-DRUMS_WINDOW = 1024  # samples, 46 ms: what blurs a stroke, as an autoencoder may, makes it harmonic in longer ones
+DRUMS_WINDOW = (
+    1024  # samples, 46 ms; in longer ones, a stroke that is blurred, as by an autoencoder, counts as harmonic
+)
 DRUMS_FROM = 3000.0  # Hz: above the attacks of most instruments, below what an autoencoder might lose
-DRUMS_FLOOR = 1e-4  # of the energy of the whole: what is weaker than this up there counts as no drums
+DRUMS_FLOOR = 1e-4  # of the total energy: if the high band is weaker than this, it counts as without drums
 
 MAJOR_SCALE = (0, 2, 4, 5, 7, 9, 11)
 
 
 @dataclasses.dataclass(frozen=True)
 class Heard:
-    """tempo: beats per minute, often the double or half of what one would tap. pitch_classes: [12], the shares of C to
-    B in the energy of the harmonic part, sum 1. percussive: share of it in the energy above `DRUMS_FROM`, 0 to 1.
+    """Hold what was found in one song.
+
+    tempo: beats per minute, often double or half of what one would tap.
+    pitch_classes: [12], the fractions of C to B in the energy of the harmonic part; they sum to 1.
+    percussive: the percussive fraction of the energy above `DRUMS_FROM`, 0 to 1.
     """
 
     tempo: float
@@ -34,20 +39,23 @@ class Heard:
     percussive: float
 
     def has_tempo(self, bpm: float) -> bool:
-        """Whether the tempo is this one within 4 %, or its double or its half."""
+        """Return whether the tempo is within 4 % of `bpm`, of its double or of its half."""
         return any(abs(self.tempo / (bpm * factor) - 1) <= TEMPO_TOLERANCE for factor in (0.5, 1, 2))
 
     def share(self, pitch_classes: tuple[int, ...]) -> float:
-        """Of these pitch classes, 0 for C to 11 for B, in the harmonic energy."""
+        """Return the fraction of the harmonic energy in these pitch classes, 0 for C to 11 for B."""
         return float(self.pitch_classes[list(pitch_classes)].sum())
 
     def has_key(self, pitch_classes: tuple[int, ...]) -> bool:
-        """Whether the seven of a scale carry 70 % of the energy. Seven random ones have 58 %, and a scale that shares
-        five or six with the true one often passes, so compare with chance; see `has_best_key`."""
+        """Return whether the seven of a scale have 70 % of the energy.
+
+        Seven random ones have 58 %, and a scale that has five or six in common with the true one often passes, so
+        compare with chance; see `has_best_key`.
+        """
         return self.share(pitch_classes) >= KEY_SHARE
 
     def has_best_key(self, pitch_classes: tuple[int, ...]) -> bool:
-        """Whether they carry the most of the twelve sets that are some major scale (and its relative minor)."""
+        """Return whether they have the most energy of the twelve major scales (each with its relative minor)."""
         scales = [{(root + step) % 12 for step in MAJOR_SCALE} for root in range(12)]
         return max(scales, key=lambda scale: self.share(tuple(scale))) == set(pitch_classes)
 
@@ -57,7 +65,7 @@ class Heard:
 
 
 def listen(audio: np.ndarray, rate: int) -> Heard:
-    """Judges the mono sum. audio: [channels, samples] float; rate: Hz; at least a few seconds, for a tempo."""
+    """Analyse the mono sum of audio [channels, samples], float, at `rate` Hz; a tempo needs a few seconds."""
     sound = soxr.resample(np.asarray(audio, np.float32).mean(axis=0), rate, RATE)
     # Frames of 256 samples, since at librosa's own 512 neighbouring lags lie 6 % apart at 160 bpm.
     onsets = librosa.onset.onset_strength(y=sound, sr=RATE, hop_length=256)
@@ -72,9 +80,12 @@ def listen(audio: np.ndarray, rate: int) -> Heard:
 
 
 def _pitch_classes(sound: np.ndarray) -> np.ndarray:
-    """[12]. Each bin counts for the nearest semitone alone: librosa's chroma gives a fifth of a note's energy to its
-    neighbours, which are mostly out of the key. From 250 Hz on, as lower semitones are too close for notes that are
-    short, to 2100 Hz, above which are mostly overtones."""
+    """Return the fractions of energy of the pitch classes, [12].
+
+    Each bin counts only for the nearest semitone: librosa's chroma gives a fifth of a note's energy to its neighbours,
+    which are mostly out of the key. The range starts at 250 Hz, since lower semitones are too close for short notes,
+    and ends at 2100 Hz, above which there are mostly overtones.
+    """
     size = 16384
     energy = np.square(np.abs(librosa.stft(sound, n_fft=size, hop_length=size // 4))).sum(axis=1)
     frequency = librosa.fft_frequencies(sr=RATE, n_fft=size)

@@ -1,6 +1,7 @@
-"""Text to music against diffusers' own pipeline, all stages: `python -m benchmarks.pipeline`.
+"""Performance of text to music against diffusers' own pipeline, all stages: `python -m benchmarks.pipeline`.
 
-Same random weights, same prompt, process and number of steps, calls in turn; each side draws its own noise.
+Both have the same random weights, prompt and number of steps and run in one process, with their calls in turn; each
+side draws its own noise.
 """
 
 import argparse
@@ -9,12 +10,12 @@ import functools
 from collections.abc import Callable
 
 import torch
-from acestep_jax.convert.from_torch import from_module
-from acestep_jax.convert.random_checkpoint import SIZES, random_pipeline
 from tokenizers import Tokenizer
 
 from acestep_jax import AceStepPipeline
-from acestep_jax.io.checkpoint import NETWORKS
+from acestep_jax.convert.from_torch import from_module
+from acestep_jax.convert.random_checkpoint import SIZES, random_pipeline
+from acestep_jax.models.registry import FAMILY
 from benchmarks import measure
 from benchmarks.floor import TRANSFORMER_SIZES
 from benchmarks.transformer import cast
@@ -28,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--size", choices=TRANSFORMER_SIZES, default="2B", help="width of the blocks [2B]")
-    add("--layers", type=int, default=4, help="of the transformer, the other stacks in proportion; 0 for all [4]")
+    add("--layers", type=int, default=4, help="layers of the transformer, other stacks in proportion; 0: all [4]")
     measure.add_options(parser, [30], 3)
     options = parser.parse_args()
 
@@ -53,10 +54,10 @@ def main() -> None:
 
 
 def pair(size: str, layers: int, dtype: str):
-    """Our pipeline and diffusers' with the same random weights, on the device."""
+    """Return our pipeline and diffusers' with the same random weights, on the device."""
     theirs = random_pipeline(shrunk(size, layers))
     networks = {}
-    for name in NETWORKS:
+    for name in FAMILY.networks:
         module = getattr(theirs, name)
         networks[name] = cast(from_module(name, config_of(name, module), module), dtype)
     tokenizer = Tokenizer.from_str(theirs.tokenizer.backend_tokenizer.to_str())
@@ -66,7 +67,7 @@ def pair(size: str, layers: int, dtype: str):
 
 
 def shrunk(size: str, layers: int) -> dict[str, dict]:
-    """Arguments of each torch class, for `random_pipeline`, with a transformer of so many layers."""
+    """Return arguments of each torch class for `random_pipeline`, with a transformer of `layers` layers; 0: all."""
     sizes = copy.deepcopy(SIZES["2B"]) | {"transformer": dict(TRANSFORMER_SIZES[size]), "condition_encoder": {}}
     if layers:
         whole = sizes["transformer"].get("num_hidden_layers", 24)
@@ -83,9 +84,9 @@ def shrunk(size: str, layers: int) -> dict[str, dict]:
 
 
 def config_of(name: str, module: torch.nn.Module):
-    """Our config of a torch module."""
+    """Return our config of a torch module."""
     values = module.config.to_dict() if name == "text_encoder" else module.config
-    return NETWORKS[name][1].from_hf(values)
+    return FAMILY.networks[name][1].from_hf(values)
 
 
 def torch_call(pipeline, form: str, batch: int, seconds: float) -> Callable[[], object]:

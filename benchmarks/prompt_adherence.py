@@ -1,8 +1,8 @@
-"""Does the music do what the prompt says? `python -m benchmarks.prompt_adherence`.
+"""Adherence of the music to its prompt: `python -m benchmarks.prompt_adherence`.
 
-For a model trained on songs of `examples.synthetic_music`: asks for songs that it was not trained on, and judges tempo,
-key and drums of what it makes by `benchmarks.music_analysis`. Beside each figure stands that of the same audio judged
-against the requests of all the other songs: what a model that ignores its prompt would reach.
+For a model trained on songs of `examples.synthetic_music`: generates songs of requests that it was not trained on, and
+evaluates their tempo, key and drums by `benchmarks.music_analysis`. The second figure of each check is that of the same
+audio against the requests of all the other songs, which a model that ignores its prompt would reach.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from examples.synthetic_music.synth import SAMPLE_RATE, render
 from examples.synthetic_music.theory import parse_key
 
 PICTURES = 6
-FIRST_SEED = 1_000_000  # songs to train on have lower ones
+FIRST_SEED = 1_000_000  # songs for training have lower ones
 
 Check = Callable[[Heard, Request], bool]
 CHECKS: dict[str, Check] = {
@@ -38,26 +38,28 @@ CHECKS: dict[str, Check] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after an error message."""
+    """Run the benchmark; return the exit status: 0, or 2 after an error message."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prompt_adherence", description=__doc__.split("\n")[0])
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--checkpoint", metavar="DIR", default=checkpoint.SMALL_MODEL, help="to judge [the small model]"
+        "--checkpoint", metavar="DIR", default=checkpoint.SMALL_MODEL, help="checkpoint to evaluate [the small model]"
     )
-    source.add_argument("--composer", action="store_true", help="judge the composer's own songs: the measure's ceiling")
-    parser.add_argument("--vae", metavar="DIR", help="the composer's songs, through the autoencoder of this checkpoint")
+    source.add_argument("--composer", action="store_true", help="evaluate the composer's own songs, the upper limit")
+    parser.add_argument("--vae", metavar="DIR", help="with --composer: pass its songs through the autoencoder of DIR")
     parser.add_argument(
-        "--few-words", action="store_true", help="ask as in 'lofi piano, 80 bpm, C minor', by no fields"
+        "--few-words", action="store_true", help="request songs as in 'lofi piano, 80 bpm, C minor', without fields"
     )
-    parser.add_argument("--prompts", metavar="N", type=int, default=50, help="[50]")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each song [10]")
-    parser.add_argument("--pictures", metavar="FILE", help="PNG with the spectrograms of the first six songs")
+    parser.add_argument("--prompts", metavar="N", type=int, default=50, help="number of songs [50]")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of each song [10]")
+    parser.add_argument("--pictures", metavar="FILE", help="PNG to write with the spectrograms of the first six songs")
     options = parser.parse_args(arguments)
     try:
         if options.vae and not options.composer:
-            raise InputError("--vae: is for the songs of --composer; the model's own come out of its autoencoder")
+            raise InputError(
+                "--vae: is only for the songs of --composer; a model's own pass through its autoencoder already"
+            )
         if options.few_words and options.composer:
-            raise InputError("--few-words: is for a model; the composer does not read prompts")
+            raise InputError("--few-words: is only for a model; the composer does not read prompts")
         if options.prompts < 2:
             raise InputError(f"--prompts: expected 2 or more, found {options.prompts}")
         if not MIN_DURATION <= options.seconds <= MAX_DURATION:
@@ -104,8 +106,10 @@ def main(arguments: list[str] | None = None) -> int:
 def generate(
     pipe: AceStepPipeline, requests: Sequence[Request], seconds: float, fields: bool = True
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields a song for each request, [channels, samples], and its rate in Hz; the seeds count from 0. Without `fields`
-    only the caption is told."""
+    """Yield a song for each request, [channels, samples], and its rate in Hz; the seeds count from 0.
+
+    Without `fields`, only the caption is given.
+    """
     for seed, asked in enumerate(requests):
         facts = dict(bpm=asked.bpm, keyscale=asked.keyscale, timesignature=asked.timesignature) if fields else {}
         song = pipe(
@@ -119,14 +123,14 @@ def generate(
 
 
 def score(check: Check, heard: Sequence[Heard], requests: Sequence[Request]) -> tuple[float, float]:
-    """The share of songs that pass: against their own requests, and against those of all other songs, two or more."""
+    """Return the pass rate against their own requests and against those of the other songs; needs two or more."""
     passed = np.array([[check(song, asked) for asked in requests] for song in heard], float)  # [songs, requests]
     count = len(passed)
     return float(passed.trace() / count), float((passed.sum() - passed.trace()) / (count * (count - 1)))
 
 
 def line(heard: Heard, asked: Request) -> str:
-    """A song's request and what was heard."""
+    """Return a line with a song's request and what was found."""
     share = heard.share(parse_key(asked.keyscale).pitch_classes)
     failed = [name.partition(" ")[0].strip(":") for name, check in CHECKS.items() if not check(heard, asked)]
     return (

@@ -1,7 +1,6 @@
-"""How near an autoencoder's output is to its input, beside two codecs.
+"""Reconstruction error of an autoencoder beside two codecs: `python -m benchmarks.reconstruction DIR AUDIO_DIR`.
 
-`python -m benchmarks.reconstruction CHECKPOINT AUDIO_DIR`. The same excerpts go through the autoencoder (means of the
-posterior) and, by libsndfile, through Opus and MP3.
+The same excerpts pass through the autoencoder (means of the posterior) and, by libsndfile, through Opus and MP3.
 """
 
 import argparse
@@ -14,20 +13,20 @@ from pathlib import Path
 import jax
 import numpy as np
 import soundfile
-from acestep_jax.train.preprocess import find_audio
-from acestep_jax.train.reconstruction import si_sdr, spectral_distance
 
 from acestep_jax.errors import InputError
-from acestep_jax.inputs.programs import COMPILER_OPTIONS
 from acestep_jax.io import audio, checkpoint
 from acestep_jax.models.autoencoder import AutoencoderOobleck
+from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS
+from acestep_jax.train.preprocess import find_audio
+from acestep_jax.train.reconstruction import si_sdr, spectral_distance
 from benchmarks import measure
 
 RATE = 48000
 WINDOWS = (4096, 2048, 1024, 512, 256, 128)
 
-# Settings of libsndfile for 64 kbit/s, which it takes as a level of compression: of Opus on the whole 256 - 250 level
-# kbit/s a channel, of MP3 always 320 - 288 level.
+# Settings of libsndfile for 64 kbit/s, given as a level of compression: Opus has about 256 - 250 level kbit/s for each
+# channel, MP3 always 320 - 288 level.
 CODECS = {
     "Opus": dict(format="OGG", subtype="OPUS", compression_level=(256 - 64 / 2) / 250),
     "MP3": dict(format="MP3", subtype="MPEG_LAYER_III", compression_level=(320 - 64) / 288, bitrate_mode="CONSTANT"),
@@ -37,10 +36,12 @@ MOST_DELAY = 4096  # samples
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reconstruction", description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", metavar="DIR", help="a native checkpoint with a vae")
-    parser.add_argument("audio_dir", metavar="AUDIO_DIR", help="songs that it was not trained on")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each song, from its middle [10]")
-    parser.add_argument("--songs", type=int, default=20, help="at most, evenly over the folder [20]")
+    parser.add_argument("checkpoint", metavar="DIR", help="native checkpoint with a vae")
+    parser.add_argument("audio_dir", metavar="AUDIO_DIR", help="folder of songs that it was not trained on")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="length of the excerpt from the middle of each song [10]"
+    )
+    parser.add_argument("--songs", type=int, default=20, help="largest number of songs, evenly over the folder [20]")
     options = parser.parse_args()
 
     songs = read(Path(options.audio_dir), options.songs, round(options.seconds * RATE))
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def read(folder: Path, most: int, samples: int) -> list[np.ndarray]:
-    """The middles of songs evenly over a folder, [2, samples]; shorter songs are left out."""
+    """Read the middles of songs evenly over a folder, [2, samples] each; shorter songs are left out."""
     sources = find_audio(folder)
     picked = [sources[i] for i in np.unique(np.linspace(0, len(sources) - 1, most).round().astype(int))]
     songs = [audio.read(folder / source, RATE) for source in picked]
@@ -73,12 +74,14 @@ def read(folder: Path, most: int, samples: int) -> list[np.ndarray]:
         if (spare := song.shape[1] - samples) >= 0:
             excerpts.append(song[:, spare // 2 : spare // 2 + samples])
     if not excerpts:
-        raise InputError(f"{folder}: no song is as long as {samples / RATE:g} s")
+        raise InputError(
+            f"{folder}: expected songs of at least {samples / RATE:g} s, found none; use shorter --seconds"
+        )
     return excerpts
 
 
 def score(songs: list[np.ndarray], process: Callable[[np.ndarray], np.ndarray]) -> tuple[str, str]:
-    """Medians over songs of SI-SDR and of the distance of spectra."""
+    """Return the medians over songs of SI-SDR and of the distance of spectra."""
     ratios, distances = [], []
     for song in songs:
         result = process(song)
@@ -93,7 +96,7 @@ def _distance(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def through_autoencoder(vae: AutoencoderOobleck) -> Callable[[np.ndarray], np.ndarray]:
-    """What encodes and decodes a song, [2, samples]."""
+    """Return the function that encodes and decodes a song, [2, samples]."""
     encode, decode = (jax.jit(f, compiler_options=COMPILER_OPTIONS) for f in (type(vae).encode, type(vae).decode))
 
     def process(song: np.ndarray) -> np.ndarray:
@@ -105,14 +108,14 @@ def through_autoencoder(vae: AutoencoderOobleck) -> Callable[[np.ndarray], np.nd
 
 
 def through_codec(song: np.ndarray, settings: dict, sizes: list[int]) -> np.ndarray:
-    """[2, samples], shifted by what the codec delays; notes the bytes."""
+    """Return a song, [2, samples], after a codec, with its delay removed; append the bytes to `sizes`."""
     file = io.BytesIO()
     soundfile.write(file, song.T, RATE, **settings)
     sizes.append(file.tell())
     file.seek(0)
     result = soundfile.read(file, dtype="float32")[0].T
     spread = song.shape[1] + MOST_DELAY
-    # Of all shifts, the one of the highest correlation.
+    # The delay is the shift of the highest correlation.
     product = np.fft.rfft(result.mean(0), 2 * spread) * np.fft.rfft(song.mean(0), 2 * spread).conj()
     correlation = np.fft.irfft(product)
     shifts = np.arange(-MOST_DELAY, MOST_DELAY + 1)

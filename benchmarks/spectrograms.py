@@ -16,7 +16,7 @@ RANGE = 70  # dB from black to white
 
 
 def draw(path: str | Path, songs: Sequence[np.ndarray], titles: Sequence[str], rate: int) -> None:
-    """Writes a picture, replacing one that is there. songs: [channels, samples] each; rate: Hz."""
+    """Write a picture, replacing an existing one. songs: [channels, samples] each; rate: Hz."""
     rows = -(-len(songs) // COLUMNS)
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(12, 2.5 * rows), sharex=True, sharey=True, squeeze=False)
     for axis in axes.flat[len(songs) :]:

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation for TPUs that are not there: `python -m benchmarks.tpu_aot`, with `jax[tpu]` installed.
+"""Ahead-of-time compilation for TPUs that are not present: `python -m benchmarks.tpu_aot`, with `jax[tpu]` installed.
 
 Compiles the denoising loop (8 turbo steps) and the decoder in bfloat16, as the pipeline runs them, or a step of
 training, for real topologies through libtpu, and prints what one chip needs. Nothing runs: times are the compiler's
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
-# Before jax is imported. libtpu would otherwise ask the network which TPU it is on, and want to be alone.
+# Before jax is imported. libtpu would otherwise query the network for its TPU, and allow only one process.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -33,7 +33,7 @@ from benchmarks.tpu_programs import STEPS, Program, programs
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Memory and peak are from Google's public data sheets; at the clock, the matrix units reach the peak."""
+    """Hold a chip's figures, memory and peak from Google's data sheets; at the clock, the units reach the peak."""
 
     memory: float  # bytes
     peak: float  # bfloat16 FLOP/s
@@ -67,34 +67,50 @@ COLUMNS = (
     "compile s",
 )
 NOTES = """
-All of one chip. output: what does not take the place of an argument. total: arguments + temporary + output; it fits if
-that is within 16 GB (v5e), 32 (v6e) or 95 (v5p).
+All figures are of one chip. output: what does not reuse the memory of an argument. total: arguments + temporary +
+output; the program fits if that is within 16 GB (v5e), 32 (v6e) or 95 (v5p).
 TFLOP needed: matrix products of the whole program (benchmarks/floor.py) over the number of chips; counted: the
 compiler's own figure, in which the body of a loop counts once and Pallas kernels not at all. Kernels and collectives:
 how many the program has, and in brackets how often they run. estimate: the scheduler's cycles of every instruction
-times the rounds of the loops around it, at the chip's clock, plus Pallas kernels as if they reached the peak;
-collectives cost nothing in it. of roofline: needed / peak over the estimate, so at best that.
+times the iterations of the loops around it, at the chip's clock, plus Pallas kernels as if they reached the peak;
+collectives are not included. of roofline: needed / peak over the estimate, so at best that.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tpu_aot", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--stage", nargs="+", choices=("denoise", "decode", "train"), default=["denoise", "decode"])
     add(
-        "--size", nargs="+", choices=TRANSFORMER_SIZES, default=list(TRANSFORMER_SIZES), help="of the transformer [all]"
+        "--stage",
+        nargs="+",
+        choices=("denoise", "decode", "train"),
+        default=["denoise", "decode"],
+        help="programs [denoise decode]",
     )
-    add("--topology", nargs="+", default=["v5e:2x2", "v5e:2x4"], metavar="NAME", help=f"of {' '.join(TOPOLOGIES)}")
-    add("--seconds", type=float, nargs="+", default=[240, 600], help="of audio [240 600]")
-    add("--batch", type=int, nargs="+", default=[1], help="[1]")
-    add("--mesh", help="such as tensor=2,sequence=4; without it, data or tensor and sequence, as the batch allows")
-    add("--method", nargs="+", choices=("lora", "full"), default=["lora"], help="of training [lora]")
-    add("--rank", type=int, default=64, help="of adapters [64]")
-    add("--remat", choices=("none", "dots", "full"), default="none", help="of training [none]")
-    add("--accumulation", type=int, default=1, help="parts of a batch in training [1]")
-    add("--layers", type=int, help="of the transformer; without it, all")
-    add("--condition-tokens", type=int, default=512, help="[512]")
-    add("--hlo", type=Path, metavar="DIR", help="write the compiled programs here")
+    add(
+        "--size",
+        nargs="+",
+        choices=TRANSFORMER_SIZES,
+        default=list(TRANSFORMER_SIZES),
+        help="sizes of the transformer [all]",
+    )
+    add(
+        "--topology",
+        nargs="+",
+        default=["v5e:2x2", "v5e:2x4"],
+        metavar="NAME",
+        help=f"topologies, of {' '.join(TOPOLOGIES)}",
+    )
+    add("--seconds", type=float, nargs="+", default=[240, 600], help="lengths of audio [240 600]")
+    add("--batch", type=int, nargs="+", default=[1], help="batch sizes [1]")
+    add("--mesh", help="mesh, such as tensor=2,sequence=4 [data, or tensor and sequence, as the batch allows]")
+    add("--method", nargs="+", choices=("lora", "full"), default=["lora"], help="methods of training [lora]")
+    add("--rank", type=int, default=64, help="rank of adapters [64]")
+    add("--remat", choices=("none", "dots", "full"), default="none", help="rematerialisation in training [none]")
+    add("--accumulation", type=int, default=1, help="number of parts of a training batch [1]")
+    add("--layers", type=int, help="layers of the transformer [all]")
+    add("--condition-tokens", type=int, default=512, help="number of tokens to attend to [512]")
+    add("--hlo", type=Path, metavar="DIR", help="folder for the compiled programs")
     options = parser.parse_args()
 
     print(f"jax {jax.__version__}, libtpu {metadata.version('libtpu')}; {STEPS} steps, bfloat16\n")
@@ -114,7 +130,7 @@ def main() -> None:
 
 
 def describe(program: Program, chips: int, chip: Chip, folder: Path | None, row: list[str]) -> list[str]:
-    """Compiles, and gives the rest of the program's row in the table."""
+    """Compile a program; return the rest of its row in the table."""
     needed = program.flops / chips
     lowered = program.function.lower(*program.arguments, **program.static)
     start = time.perf_counter()
@@ -150,13 +166,16 @@ def describe(program: Program, chips: int, chip: Chip, folder: Path | None, row:
 
 
 def topology_devices(name: str) -> list:
-    """The devices of a topology such as "v5e:2x2"; libtpu's complaints that there are none are kept off the screen."""
+    """Return the devices of a topology such as "v5e:2x2"; libtpu's messages that there are none are not shown."""
     with quiet():
         return list(topologies.get_topology_desc(name, platform="tpu").devices)
 
 
 def make_mesh(devices: list, text: str | None, batch: int) -> Mesh:
-    """As `sharding.make_mesh`, over devices that are not present. Without `text`, a batch that divides is split."""
+    """Return a mesh as `distributed.make_mesh` does, over devices that are not present.
+
+    Without `text`, the batch is split if it is a multiple of the devices, else heads and time.
+    """
     count = len(devices)
     if text:
         axes = {name: int(n) for name, n in (part.split("=") for part in text.split(","))}
@@ -164,7 +183,7 @@ def make_mesh(devices: list, text: str | None, batch: int) -> Mesh:
         axes = dict(data=count) if batch % count == 0 else dict(tensor=2, sequence=count // 2)
     shape = tuple(axes.pop(name, 1) for name in MESH_AXES)
     if axes or math.prod(shape) != count:
-        raise SystemExit(f"--mesh: {text} is no mesh of {', '.join(MESH_AXES)} over {count} chips")
+        raise SystemExit(f"--mesh: {text} is not a mesh of {', '.join(MESH_AXES)} over {count} chips")
     return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(shape))
 
 
@@ -178,7 +197,7 @@ def print_row(cells: Iterable[object]) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drops what is written to the process's standard error, also by libraries that are not Python's."""
+    """Drop what the process writes to standard error, also from libraries outside Python."""
     kept = os.dup(2)
     with open(os.devnull, "wb") as sink:
         os.dup2(sink.fileno(), 2)

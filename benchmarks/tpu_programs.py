@@ -7,16 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from acestep_jax.train import step as steps
-from acestep_jax.train.config import DataConfig, OptimizerConfig, TrainConfig
-from acestep_jax.train.objective import Batch, Frozen
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from acestep_jax.diffusion import denoise
 from acestep_jax.distributed import partition_spec, variable_sharding
 from acestep_jax.inputs import programs as stages
-from acestep_jax.inputs.codec import bucket
+from acestep_jax.inputs.buckets import BUCKETS
 from acestep_jax.io import checkpoint
 from acestep_jax.models.config import (
     AudioTokenDetokenizerConfig,
@@ -25,10 +23,15 @@ from acestep_jax.models.config import (
     ConditionEncoderConfig,
     LoRAConfig,
     NetworkConfig,
+    Runtime,
     TextEncoderConfig,
     TransformerConfig,
 )
 from acestep_jax.models.lora import add_lora
+from acestep_jax.models.registry import FAMILY
+from acestep_jax.train import step as steps
+from acestep_jax.train.config import DataConfig, OptimizerConfig, TrainConfig
+from acestep_jax.train.objective import Batch, Frozen
 from benchmarks.floor import (
     FRAMES_PER_SECOND,
     TRANSFORMER_SIZES,
@@ -40,12 +43,12 @@ from benchmarks.floor import (
 
 STEPS = 8
 PROMPT_TOKENS = 128  # in training, of the condition tokens; the others are the lyrics'
-BFLOAT16 = dict(dtype="bfloat16", param_dtype="bfloat16")
+BFLOAT16 = Runtime(dtype="bfloat16", param_dtype="bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function with the shapes of its arguments; `flops` is what it needs on all chips together."""
+    """Hold a jitted function with the shapes of its arguments; `flops` is what it needs on all chips together."""
 
     name: str
     function: Callable
@@ -55,17 +58,17 @@ class Program:
 
 
 def programs(options: argparse.Namespace, mesh: Mesh, seconds: float, batch: int) -> Iterator[Program]:
-    """Those asked for. Every frame of a bucket counts as one of the song."""
+    """Yield the requested programs. Every frame of a bucket counts as one of the song."""
     frames = round(seconds * FRAMES_PER_SECOND)
     if "denoise" in options.stage:
         for size in options.size:
-            yield denoise_program(options, mesh, size, bucket(frames), batch)
+            yield denoise_program(options, mesh, size, BUCKETS.frames_of(frames), batch)
     if "train" in options.stage:
         for size in options.size:
             for method in options.method:
                 yield train_program(options, mesh, size, method, frames, batch)
     if "decode" in options.stage:
-        config, length = AutoencoderConfig(**BFLOAT16), bucket(frames)
+        config, length = AutoencoderConfig(), BUCKETS.frames_of(frames)
         scaled = jax.ShapeDtypeStruct((batch,), jnp.bool_)
         arguments = (abstract("vae", config, mesh), _latents(batch, length, mesh), _counts(batch), scaled)
         yield Program("decode", stages.decode, arguments, {}, decoder_flops(config, length, batch))
@@ -76,24 +79,31 @@ def denoise_program(options: argparse.Namespace, mesh: Mesh, size: str, frames: 
     width = config.encoder_hidden_size or config.hidden_size
     latents, counts = _latents(batch, frames, mesh), _counts(batch)
     flags = jax.ShapeDtypeStruct((batch, frames), jnp.bool_)
+    inputs = denoise.Inputs(
+        x=latents,
+        lengths=counts,
+        condition=denoise.Condition(sharded((batch, tokens, width), jnp.bfloat16, ("batch", None, None), mesh), counts),
+        source=latents,
+        silent=flags,
+        mask=flags,
+        times=jax.ShapeDtypeStruct((STEPS + 1,), jnp.float32),
+        guided=jax.ShapeDtypeStruct((STEPS + 1,), jnp.bool_),
+        guidance_scale=jax.ShapeDtypeStruct((), jnp.float32),
+    )
     arguments = (
         abstract("transformer", config, mesh),
-        abstract("condition_encoder", ConditionEncoderConfig(**BFLOAT16), mesh),
-        latents,
-        counts,
-        stages.Condition(sharded((batch, tokens, width), jnp.bfloat16, ("batch", None, None), mesh), counts),
-        stages.Context(latents, flags, flags),
-        jax.ShapeDtypeStruct((STEPS + 1,), jnp.float32),
-        jax.ShapeDtypeStruct((), jnp.float32),
-        jax.ShapeDtypeStruct((STEPS + 1,), jnp.bool_),
+        abstract("condition_encoder", ConditionEncoderConfig(), mesh),
+        inputs,
     )
     flops = STEPS * transformer_flops(config, frames, tokens, batch)
-    return Program(f"denoise {size}", stages.denoise, arguments, dict(program=stages.Program(), report=None), flops)
+    return Program(f"denoise {size}", denoise.denoise, arguments, dict(method=denoise.Method()), flops)
 
 
 def train_program(options: argparse.Namespace, mesh: Mesh, size: str, method: str, frames: int, batch: int) -> Program:
-    """The step of `python -m train fit --dtype bfloat16`, all tasks in the mixture. `batch`: of a step, in
-    `options.accumulation` parts."""
+    """Return the step of `acestep-jax train fit --dtype bfloat16`, with all tasks in the mixture.
+
+    `batch` is that of a step, in `options.accumulation` parts.
+    """
     lora = method == "lora"
     part, lyrics = batch // options.accumulation, options.condition_tokens - 1 - PROMPT_TOKENS
     settings = TrainConfig(
@@ -107,24 +117,23 @@ def train_program(options: argparse.Namespace, mesh: Mesh, size: str, method: st
         optimizer=OptimizerConfig(accumulation=options.accumulation),
         examples=DataConfig(batch_size=part),
     )
-    config = dataclasses.replace(
-        transformer_config(options, size), param_dtype="bfloat16" if lora else "float32", remat=options.remat
-    )
-    transformer = abstract("transformer", config, mesh, settings.lora if lora else None)
+    config = transformer_config(options, size)
+    runtime = Runtime(dtype="bfloat16", param_dtype="bfloat16" if lora else "float32", remat=options.remat)
+    transformer = abstract("transformer", config, mesh, settings.lora if lora else None, runtime)
     model, params = steps.Model.take_apart(transformer, nnx.LoRAParam if lora else nnx.Param, mesh)
     optimizer = steps.make_optimizer(settings.optimizer, settings.steps)
     shardings = steps.state_shardings(model, params, optimizer, settings.optimizer)
     state = jax.eval_shape(lambda p: steps.TrainState(jnp.int32(0), p, optimizer.init(p), None), params)
     state = jax.tree.map(_placed, state, shardings)
 
-    encoder = ConditionEncoderConfig(**BFLOAT16)
-    text_encoder = TextEncoderConfig(**BFLOAT16)
+    encoder = ConditionEncoderConfig()
+    text_encoder = TextEncoderConfig()
     embedding = checkpoint.leaves(abstract("text_encoder", text_encoder, mesh))["embed_tokens.embedding"].get_value()
     frozen = Frozen(
         abstract("condition_encoder", encoder, mesh),
         embedding,
-        abstract("audio_tokenizer", AudioTokenizerConfig(**BFLOAT16), mesh),
-        abstract("audio_token_detokenizer", AudioTokenDetokenizerConfig(**BFLOAT16), mesh),
+        abstract("audio_tokenizer", AudioTokenizerConfig(), mesh),
+        abstract("audio_token_detokenizer", AudioTokenDetokenizerConfig(), mesh),
         jax.ShapeDtypeStruct((1, 1, encoder.hidden_size), jnp.bfloat16, sharding=NamedSharding(mesh, P())),
     )
     shape = lambda *axes, dtype=jnp.int32: jax.ShapeDtypeStruct(  # noqa: E731
@@ -153,15 +162,23 @@ def train_program(options: argparse.Namespace, mesh: Mesh, size: str, method: st
 
 def transformer_config(options: argparse.Namespace, size: str) -> TransformerConfig:
     layers = dict(num_hidden_layers=options.layers) if options.layers else {}
-    return TransformerConfig(**TRANSFORMER_SIZES[size] | layers, **BFLOAT16, is_turbo=True)
+    return TransformerConfig(**TRANSFORMER_SIZES[size] | layers, is_turbo=True)
 
 
-def abstract(name: str, config: NetworkConfig, mesh: Mesh, adapters: LoRAConfig | None = None) -> nnx.Module:
-    """The network as `checkpoint.load` places it, without values; with adapters, if any."""
-    module = checkpoint.abstract(name, config)
+def abstract(
+    name: str,
+    config: NetworkConfig,
+    mesh: Mesh,
+    adapters: LoRAConfig | None = None,
+    runtime: Runtime = BFLOAT16,
+) -> nnx.Module:
+    """Return the network as `checkpoint.load` places it, without values; with adapters if they are given."""
+    module = checkpoint.abstract(name, config, runtime)
     if adapters is not None:
-        make = checkpoint.NETWORKS[name][0]
-        module = jax.eval_shape(lambda: add_lora(make(config, rngs=nnx.Rngs(0)), adapters, rngs=nnx.Rngs(0)))
+        make = FAMILY.networks[name][0]
+        module = jax.eval_shape(
+            lambda: add_lora(make(config, runtime=runtime, rngs=nnx.Rngs(0)), adapters, rngs=nnx.Rngs(0))
+        )
     leaves = {
         leaf: jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=variable_sharding(variable, mesh))
         for leaf, variable in checkpoint.leaves(module).items()

@@ -1,10 +1,10 @@
-"""One optimizer step of fine-tuning against a plain PyTorch loop: `python -m benchmarks.training`.
+"""Performance of a fine-tuning step against a plain PyTorch loop: `python -m benchmarks.training`.
 
-Ours is the compiled step of `python -m train fit`. PyTorch's is diffusers' transformer, PEFT's adapters where there are
-any, the loss, `clip_grad_norm_` and AdamW. Both start from the same random weights and adapters and see the same batch,
-noise and times, so that their losses agree from step to step. Both run the lyric encoder and the projection of the
-prompt in each step, without gradients; both are given the timbre token. Ours also draws noise and times, which PyTorch
-is given. Adapters drop nothing: the dropped inputs would not be the same.
+Ours is the compiled step of `acestep-jax train fit`. PyTorch's is diffusers' transformer, PEFT's adapters if there are
+any, the loss, `clip_grad_norm_` and AdamW. Both start from the same random weights and adapters and see the same
+batch, noise and times, so that their losses agree at every step. Both run the lyric encoder and the projection of the
+prompt in each step, without gradients; both are given the timbre token. Ours also draws noise and times, which are
+given to PyTorch. There is no dropout of adapters, because the dropped inputs would differ.
 """
 
 import argparse
@@ -16,18 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from acestep_jax.convert.from_torch import from_module
-from acestep_jax.convert.random_checkpoint import randomise
-from acestep_jax.train import step as steps
-from acestep_jax.train.config import DataConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
-from acestep_jax.train.objective import Batch, Frozen, context_latents, draw
 from diffusers import AceStepTransformer1DModel as TorchTransformer
 from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder as TorchConditionEncoder
 from flax import nnx
 from peft import LoraConfig, get_peft_model
 
+from acestep_jax.convert.from_torch import from_module
+from acestep_jax.convert.random_checkpoint import randomise
 from acestep_jax.models.config import ConditionEncoderConfig, LoRAConfig, TransformerConfig
 from acestep_jax.models.lora import add_lora
+from acestep_jax.train import step as steps
+from acestep_jax.train.config import DataConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from acestep_jax.train.objective import Batch, Frozen, context_latents, draw
 from benchmarks import measure
 from benchmarks.floor import FRAMES_PER_SECOND, TRANSFORMER_SIZES, lyric_encoder_flops, training_flops
 from benchmarks.pipeline import shrunk
@@ -39,7 +39,7 @@ COLUMNS = (*measure.COLUMNS[:-1], "difference of losses", "audio s / s", "of the
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is measured."""
+    """Hold what is measured."""
 
     size: str
     layers: int
@@ -52,7 +52,7 @@ class Case:
 
     @property
     def arguments(self) -> dict[str, dict]:
-        """Of the torch class of each network."""
+        """The arguments of the torch class of each network."""
         sizes = shrunk(self.size, self.layers)
         return {name: sizes[name] for name in ("transformer", "condition_encoder")}
 
@@ -67,7 +67,7 @@ class Case:
 
     @property
     def train_config(self) -> TrainConfig:
-        """As of `python -m train fit`, with a learning rate that stays where it is."""
+        """The config of `acestep-jax train fit`, with a constant learning rate."""
         return TrainConfig(
             data="",
             checkpoint="",
@@ -87,10 +87,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--size", choices=TRANSFORMER_SIZES, default="2B", help="width of the blocks [2B]")
-    add("--layers", type=int, default=4, help="of the transformer, the lyric encoder in proportion; 0 for all [4]")
-    add("--method", choices=("lora", "full"), default="lora")
-    add("--rank", type=int, default=64, help="of the adapters; alpha is twice that [64]")
-    add("--remat", choices=("none", "dots", "full"), default="none", help="other than none, PyTorch checkpoints layers")
+    add("--layers", type=int, default=4, help="layers of the transformer, the lyric encoder in proportion; 0: all [4]")
+    add("--method", choices=("lora", "full"), default="lora", help="what is trained [lora]")
+    add("--rank", type=int, default=64, help="rank of the adapters; alpha is twice that [64]")
+    add(
+        "--remat",
+        choices=("none", "dots", "full"),
+        default="none",
+        help="unless none, PyTorch checkpoints layers too [none]",
+    )
     measure.add_options(parser, [30, 60, 120], 5)
     measure.add_compare_options(parser)
     options = parser.parse_args()
@@ -124,7 +129,7 @@ def main() -> None:
 
 
 def sides(case: Case, names: list[str]) -> dict[str, measure.Side]:
-    """The sides of these names, from the same weights. Each call is a step; the result is the losses of all so far."""
+    """Return the sides of these names, from the same weights. A call is a step; the result is all losses so far."""
     theirs = randomise(TorchTransformer(**case.arguments["transformer"]))
     their_encoder = randomise(TorchConditionEncoder(**case.arguments["condition_encoder"]).eval())
     config = TransformerConfig(**case.arguments["transformer"])
@@ -133,9 +138,9 @@ def sides(case: Case, names: list[str]) -> dict[str, measure.Side]:
         "condition_encoder", ConditionEncoderConfig(**case.arguments["condition_encoder"]), their_encoder
     )
     ours = cast(ours, case.dtype)
-    if case.method == "full":  # weights that learn stay float32
+    if case.method == "full":  # trained weights stay float32
         ours = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), ours)
-    ours.config = dataclasses.replace(ours.config, remat=case.remat)
+    ours.runtime = dataclasses.replace(ours.runtime, remat=case.remat)
     lora = case.method == "lora"
     if lora:
         ours = add_lora(ours, case.train_config.lora, rngs=nnx.Rngs(0))
@@ -154,7 +159,7 @@ def sides(case: Case, names: list[str]) -> dict[str, measure.Side]:
 
 
 def make_batch(case: Case, encoder: nnx.Module) -> tuple[Batch, Frozen]:
-    """Random songs that fill their crops, for the step, leaves [1, B, ...]; and the networks around the transformer."""
+    """Return a batch of random latents that fill their crops, arrays [1, B, ...]; and the frozen networks."""
     random = np.random.default_rng(0)
     size, width = case.batch, encoder.config.text_hidden_dim
     normal = lambda *shape: random.standard_normal(shape, dtype=np.float32)  # noqa: E731
@@ -177,7 +182,7 @@ def make_batch(case: Case, encoder: nnx.Module) -> tuple[Batch, Frozen]:
 
 
 def make_inputs(case: Case, frozen: Frozen, batch: Batch) -> dict[str, torch.Tensor]:
-    """What PyTorch's step is given, on the device: what ours draws and looks up itself."""
+    """Return the inputs of PyTorch's step, on the device: what ours draws and looks up itself."""
     batch = jax.tree.map(lambda x: x[0], batch)
     config = case.train_config
     key = jax.random.split(jax.random.key(config.seed))[0]  # as `make_step`
@@ -221,7 +226,7 @@ def torch_side(
     adapters: dict[str, np.ndarray],
     given: dict[str, torch.Tensor],
 ) -> measure.Side:
-    """`adapters`: ours, to start from the same."""
+    """Return the side of PyTorch; `adapters` are ours, to start from the same values."""
     if case.remat != "none":
         transformer.enable_gradient_checkpointing()
     if case.method == "lora":
@@ -265,7 +270,7 @@ def torch_side(
 
 
 def copy_adapters(adapters: dict[str, np.ndarray], network: torch.nn.Module) -> None:
-    """Ours, stacked, to PEFT's."""
+    """Copy our stacked adapters to PEFT's."""
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if found := re.search(r"layers\.(\d+)\.(\w+\.to_\w+?)(?:\.0)?\.lora_([AB])\.", name):
@@ -274,7 +279,7 @@ def copy_adapters(adapters: dict[str, np.ndarray], network: torch.nn.Module) -> 
 
 
 def _on_device(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
-    """A copy, for every side changes its own."""
+    """Return a copy on the device, since every side changes its own."""
     copy = type(module)(**dict(module.config))
     copy.load_state_dict(module.state_dict())
     return copy.to(measure.torch_device(), getattr(torch, dtype)).train(module.training)

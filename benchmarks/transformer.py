@@ -1,6 +1,6 @@
-"""The diffusion transformer against diffusers' own, one forward pass: `python -m benchmarks.transformer`.
+"""Performance of a forward pass of the transformer against diffusers' own: `python -m benchmarks.transformer`.
 
-Same random weights, same inputs, same process, calls in turn.
+Both have the same random weights and inputs and run in one process, with their calls in turn.
 """
 
 import argparse
@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from acestep_jax.convert.from_torch import from_module
-from acestep_jax.convert.random_checkpoint import randomise
 from diffusers import AceStepTransformer1DModel as TorchTransformer
 from flax import nnx
 
-from acestep_jax.inputs.programs import COMPILER_OPTIONS
+from acestep_jax.convert.from_torch import from_module
+from acestep_jax.convert.random_checkpoint import randomise
 from acestep_jax.models.config import TransformerConfig
+from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS
 from acestep_jax.models.transformer import AceStepTransformer1DModel
 from benchmarks import measure
 from benchmarks.floor import FRAMES_PER_SECOND, TRANSFORMER_SIZES, transformer_flops
@@ -27,8 +27,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transformer", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--size", choices=TRANSFORMER_SIZES, default="2B", help="width of the blocks [2B]")
-    add("--layers", type=int, default=4, help="an even number; 0 for all [4]")
-    add("--condition-tokens", type=int, default=512)
+    add("--layers", type=int, default=4, help="number of layers, even; 0: all [4]")
+    add("--condition-tokens", type=int, default=512, help="number of tokens to attend to [512]")
     measure.add_options(parser, [30, 120, 300], 5)
     measure.add_compare_options(parser)
     options = parser.parse_args()
@@ -55,7 +55,7 @@ def main() -> None:
 def sides(
     arguments: dict, dtype: str, frames: int, condition_tokens: int, batch: int, names: list[str]
 ) -> dict[str, measure.Side]:
-    """The sides of these names, with the same weights and inputs."""
+    """Return the sides of these names, with the same weights and inputs."""
     theirs = randomise(TorchTransformer(**arguments).eval())
     config = TransformerConfig(**arguments)
     inputs = make_inputs(config, frames, condition_tokens, batch)
@@ -75,15 +75,15 @@ def sides(
 
 
 def cast(network: nnx.Module, dtype: str) -> nnx.Module:
-    """Weights and computation in `dtype`."""
+    """Return the network with weights and computation in `dtype`."""
     network = jax.tree.map(lambda leaf: leaf.astype(dtype), network)
-    config = dataclasses.replace(network.config, dtype=dtype, param_dtype=dtype)
-    fresh = nnx.eval_shape(lambda: type(network)(config, rngs=nnx.Rngs(0)))
+    runtime = dataclasses.replace(network.runtime, dtype=dtype, param_dtype=dtype)
+    fresh = nnx.eval_shape(lambda: type(network)(network.config, runtime=runtime, rngs=nnx.Rngs(0)))
     return nnx.merge(nnx.graphdef(fresh), nnx.state(network))
 
 
 def make_inputs(config: TransformerConfig, frames: int, condition_tokens: int, batch: int) -> list[np.ndarray]:
-    """Of one call, in its order, float32."""
+    """Return the inputs of one call in their order, float32."""
     random = np.random.default_rng(0)
     channels = config.audio_acoustic_hidden_dim
     condition = config.encoder_hidden_size or config.hidden_size

@@ -2,7 +2,7 @@
 
 Pages are Markdown that reads well on GitHub too: a link out of docs/, such as `../acestep_jax/inputs/tasks.py`, becomes
 one to the repository. Notebooks are shown as they are stored, without running them. Docstrings are plain text with
-sections as Google's style has them; `reformat` makes reStructuredText of the rest.
+sections in Google style; `reformat` converts the rest to reStructuredText.
 """
 
 import dataclasses
@@ -63,13 +63,13 @@ default_role = "py:obj"
 # Types of other libraries are not looked up, so that a build needs no network.
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!acestep_jax|train)\S.*"),
-    (r"py:class", r".*\.(Network|Config)"),
+    (r"py:class", r".*\.(Network|Config|Layer|R)"),
 ]  # type variables
 
 
 def copy_notebooks() -> None:
-    """Brings the notebooks that there are into the folder of the pages, where they have changed, and names their
-    language: that of IPython, which has lines that begin with ! and %."""
+    """Copy the notebooks that have changed into the folder of the pages, and set their language to that of IPython,
+    which has lines that begin with ! and %."""
     sources = {path.name: path for path in (ROOT / "notebooks").glob("*.ipynb")}
     target = DOCS / "notebooks"
     target.mkdir(exist_ok=True)
@@ -85,7 +85,7 @@ def copy_notebooks() -> None:
 
 
 def expand_patterns(app, docname: str, source: list[str]) -> None:
-    """Pages that index.md names by a pattern: those that there are, if any."""
+    """Replace patterns in the table of contents of index.md by the pages that match."""
 
     def pages(found: re.Match) -> str:
         names = sorted(path.relative_to(DOCS).with_suffix("").as_posix() for path in DOCS.glob(found[1]))
@@ -96,7 +96,7 @@ def expand_patterns(app, docname: str, source: list[str]) -> None:
 
 
 def link_repository(app, docname: str, source: list[str]) -> None:
-    """Relative links out of docs/ become links to the repository; warns where there is no such file."""
+    """Replace relative links out of docs/ by links to the repository; warn if a file does not exist."""
     # A copied notebook links as it does where it came from.
     folder = posixpath.join("docs", posixpath.dirname(docname)).replace("docs/notebooks", "notebooks")
 
@@ -115,7 +115,7 @@ def link_repository(app, docname: str, source: list[str]) -> None:
 
 
 def resolve(app, env, node, content):
-    """A name in backticks: a link to the one object that ends so, or plain code."""
+    """Resolve a name in backticks to a link if exactly one object matches, and to plain code otherwise."""
     if node.get("reftype") != "obj":
         return None
     domain = env.get_domain("py")
@@ -127,8 +127,8 @@ def resolve(app, env, node, content):
 
 
 def reformat(app, what: str, name: str, obj, options, lines: list[str]) -> None:
-    """Makes reStructuredText of a docstring: escapes its punctuation, keeps formulas and tables as they are written,
-    and lists the fields of a dataclass or a named tuple with what is said of them."""
+    """Convert a docstring to reStructuredText: escape its punctuation, keep formulas and tables verbatim, and list the
+    fields of a dataclass or named tuple with their descriptions."""
     result, fields = [], {}
     paragraphs = re.split(r"\n{2,}", inspect.cleandoc("\n".join(lines)))
     own = _field_comments(obj)
@@ -160,8 +160,8 @@ _SECTION = re.compile(r"(Args|Returns|Raises|Yields):$")
 
 
 def _items(rows: list[str]) -> dict[str, str]:
-    """Of a paragraph that says something of names, "name, name: text" on each line, further lines indented: the texts
-    by names. Empty if it is something else."""
+    """Return the texts by names of a paragraph with "name, name: text" on each line and indented continuation lines;
+    empty for any other paragraph."""
     items: dict[str, str] = {}
     for row in rows:
         if found := re.match(r"([a-z]\w*(?:, [a-z]\w*)*): (.*)", row):
@@ -174,7 +174,7 @@ def _items(rows: list[str]) -> dict[str, str]:
 
 
 def _is_literal(rows: list[str]) -> bool:
-    """Whether a paragraph is a table, indented as a whole, or made of assignments."""
+    """Return whether a paragraph is a table, indented throughout, or consists of assignments."""
     return any(
         all(test(row) for row in rows)
         for test in (
@@ -186,7 +186,7 @@ def _is_literal(rows: list[str]) -> bool:
 
 
 def _escape(text: str) -> str:
-    """Punctuation that means something to reStructuredText, outside of backticks; within, all but names is code."""
+    """Escape the punctuation of reStructuredText outside of backticks; within, mark all but names as code."""
     parts = text.split("`")
     for i, part in enumerate(parts):
         if i % 2:
@@ -198,7 +198,7 @@ def _escape(text: str) -> str:
 
 
 def _field_comments(obj) -> dict[str, str]:
-    """The fields that a dataclass or a named tuple itself declares, with the comments at the ends of their lines."""
+    """Return the fields that a dataclass or named tuple itself declares, with their trailing comments."""
     if not inspect.isclass(obj) or not (dataclasses.is_dataclass(obj) or hasattr(obj, "_fields")):
         return {}
     names = [name for name in inspect.get_annotations(obj) if not name.startswith("_")]
@@ -216,22 +216,29 @@ def _field_comments(obj) -> dict[str, str]:
 
 
 def skip(app, what: str, name: str, obj, skip: bool, options):
-    """Leaves out the fields of named tuples, which `reformat` lists, and shows how a module is called in any case."""
+    """Skip the fields of named tuples, which `reformat` lists, and always include `__call__`."""
     if name == "__call__":
         return False
     return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
 def signature(app, what: str, name: str, obj, options, found: str | None, returned: str | None):
-    """Of a module of Flax, what it is made with: its metaclass takes anything."""
+    """Return the signature of a Flax module's constructor, because its metaclass accepts anything."""
     if what != "class" or "*args" not in (found or ""):
         return None
     arguments = sphinx_inspect.signature(obj.__init__, bound_method=True)
     return sphinx_inspect.stringify_signature(arguments, unqualified_typehints=True), None
 
 
+def keep_signature(app, what: str, name: str, obj, skip: bool, options) -> None:
+    """Keep a signature that a decorator has set: autodoc would look for its defaults in the source of the function that
+    is decorated."""
+    if {"__signature__", "__wrapped__"} <= getattr(obj, "__dict__", {}).keys():
+        del obj.__wrapped__
+
+
 def without_source(app, page: str, template: str, context: dict, doctree) -> None:
-    """Copies of notebooks are not in the repository, so there is nothing to edit."""
+    """Remove the edit link from copied notebooks, which are not in the repository."""
     if page.startswith("notebooks/"):
         context.pop("page_source_suffix", None)
 
@@ -244,5 +251,6 @@ def setup(app) -> None:
     app.connect("missing-reference", resolve)
     app.connect("autodoc-process-docstring", reformat, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", signature)
+    app.connect("autodoc-skip-member", keep_signature, priority=400)
     app.connect("autodoc-skip-member", skip)
     app.connect("html-page-context", without_source)

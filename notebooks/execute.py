@@ -1,7 +1,7 @@
-"""`python notebooks/execute.py [NAME ...]`: runs the notebooks and keeps their outputs in them.
+"""`python notebooks/execute.py [NAME ...]`: execute the notebooks and store their outputs in them.
 
-Each runs in a fresh kernel in a temporary folder. What it writes to the standard error is dropped: warnings that name
-local paths, and progress bars.
+Each one runs in a fresh kernel in a temporary folder. Its standard error is dropped, because it holds progress bars and
+warnings with local paths.
 """
 
 import argparse
@@ -16,20 +16,21 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 FOLDER = Path(__file__).parent
-TIMEOUT = 3600  # seconds, of a cell
+TIMEOUT = 3600  # seconds per cell
 
 
 def names() -> list[str]:
-    """Of all notebooks, in order."""
+    """Return the names of all notebooks, in order."""
     return sorted(file.stem for file in FOLDER.glob("*.ipynb"))
 
 
 def read(name: str) -> nbformat.NotebookNode:
+    """Read a notebook by name."""
     return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
 
 
 def execute(notebook: nbformat.NotebookNode) -> None:
-    """Runs the cells in a temporary folder, with this repository on the path. Raises CellExecutionError."""
+    """Execute the cells in a temporary folder, with this repository on the path. Raises CellExecutionError."""
     paths = [str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TQDM_DISABLE": "1"}
     with tempfile.TemporaryDirectory(prefix="acestep-jax-notebook-") as folder:
@@ -44,7 +45,7 @@ def execute(notebook: nbformat.NotebookNode) -> None:
 
 
 def clean(notebook: nbformat.NotebookNode) -> None:
-    """Leaves what does not change from run to run by itself."""
+    """Remove standard error and metadata, which differ from run to run."""
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -60,7 +61,7 @@ def clean(notebook: nbformat.NotebookNode) -> None:
 
 
 def write(name: str, notebook: nbformat.NotebookNode) -> None:
-    """Whole or not at all."""
+    """Write the notebook atomically."""
     temporary = FOLDER / f".{name}.ipynb.tmp"
     try:
         nbformat.validate(notebook)
@@ -71,12 +72,12 @@ def write(name: str, notebook: nbformat.NotebookNode) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 1 if a notebook failed, which stays as it was."""
+    """Return the exit status: 0, or 1 if a notebook failed, which is then left unchanged."""
     parser = argparse.ArgumentParser(prog="python notebooks/execute.py", description=__doc__.split("\n")[0])
     parser.add_argument("names", metavar="NAME", nargs="*", help=f"{', '.join(names())} [all]")
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - set(names()):
-        parser.error(f"no notebook called {', '.join(sorted(unknown))}")
+        parser.error(f"unknown notebook {', '.join(sorted(unknown))}; expected any of {', '.join(names())}")
     status = 0
     for name in options.names or names():
         notebook, start = read(name), time.monotonic()

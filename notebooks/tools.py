@@ -1,7 +1,6 @@
-"""What the notebooks share: commands of a terminal, a player, and spectrograms."""
+"""Helpers of the notebooks: terminal commands, an audio player and spectrograms."""
 
 import functools
-import importlib
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -11,31 +10,31 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Audio, display
 
+from acestep_jax import cli
 from acestep_jax.io import audio as audio_files
 
 TICKS = (100, 500, 1000, 2000, 4000, 8000)  # Hz
 
 
 def run(command: str) -> None:
-    """Runs `acestep-jax ...`, or `python -m MODULE ...` of this repository, in the process of the notebook, which is
-    the only one that can use a TPU. Raises RuntimeError if it fails."""
+    """Run `acestep-jax ...`, `python -m convert ...` or `python -m train ...` in the process of the notebook, because
+    only one process can use a TPU. Raises RuntimeError if the command fails."""
     print("$", command)
     words = shlex.split(command)
-    module = "acestep_jax.cli" if words[0] == "acestep-jax" else f"{words[2]}.__main__"
-    arguments = words[1:] if words[0] == "acestep-jax" else words[3:]
-    if status := importlib.import_module(module).main(arguments):
+    arguments = words[1:] if words[0] == "acestep-jax" else words[2:]
+    if status := cli.main(arguments):
         raise RuntimeError(f"exit status {status}: {command}")
 
 
 def listen(audio: np.ndarray, title: str = "", rate: int = 48000, regions: Sequence[tuple[float, float]] = ()) -> None:
-    """A spectrogram and a player, with the sound as an MP3 within the notebook. audio: [channels, samples]; regions:
-    (start, end) in seconds, which are marked."""
+    """Show a spectrogram and a player, with the audio embedded as an MP3. audio: [channels, samples]; regions:
+    (start, end) in seconds, which are highlighted."""
     show(audio, title, rate, regions)
     play(audio, rate)
 
 
 def play(audio: np.ndarray, rate: int = 48000) -> None:
-    """A player. audio: [channels, samples]."""
+    """Show a player. audio: [channels, samples]."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "song.mp3"
         audio_files.write(file, audio, rate)
@@ -43,7 +42,7 @@ def play(audio: np.ndarray, rate: int = 48000) -> None:
 
 
 def show(audio: np.ndarray, title: str = "", rate: int = 48000, regions: Sequence[tuple[float, float]] = ()) -> None:
-    """A spectrogram. audio: [channels, samples]; regions: (start, end) in seconds, which are marked."""
+    """Show a spectrogram. audio: [channels, samples]; regions: (start, end) in seconds, which are highlighted."""
     figure, axes = plt.subplots(figsize=(8, 2.1), dpi=64)
     draw(axes, audio, title, rate, regions)
     figure.tight_layout()
@@ -51,7 +50,7 @@ def show(audio: np.ndarray, title: str = "", rate: int = 48000, regions: Sequenc
 
 
 def draw(axes, audio: np.ndarray, title: str = "", rate: int = 48000, regions: Sequence[tuple] = ()) -> None:
-    """The spectrogram of `show`, on axes of matplotlib: 60 dB from black to yellow."""
+    """Draw the spectrogram of `show` on axes of matplotlib, 60 dB from black to yellow."""
     spectrum = log_mel(audio, rate)
     seconds, top = audio.shape[-1] / rate, spectrum.max()
     extent = (0, seconds, 0, len(spectrum))
@@ -64,7 +63,7 @@ def draw(axes, audio: np.ndarray, title: str = "", rate: int = 48000, regions: S
 
 
 def log_mel(audio: np.ndarray, rate: int = 48000, bands: int = 80) -> np.ndarray:
-    """[bands, frames] power in dB of the mean of the channels, from 40 Hz to 12 kHz, 50 frames a second.
+    """Compute the power of the mean of the channels, [bands, frames] in dB, from 40 Hz to 12 kHz at 50 frames a second.
 
     audio: [channels, samples].
     """
@@ -76,18 +75,18 @@ def log_mel(audio: np.ndarray, rate: int = 48000, bands: int = 80) -> np.ndarray
 
 
 def mel_bands(bands: int) -> np.ndarray:
-    """[bands + 2] the centres in Hz of triangular filters, with the two ends."""
+    """Return the centre frequencies of triangular filters and the two outer edges, in Hz, [bands + 2]."""
     ends = 2595 * np.log10(1 + np.array([40, 12000]) / 700)
     return 700 * (10 ** (np.linspace(*ends, bands + 2) / 2595) - 1)
 
 
 @functools.cache
 def _filters(bands: int, size: int, rate: int) -> np.ndarray:
-    """[bands, size // 2 + 1], each with a sum of one."""
+    """Return the filters, [bands, size // 2 + 1], each with a sum of one."""
     hertz, edges = np.fft.rfftfreq(size, 1 / rate), mel_bands(bands)[:, None]
     rise, fall = (hertz - edges[:-2]) / np.diff(edges, axis=0)[:-1], (edges[2:] - hertz) / np.diff(edges, axis=0)[1:]
     weights = np.maximum(0, np.minimum(rise, fall))
-    # A filter that is narrower than a bin takes the nearest one.
+    # A filter that is narrower than a bin takes the nearest bin.
     empty = np.flatnonzero(weights.sum(axis=1) == 0)
     weights[empty, np.argmin(np.abs(hertz - edges[1:-1][empty]), axis=1)] = 1
     return weights / weights.sum(axis=1, keepdims=True)

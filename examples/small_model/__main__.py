@@ -1,4 +1,4 @@
-"""`python -m examples.small_model`: the steps of making the small model that `train` does not know."""
+"""`python -m examples.small_model`: the stages of the small model's training that `acestep-jax train` does not have."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from acestep_jax.cli import use_compilation_cache
+from acestep_jax.cli.runtime import use_compilation_cache
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
 from examples.small_model.pack import write_packed
@@ -19,23 +19,27 @@ TOKENIZER_PROMPTS = 20_000
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after an error message."""
+    """Run a command and return the exit status: 0, or 2 after an error message."""
     parser = argparse.ArgumentParser(prog="python -m examples.small_model", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = commands.add_parser("text-encoder", help="train a tokenizer and a text encoder")
-    command.add_argument("destination", metavar="DST", type=Path, help="the folder to make")
-    command.add_argument("--steps", type=int, default=1500, help="[1500]")
-    command.add_argument("--batch-size", type=int, default=32, help="[32]")
-    command.add_argument("--seed", type=int, default=0, help="[0]")
-    command = commands.add_parser("start", help="the checkpoint that the transformer's training starts from")
-    command.add_argument("destination", metavar="DST", type=Path, help="the folder to make")
-    command.add_argument("--vae", metavar="DIR", type=Path, required=True, help="of `python -m train autoencoder`")
-    command.add_argument("--text-encoder", metavar="DIR", type=Path, required=True, help="of the command of this name")
-    command.add_argument("--seed", type=int, default=0, help="[0]")
-    command = commands.add_parser("pack", help="the trained checkpoint as it is shipped")
-    command.add_argument("source", metavar="SRC", type=Path, help="a native checkpoint")
-    command.add_argument("destination", metavar="DST", type=Path, help="the folder to make")
-    command.add_argument("--dtype", default="bfloat16", help="of the weights [bfloat16]")
+    command = commands.add_parser("text-encoder", help="Train a tokenizer and a text encoder.")
+    command.add_argument("destination", metavar="DST", type=Path, help="Folder to create.")
+    command.add_argument("--steps", type=int, default=1500, help="Number of training steps [1500].")
+    command.add_argument("--batch-size", type=int, default=32, help="Prompts per step [32].")
+    command.add_argument("--seed", type=int, default=0, help="Seed of the random weights [0].")
+    command = commands.add_parser("start", help="Write the checkpoint that the transformer's training starts from.")
+    command.add_argument("destination", metavar="DST", type=Path, help="Folder to create.")
+    command.add_argument(
+        "--vae", metavar="DIR", type=Path, required=True, help="Autoencoder, from `acestep-jax train autoencoder`."
+    )
+    command.add_argument(
+        "--text-encoder", metavar="DIR", type=Path, required=True, help="Text encoder, from the command of this name."
+    )
+    command.add_argument("--seed", type=int, default=0, help="Seed of the random weights [0].")
+    command = commands.add_parser("pack", help="Pack a trained checkpoint for shipping.")
+    command.add_argument("source", metavar="SRC", type=Path, help="Native checkpoint.")
+    command.add_argument("destination", metavar="DST", type=Path, help="Folder to create.")
+    command.add_argument("--dtype", default="bfloat16", help="Dtype of the stored weights [bfloat16].")
     options = parser.parse_args(arguments)
     try:
         if options.command == "text-encoder":
@@ -54,13 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def text_encoder(destination: Path, steps: int, batch_size: int, seed: int) -> None:
-    """Trains both, and writes them as a checkpoint of one network."""
+    """Train a tokenizer and a text encoder, and write them as a checkpoint of one network."""
     use_compilation_cache()
     checkpoint.check_new(destination)
     prompts = (song_and_prompt(FIRST_SEED + i)[1] for i in range(TOKENIZER_PROMPTS))
     tokenizer = train_tokenizer(prompts, TEXT_ENCODER.vocab_size)
     network, errors = train_text_encoder(TEXT_ENCODER, tokenizer, steps=steps, batch_size=batch_size, seed=seed)
-    print(f"mean error of the last 50 steps: {np.mean(errors[-50:]):.3f} of {np.mean(errors[:1]):.3f} at first")
+    print(f"mean error of the last 50 steps: {np.mean(errors[-50:]):.3f}; of the first step: {np.mean(errors[:1]):.3f}")
     save_networks(destination, {"text_encoder": network}, tokenizer)
 
 

@@ -1,6 +1,5 @@
-"""The trained checkpoint as it is shipped: small, and with an answer to every tempo."""
+"""Pack the trained checkpoint for shipping: compressed, with an embedding for every tempo."""
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,15 +13,14 @@ from examples.synthetic_music.styles import STYLES
 
 
 def write_packed(source: Path, destination: Path, dtype: str) -> None:
-    """Writes a copy of a checkpoint with its weights in another dtype, computed in float32, compressed. Tempi that no
-    song had are read as their neighbours, see `read_as_nearest`.
+    """Write a compressed copy of a checkpoint with its weights in another dtype, to be computed in float32. Tempi that
+    did not occur in training get the embedding of the nearest one, see `read_as_nearest`.
 
     Raises:
-        InputError: if `source` is no checkpoint or `destination` exists.
+        InputError: if `source` is not a checkpoint or `destination` exists.
     """
     manifest = checkpoint.read_manifest(source)
     stored = checkpoint.network_leaves(source, manifest)
-    configs = {n: dataclasses.replace(c, dtype="float32", param_dtype=dtype) for n, c in manifest.configs.items()}
     tokenizer = checkpoint.load_tokenizer(source)
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:
@@ -33,12 +31,21 @@ def write_packed(source: Path, destination: Path, dtype: str) -> None:
                 yield f"{name}.{leaf}", value.astype(jnp.dtype(dtype))
 
     text = (source / checkpoint.TOKENIZER).read_text(encoding="utf-8")
-    checkpoint.save(destination, configs, arrays(), text, manifest.tokenizer_config, compress=True)
+    checkpoint.save(
+        destination,
+        manifest.configs,
+        arrays(),
+        text,
+        manifest.tokenizer_config,
+        sampling=manifest.sampling,
+        dtypes=dict.fromkeys(manifest.configs, "float32"),
+        compress=True,
+    )
 
 
 def read_as_nearest(table: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """The embeddings [vocabulary, D], where a number between the tempi of the composer's songs has that of the nearest
-    of them: what a transformer makes of a tempo that it never heard is any other."""
+    """Return the embeddings [vocabulary, D], where every number between the tempi of the composer's songs has the
+    embedding of the nearest of these tempi: the transformer does not generalise to tempi that it was not trained on."""
     known = sorted({bpm for style in STYLES.values() for bpm in style.bpm})
     table, ids = table.copy(), tokenizer.get_vocab()
     for number in range(known[0], known[-1]):

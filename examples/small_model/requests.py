@@ -1,4 +1,4 @@
-"""Prompts for composed music, as users would write them, and the facts that they tell."""
+"""Prompts for composed music, as users would write them, and the facts that they state."""
 
 from collections.abc import Sequence
 
@@ -14,15 +14,15 @@ from examples.synthetic_music.styles import STYLES
 INSTRUMENTS = tuple(
     dict.fromkeys(name for style in STYLES.values() for p in style.parts.values() for name in p.instruments)
 )
-TURNS = (0.5, 1, 2, 4)  # tempo as angles that turn so often in an octave, so that near tempi lie near each other
-BEATS = (1, 2, 4)  # how far the transformer has to look back, to go on in time
+TURNS = (0.5, 1, 2, 4)  # tempo as angles, in turns per octave, so that similar tempi have similar angles
+BEATS = (1, 2, 4)  # how far back the transformer has to attend to keep the tempo
 LATENTS_PER_SECOND = 25
-ANGLES = 12  # of the transformer's rotary embedding, the fastest: slower ones tell few beats apart
+ANGLES = 12  # the fastest angles of the transformer's rotary embedding; slower ones hardly distinguish a few beats
 
 
 def song_and_prompt(seed: int) -> tuple[Song, str]:
-    """A song and one of many texts that may ask for it. Tempo, key and bar are told more often than not, by a field or
-    in the caption; the caption is a whole one or a few words."""
+    """Return a song and one of many prompts that describe it. Tempo, key and time signature are stated more often than
+    not, in a field or in the caption; the caption is a full one or a few words."""
     song, rng = draft(seed), np.random.default_rng([seed, 5])
     text = caption(song) if rng.random() < 0.7 else few_words(song, rng)
     told = rng.random(3) < (0.0 if rng.random() < 0.25 else 0.9)
@@ -39,7 +39,7 @@ def song_and_prompt(seed: int) -> tuple[Song, str]:
 
 
 def facts(song: Song) -> np.ndarray:
-    """What a listener could tell, as numbers: tempo, tonic, scale, mode, drums, style, instruments. float32."""
+    """Return audible properties as float32 numbers: tempo, tonic, scale, mode, drums, style, instruments."""
     instruments = {track.instrument for track in song.tracks}
     return np.array(
         [
@@ -56,8 +56,8 @@ def facts(song: Song) -> np.ndarray:
 
 
 def tempo_facts(bpm: float) -> np.ndarray:
-    """Numbers that a linear layer can tell it from, to a few per cent, and some beats as the angles by which rotary
-    embedding turns a key that lies so far away: a query that is a linear function of them looks there."""
+    """Return numbers from which a linear layer can determine the tempo to a few per cent, and the angles by which the
+    rotary embedding turns a key some beats away: a query that is a linear function of them attends to that place."""
     config = CONFIGS["transformer"]
     octave = np.log2(bpm / 110)
     tokens = 60 / bpm * LATENTS_PER_SECOND / config.patch_size * np.array(BEATS)
@@ -66,7 +66,7 @@ def tempo_facts(bpm: float) -> np.ndarray:
     return np.concatenate([[octave], np.sin(angles), np.cos(angles)])
 
 
-# What is heard first should be told best: tempo and key count for more than each of the instruments.
+# The most audible properties should be predicted best: tempo and key have a larger weight than single instruments.
 _SIZES = {"tempo": (1 + 2 * (len(TURNS) + len(BEATS) * ANGLES), 1.0), "key": (25, 2.0), "drums": (1, 5.0)}
 FACT_WEIGHTS = np.concatenate(
     [np.full(size, weight) for size, weight in _SIZES.values()] + [np.full(len(STYLES) + len(INSTRUMENTS), 1.0)]

@@ -1,8 +1,8 @@
 """The checkpoint that the transformer's training starts from: a trained autoencoder and text encoder, random weights
 in all other networks, and the latents of silence.
 
-The condition encoder and the networks of the audio codes stay random: a random layer keeps what its input tells apart,
-and the transformer learns to read it. Lyrics and references are made silent there, as there is nothing to sing.
+The condition encoder and the networks of the audio codes stay random: a random layer preserves the differences in its
+input, and the transformer learns to use it. Lyrics and references are zeroed there, because the music is instrumental.
 """
 
 from pathlib import Path
@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 
 from acestep_jax.inputs.prompt import PAD
 from acestep_jax.io import checkpoint
-from acestep_jax.io.checkpoint import NETWORKS
 from acestep_jax.models.autoencoder import AutoencoderOobleck
 from acestep_jax.models.condition_encoder import SILENCE_FRAMES
 from acestep_jax.models.config import (
@@ -28,6 +27,7 @@ from acestep_jax.models.config import (
     TransformerConfig,
 )
 from acestep_jax.models.qwen3 import Qwen3Model
+from acestep_jax.models.registry import FAMILY
 
 _NARROW: dict[str, Any] = dict(
     hidden_size=128,
@@ -74,35 +74,40 @@ CONFIGS: dict[str, NetworkConfig] = {
 }
 
 
+# Guidance of 7, as of the published models, is too much for this one.
+SAMPLING = {"num_inference_steps": 50, "guidance_scale": 3.0, "shift": 1.0}
+
+
 def write_start(
     destination: Path, vae: AutoencoderOobleck, text_encoder: Qwen3Model, tokenizer: Tokenizer, seed: int
 ) -> None:
-    """Writes the checkpoint, in float32. Raises InputError if `destination` exists."""
+    """Write the checkpoint, in float32. Raises InputError if `destination` exists."""
     networks = {"text_encoder": text_encoder, "vae": vae}
     networks |= {
-        name: NETWORKS[name][0](config, rngs=nnx.Rngs(seed + i)) for i, (name, config) in enumerate(CONFIGS.items())
+        name: FAMILY.networks[name][0](config, rngs=nnx.Rngs(seed + i))
+        for i, (name, config) in enumerate(CONFIGS.items())
     }
     _set_up(networks["transformer"], seed + len(CONFIGS))
     encoder = networks["condition_encoder"]
     for part in (encoder.lyric_encoder, encoder.timbre_encoder):
         part.norm.scale.set_value(jnp.zeros_like(part.norm.scale[...]))
     encoder.silence_latent.set_value(silence(vae))
-    save_networks(destination, {name: networks[name] for name in NETWORKS}, tokenizer)
+    save_networks(destination, {name: networks[name] for name in FAMILY.networks}, tokenizer)
 
 
 def save_networks(destination: Path, networks: dict[str, nnx.Module], tokenizer: Tokenizer) -> None:
-    """Writes networks, by the names of `NETWORKS`, as a checkpoint. Raises InputError if `destination` exists."""
+    """Write networks by name as a checkpoint. Raises InputError if `destination` exists."""
     arrays = [
         (f"{name}.{leaf}", np.asarray(variable.get_value()))
         for name, network in networks.items()
         for leaf, variable in checkpoint.leaves(network).items()
     ]
     configs = {name: network.config for name, network in networks.items()}
-    checkpoint.save(destination, configs, arrays, tokenizer.to_str(), {"pad_token": PAD})
+    checkpoint.save(destination, configs, arrays, tokenizer.to_str(), {"pad_token": PAD}, sampling=SAMPLING)
 
 
 def silence(vae: AutoencoderOobleck) -> jax.Array:
-    """[1, SILENCE_FRAMES, latent channels]: what the encoder makes of it, the same but for the ends."""
+    """Encode silence to latents [1, SILENCE_FRAMES, C]. All frames are equal except those near the ends."""
     frames = 64
     ends = jax.jit(lambda vae, sound: vae.encode(sound).mean)(vae, jnp.zeros((1, 2, frames * vae.hop_length)))
     half = frames // 2
@@ -111,11 +116,11 @@ def silence(vae: AutoencoderOobleck) -> jax.Array:
 
 
 def _set_up(transformer: nnx.Module, seed: int) -> None:
-    """Every layer begins as a small change of what it reads, with open gates; what it reads of the prompt is large.
+    """Initialise every layer as a small change of its input, with open gates and a large cross-attention output.
 
-    The shift before self-attention is random, the same for all tokens. So a query that has something of the prompt
-    meets keys that have something in common, and turns to certain distances from the first step on: without it, 7000
-    steps did not teach looking a beat back.
+    The shift before self-attention is random and the same for all tokens. A query that depends on the prompt then meets
+    keys with a common component, and attends to certain distances from the first step on. Without it, the model did
+    not learn to attend a beat back in 7000 steps.
     """
     depth = transformer.config.num_hidden_layers
     for name, variable in checkpoint.leaves(transformer).items():

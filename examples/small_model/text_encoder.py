@@ -1,8 +1,8 @@
-"""The text encoder of the small model: a two-layer Qwen3 that learns to sum a prompt up.
+"""The text encoder of the small model: a two-layer Qwen3 that learns to summarise a prompt.
 
-Qwen3-Embedding, which the large models read prompts with, is trained to put what a text means into its last token. Here
-a linear layer tells the song's tempo, key, drums, style and instruments, from the last token and from the mean of all,
-which is what cross-attention sees before it has learned where to look. The layer is dropped afterwards.
+Qwen3-Embedding, the text encoder of the large models, is trained to represent the meaning of a text in its last token.
+Here linear layers predict the song's tempo, key, drums, style and instruments from the last token and from the mean of
+all tokens, which is what an untrained cross-attention sees. These layers are discarded afterwards.
 """
 
 import jax
@@ -13,24 +13,26 @@ from flax import nnx
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from acestep_jax.inputs.prompt import MAX_PROMPT_TOKENS, Tokens, tokenize
+from acestep_jax.inputs.collate import Tokens, pad_tokens
+from acestep_jax.inputs.prompt import PAD, tokenize
 from acestep_jax.models.config import TextEncoderConfig
 from acestep_jax.models.qwen3 import Qwen3Model
+from acestep_jax.request import MAX_PROMPT_TOKENS
 from examples.small_model.requests import FACT_WEIGHTS, facts, song_and_prompt, tempo_facts
 
-FIRST_SEED = 2**40  # its songs are never composed, for training or as tests
+FIRST_SEED = 2**40  # songs from this seed on are never composed, neither for training nor for tests
 
 
 def train_text_encoder(
     config: TextEncoderConfig, tokenizer: Tokenizer, *, steps: int, batch_size: int, seed: int = 0
 ) -> tuple[Qwen3Model, list[float]]:
-    """Returns the network and the error of each step: the share of the facts' variance that it could not tell."""
+    """Return the trained network and the error of each step, the fraction of the facts' variance left unexplained."""
     network = Qwen3Model(config, rngs=nnx.Rngs(seed))
     _relate_numbers(network, tokenizer, seed)
     graph, params = nnx.split(network)
     known = np.stack([facts(song_and_prompt(FIRST_SEED + i)[0]) for i in range(1000)])
     mean, scale = known.mean(0), FACT_WEIGHTS / (known.var(0) + 1e-4)
-    # Two readers, of the last token and of the mean: kernels and biases.
+    # Two linear layers, on the last token and on the mean: kernels and biases.
     head = jnp.zeros((2, config.hidden_size, known.shape[1])), jnp.stack([mean, mean])
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 20, steps, 1e-5)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
@@ -60,7 +62,7 @@ def train_text_encoder(
 
 
 def _relate_numbers(network: Qwen3Model, tokenizer: Tokenizer, seed: int) -> None:
-    """Numbers begin as what `tempo_facts` says of them, so that what is learned of one holds for its neighbours."""
+    """Initialise the embeddings of numbers from their `tempo_facts`, so that neighbouring numbers have similar ones."""
     words = {i: token.strip("Ġ") for token, i in tokenizer.get_vocab().items()}  # the tokenizer's sign for a space
     numbers = {i: int(word) for i, word in words.items() if word.isdecimal()}
     rows = np.array([i for i, n in numbers.items() if n > 0])
@@ -72,7 +74,8 @@ def _relate_numbers(network: Qwen3Model, tokenizer: Tokenizer, seed: int) -> Non
 
 
 def batch(tokenizer: Tokenizer, seed: int, size: int) -> tuple[Tokens, np.ndarray]:
-    """Prompts of `size` songs, and their facts."""
+    """Return the tokens of the prompts of `size` songs, and their facts."""
     songs, prompts = zip(*(song_and_prompt(seed + i) for i in range(size)), strict=True)
-    tokens = tokenize(tokenizer, list(prompts), max_length=MAX_PROMPT_TOKENS, multiple=32, what="prompt")
+    rows = tokenize(tokenizer, list(prompts), max_length=MAX_PROMPT_TOKENS, what="prompt")
+    tokens = pad_tokens(rows, 32, tokenizer.token_to_id(PAD))
     return tokens, np.stack([facts(song) for song in songs])

@@ -1,1 +1,1 @@
-"""Music made by rule, with captions, tempo and key: training data whose labels are exact and whose rights are free."""
+"""Procedurally composed music with captions, tempo and key: training data with exact labels and without copyright."""

@@ -1,4 +1,4 @@
-"""What a listener would write of a song: style, mood, tempo in a word, instruments, drums or none; never the notes."""
+"""Captions as a listener would write them: style, mood, a word for the tempo, instruments, with or without drums."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ MOODS = {"major": ("bright", "warm", "happy", "cheerful"), "minor": ("melancholi
 TEMPOS = ((84, ("slow", "unhurried")), (108, ("mid-tempo", "relaxed")), (136, ("upbeat", "lively")))
 FAST = ("fast", "high-energy")
 
-# How an instrument may be called, if not by its own name with a or an.
+# Names for an instrument, where they differ from its own name with an article.
 WORDS = {
     "synth bass": ("a synth bass", "an analog bass line"),
     "sub bass": ("a deep sub bass", "sub bass"),
@@ -77,13 +77,13 @@ class Request:
 
 
 def request(seed: int, style: str | Style | None = None) -> Request:
-    """What the song of a seed would be asked for by, without making it. `style`: see `draft`."""
+    """Return the request that describes the song of a seed, without composing it. `style`: see `draft`."""
     song = draft(seed, style)
     return Request(caption(song), song.bpm, str(song.key), str(song.beats), song.has_drums)
 
 
 def caption(song: Song) -> str:
-    """One line of English, the same each time for a song."""
+    """Return a one-line caption in English, deterministic for each song."""
     rng = np.random.default_rng([song.seed, 3])
 
     def pick(options):
@@ -112,7 +112,7 @@ def caption(song: Song) -> str:
 
 
 def few_words(song: Song, rng: np.random.Generator, told: bool = False) -> str:
-    """Such as "lofi piano, 80 bpm": what a user in haste would ask for. `told`: tempo, key and no drums for certain."""
+    """Return a short prompt such as "lofi piano, 80 bpm". `told`: always state tempo, key and the absence of drums."""
     words = [str(rng.choice(song.data.names))]
     names = [track.instrument for track in song.tracks if track.role != "drums"]
     for name in rng.permutation(names)[: rng.integers(3)]:

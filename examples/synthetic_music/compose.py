@@ -1,4 +1,4 @@
-"""A seed becomes a song: notes in beats and MIDI pitches, all of them in the song's key, in one tempo."""
+"""Compose a song from a seed: notes in beats and MIDI pitches, all in the key of the song, at one tempo."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import numpy as np
 from examples.synthetic_music.styles import STYLES, Style
 from examples.synthetic_music.theory import PROGRESSIONS, Key
 
-STEPS = 4  # of a beat
+STEPS = 4  # per beat
 DRUMS = ("kick", "snare", "clap", "rim", "hat", "open", "shaker")
 PHRASES = "AABA"
 
@@ -25,7 +25,7 @@ ROLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """start, length: beats. pitch: MIDI, or a place in `DRUMS`. velocity: 0 to 1."""
+    """start, length: beats. pitch: MIDI, or an index into `DRUMS`. velocity: 0 to 1."""
 
     start: float
     length: float
@@ -46,8 +46,8 @@ class Track:
 
 @dataclasses.dataclass(frozen=True)
 class Song:
-    """style: its name in `STYLES`, or the first of its own; data: what it is. progression: degrees of the chords.
-    Tracks have notes if made by `compose`."""
+    """style: its name in `STYLES`, or the first of its own names; data: the style itself. progression: degrees of the
+    chords. Tracks have notes only after `compose`."""
 
     seed: int
     style: str
@@ -68,11 +68,11 @@ class Song:
 
 
 def draft(seed: int, style: str | Style | None = None) -> Song:
-    """A song without its notes: whatever a caption tells of it, whatever its length.
+    """Draft a song without its notes: everything that a caption states, independently of the length.
 
     Args:
         seed: at least 0.
-        style: one of `STYLES`, or a style that is not there; None: one of them, drawn as well.
+        style: the name of one of `STYLES`, or a style of your own; None: drawn from `STYLES`.
     """
     rng = np.random.default_rng([seed, 0])
     drawn = str(rng.choice(list(STYLES)))
@@ -101,7 +101,7 @@ def draft(seed: int, style: str | Style | None = None) -> Song:
 
 
 def compose(seed: int, seconds: float, style: str | Style | None = None) -> Song:
-    """The song of `draft` with notes that begin within `seconds`; a longer song begins as a shorter one does."""
+    """Compose the notes of `draft` that begin within `seconds`; a shorter song is the beginning of a longer one."""
     song = draft(seed, style)
     bars = math.ceil(seconds * song.bpm / 60 / song.beats)
     tracks = []
@@ -114,7 +114,7 @@ def compose(seed: int, seconds: float, style: str | Style | None = None) -> Song
 
 
 def onsets(rhythm: str, bar: int, beats: int) -> list[tuple[int, int, str]]:
-    """What starts in a bar of a rhythm that goes round: (step in the bar, length in steps, character)."""
+    """Return the onsets in a bar of a repeating rhythm: (step in the bar, length in steps, character)."""
     size = beats * STEPS
     begin = bar * size % len(rhythm)
     text = rhythm[begin : begin + size]
@@ -123,7 +123,7 @@ def onsets(rhythm: str, bar: int, beats: int) -> list[tuple[int, int, str]]:
 
 
 def _drums(song: Song, track: Track, bars: int) -> list[Note]:
-    """Every eighth bar ends in a run of snare or clap, on the beats of which the kick goes on."""
+    """Every eighth bar ends in a fill of snare or clap, during which the kick continues."""
     notes = []
     fill = next(drum for drum in ("snare", "clap", "rim", "shaker") if drum in track.rhythms)
     for bar in range(bars):
@@ -165,7 +165,7 @@ def _pitched(song: Song, track: Track, bars: int, rng: np.random.Generator) -> l
 
 
 def _bass(key: Key, degree: int, character: str, lowest: int) -> int:
-    """The root, lower than an octave above `lowest`, or a fifth or octave over it."""
+    """Return the root, less than an octave above `lowest`, or the fifth or octave above it."""
     root = lowest + (key.pitch(degree) - lowest) % 12
     if character == "5":
         return root + (key.pitch(degree + 4) - root) % 12
@@ -173,7 +173,7 @@ def _bass(key: Key, degree: int, character: str, lowest: int) -> int:
 
 
 def _melody(song: Song, track: Track, rng: np.random.Generator, bars: int) -> list[list[Note]]:
-    """A walk over the scale, in chord tones on the beats that count, for each bar of a phrase; starts from 0."""
+    """Return a random walk over the scale for each bar of a phrase, with chord tones on strong beats."""
     style = song.data
     tonic = song.key.pitch(0, ROLES["lead"][0] - 9)
     place, melody = int(rng.choice([0, 2, 4])), []
@@ -195,7 +195,7 @@ def _melody(song: Song, track: Track, rng: np.random.Generator, bars: int) -> li
 
 
 def _swung(note: Note, swing: float) -> Note:
-    """Late by `swing` beats if it starts on the second eighth of a beat."""
+    """Delay a note by `swing` beats if it starts on the second eighth of a beat."""
     return dataclasses.replace(note, start=note.start + swing) if swing and note.start % 1 == 0.5 else note
 
 

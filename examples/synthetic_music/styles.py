@@ -1,8 +1,8 @@
-"""Styles as data: what plays, how fast, in which rhythms.
+"""Styles as data: instruments, tempi and rhythms.
 
-A rhythm has a character for each sixteenth of one or more bars. "." is silence, "-" holds the note before it, and what
-starts a note depends on the part. Drums: "x", or "o" for a soft one. Bass: degrees over the chord's root, 1, 5 or 8.
-Chords: "x". Arpeggios: a note of the chord, counted from 0 up. Leads: "x", the composer finds the pitch.
+A rhythm has a character for each sixteenth of one or more bars. "." is silence, "-" holds the note before it, and the
+characters that start a note depend on the part. Drums: "x", or "o" for a soft hit. Bass: degrees above the root of the
+chord, 1, 5 or 8. Chords: "x". Arpeggios: the index of a note in the chord. Leads: "x", the composer finds the pitch.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Part(NamedTuple):
-    """One instrument and one rhythm are drawn for a song; `chance` is that of the part being there at all."""
+    """One instrument and one rhythm are drawn for a song; `chance` is the probability that the song has the part."""
 
     instruments: tuple[str, ...]
     rhythms: tuple[str, ...]
@@ -19,11 +19,11 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """names: in captions. bpm: one of which is drawn. beats: of a bar. minor, drums: chances. kit: see `synth.KITS`.
+    """names: in captions. bpm: tempi to draw from. beats: per bar. minor, drums: probabilities. kit: see `synth.KITS`.
 
     beat: rhythms by drum, one set of which is drawn. swing: how far every second eighth is late, in beats.
-    bars: of a chord. size: notes of a chord. reverb: seconds until the room is silent by 60 dB. echo: 0 to 1.
-    duck: how far the kick pushes down everything else, 0 to 1. tone: cutoff of the whole in Hz.
+    bars: per chord. size: notes of a chord. reverb: time in seconds to decay by 60 dB. echo: level, 0 to 1.
+    duck: attenuation of all other tracks by the kick, 0 to 1. tone: cutoff of the mix in Hz.
     """
 
     names: tuple[str, ...]
@@ -44,7 +44,7 @@ class Style:
     tone: float = 16000.0
 
 
-# All tempi are 1500 / n: a beat is a whole number of the 25 latents of a second, which a small model learns to repeat.
+# All tempi are 1500 / n: a beat is a whole number of latent frames (25 per second), so that repetitions are identical.
 STYLES = {
     "house": Style(
         ("house", "deep house", "club house"),

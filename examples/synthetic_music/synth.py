@@ -1,7 +1,7 @@
-"""Notes become sound: band-limited wavetables with smooth envelopes, drums of sines and shaped noise, echo, reverb.
+"""Render notes to audio: band-limited wavetables with envelopes, drums of sines and filtered noise, echo, reverb.
 
 A pitched note is e(t) (w(t) s_open(f t) + (1 - w(t)) s_closed(f t)): one period with and one without its high partials,
-crossfaded by w, a decaying exponential, which is a filter that closes. Equal notes are computed once.
+crossfaded by the decaying exponential w, which imitates a closing filter. Equal notes are computed once.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ SAMPLE_RATE = 48000  # Hz
 PEAK = 10 ** (-1 / 20)  # -1 dBFS
 LOUDNESS = 10 ** (-17 / 20)  # root mean square before the limiter
 TABLE = 2048  # points of a period
-TOP = 16000.0  # Hz, no partial is higher
+TOP = 16000.0  # Hz, the highest partial
 FADE_IN, FADE_OUT = 0.002, 0.05  # seconds, of the whole
 
 
@@ -27,7 +27,7 @@ class Instrument:
     """shape: of `SHAPES`. closed, open: cutoffs in Hz; sweep: seconds in which the filter closes.
 
     attack, decay, release: seconds; sustain: level after the decay. detune: cents between the left and right voice,
-    0 for one voice. vibrato: cents. level: against the other instruments.
+    0 for one voice. vibrato: cents. level: relative to the other instruments.
     """
 
     shape: str
@@ -71,7 +71,7 @@ INSTRUMENTS = {
     "triangle bass": Instrument("triangle", 6000, decay=1.0, sustain=0.8, release=0.03),
     "reese bass": Instrument("saw", 500, attack=0.02, sustain=1.0, detune=24, level=1.1),
     "cello": Instrument("saw", 900, attack=0.05, sustain=0.9, decay=1.0, release=0.15, vibrato=8),
-    # keys, guitars and what else is struck or plucked
+    # keys, guitars and other struck or plucked instruments
     "piano": Instrument("saw", 900, 4500, sweep=0.25, decay=0.9, release=0.15, level=1.1),
     "electric piano": Instrument("tine", 900, 5000, sweep=0.2, decay=1.1, release=0.15, level=1.1),
     "organ": Instrument("organ", 5000, attack=0.01, sustain=1.0, release=0.05, level=0.7),
@@ -108,9 +108,9 @@ INSTRUMENTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Drum:
-    """A sine that falls from `top` to `bottom` Hz within `fall` seconds, and noise in a band of Hz.
+    """A sine that sweeps from `top` to `bottom` Hz within `fall` seconds, and noise in a frequency band.
 
-    tone, noise: levels; decay, hiss: seconds in which they fall to 1/e; attack: seconds of the noise.
+    tone, noise: levels; decay, hiss: seconds in which they decay to 1/e; attack: seconds of the noise.
     """
 
     tone: float = 0.0
@@ -156,7 +156,7 @@ KITS = {
 
 
 def render(song: Song, seconds: float) -> np.ndarray:
-    """[2, samples] float32 at `SAMPLE_RATE`, with a peak of -1 dBFS."""
+    """Render a song to audio [2, samples] float32 at `SAMPLE_RATE`, with a peak of -1 dBFS."""
     size = round(seconds * SAMPLE_RATE)
     style, rng = song.data, np.random.default_rng([song.seed, 2])
     dry, wet = np.zeros((2, 2, size), np.float32)
@@ -165,7 +165,7 @@ def render(song: Song, seconds: float) -> np.ndarray:
         sound = _drums(song, track, rng, size) if track.role == "drums" else _pitched(song, track, size) * pushed
         sound *= ROLES[track.role][1]
         if not song.has_drums and track.role == "arp":
-            sound *= 1.6  # it keeps the time where no drums do
+            sound *= 1.6  # it carries the beat where there are no drums
         if style.echo and track.role in ("chords", "arp", "lead"):
             _add_echo(sound, round(0.75 * 60 / song.bpm * SAMPLE_RATE), style.echo)
         dry += sound
@@ -187,7 +187,7 @@ def _pitched(song: Song, track: Track, size: int) -> np.ndarray:
 
 
 def _drums(song: Song, track: Track, rng: np.random.Generator, size: int) -> np.ndarray:
-    """[2, size] float32. Each drum sounds alike throughout."""
+    """Render drums to [2, size] float32. All hits of a drum sound the same."""
     kit, beat = KITS[track.instrument], 60 / song.bpm * SAMPLE_RATE
     made = {name: _drum(kit[name], rng) * _sides(kit[name].pan) for name in DRUMS}
     sound = np.zeros((2, size), np.float32)
@@ -197,7 +197,7 @@ def _drums(song: Song, track: Track, rng: np.random.Generator, size: int) -> np.
 
 
 def _note(instrument: Instrument, pitch: int, held: int) -> np.ndarray:
-    """[1 or 2, samples] float32 of a note that is held for so many samples, and then released."""
+    """Render a note that is held for `held` samples and then released, [1 or 2, samples] float32."""
     size = held + round(instrument.release * SAMPLE_RATE)
     t = np.arange(size, dtype=np.float32) / SAMPLE_RATE
     envelope = _rise(t, instrument.attack)
@@ -246,7 +246,7 @@ def _drawbars(n: np.ndarray, levels: dict[int, float]) -> np.ndarray:
 
 
 def _drum(drum: Drum, rng: np.random.Generator) -> np.ndarray:
-    """[samples] float32. It draws its noise even where it has none, so that drums do not depend on each other."""
+    """Render a drum to [samples] float32. Noise is drawn even if its level is 0, so that drums are independent."""
     size = round(max(7 * drum.decay * (drum.tone > 0), 7 * drum.hiss) * SAMPLE_RATE)
     t = np.arange(size) / SAMPLE_RATE
     low, high = drum.band
@@ -264,24 +264,24 @@ def _drum(drum: Drum, rng: np.random.Generator) -> np.ndarray:
 
 
 def _rise(t: np.ndarray, attack: float) -> np.ndarray:
-    """From 0 to 1 within `attack` seconds, half a cosine."""
+    """Return a rise from 0 to 1 within `attack` seconds, half a cosine."""
     return 0.5 - 0.5 * np.cos(np.pi * np.minimum(t / attack, 1))
 
 
 def _sides(pan: float) -> np.ndarray:
-    """[2, 1]: gains left and right, of constant power, 1 in the middle."""
+    """Return the gains left and right [2, 1], with constant power and 1 in the centre."""
     angle = (pan + 1) * np.pi / 4
     return np.array([[math.cos(angle)], [math.sin(angle)]], np.float32) * math.sqrt(2)
 
 
 def _add(sound: np.ndarray, note: np.ndarray, start: int, gain: float) -> None:
-    """Adds what of a note lies within the sound. One that begins at its end or later has nothing there."""
+    """Add the part of a note that lies within the sound, in place; there is none if the note begins after its end."""
     note = note[..., : max(0, sound.shape[-1] - start)]
     sound[:, start : start + note.shape[-1]] += np.float32(gain) * note
 
 
 def _ducking(song: Song, size: int, depth: float) -> np.ndarray:
-    """[size] float32: a gain that falls with each kick and comes back within a quarter of a second."""
+    """Return a gain [size] float32 that dips with each kick and recovers within a quarter of a second."""
     gain = np.ones(size, np.float32)
     t = np.arange(round(0.25 * SAMPLE_RATE), dtype=np.float32) / SAMPLE_RATE
     dip = -depth * _rise(t, 0.01) * (0.5 + 0.5 * np.cos(np.pi * t / 0.25))
@@ -295,7 +295,7 @@ def _ducking(song: Song, size: int, depth: float) -> np.ndarray:
 
 
 def _add_echo(sound: np.ndarray, delay: int, level: float) -> None:
-    """Three repeats, each on the other side, in place."""
+    """Add three repeats on alternating sides, in place."""
     source = sound.copy()
     for i in range(1, 4):
         if i * delay < sound.shape[-1]:
@@ -304,7 +304,7 @@ def _add_echo(sound: np.ndarray, delay: int, level: float) -> None:
 
 
 def _filtered(dry: np.ndarray, wet: np.ndarray, reverb: float, tone: float, rng: np.random.Generator) -> np.ndarray:
-    """dry plus wet in a room (noise that decays), without what is above `tone` or below hearing."""
+    """Return dry plus wet in a room (decaying noise), band-passed from the limit of hearing to `tone`."""
     tail = rng.standard_normal((2, round(reverb * SAMPLE_RATE)), np.float32)
     t = np.arange(tail.shape[-1], dtype=np.float32) / SAMPLE_RATE
     tail *= _rise(t, 0.02) * np.exp(-6.9 / reverb * t)
@@ -322,12 +322,12 @@ def _filtered(dry: np.ndarray, wet: np.ndarray, reverb: float, tone: float, rng:
 
 
 def _fast_length(size: int) -> int:
-    """The smallest number from `size` on that is 1, 3, 5, 9 or 15 times a power of two, which are fast to transform."""
+    """Return the smallest FFT length of at least `size` that is 1, 3, 5, 9 or 15 times a power of two."""
     return min(factor * 2 ** max(0, math.ceil(math.log2(size / factor))) for factor in (1, 3, 5, 9, 15))
 
 
 def _mastered(sound: np.ndarray) -> np.ndarray:
-    """Of one loudness and of a peak of `PEAK`, by a gain that goes down smoothly ahead of a peak and up after it."""
+    """Normalise to the loudness `LOUDNESS` and the peak `PEAK`, with a gain that decreases smoothly ahead of peaks."""
     sound *= LOUDNESS / max(np.sqrt(np.mean(sound**2)), 1e-9)
     block = 240  # samples, 5 ms
     peaks = np.abs(np.pad(sound, ((0, 0), (0, -sound.shape[-1] % block)))).max(0).reshape(-1, block).max(1)

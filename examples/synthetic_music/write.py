@@ -1,6 +1,6 @@
-"""Songs in files, and beside each what `python -m train preprocess` reads.
+"""Write songs to files, with the texts that `acestep-jax train preprocess` reads.
 
-A module of its own: processes that are spawned do not find what is defined in `__main__`.
+This is a module of its own because spawned processes cannot import what is defined in `__main__`.
 """
 
 import concurrent.futures
@@ -20,7 +20,7 @@ from examples.synthetic_music.compose import compose, draft
 from examples.synthetic_music.styles import Style
 from examples.synthetic_music.synth import SAMPLE_RATE, render
 
-SETTINGS = ".synthetic_music"  # what the songs of a folder have in common
+SETTINGS = ".synthetic_music"  # the settings that the songs of a folder share
 
 
 def write_songs(
@@ -33,17 +33,17 @@ def write_songs(
     brief: float = 0.0,
     workers: int = 1,
 ) -> Iterator[int]:
-    """Writes `00000.flac` with `00000.txt` and so on, song i of seed + i; yields how many are there so far.
+    """Write `00000.flac` with `00000.txt` and so on, song i with seed + i; yield the number of songs so far.
 
-    Songs that are there already are kept: a folder grows, and a run that was stopped goes on.
+    Existing songs are kept, so that a folder can be extended and an interrupted run resumes.
 
     Args:
-        style: one of `STYLES`, or a style that is not there; None: all of them.
-        untold: share of the songs whose text leaves out tempo, key and time signature, as users often do.
-        brief: share whose text is a few words, tempo and key among them or not told.
+        style: the name of one of `STYLES`, or a style of your own; None: all of them.
+        untold: fraction of the songs whose text omits tempo, key and time signature, as users often do.
+        brief: fraction of the songs whose text is a few words, with or without tempo and key.
 
     Raises:
-        InputError: if a number is out of range, or the folder holds something else, or songs of other settings.
+        InputError: if a number is out of range, or the folder holds other files or songs of other settings.
     """
     for name, value, lowest, highest in (
         ("songs", songs, 1, 100_000),
@@ -62,10 +62,12 @@ def write_songs(
     note = folder / SETTINGS
     if not note.exists():
         if any(folder.iterdir()):
-            raise InputError(f"{folder}: is not empty, and what is in it was not made here; name a new folder")
+            raise InputError(f"{folder}: is not empty and holds files of other origin; choose a new folder")
         note.write_text(settings, encoding="utf-8")
     elif (found := note.read_text(encoding="utf-8")) != settings:
-        raise InputError(f"{folder}: holds songs of {found}, not {settings}; use those settings, or name a new folder")
+        raise InputError(
+            f"{folder}: holds songs of {found}, not {settings}; use those settings, or choose a new folder"
+        )
     missing = [i for i in range(songs) if not (folder / f"{i:05}.flac").exists()]
     jobs = [(folder / f"{i:05}.flac", seed + i, seconds, style, untold, brief) for i in missing]
     done = songs - len(jobs)
@@ -81,7 +83,7 @@ def write_songs(
 
 
 def _write(job: tuple[Path, int, float, str | Style | None, float, float]) -> None:
-    """The text first: where there is audio, the song is whole."""
+    """Write the text before the audio: a song whose audio exists is complete."""
     path, seed, seconds, style, untold, brief = job
     asked, rng = request(seed, style), np.random.default_rng([seed, 4])
     words = asked.caption
