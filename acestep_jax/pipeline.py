@@ -5,7 +5,6 @@ The keyword names are those of diffusers' `AceStepPipeline`.
 
 import contextlib
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -52,8 +51,8 @@ logger = logging.getLogger(__name__)
 class AceStepPipeline:
     """The networks of a checkpoint, put together. Text encoding, denoising and decoding are a compiled program each.
 
-    `Job.program_key` names the programs that a song needs. A new batch size, number of steps or key compiles once;
-    prompts, seeds, times, regions and scales are data. One pipeline serves one thread at a time.
+    `Job.program_key` names the programs that a song needs. A new batch size, number of steps or program key
+    compiles once; prompts, seeds, times, regions and scales are data. One pipeline serves one thread at a time.
 
     Args:
         transformer, condition_encoder, text_encoder, vae, audio_tokenizer, audio_token_detokenizer: the networks; those
@@ -136,7 +135,7 @@ class AceStepPipeline:
         *,
         name: str | Sequence[str] | None = None,
     ) -> None:
-        """Load LoRA or DoRA adapters beside the weights of `transformer`; what all that are loaded change adds up.
+        """Load LoRA or DoRA adapters beside the weights of `transformer`; the changes of all loaded adapters add up.
 
         Args:
             adapters: a folder that training or `acestep-jax convert lora-from-torch` wrote, what `load_adapter` read,
@@ -182,8 +181,8 @@ class AceStepPipeline:
         Args:
             {arguments}
             output_type: "np", or "latent" to leave out the decoding.
-            callback_on_step_end: called with step, t and latents [B, frames, C] after each step; what it raises ends
-                the call.
+            callback_on_step_end: called after each step with its index, the time t at its beginning and the latents
+                [B, frames, C] at its end; what it raises ends the call.
 
         A list of prompts is a batch; every argument of a song may then be a list with one value for each prompt. Song i
         of one seed s has the seed s + i. The same seed gives the same song, alone or in any batch.
@@ -228,8 +227,9 @@ class AceStepPipeline:
 
         Args:
             output_type: see `__call__`.
-            on_step: called with step, t and latents [B, frames, C] after each step; what it raises ends the run.
-            should_stop: asked before each step; if it returns true, the run ends.
+            on_step: called after each step with its index, the time t at its beginning and the latents
+                [B, frames, C] at its end; what it raises ends the run.
+            should_stop: asked before each step, in all processes alike; if it returns true, the run ends.
 
         Raises:
             InputError: if the sampling is not accepted by a job's task, or its times are out of range.
@@ -269,7 +269,6 @@ class AceStepPipeline:
             guidance=sampling.guidance if scale > 1 else None,
             blend=batch.plain is not None and sampling.cover_mode == "blend",
         )
-        watches = on_step is not None or should_stop is not None
         with _on_mesh(self.mesh), _progress_bar(steps + 2) as bar:
             bar.set_description("encoding")
             networks = self.networks
@@ -298,21 +297,21 @@ class AceStepPipeline:
                 kept=kept if injects else None,
                 clean=clean if injects else None,
                 noise=drawn if injects else None,
-                injected_steps=np.int32(round(sampling.repaint_injection_ratio * (len(times) - 1)))
-                if injects
-                else None,
+                injected_steps=np.int32(round(sampling.repaint_injection_ratio * steps)) if injects else None,
             )
             bar.update()
             bar.set_description("denoising")
-            if watches or not bar.disable:
-                stepped = functools.partial(_stepped, bar, on_step)
+            # A bar advances by step; but all processes must run the same programs, and only the first has a bar.
+            watched = on_step is not None or should_stop is not None or not bar.disable and jax.process_count() == 1
+            if watched:
                 x = denoise.denoise_in_pieces(
                     transformer,
                     self._need("condition_encoder"),
                     inputs,
                     method=method,
-                    on_step=stepped,
+                    on_step=on_step,
                     should_stop=should_stop,
+                    progress=bar.update,
                 )
             else:
                 x = denoise.denoise(transformer, self._need("condition_encoder"), inputs, method=method)
@@ -408,13 +407,6 @@ class AceStepPipeline:
         if size is None:
             raise InputError("the checkpoint has no audio tokenizer and detokenizer; convert one that has them")
         return size
-
-
-def _stepped(bar: tqdm, on_step: StepCallback | None, step: int, t: float, latents: np.ndarray) -> None:
-    """Advance the bar by a step, and call what watches the run."""
-    bar.update()
-    if on_step is not None:
-        on_step(step, t, latents)
 
 
 def _progress_bar(total: int) -> tqdm:

@@ -216,7 +216,8 @@ class Sampling:
     )
     repaint_injection_ratio: float = argument(
         0.0,
-        help="Fraction of the sampling steps after which the source is put back outside of the repainted regions.",
+        help="Fraction of the sampling steps, from the first on, after each of which the source is put back outside of "
+        "the repainted regions.",
         minimum=0,
         maximum=1,
     )

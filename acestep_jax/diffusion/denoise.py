@@ -46,7 +46,7 @@ class Inputs(NamedTuple, Generic[A]):
     silent: A  # [B, T] bool, where silence replaces them
     mask: A  # [B, T] bool, the chunk mask: what is generated
     times: A  # [N + 1] float32, decreasing to 0
-    guided: A  # [N + 1] bool, the times at which guidance acts
+    guided: A  # [N + 1] bool, the times at which guidance acts; a solver may evaluate at the end of a step
     guidance_scale: A  # float32
     keys: jax.Array | None = None  # [B], of the songs, for solvers that draw noise
     # Partial covers follow their source in part, and text to music for the rest.
@@ -54,7 +54,7 @@ class Inputs(NamedTuple, Generic[A]):
     cover_strength: A | None = None  # [B] float32
     # Injection: the source is put back, at the noise level of the time, where a song keeps it, after the first steps.
     kept: A | None = None  # [B, T] bool
-    clean: A | None = None  # [B, T, C] float32
+    clean: A | None = None  # [B, T, C] float32, the source's latents as the autoencoder gives them
     noise: A | None = None  # [B, T, C] float32
     injected_steps: A | None = None  # int32
 
@@ -104,7 +104,7 @@ def begin(
     silence = condition_encoder.silence(frames).astype(jnp.float32)
     null = condition_encoder.null_condition_emb[...].astype(inputs.condition.tokens.dtype)
 
-    def attend(first: Condition) -> tuple[KeysValues, jax.Array]:
+    def branch_keys_values(first: Condition) -> tuple[KeysValues, jax.Array]:
         """Keys, values and lengths of all branches: the condition, none, and what a blended cover is mixed with."""
         branches = [first]
         if method.guidance:
@@ -119,9 +119,9 @@ def begin(
         inputs=inputs,
         context=context_latents(inputs.source, silence, inputs.silent, inputs.mask),
         time=transformer.embed_time(inputs.times, inputs.times),
-        condition=attend(inputs.condition),
+        condition=branch_keys_values(inputs.condition),
         plain_context=jnp.concatenate([silence, jnp.ones_like(silence)], axis=-1) if changed_to is not None else None,
-        plain_condition=None if changed_to is None else attend(changed_to),
+        plain_condition=None if changed_to is None else branch_keys_values(changed_to),
     )
     x = shard(inputs.x, "batch", "sequence", None)
     momentum = jnp.zeros_like(x) if method.guidance == "apg" else jnp.float32(0)
@@ -166,6 +166,7 @@ def advance(
     def velocity(x: jax.Array, i: jax.Array, momentum: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         v, *others = branch_velocities(x, i)
         if method.guidance:
+            # A further evaluation within a step has no momentum to go by: it is guided by plain CFG.
             rule = GUIDANCE["cfg" if momentum is None else method.guidance]
             guided, new_momentum = rule(Guided(v, others[0], x, times[i], momentum), inputs.guidance_scale)
             v = jnp.where(inputs.guided[i], guided, v)
@@ -220,12 +221,17 @@ def denoise_in_pieces(
     method: Method,
     on_step: StepCallback | None = None,
     should_stop: Callable[[], bool] | None = None,
+    progress: Callable[[], object] | None = None,
 ) -> jax.Array:
     """Denoise a step at a time, so that it can be watched and stopped; the result is that of `denoise`.
 
+    Of several processes, all must run this or all `denoise`: their programs differ.
+
     Args:
-        on_step: called after each step; what it raises ends the run.
+        on_step: called after each step with its index, the time at its beginning and the latents at its end; what it
+            raises ends the run.
         should_stop: asked before each step; if it returns true, the run ends.
+        progress: called after each step.
 
     Raises:
         Cancelled: if `should_stop` said so.
@@ -237,6 +243,8 @@ def denoise_in_pieces(
             raise Cancelled(f"stopped before step {i} of {steps}")
         state = advance_program(transformer, fixed, state, np.int32(i), n=1, method=method)
         state.x.block_until_ready()
+        if progress is not None:
+            progress()
         if on_step is not None:
             on_step(i, float(inputs.times[i]), np.array(on_host(state.x)[:, :longest]))
     return finish(state)

@@ -44,7 +44,8 @@ class Runtime:
 
     dtype: of activations and matrix products. Norm statistics, softmax, sinusoids and FSQ stay in float32.
     param_dtype: of the weights in memory.
-    remat: what the backward pass recomputes: nothing ("none"), all but matrix products ("dots") or all ("full").
+    remat: what the backward pass recomputes of a layer: cheap elementwise work ("none"), all but products with weights
+        ("dots") or all ("full").
     attention: the kernel of full attention, see `models.attention.attention`.
     """
 

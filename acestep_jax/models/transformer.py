@@ -118,7 +118,7 @@ class AceStepTransformer1DModel(nnx.Module):
             encoder_hidden_states: [B, S, E], the condition tokens; or what `embed_condition` made of them.
             context_latents: [B, T, 128], source latents and chunk mask.
             lengths: [B] int32, the frames of each item; what follows is padding, and zero in the result. None: T.
-            encoder_lengths: [B] int32, likewise of the condition tokens; the torch model attends to padding.
+            encoder_lengths: [B] int32, the valid condition tokens of each item; None: all are, as in the torch model.
             dropout_key: of the attention dropout; without it there is none.
 
         Returns:
@@ -136,11 +136,11 @@ class AceStepTransformer1DModel(nnx.Module):
             condition, keys_values = self._embed(encoder_hidden_states), None  # [B, S, D]
 
         x = jnp.concatenate([context_latents, hidden_states], axis=-1).astype(self.runtime.dtype)  # [B, frames, 192]
-        tokens = valid = None
+        token_lengths = valid = None
         if lengths is not None:
             valid = (jnp.arange(frames) < lengths[:, None])[:, :, None]  # [B, frames, 1]
             x = jnp.where(valid, x, 0)  # the last token of an odd number of frames is half zeros, as without padding
-            tokens = (lengths + config.patch_size - 1) // config.patch_size
+            token_lengths = (lengths + config.patch_size - 1) // config.patch_size
         x = shard(self.proj_in_conv(x), "batch", "sequence", None)  # [B, T, D]
 
         rope = rotary_embedding(x.shape[1], config.head_dim, config.rope_theta)  # [T, H / 2] each
@@ -154,7 +154,7 @@ class AceStepTransformer1DModel(nnx.Module):
                 condition if keys_values is None else keys_values,
                 rope=rope,
                 window=window,
-                lengths=tokens,
+                lengths=token_lengths,
                 condition_lengths=encoder_lengths,
                 dropout_key=key,
             )
