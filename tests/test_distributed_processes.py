@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from acestep_jax import InputError, cli
+from acestep_jax import InputError
+from acestep_jax.distributed import join_processes
 
 
 def free_port():
@@ -53,5 +54,5 @@ def test_two_processes_make_the_song_of_one(tiny, tmp_path, mesh):
 @pytest.mark.unit
 @pytest.mark.parametrize("text", ["localhost", "localhost:1,2", "localhost:1,2,x", "localhost:1,2,2"])
 def test_bad_addresses(text):
-    with pytest.raises(InputError, match="--distributed: .* found '"):
-        cli.join_processes(text)
+    with pytest.raises(InputError, match="distributed: .* found '"):
+        join_processes(text)
