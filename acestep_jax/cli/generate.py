@@ -16,7 +16,7 @@ from acestep_jax.inputs.prepare import prepare
 from acestep_jax.io import audio, checkpoint
 from acestep_jax.io.adapter import resolve_adapters
 from acestep_jax.pipeline import AceStepPipeline
-from acestep_jax.request import Arguments, Request, Sampling
+from acestep_jax.request import Arguments, Request, Sampling, split
 from acestep_jax.serve import jsonl
 
 
@@ -65,9 +65,8 @@ def run_one(options: Any, given: dict[str, Any]) -> None:
         raise InputError("PROMPT: missing; describe the music, or give a file of requests with --batch")
     if options.out_dir is not None:
         raise InputError("--out-dir: for the songs of --batch only; use --out for one song")
-    names = Request.__dataclass_fields__
-    request = Request(options.prompt, **{k: v for k, v in given.items() if k in names and k != "prompt"})
-    sampling = Sampling(**{k: v for k, v in given.items() if k not in names})
+    requested, sampled = split(given)
+    request, sampling = Request(**requested), Sampling(**sampled)
     out = "song.wav" if options.out is None else options.out
     start(options.distributed)
     writes = jax.process_index() == 0

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jsonargparse import ArgumentParser
 
 from acestep_jax.cli.parser import Parser
 from acestep_jax.distributed import MESH_AXES, join_processes
@@ -37,6 +38,11 @@ def add_devices(parser: Parser) -> None:
         metavar="AXIS=N,...",
         help=f"Number of devices along each of the axes {', '.join(MESH_AXES)}. Default: one device.",
     )
+    add_distributed(parser)
+
+
+def add_distributed(parser: ArgumentParser) -> None:
+    """Add --distributed."""
     parser.add_argument(
         "--distributed",
         nargs="?",

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 import jsonargparse
 
 from acestep_jax.cli import parser
+from acestep_jax.cli.runtime import add_distributed
 from acestep_jax.errors import InputError
 from acestep_jax.models.config import DTYPES
 from acestep_jax.train import config_file
@@ -123,14 +124,7 @@ def add(commands: Any) -> None:
     preprocess.add_argument("--dtype", help=f"Dtype of the encoders, {', '.join(DTYPES)}. By default as stored.")
 
     fit = command("fit", "fine-tune the transformer on preprocessed songs", TrainConfig)
-    fit.add_argument(
-        "--distributed",
-        nargs="?",
-        const="",
-        metavar="HOST:PORT,COUNT,INDEX",
-        help="Run as one of several processes, with a mesh over the devices of all: the address of process 0, the "
-        "number of processes and the index of this one. Without a value, JAX finds them (TPU pods, SLURM, Open MPI).",
-    )
+    add_distributed(fit)
     autoencoder = command(
         "autoencoder", "train an autoencoder from scratch on a folder of audio", AutoencoderTrainConfig
     )
