@@ -128,8 +128,7 @@ def check_fields(values: Any) -> None:
 
 def _accepted(kind: Any) -> set[Any]:
     """The types that a single value, outside of a sequence, may have."""
-    parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    return {part for part in parts if typing.get_origin(part) is None}
+    return {part for part in alternatives(kind) if typing.get_origin(part) is None}
 
 
 def _check_value(name: str, value: Any, kinds: set[Any], about: Argument) -> None:
@@ -160,19 +159,22 @@ def describe_range(about: Argument) -> str:
     return f"at least {low:g}{unit}" if low is not None else f"a finite number{unit and f' ({about.unit})'}"
 
 
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """Return the types that a union joins, or the one type."""
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
 def value_types(kind: Any) -> set[Any]:
     """Return the types of one value of a field: without None, and of the items of a sequence."""
-    parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     found: set[Any] = set()
-    for part in parts:
+    for part in alternatives(kind):
         found |= set(typing.get_args(part)) if typing.get_origin(part) is Sequence else {part}
     return found - {types.NoneType}
 
 
 def repeatable(kind: Any) -> bool:
     """Return whether a field takes a sequence of values."""
-    parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    return any(typing.get_origin(part) is Sequence for part in parts)
+    return any(typing.get_origin(part) is Sequence for part in alternatives(kind))
 
 
 def describe(name: str, kind: type) -> str:

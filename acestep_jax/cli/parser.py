@@ -11,7 +11,7 @@ from typing import Any
 
 import jsonargparse
 
-from acestep_jax.arguments import arguments, describe, flag, repeatable, value_types
+from acestep_jax.arguments import alternatives, arguments, describe, flag, repeatable, value_types
 from acestep_jax.errors import InputError
 
 
@@ -123,8 +123,7 @@ def _is_number(kind: Any) -> bool:
 
 
 def _only_lists(kind: Any) -> bool:
-    parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    return all(part is types.NoneType or typing.get_origin(part) for part in parts)
+    return all(part is types.NoneType or typing.get_origin(part) for part in alternatives(kind))
 
 
 def _convert(value: Any, kind: Any, option: str) -> Any:
