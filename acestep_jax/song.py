@@ -9,6 +9,7 @@ import numpy as np
 
 from acestep_jax.errors import InputError
 from acestep_jax.io import audio
+from acestep_jax.io.files import as_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Song:
         if self.audio is None:
             raise InputError('song.save: output_type="latent" gave no audio to save; use output_type="np"')
         audio.write(path, self.audio, self.sample_rate, overwrite=overwrite)
-        return Path(path)
+        return as_path(path)
 
 
 class AudioPipelineOutput(Sequence[Song]):
@@ -103,7 +104,7 @@ class AudioPipelineOutput(Sequence[Song]):
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> list[Path]:
         """Write every song, see `Song.save`. A batch becomes `song-0.wav`, `song-1.wav`, ..."""
-        path = Path(path)
+        path = as_path(path)
         paths = [path] if len(self) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(self))]
         for target in paths:  # all of them, before the first is written
             audio.check_output(target, overwrite=overwrite)

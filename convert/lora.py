@@ -21,25 +21,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save
 
-from acestep_jax.convert import original, rules
-from acestep_jax.convert.lora_reader import (
-    DIFFUSERS_KEY,
-    DIFFUSERS_WEIGHTS,
-    PEFT_CONFIG,
-    PEFT_WEIGHTS,
-    linear_layers,
-    read_lora,
-)
 from acestep_jax.errors import InputError
-from acestep_jax.io import checkpoint
-from acestep_jax.io.adapter import Adapter, check_adapter, load_adapter, save_adapter
+from acestep_jax.io import checkpoint, original, rules
+from acestep_jax.io.adapter import CONFIG, Adapter, check_adapter, load_adapter, save_adapter
+from acestep_jax.io.adapter_names import linear_layers
+from acestep_jax.io.adapter_reader import DIFFUSERS_WEIGHTS
+from acestep_jax.io.adapter_settings import DIFFUSERS_KEY, PEFT_CONFIG, PEFT_WEIGHTS
 from acestep_jax.models.config import TransformerConfig
 
 LAYOUTS = ("peft", "diffusers", "comfyui")
 
 
 def lora_from_torch(source: str | Path, destination: str | Path, *, model: str | Path | None = None) -> None:
-    """Convert an adapter of PyTorch, in any of `LAYOUTS`, to an acestep-jax adapter.
+    """Convert an adapter of PyTorch, in any layout that `adapter_reader.read_lora` knows, to an acestep-jax adapter.
 
     Args:
         source: the folder or the .safetensors file.
@@ -48,16 +42,18 @@ def lora_from_torch(source: str | Path, destination: str | Path, *, model: str |
             leaves out the last layers, since such a file does not say how many layers there are.
 
     Raises:
-        InputError: see `read_lora`; also if `destination` exists. Nothing is written in these cases.
+        InputError: see `load_adapter`; also if `destination` exists. Nothing is written in these cases.
     """
     destination = Path(destination)
     checkpoint.check_new(destination)
+    if (Path(source) / CONFIG).is_file():
+        raise InputError(f"{source}: is an acestep-jax adapter already; use it with acestep-jax generate --lora")
     if model is None:
-        adapter = read_lora(Path(source))
+        adapter = load_adapter(source)
     else:
         config = checkpoint.read_manifest(model).configs["transformer"]
         assert isinstance(config, TransformerConfig)
-        adapter = read_lora(Path(source), config.num_hidden_layers)
+        adapter = load_adapter(source, config.num_hidden_layers)
         check_adapter(adapter, config, str(source))
     save_adapter(destination, adapter)
 
@@ -79,7 +75,14 @@ def lora_to_torch(source: str | Path, destination: str | Path, *, layout: str) -
         raise InputError(f"--layout: expected {', '.join(LAYOUTS)}, found {layout!r}")
     source, destination = Path(source), Path(destination)
     checkpoint.check_new(destination)
+    if not (source / CONFIG).is_file():
+        raise InputError(f"{source}: expected {CONFIG} of an acestep-jax adapter, found none")
     adapter = load_adapter(source)
+    if products := [leaf for leaf in adapter.leaves if not leaf.rpartition(".")[2].startswith("lora_")]:
+        raise InputError(
+            f"{source}: {products[0]} is of a LoKr or LoHa adapter, which is written in none of the layouts; use its "
+            "own file, or merge-lora and to-torch"
+        )
     if unknown := sorted({leaf.rpartition(".")[0] for leaf in adapter.leaves} - linear_layers()):
         raise InputError(
             f"{source}: {unknown[0]} is not a linear layer of ACE-Step 1.5's transformer; expected only those"

@@ -29,7 +29,7 @@ from safetensors.numpy import save
 
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
-from acestep_jax.io.files import publish_file
+from acestep_jax.io.files import as_path, local_copy, publish_file
 
 SCHEMA_VERSION = 1
 INDEX = "index.json"
@@ -117,7 +117,7 @@ def read_index(folder: str | Path, *, unfinished: bool = False) -> Index:
     Raises:
         InputError: if there is none, it is of another version, damaged or incomplete, or a shard is missing.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     again = "run `acestep-jax train preprocess` again"
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected training data of `acestep-jax train preprocess`")
@@ -154,7 +154,7 @@ def read_index(folder: str | Path, *, unfinished: bool = False) -> Index:
 def write_index(folder: str | Path, index: Index) -> None:
     """Write the index atomically. Raise InputError if the disk is full."""
     text = json.dumps(dataclasses.asdict(index), indent=1, ensure_ascii=False) + "\n"
-    _write(Path(folder) / INDEX, lambda path: path.write_text(text, encoding="utf-8"))
+    _write(as_path(folder) / INDEX, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def write_shard(path: Path, records: Sequence[bytes]) -> None:
@@ -176,7 +176,7 @@ def write_shard(path: Path, records: Sequence[bytes]) -> None:
 def read_records(shard: str | Path, rows: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
     """Read records of one shard in the order of `rows`; raise InputError if it is damaged."""
     try:
-        reader = ArrayRecordReader(str(shard))
+        reader = ArrayRecordReader(str(local_copy(as_path(shard))))
         try:
             for row in rows:
                 yield decode_record(reader.read([row])[0])
@@ -207,7 +207,7 @@ def fingerprint(path: str | Path, networks: Sequence[str] = NETWORKS) -> str:
     Raises:
         InputError: if there is no checkpoint, or it is damaged.
     """
-    path = Path(path)
+    path = as_path(path)
     manifest = checkpoint.read_manifest(path)
     stored = checkpoint.network_leaves(path, manifest)
     checkpoint.load_tokenizer(path)
@@ -226,7 +226,7 @@ def fingerprint(path: str | Path, networks: Sequence[str] = NETWORKS) -> str:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -9,8 +9,9 @@ For a song `name.mp3`, each value is taken from the first of these that contains
 4. one JSON file in the top folder, {"metadata": {...}, "samples": [...]}, as saved by ACE-Step's dataset builder;
 5. tables `*.csv` in the top folder with a column `file`.
 
-Values are normalised to what the model was trained on where that is unambiguous ("Am", "4/4", "128 bpm"), and ignored
-with a warning otherwise.
+Names may be in upper or lower case, and the first files may also be called `name_prompt.txt` or `name_caption.txt` and
+`name_lyrics.txt`, as for ACE-Step 1. Values are normalised as for songs that are generated, see `inputs.fields` ("Am",
+"4/4", "128 bpm"); one that the model does not know is an error of its song.
 """
 
 import csv
@@ -25,15 +26,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from acestep_jax.errors import InputError
-from acestep_jax.inputs.prompt import TIME_SIGNATURES
+from acestep_jax.inputs import fields
+from acestep_jax.io.files import as_path, read_text
 
 INSTRUMENTAL = "[Instrumental]"
 LANGUAGE = "en"
-# ACE-Step's `VALID_LANGUAGES`, "unknown" included.
-LANGUAGES = frozenset(
-    "ar az bg bn ca cs da de el en es fa fi fr he hi hr ht hu id is it ja ko la lt ms ne nl no pa pl pt ro ru sa sk sr "
-    "sv sw ta te th tl tr uk ur vi yue zh unknown".split()
-)
 
 # The keys of each value.
 _ALIASES = {
@@ -51,9 +48,19 @@ _ALIASES = {
     "repeat": ("repeat", "repeats"),
 }
 _FIELDS = {alias: field for field, aliases in _ALIASES.items() for alias in aliases}
-_UNKNOWN = frozenset(("", "n/a", "none", "null", "auto", "?", "-"))
+# What ACE-Step's dataset builder also writes of a song and of the dataset, and which is not needed here.
+_OF_DATASETS = frozenset(
+    "all_instrumental audio_path created_at duration filename formatted_lyrics genre_ratio id labeled name num_samples "
+    "raw_lyrics".split()
+)
 _PAIR = re.compile(r"\s*([A-Za-z][A-Za-z_ ]*?)\s*:\s*(.*?)\s*$")
-_KEY = re.compile(r"([A-Ga-g])\s*(#|b|♯|♭|sharp|flat)?\s*(?:([mM])|(major|maj|minor|min))?", re.ASCII)
+
+
+# Endings of the names of files that hold one text, ours and those of ACE-Step 1.
+_OWN_TEXTS = {
+    "caption": (".caption.txt", "_prompt.txt", "_caption.txt"),
+    "lyrics": (".lyrics.txt", "_lyrics.txt"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,20 +81,24 @@ class Sidecars:
     """Reads the texts of the songs of a folder.
 
     warnings: values that were found and ignored so far, by file.
+    used: the files that were read so far.
     """
 
-    def __init__(self, folder: str | Path, sources: Iterable[str]):
+    def __init__(self, folder: str | Path, sources: Iterable[str], language: str = LANGUAGE):
         """Read the files that describe several songs.
 
         Args:
             folder: of the songs.
             sources: relative paths of the songs, with "/" between parts.
+            language: of songs whose own is not given.
 
         Raises:
             InputError: if such a file is damaged, or there are several datasets.
         """
-        self.folder = Path(folder)
+        self.folder, self.language = as_path(folder), language
         self.warnings: list[str] = []
+        self.used: set[Path] = set()
+        self._listed: dict[Path, dict[str, list[str]]] = {}
         self._by_name: dict[str, list[str]] = defaultdict(list)
         for source in sources:
             self._by_name[PurePosixPath(source).name].append(source)
@@ -110,20 +121,19 @@ class Sidecars:
             if field not in values:
                 return None
             file, value = values[field]
-            result = check(value)
-            if result is None:
-                self.warnings.append(f"{file}: {field} {value!r} is unknown to the model; ignored for {source}")
-            return result
+            try:
+                return check(value)
+            except InputError as error:
+                raise InputError(f"{file}: {error}; correct or remove it") from None
 
         caption, fallback = self._caption(path, {field: str(value) for field, (_, value) in values.items()})
-        language = get("language", _language)
         return Texts(
             caption=caption,
             lyrics=self._lyrics(found),
-            language=language or ("unknown" if "language" in values else LANGUAGE),
-            bpm=get("bpm", _bpm),
-            keyscale=get("keyscale", _keyscale),
-            timesignature=get("timesignature", _time_signature),
+            language=get("language", fields.vocal_language) or self.language,
+            bpm=get("bpm", fields.bpm),
+            keyscale=get("keyscale", fields.keyscale),
+            timesignature=get("timesignature", fields.timesignature),
             repeat=get("repeat", _repeat) or 1,
             fallback=fallback,
         )
@@ -131,13 +141,13 @@ class Sidecars:
     def _own(self, path: Path) -> list[tuple[Path, dict[str, Any]]]:
         """Return the values of the song's own files, in order of precedence."""
         found = []
-        for field in ("caption", "lyrics"):
-            if (file := path.with_suffix(f".{field}.txt")).is_file():
+        for field, endings in _OWN_TEXTS.items():
+            if file := self._beside(path, *endings):
                 text = _read_text(file).strip()
                 found.append((file, {field: text if field == "lyrics" else " ".join(text.split())}))
-        if (file := path.with_suffix(".txt")).is_file():
+        if file := self._beside(path, ".txt"):
             found.append((file, self._clean(file, _parse_text(file, _read_text(file)))))
-        if (file := path.with_suffix(".json")).is_file():
+        if file := self._beside(path, ".json"):
             values = _read_json(file)
             if not isinstance(values, dict):
                 raise InputError(f"{file}: expected a JSON object with keys such as caption and lyrics")
@@ -145,17 +155,40 @@ class Sidecars:
                 found.append((file, self._clean(file, values, quiet=True)))
         return [(file, {k: v for k, v in entry.items() if v != ""}) for file, entry in found]
 
+    def _beside(self, path: Path, *endings: str) -> Path | None:
+        """Return the file beside a song whose name is that of the song and one of the endings, the first in the order
+        of the endings; upper and lower case are the same unless there are files of both."""
+        names = self._names_in(path.parent)
+        for wanted in (f"{path.stem}{ending}" for ending in endings):
+            same = names.get(wanted.casefold(), ())
+            if same:
+                file = path.parent / (wanted if wanted in same else same[0])
+                self.used.add(file)
+                return file
+        return None
+
+    def _names_in(self, folder: Path) -> dict[str, list[str]]:
+        """Return the names of the files of a folder by their names without case."""
+        if folder not in self._listed:
+            names: dict[str, list[str]] = defaultdict(list)
+            for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+                if file.is_file():
+                    names[file.name.casefold()].append(file.name)
+            self._listed[folder] = names
+        return self._listed[folder]
+
     def _clean(self, file: Path, values: Mapping[str, Any], *, quiet: bool = False) -> dict[str, Any]:
         """Return the known values under our names, without empty ones."""
         result = {}
         for key, value in values.items():
             field = _FIELDS.get(str(key).strip().lower().replace(" ", "_"))
             if field is None:
-                if not quiet:
-                    self.warnings.append(f"{file}: unknown key {key!r}, ignored; known are {', '.join(_ALIASES)}")
+                message = f"{file}: unknown key {key!r}, ignored; known are {', '.join(_ALIASES)}"
+                if not (quiet and str(key).strip().lower() in _OF_DATASETS) and message not in self.warnings:
+                    self.warnings.append(message)
             elif isinstance(value, list):
                 result.setdefault(field, ", ".join(map(str, value)))
-            elif value is not None and str(value).strip().lower() not in _UNKNOWN:
+            elif not fields.says_nothing(value) or field == "language" and value:  # "auto" is a language, "" is none
                 result.setdefault(field, str(value).strip())
         return result
 
@@ -193,15 +226,16 @@ class Sidecars:
             if instrumental or is_tag:
                 return INSTRUMENTAL
             if lyrics:
-                return lyrics.replace("\r\n", "\n").strip()
+                return fields.lines(lyrics).strip()
         return INSTRUMENTAL
 
     def _read_dataset(self) -> None:
         datasets = []
-        for file in sorted(self.folder.glob("*.json")):
+        for file in self._in_top_folder(".json"):
             if '"samples"' in (text := _read_text(file)) and isinstance(values := _read_json(file, text), dict):
                 if isinstance(values.get("samples"), list):
                     datasets.append((file, values))
+                    self.used.add(file)
         if len(datasets) > 1:
             names = ", ".join(file.name for file, _ in datasets)
             raise InputError(f"{self.folder}: {names} are all datasets of samples; keep one")
@@ -224,17 +258,24 @@ class Sidecars:
                 self._share(file, names, cleaned)
 
     def _read_tables(self) -> None:
-        for file in sorted(self.folder.glob("*.csv")):
+        for file in self._in_top_folder(".csv"):
             text = _read_text(file)
             header = text.partition("\n")[0].lower().replace('"', "")
             delimiter = next((d for d in ",;\t" if "file" in map(str.strip, header.split(d))), None)
             if delimiter is None:
                 self.warnings.append(f"{file}: its first line names no column `file`; it is ignored")
                 continue
+            self.used.add(file)
             for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter):
                 values = {str(key).strip().lower(): value for key, value in row.items() if isinstance(value, str)}
                 if name := values.pop("file", "").strip():
                     self._share(file, [name], self._clean(file, values, quiet=True))
+                elif any(value.strip() for value in values.values()):
+                    self.warnings.append(f"{file}: a row without a name in the column `file`; it is ignored")
+
+    def _in_top_folder(self, suffix: str) -> list[Path]:
+        """Return the files with a suffix, in upper or lower case, in the top folder."""
+        return sorted(file for file in self.folder.iterdir() if file.suffix.lower() == suffix and file.is_file())
 
     def _share(self, file: Path, names: list[str], values: dict[str, Any]) -> None:
         """Add values for the only song that fits one of the names, paths on this or another machine."""
@@ -280,7 +321,7 @@ def _parse_text(file: Path, text: str) -> dict[str, str]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return read_text(file)
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
 
@@ -296,32 +337,7 @@ def _is_true(value: str) -> bool:
     return value.strip().lower() in ("true", "yes", "1", "1.0", "on")
 
 
-def _bpm(value: str) -> int | None:
-    found = re.fullmatch(r"(\d+(?:[.,]\d+)?)\s*(?:bpm)?", value, re.I)
-    bpm = round(float(found[1].replace(",", "."))) if found else 0
-    return bpm if 30 <= bpm <= 300 else None
-
-
-def _keyscale(value: str) -> str | None:
-    """Normalise "F#m" or "f♯ minor" to "F# minor"; a bare letter is major, as in the names of chords."""
-    found = _KEY.fullmatch(re.sub(r"(?i)major|maj|minor|min|sharp|flat", lambda m: m[0].lower(), value))
-    if found is None:
-        return None
-    note, accidental, letter, word = found.groups()
-    accidental = {None: "", "♯": "#", "sharp": "#", "♭": "b", "flat": "b"}.get(accidental, accidental)
-    minor = letter == "m" or (word or "").startswith("min")
-    return f"{note.upper()}{accidental} {'minor' if minor else 'major'}"
-
-
-def _time_signature(value: str) -> str | None:
-    found = re.fullmatch(r"(\d+)(?:\.0)?(?:\s*/\s*(?:2|4|8|16))?", value)
-    return found[1] if found and found[1] in TIME_SIGNATURES else None
-
-
-def _language(value: str) -> str | None:
-    code = re.split(r"[-_]", value.lower())[0]
-    return code if code in LANGUAGES else None
-
-
-def _repeat(value: str) -> int | None:
-    return int(value) if value.isdecimal() and 1 <= int(value) <= 1000 else None
+def _repeat(value: str) -> int:
+    if not value.isdecimal() or not 1 <= int(value) <= 1000:
+        raise InputError(f"repeat: expected a whole number from 1 to 1000, found {value!r}")
+    return int(value)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from acestep_jax.errors import InputError
+from acestep_jax.settings import PRNG
 
 # Threads at once: multiprocessors times threads of each.
 GPU_THREADS = {
@@ -37,8 +38,18 @@ _LOW = np.uint64(0xFFFFFFFF)
 
 
 def key(seed: int) -> jax.Array:
-    """Return the key of a seed from 0 to 2^32 - 1, the same whatever JAX's default implementation is."""
-    return jax.random.key(np.uint32(seed), impl="threefry2x32")
+    """Return the key of a seed from 0 to 2^32 - 1, the same whatever JAX's process-wide settings are."""
+    return jax.random.wrap_key_data(jnp.asarray(np.array([0, seed], np.uint32)), impl=PRNG)
+
+
+def own_key(key: jax.Array) -> jax.Array:
+    """Return a key of our own generator for one of any: those of others draw by the batch, not by the song."""
+    if jax.random.key_impl(key) == PRNG:
+        return key
+    own = jax.random.wrap_key_data(jnp.zeros(2, np.uint32), impl=PRNG)
+    for word in np.asarray(jax.random.key_data(key), np.uint32).reshape(-1):
+        own = jax.random.fold_in(own, word)
+    return own
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -4,18 +4,44 @@ Source: ACE-Step 1.5's prompt templates, as in diffusers' `AceStepPipeline`.
 """
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from acestep_jax.errors import InputError
-from acestep_jax.inputs import tasks
+from acestep_jax.inputs import fields, tasks
 from acestep_jax.models.registry import FAMILY
 
 logger = logging.getLogger(__name__)
 
 PAD = "<|endoftext|>"
-TIME_SIGNATURES = ("2", "3", "4", "6")
+_METADATA = ("bpm", "timesignature", "keyscale", "duration")
+
+
+class Prompt(str):
+    """The text that the text encoder reads, which knows where in it the caption is.
+
+    Attributes:
+        before, caption, after: its parts; the caption may be cut without losing what comes after.
+    """
+
+    before: str
+    caption: str
+    after: str
+
+    def __new__(cls, before: str, caption: str, after: str) -> "Prompt":
+        self = super().__new__(cls, f"{before}{caption}{after}")
+        self.before, self.caption, self.after = before, caption, after
+        return self
+
+    def beyond(self, size: int) -> list[str]:
+        """Return the names of the fields that are not, or not wholly, within the first `size` characters."""
+        ends = {"caption": len(self.before) + len(self.caption)}
+        for name in _METADATA:
+            start = self.after.find(f"- {name}: ")
+            ends[name] = len(self.before) + len(self.caption) + self.after.find("\n", start)
+        return [name for name, end in ends.items() if end > size]
 
 
 def prompt_text(
@@ -26,7 +52,7 @@ def prompt_text(
     keyscale: str | None = None,
     timesignature: str | int | None = None,
     instruction: str | None = None,
-) -> str:
+) -> Prompt:
     """Return the text that the text encoder reads.
 
     Args:
@@ -38,38 +64,52 @@ def prompt_text(
         instruction: None: that of text2music.
 
     Raises:
-        InputError: if the prompt is empty, or bpm or timesignature is one the model was not trained on.
+        InputError: if the prompt is empty, or a value is one that the model was not trained on, see `inputs.fields`.
     """
     if not prompt.strip():
         raise InputError("prompt: it is empty; describe the music in a few words")
-    if bpm is not None and not 30 <= bpm <= 300:
-        raise InputError(f"bpm: expected 30 to 300 beats per minute, found {bpm}")
-    timesignature = "" if timesignature is None else str(timesignature).strip()
-    if timesignature and timesignature not in TIME_SIGNATURES:
-        raise InputError(f"timesignature: expected one of {', '.join(TIME_SIGNATURES)}, found {timesignature!r}")
     instruction = instruction or tasks.instruction(tasks.DEFAULT)
     if not instruction.endswith(":"):
         instruction += ":"
-    return FAMILY.prompt.format(
+    values = dict(
         instruction=instruction,
-        caption=prompt,
-        bpm="N/A" if bpm is None else bpm,
-        timesignature=_or_unknown(timesignature),
-        keyscale=_or_unknown(keyscale),
+        bpm=_or_unknown(fields.bpm(bpm)),
+        timesignature=_or_unknown(fields.timesignature(timesignature)),
+        keyscale=_or_unknown(fields.keyscale(keyscale)),
         duration=int(audio_duration),
     )
+    before, _, after = FAMILY.prompt.partition("{caption}")
+    return Prompt(before.format(**values), fields.lines(prompt), after.format(**values))
+
+
+def stems_caption(local: str, whole: str, instruction: str, *, explicit: bool) -> str:
+    """Return the caption that models fine-tuned on stems read: of one track and of the whole song, and whether the
+    chunk mask is to be taken as it is. Instructions for a segment have no whole song. Source: ACE-Step 1.5,
+    acestep/core/generation/handler/conditioning_text.py.
+
+    Args:
+        local: description of the track.
+        whole: description of the song.
+        explicit: whether the chunk mask is 0 and 1.
+    """
+    lines = [f"Local: {local}", f"Mask Control: {str(explicit).lower()}"]
+    return "\n".join(lines if "a segment" in instruction.lower() else [f"Global: {whole}", *lines])
 
 
 def lyric_text(lyrics: str, vocal_language: str) -> str:
-    """Return the text whose token embeddings the lyric encoder reads."""
-    return FAMILY.lyrics.format(language=vocal_language, lyrics=lyrics)
+    """Return the text whose token embeddings the lyric encoder reads; raise InputError on an unknown language."""
+    return FAMILY.lyrics.format(language=fields.vocal_language(vocal_language), lyrics=fields.lines(lyrics))
 
 
-def tokenize(tokenizer: Tokenizer, texts: list[str], *, max_length: int, what: str) -> list[np.ndarray]:
-    """Return the token ids of texts, [n] int32 each; warns with the number of tokens cut beyond `max_length`.
+def tokenize(
+    tokenizer: Tokenizer, texts: Sequence[str], *, max_length: int, what: str, keep_metadata: bool = True
+) -> list[np.ndarray]:
+    """Return the token ids of texts, [n] int32 each; a warning says what is cut of a text beyond `max_length` tokens.
 
     Args:
         what: the name of the texts in messages.
+        keep_metadata: whether a long caption is cut, so that what comes after it in a `Prompt` is read; else the end of
+            the text is, as in diffusers.
 
     Raises:
         InputError: if a text holds something that is not a Unicode character.
@@ -79,20 +119,59 @@ def tokenize(tokenizer: Tokenizer, texts: list[str], *, max_length: int, what: s
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"{what}: not valid text ({error.reason}); is it in UTF-8?") from None
-    encodings = tokenizer.encode_batch(texts)
-    longest = max(len(encoding.ids) for encoding in encodings)
-    if longest > max_length:
-        logger.warning(
-            "%s: %d tokens, but the model reads %d: %d are cut", what, longest, max_length, longest - max_length
-        )
-        # The library cuts the text itself, so that the end-of-text token of its post-processor stays.
-        tokenizer.enable_truncation(max_length)
-        try:
-            encodings = tokenizer.encode_batch(texts)
-        finally:
-            tokenizer.no_truncation()
+    encodings = tokenizer.encode_batch([str(text) for text in texts])
+    said: set[str] = set()
+    for i, text in enumerate(texts):
+        if (length := len(encodings[i].ids)) <= max_length:
+            continue
+        message = f"{what}: {length} tokens, but the model reads {max_length}: "
+        if (
+            isinstance(text, Prompt)
+            and keep_metadata
+            and (caption := _fitting(tokenizer, text, max_length)) is not None
+        ):
+            encodings[i] = tokenizer.encode(f"{text.before}{caption}{text.after}")
+            message += f"the caption is cut after {len(caption)} characters, ...{caption[-30:]!r}; the rest stays"
+        else:
+            encodings[i] = _cut(tokenizer, str(text), max_length)
+            message += f"{length - max_length} are cut"
+            if isinstance(text, Prompt):
+                size = max((end for _, end in encodings[i].offsets), default=0)
+                message += f", and with them {', '.join(text.beyond(size))}; shorten the prompt"
+        if message not in said:
+            logger.warning("%s", message)
+        said.add(message)
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
 
-def _or_unknown(value: str | None) -> str:
-    return value if value is not None and value.strip() else "N/A"
+def _cut(tokenizer: Tokenizer, text: str, max_length: int) -> Encoding:
+    """Return the encoding without what is beyond `max_length`. The library cuts the text itself, so that the
+    end-of-text token of its post-processor stays."""
+    tokenizer.enable_truncation(max_length)
+    try:
+        return tokenizer.encode(text)
+    finally:
+        tokenizer.no_truncation()
+
+
+def _fitting(tokenizer: Tokenizer, text: Prompt, max_length: int) -> str | None:
+    """Return the longest beginning of the caption, of whole words if there is room for one, with which a prompt fits;
+    None if even none fits."""
+
+    def fits(caption: str) -> bool:
+        return len(tokenizer.encode(f"{text.before}{caption}{text.after}").ids) <= max_length
+
+    low, high = 0, len(text.caption)  # `low` characters fit, `high` do not
+    if not fits(""):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(text.caption[:middle].rstrip()) else (low, middle)
+    caption = text.caption[:low]
+    if not text.caption[low : low + 1].isspace() and len(words := caption.rsplit(None, 1)) == 2 and fits(words[0]):
+        caption = words[0]
+    return caption.rstrip()
+
+
+def _or_unknown(value: str | int | None) -> str | int:
+    return "N/A" if value is None else value

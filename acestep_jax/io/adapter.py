@@ -1,7 +1,7 @@
-"""LoRA and DoRA adapters of the transformer: as files, loaded beside its weights by name, or merged into them.
+"""LoRA, DoRA, LoKr and LoHa adapters of the transformer: as files, loaded beside its weights, or merged into them.
 
-A folder: `adapter.json` is the `LoRAConfig`, `adapter.safetensors` the float32 parameters by dotted path.
-`python -m convert lora-from-torch` converts adapters of PyTorch.
+A folder: `adapter.json` is the `LoRAConfig`, `adapter.safetensors` the float32 parameters by dotted path. Files of
+PyTorch are read as well, see `io.adapter_reader`.
 """
 
 import dataclasses
@@ -21,9 +21,11 @@ from safetensors.numpy import load_file, save
 
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
-from acestep_jax.models.adapters import Factors, apply_adapters, prepare_adapter, rescale_adapters
+from acestep_jax.io.adapter_reader import read_lora
+from acestep_jax.io.files import as_path, is_remote, local_copy
+from acestep_jax.models.adapters import Factors, apply_adapters, is_merged, prepare_adapter, rescale_adapters
 from acestep_jax.models.config import LoRAConfig, TransformerConfig
-from acestep_jax.models.lora import check_shapes, merge_loras
+from acestep_jax.models.lora import PARTS, check_shapes, merge_loras
 from acestep_jax.models.transformer import AceStepTransformer1DModel
 
 FORMAT, FORMAT_VERSION = "acestep-jax-lora", 1
@@ -37,7 +39,8 @@ class Adapter:
     config: what it was trained with; at scale 1 its product counts `alpha / rank` times.
     leaves: the parameters, float32, by dotted path within the transformer. Of an adapted layer of `layers`:
         `layers.P.lora_a` [L, in, r], `layers.P.lora_b` [L, r, out] and, for DoRA only, `layers.P.lora_magnitude`
-        [L, out]. Of another, such as `condition_embedder`, the same without L.
+        [L, out]. Of another, such as `condition_embedder`, the same without L. A LoKr or LoHa layer has the parts that
+        `models.lora` names instead.
     """
 
     config: LoRAConfig
@@ -50,7 +53,7 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
     Raises:
         InputError: if `path` exists, see `checkpoint.publish`, or the parameters are not what `Adapter` says.
     """
-    path = Path(path)
+    path = as_path(path)
     checkpoint.check_new(path)
     _check_leaves(adapter, str(path))
     leaves = {name: np.ascontiguousarray(value) for name, value in adapter.leaves.items()}
@@ -60,23 +63,29 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
         (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def load_adapter(path: str | Path) -> Adapter:
-    """Read an adapter that `save_adapter` or `python -m convert lora-from-torch` wrote.
+def load_adapter(path: str | Path, num_layers: int | None = None) -> Adapter:
+    """Read an adapter that `save_adapter` wrote, or one of PyTorch in any layout that `adapter_reader.read_lora` knows.
+
+    Args:
+        num_layers: of the transformer; needed for a file of PyTorch that leaves out the last layers, which does not say
+            how many there are.
 
     Raises:
         InputError: if `path` is something else, or is damaged or incomplete.
     """
-    path = Path(path)
-    convert = f"if this is an adapter of PyTorch, convert it: python -m convert lora-from-torch {path} DST"
-    if not path.is_dir():
-        if path.exists():
-            raise InputError(f"{path}: expected the folder of an acestep-jax adapter, found a file; {convert}")
-        raise InputError(f"{path}: no such folder; expected an acestep-jax adapter")
+    path = as_path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such folder or file; expected the folder or the .safetensors file of an adapter")
+    if not (path / CONFIG).is_file() and not (path / WEIGHTS).is_file():
+        if is_remote(path) and path.is_dir():
+            raise InputError(f"{path}: an adapter of PyTorch in Cloud Storage; copy it to this machine first")
+        adapter = Adapter(*read_lora(local_copy(path), num_layers))
+        _check_leaves(adapter, str(path))
+        return adapter
     try:
         values = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
-        raise InputError(f"{path}: expected {CONFIG} of an acestep-jax adapter, found {found}; {convert}") from None
+        raise InputError(f"{path}: expected {CONFIG} beside {WEIGHTS}; export or convert the adapter again") from None
     except ValueError as error:
         raise InputError(f"{path / CONFIG}: not valid JSON ({error}); export or convert the adapter again") from None
     adapter = Adapter(_read_config(path / CONFIG, values), _read_leaves(path / WEIGHTS))
@@ -127,7 +136,8 @@ def resolve_adapters(
         raise InputError(f"scale: expected one number or {len(adapters)}, one for each adapter, found {len(scales)}")
     for value in scales:
         check_scale(value)
-    loaded = [adapter if isinstance(adapter, Adapter) else load_adapter(adapter) for adapter in adapters]
+    depth = config.num_hidden_layers
+    loaded = [adapter if isinstance(adapter, Adapter) else load_adapter(adapter, depth) for adapter in adapters]
     for given, adapter in zip(adapters, loaded, strict=True):
         check_adapter(adapter, config, "adapter" if isinstance(given, Adapter) else str(given))
     return loaded, scales
@@ -144,8 +154,9 @@ def check_scale(scale: float, argument: str = "scale") -> None:
 class LoadedAdapters:
     """The adapters of a transformer, by name. Every method returns a new object, and changes nothing if it raises.
 
-    They are computed beside the weights, see `models.adapters`: every change is relative to those of `base`, so the
-    order in which adapters are loaded does not matter, and other scales need neither memory nor compilation.
+    LoRA and DoRA are computed beside the weights, see `models.adapters`: every change is relative to those of `base`,
+    so the order in which adapters are loaded does not matter, and other scales need neither memory nor compilation.
+    LoKr and LoHa change a copy of the weights of their layers, which other scales make anew.
 
     base: the transformer without adapters; None in a pipeline without one.
     network: the one that computes with them; it shares the arrays of `base`, and is `base` where there are none.
@@ -209,6 +220,8 @@ class LoadedAdapters:
         scales = {name: float(scales.get(name, 0.0)) for name in self.scales}
         if not scales:
             return self
+        if any(map(is_merged, self.factors.values())):
+            return self._apply(self.base, self.factors, scales)
         network = rescale_adapters(self.network, list(self.factors.values()), [scales[name] for name in self.factors])
         return LoadedAdapters(self.base, network, self.factors, MappingProxyType(scales))
 
@@ -232,11 +245,37 @@ class LoadedAdapters:
                 raise InputError(f"adapters: {name!r} is unknown; {hint}{known}")
 
 
+def scales_by_name(
+    names: Mapping[str, float] | str | Sequence[str], scales: float | Sequence[float | None] | None = None
+) -> Mapping[str, float]:
+    """Return scales by name from either form of `set_adapters`: scales by name, or names and their scales.
+
+    Args:
+        scales: one for all names, or one for each; None: 1.
+
+    Raises:
+        InputError: if there are more or fewer scales than names, or scales beside those by name.
+    """
+    if isinstance(names, Mapping):
+        if scales is not None:
+            raise InputError("adapter_weights: the scales are given by name already; leave it out")
+        return names
+    if not isinstance(names, str | list | tuple):
+        raise InputError(f'scales: expected scales by name, such as {{"style": 0.8}}, or names, found {names!r}')
+    names = [names] if isinstance(names, str) else list(names)
+    each = list(scales) if isinstance(scales, list | tuple) else [scales] * len(names)
+    if len(each) != len(names):
+        raise InputError(f"adapter_weights: expected one or {len(names)}, one for each adapter, found {len(each)}")
+    return {name: cast(float, 1.0 if scale is None else scale) for name, scale in zip(names, each, strict=True)}
+
+
 def _new_names(adapters: Sequence[str | Path | Adapter], taken: Iterable[str]) -> list[str]:
     """Return a free name for each adapter."""
     names: list[str] = []
     for adapter in adapters:
-        stem = "adapter" if isinstance(adapter, Adapter) else os.path.basename(os.path.abspath(adapter))
+        stem = "adapter"
+        if not isinstance(adapter, Adapter):
+            stem = os.path.basename(os.path.abspath(adapter)).removesuffix(".safetensors")
         name, count = stem, 1
         while name in {*taken, *names}:
             count += 1
@@ -281,43 +320,70 @@ def _read_leaves(file: Path) -> dict[str, np.ndarray]:
     if not file.is_file():
         raise InputError(f"{file}: missing; export or convert the adapter again")
     try:
-        return load_file(file)
+        return load_file(local_copy(file))
     except (SafetensorError, KeyError) as error:  # KeyError: of a dtype that NumPy lacks
         raise InputError(f"{file}: damaged ({error}); export or convert the adapter again") from None
 
 
 def _check_leaves(adapter: Adapter, source: str) -> None:
     """Check that the parameters are complete, and agree with the config and with each other."""
-    rank, leaves = adapter.config.rank, adapter.leaves
-    parts = ("lora_a", "lora_b", *(("lora_magnitude",) if adapter.config.use_dora else ()))
+    rank, leaves, use_dora = adapter.config.rank, adapter.leaves, adapter.config.use_dora
     if not leaves:
         raise InputError(f"{source}: holds no adapted layer; expected NAME.lora_a and NAME.lora_b of at least one")
-    layers = {leaf.rpartition(".")[0] for leaf in leaves}
-    wanted = {f"{layer}.{part}" for layer in layers for part in parts}
-    for leaf in sorted(leaves.keys() | wanted):
-        if leaf not in leaves:
-            kind = "a DoRA" if adapter.config.use_dora else "an"
-            raise InputError(f"{source}: {leaf} is missing; each layer of {kind} adapter has {', '.join(parts)}")
-        if leaf not in wanted:
-            raise InputError(f"{source}: unexpected tensor {leaf}; expected NAME.{', NAME.'.join(parts)}")
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for leaf in sorted(leaves):
+        layer, _, part = leaf.rpartition(".")
+        found.setdefault(layer, {})[part] = leaves[leaf]
         if leaves[leaf].dtype != np.float32:
             raise InputError(f"{source}: {leaf} is {leaves[leaf].dtype}, expected float32")
+        if not np.isfinite(leaves[leaf]).all():
+            raise InputError(f"{source}: {leaf} holds NaN or infinities; download or export the adapter again")
     depths = {}
-    for layer in sorted(layers):
-        a, b = leaves[f"{layer}.lora_a"], leaves[f"{layer}.lora_b"]
-        axes = ("L", "in", "r") if (stacked := re.search(r"(?:^|\.)layers\.", layer)) else ("in", "r")
-        if a.ndim != len(axes) or a.shape[-1] != rank:
-            raise InputError(f"{source}: {layer}.lora_a has shape {list(a.shape)}, expected {axes} with r = {rank}")
-        rest = {"lora_b": (*a.shape[:-2], rank, b.shape[-1] if b.ndim else 0)}
-        if adapter.config.use_dora:
-            rest["lora_magnitude"] = (*a.shape[:-2], b.shape[-1] if b.ndim else 0)
-        for part, expected in rest.items():
-            if (found := leaves[f"{layer}.{part}"].shape) != expected:
+    for layer, parts in found.items():
+        kind = next((kind for kind, (first, *_) in PARTS.items() if first in parts), "lora")
+        wanted = (*PARTS[kind], *(("lora_magnitude",) if use_dora else ()))
+        for part in sorted({*wanted, *parts}):
+            if part not in parts:
+                what = "a DoRA" if use_dora else "an"
                 raise InputError(
-                    f"{source}: {layer}.{part} has shape {list(found)}, expected {list(expected)} beside lora_a "
-                    f"{list(a.shape)}"
+                    f"{source}: {layer}.{part} is missing; each layer of {what} adapter has {', '.join(wanted)}"
                 )
-        if stacked:
-            depths[layer] = len(a)
+            if part not in wanted:
+                raise InputError(f"{source}: unexpected tensor {layer}.{part}; expected NAME.{', NAME.'.join(wanted)}")
+        depth = _check_shapes_of(parts, kind, layer, rank, source)
+        if depth is not None:
+            depths[layer] = depth
     if len(set(depths.values())) > 1:
         raise InputError(f"{source}: expected one number of layers for all, found {depths}")
+
+
+def _check_shapes_of(parts: Mapping[str, np.ndarray], kind: str, layer: str, rank: int, source: str) -> int | None:
+    """Check that the parts of a layer agree in shape; return how many layers of the transformer they are for."""
+    stacked = re.search(r"(?:^|\.)layers\.", layer) is not None
+    ndim = 3 if stacked else 2
+    name, *others = PARTS[kind]
+    first = parts[name]
+    axes = {"lora": ("in", "r"), "lokr": ("in", "out"), "loha": ("in", "r")}[kind]
+    if first.ndim != ndim or (kind != "lokr" and first.shape[-1] != rank):
+        with_rank = f" with r = {rank}" if kind != "lokr" else ""
+        raise InputError(
+            f"{source}: {layer}.{name} has shape {list(first.shape)}, expected "
+            f"{('L', *axes) if stacked else axes}{with_rank}"
+        )
+    stack = first.shape[:-2]
+    second = parts[others[0]]
+    outputs = second.shape[-1] if second.ndim else 0
+    rest = {
+        "lora": {"lora_b": (*stack, rank, outputs)},
+        "lokr": {"lokr_w2": (*stack, *second.shape[-2:])},
+        "loha": {"loha_b1": (*stack, rank, outputs), "loha_a2": first.shape, "loha_b2": (*stack, rank, outputs)},
+    }[kind]
+    if "lora_magnitude" in parts:
+        rest["lora_magnitude"] = (*stack, outputs)
+    for part, expected in rest.items():
+        if (shape := parts[part].shape) != expected:
+            raise InputError(
+                f"{source}: {layer}.{part} has shape {list(shape)}, expected {list(expected)} beside {name} "
+                f"{list(first.shape)}"
+            )
+    return len(first) if stacked else None

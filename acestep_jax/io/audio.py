@@ -1,6 +1,7 @@
 """Audio files: read and written by libsndfile, resampled by soxr."""
 
 import io
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,9 @@ import soundfile
 import soxr
 
 from acestep_jax.errors import InputError
-from acestep_jax.io.files import publish_file
+from acestep_jax.io.files import as_path, check_parent, check_writable, publish_file
+
+logger = logging.getLogger(__name__)
 
 # Format and subtype of libsndfile by suffix.
 FORMATS = {
@@ -36,8 +39,8 @@ def read(path: str | Path, sample_rate: int, channels: int = 2) -> np.ndarray:
             Surround is not mixed down: how depends on its layout, and the first two channels lack the voice.
         OSError: if there is no such file, or it may not be read.
     """
-    path = Path(path)
-    with open(path, "rb") as file:
+    path = as_path(path)
+    with path.open("rb") as file:
         try:
             audio, rate = soundfile.read(file, dtype="float32", always_2d=True)
         except (soundfile.SoundFileError, TypeError) as error:  # TypeError: files without a header, such as .raw
@@ -60,6 +63,21 @@ def read(path: str | Path, sample_rate: int, channels: int = 2) -> np.ndarray:
     if rate != sample_rate:
         audio = soxr.resample(audio, rate, sample_rate)
     return np.ascontiguousarray(np.broadcast_to(audio, (len(audio), channels)).T)
+
+
+def check_finite(values: np.ndarray, name: str, what: str) -> None:
+    """Raise InputError, with what to do, if a result holds NaN or infinities; nothing is made of such a result.
+
+    Args:
+        name: of what it belongs to, for the message, such as a file or a song.
+        what: the values are, such as "of the audio".
+    """
+    if bad := int((~np.isfinite(values)).sum()):
+        raise InputError(
+            f"{name}: {bad} of {values.size} values {what} are NaN or infinite, so nothing is written. If it is "
+            "computed in float16 or bfloat16, try --dtype float32; else weights or an adapter may be damaged: convert "
+            "or download them again, and leave adapters out"
+        )
 
 
 def splice(
@@ -95,18 +113,18 @@ def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
     """Return the path, if a file can be written there.
 
     Raises:
-        InputError: if the suffix is not one of `FORMATS`, the folder does not exist, or the file exists and may not be
-            overwritten.
+        InputError: if the suffix is not one of `FORMATS`, the folder does not exist or cannot be written to, or the
+            file exists and may not be overwritten.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"{path}: unknown kind of audio file; use one of the suffixes {', '.join(FORMATS)}")
     if not soundfile.check_format(*FORMATS[path.suffix.lower()]):
         raise InputError(f"{path}: the libsndfile at hand cannot write {path.suffix}; use .wav")
+    check_parent(path)
+    check_writable(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; choose another name")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"{path}: the folder {path.absolute().parent} does not exist; create it first")
     if path.exists() and not overwrite:
         raise InputError(f"{path}: already exists; remove it, choose another name, or allow it to be overwritten")
     return path
@@ -115,18 +133,35 @@ def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
 def write(path: str | Path, audio: np.ndarray, sample_rate: int, *, overwrite: bool = False) -> None:
     """Write an audio file atomically.
 
+    Samples beyond full scale, which only a source that had them has, are kept in .wav, as 32-bit floating point; in
+    other formats a warning counts them.
+
     Args:
         path: its suffix selects the format: .wav (16 bit), .flac (24 bit), .ogg or .mp3.
-        audio: [channels, samples] float in [-1, 1].
+        audio: [channels, samples] float, full scale at 1.
         sample_rate: Hz.
 
     Raises:
-        InputError: see `check_output`.
+        InputError: see `check_output`; or if a sample is not finite.
         OSError: if it cannot be written, with nothing left behind.
     """
     path = check_output(path, overwrite=overwrite)
     kind, subtype = FORMATS[path.suffix.lower()]
     frames = np.ascontiguousarray(np.asarray(audio, np.float32).T)
+    check_finite(frames, f"{path}", "of the audio")
+    over = int((np.abs(frames) > 1).sum())
+    if over and kind == "WAV":
+        subtype = "FLOAT"
+        logger.warning(
+            "%s: %d of %d samples exceed full scale, up to %.2f; written as 32-bit floating point, which keeps them",
+            *(path, over, frames.size, np.abs(frames).max()),
+        )
+    elif over:
+        logger.warning(
+            "%s: %d of %d samples exceed full scale, up to %.2f, and are clipped; a .wav file keeps them",
+            *(path, over, frames.size, np.abs(frames).max()),
+        )
+        frames = np.clip(frames, -1, 1)
     # Encoded in memory first: libsndfile does not report a full disk, Python's files do.
     encoded = io.BytesIO()
     channels = frames.shape[1]

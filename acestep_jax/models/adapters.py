@@ -9,7 +9,7 @@ With the notation of `acestep_jax.models.lora`, the weight W + sum_i k_i (W_i - 
 Only k_i s_i and c depend on the scales k_i: other scales are other data of the same compiled program.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,6 +19,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from acestep_jax.distributed import partition_spec
+from acestep_jax.errors import InputError
+from acestep_jax.models.kernels.products import float16_dot_general
 from acestep_jax.models.lora import (
     Network,
     Parameters,
@@ -26,6 +28,7 @@ from acestep_jax.models.lora import (
     column_norm,
     linear_layers,
     lora_parameter,
+    merge_into,
     parts_of,
     product,
     replace_layer,
@@ -44,6 +47,7 @@ class AdaptedLinear(nnx.Module):
 
     def __init__(self, base: nnx.Linear, a: jax.Array, b: jax.Array, scale: jax.Array, gain: jax.Array | None):
         self.kernel, self.bias, self.dtype = base.kernel, base.bias, base.dtype
+        self.product = float16_dot_general if base.dot_general is float16_dot_general else jax.lax.dot_general
         axes = _axes(base.kernel)
         self.lora_a = lora_parameter(a, *axes["lora_a"])
         self.lora_b = lora_parameter(b, *axes["lora_b"])
@@ -57,7 +61,7 @@ class AdaptedLinear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(self.dtype)
-        y = _accumulate(x, self.kernel[...].astype(self.dtype))
+        y = _accumulate(x, self.kernel[...].astype(self.dtype), self.product)
         if self.lora_gain is not None:
             y = y * self.lora_gain[...]
         h = _accumulate(x, self.lora_a[...]) * self.lora_scale[...]
@@ -69,7 +73,7 @@ class AdaptedLinear(nnx.Module):
 class Factors(NamedTuple):
     """An adapter prepared for the weights of a network, see `prepare_adapter`.
 
-    parameters: float32, by dotted path: `P.lora_a`, `P.lora_b` and perhaps `P.lora_magnitude` of each adapted layer P.
+    parameters: float32, by dotted path, see `models.lora`.
     scaling: s = alpha / r.
     gains: m / |W + s A B| by layer, [L, out] or [out] float32; empty without DoRA.
     """
@@ -96,34 +100,57 @@ def prepare_adapter(network: nnx.Module, parameters: Parameters, scaling: float)
     check_shapes(parameters, {name: layer.kernel.shape for name, layer in layers.items()})
     gains = {}
     for name, layer in layers.items():
-        a, b, magnitude = parts_of(parameters, name)
-        if magnitude is not None:
+        parts = parts_of(parameters, name)
+        if (magnitude := parts.get("lora_magnitude")) is not None:
             sharding = _sharding(layer.kernel, "lora_gain", magnitude.shape)
-            gains[name] = jax.jit(dora_gain, out_shardings=sharding)(layer.kernel[...], a, b, magnitude, scaling)
+            gain = jax.jit(dora_gain, out_shardings=sharding)
+            gains[name] = gain(layer.kernel[...], parts["lora_a"], parts["lora_b"], magnitude, scaling)
     return Factors(parameters, scaling, gains)
 
 
 def apply_adapters(network: Network, adapters: Sequence[Factors], scales: Sequence[float]) -> Network:
     """Return a copy of the network, with the same arrays, that computes with W + sum_i k_i (W_i - W) for each weight W.
 
-    Nothing of the size of W is allocated. The sum of the adapters' ranks is compiled, the scales are data. The order of
-    the adapters does not matter.
+    Nothing of the size of W is allocated for LoRA and DoRA. The sum of their ranks is compiled, the scales are data.
+    LoKr and LoHa change a copy of W. The order of the adapters does not matter.
 
     Args:
         network: without adapters, on one device or a mesh; factors are split like the weights that they belong to.
         adapters: what `prepare_adapter` made for this network.
         scales: k of each; 1 is what was trained, 0 nothing, and below 0 the opposite.
+
+    Raises:
+        InputError: if both a DoRA and a LoKr or LoHa adapter change a layer: what is beside W would scale the change.
     """
     network = nnx.merge(*nnx.split(network))
     for name, layer in linear_layers(network).items():
+        dense = [
+            (parts, adapter.scaling, k)
+            for adapter, k in zip(adapters, scales, strict=True)
+            if (parts := parts_of(adapter.parameters, name)) and "lora_a" not in parts
+        ]
+        if dense and any(name in adapter.gains for adapter in adapters):
+            raise InputError(
+                f"{name}: changed by a DoRA adapter and by a LoKr or LoHa adapter, which cannot be computed together; "
+                "merge one of them into the checkpoint with acestep-jax convert merge-lora"
+            )
+        merge_into(layer, dense)
         if used := _adapting(adapters, scales, name):
             a, b = _join(layer, [adapter for adapter, _ in used], name)
             replace_layer(network, name, AdaptedLinear(layer, a, b, *_scale(layer.kernel, used, name)))
     return network
 
 
+def is_merged(adapter: Factors) -> bool:
+    """Return whether an adapter changes a copy of the weights, so that other scales need `apply_adapters` again."""
+    return not all(leaf.rpartition(".")[2].startswith("lora_") for leaf in adapter.parameters)
+
+
 def rescale_adapters(network: Network, adapters: Sequence[Factors], scales: Sequence[float]) -> Network:
-    """Return a copy of what `apply_adapters` made of these adapters, with other scales; the factors are shared too."""
+    """Return a copy of what `apply_adapters` made of these adapters, with other scales; the factors are shared too.
+
+    None of the adapters may be one that `is_merged`.
+    """
     network = nnx.merge(*nnx.split(network))
     for path, layer in nnx.iter_modules(network):
         if isinstance(layer, AdaptedLinear):
@@ -159,7 +186,8 @@ def _adapting(adapters: Sequence[Factors], scales: Sequence[float], name: str) -
 
 def _join(layer: nnx.Linear, adapters: Sequence[Factors], name: str) -> tuple[jax.Array, jax.Array]:
     """Return A [..., in, R] and B [..., R, out] of `AdaptedLinear`, placed like the kernel."""
-    factors = [(*parts_of(adapter.parameters, name)[:2], adapter.gains.get(name)) for adapter in adapters]
+    parts = [(parts_of(adapter.parameters, name), adapter.gains.get(name)) for adapter in adapters]
+    factors = [(found["lora_a"], found["lora_b"], gain) for found, gain in parts]
     *stack, inputs, outputs = layer.kernel.shape
     rank = sum(a.shape[-1] for a, _, _ in factors)
 
@@ -207,7 +235,7 @@ def dora_gain(kernel: jax.Array, a: jax.Array, b: jax.Array, magnitude: jax.Arra
     return magnitude / column_norm(kernel.astype(jnp.float32) + product(a, b, scaling))
 
 
-def _accumulate(x: jax.Array, w: jax.Array) -> jax.Array:
+def _accumulate(x: jax.Array, w: jax.Array, product: Callable = jax.lax.dot_general) -> jax.Array:
     """Return x w before it is rounded to their dtype: float32 of what the product adds up anyway."""
     dimensions = (((x.ndim - 1,), (0,)), ((), ()))
-    return jax.lax.dot_general(x, w, dimensions, preferred_element_type=jnp.float32)
+    return product(x, w, dimensions, preferred_element_type=jnp.float32)

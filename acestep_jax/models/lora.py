@@ -8,12 +8,17 @@ input axis, and the quotient 1 without DoRA. Several, at scales k_i, add up: W +
     merge_loras     any number, added to the weights: they cost nothing at inference, and cannot be removed
 
 The parameters of a layer `P` are `P.lora_a` [in, r], `P.lora_b` [r, out] and, for DoRA, `P.lora_magnitude` [out], with
-a leading [L] axis where the layer is stacked.
+a leading [L] axis where the layer is stacked. In place of A B, other products may change W. They are not of low rank,
+so they are always merged:
+
+    LoKr    W1 x W2, the Kronecker product of `P.lokr_w1` [i, o] and `P.lokr_w2` [in / i, out / o] (arXiv 2309.14859)
+    LoHa    (A1 B1) * (A2 B2), elementwise, of `P.loha_a1`, `P.loha_a2` [in, r] and `P.loha_b1`, `P.loha_b2` [r, out]
+            (arXiv 2108.06098)
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +33,14 @@ from acestep_jax.models.scan import KEPT
 
 Network = TypeVar("Network", bound=nnx.Module)
 
-# Of an adapter, float32, by dotted path: `P.lora_a`, `P.lora_b` and perhaps `P.lora_magnitude` of each adapted layer P.
+# Of an adapter, float32, by dotted path: the parts of each adapted layer P, such as `P.lora_a` and `P.lora_b`.
 Parameters = Mapping[str, jax.Array | np.ndarray]
+# What each kind of adapter has of a layer; LoRA also has `lora_magnitude` where it is DoRA.
+PARTS = {
+    "lora": ("lora_a", "lora_b"),
+    "lokr": ("lokr_w1", "lokr_w2"),
+    "loha": ("loha_a1", "loha_b1", "loha_a2", "loha_b2"),
+}
 
 
 class DropoutKey(nnx.Variable):
@@ -135,20 +146,22 @@ def merge_loras(network: Network, adapters: Sequence[tuple[Parameters, float, fl
     network = nnx.merge(*nnx.split(network))
     layers = linear_layers(network)
     shapes = {name: layer.kernel.shape for name, layer in layers.items()}
-    factors: dict[str, list[tuple]] = {}
-    scales: dict[str, list[tuple[float, float]]] = {}
-    for parameters, scaling, scale in adapters:
+    for parameters, _, _ in adapters:
         check_shapes(parameters, shapes)
-        for name in {leaf.rpartition(".")[0] for leaf in parameters} if scale else ():
-            factors.setdefault(name, []).append(parts_of(parameters, name))
-            scales.setdefault(name, []).append((scaling, scale))
     for name, layer in layers.items():
-        if name in factors:
-            kernel = layer.kernel[...]
-            merge = jax.jit(_merge, out_shardings=kernel.sharding)
-            merged = merge(kernel, factors[name], scales[name])
-            layer.kernel = layer.kernel.replace(merged)  # pyright: ignore[reportAttributeAccessIssue]
+        merge_into(layer, [(parts_of(parameters, name), scaling, k) for parameters, scaling, k in adapters])
     return network
+
+
+def merge_into(layer: nnx.Linear, adapters: Sequence[tuple[Mapping[str, jax.Array], float, float]]) -> None:
+    """Change the kernel of a layer, in place, by adapters: for each its parts, its scaling and its scale."""
+    adapters = [(parts, scaling, k) for parts, scaling, k in adapters if parts and k]
+    if not adapters:
+        return
+    kernel = layer.kernel[...]
+    merge = jax.jit(_merge, out_shardings=kernel.sharding)
+    merged = merge(kernel, [dict(parts) for parts, _, _ in adapters], [(s, k) for _, s, k in adapters])
+    layer.kernel = layer.kernel.replace(merged)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_shapes(parameters: Parameters, kernels: Mapping[str, tuple[int, ...]], source: str = "adapter") -> None:
@@ -169,10 +182,19 @@ def check_shapes(parameters: Parameters, kernels: Mapping[str, tuple[int, ...]],
                 f"{source}: {name} is not a linear layer of this network; the adapter is for another model"
             )
         *stack, inputs, outputs = kernels[name]
-        rank = value.shape[-2 if part == "lora_b" else -1] if value.ndim else 0
+        rank = value.shape[-2 if part in ("lora_b", "loha_b1", "loha_b2") else -1] if value.ndim else 0
+        if part.startswith("lokr_"):
+            first, second = (np.shape(parameters.get(f"{name}.{other}", ()))[-2:] for other in PARTS["lokr"])
+            fits = len(first) == len(second) == 2 and tuple(np.multiply(first, second)) == (inputs, outputs)
+            if not fits or value.shape != (*stack, *value.shape[-2:]):
+                raise InputError(
+                    f"{source}: the factors of {name} have shapes {list(first)} and {list(second)}, expected a "
+                    f"Kronecker product of shape {[inputs, outputs]}; the adapter is for another model"
+                )
+            continue
         expected = {
-            "lora_a": (*stack, inputs, rank),
-            "lora_b": (*stack, rank, outputs),
+            **dict.fromkeys(("lora_a", "loha_a1", "loha_a2"), (*stack, inputs, rank)),
+            **dict.fromkeys(("lora_b", "loha_b1", "loha_b2"), (*stack, rank, outputs)),
             "lora_magnitude": (*stack, outputs),
         }[part]
         if value.shape != expected:
@@ -195,9 +217,10 @@ def replace_layer(network: nnx.Module, name: str, layer: nnx.Module) -> None:
     setattr(parent, last, layer)
 
 
-def parts_of(parameters: Parameters, name: str) -> tuple:
-    """Return A, B and the magnitude of a layer; None for what the adapter does not have."""
-    return tuple(parameters.get(f"{name}.{part}") for part in ("lora_a", "lora_b", "lora_magnitude"))
+def parts_of(parameters: Parameters, name: str) -> dict[str, Any]:
+    """Return the parts of a layer, such as `lora_a`; empty if the adapter leaves the layer alone."""
+    every = (part for parts in (*PARTS.values(), ("lora_magnitude",)) for part in parts)
+    return {part: parameters[leaf] for part in every if (leaf := f"{name}.{part}") in parameters}
 
 
 def product(a: jax.Array, b: jax.Array, scaling: float) -> jax.Array:
@@ -205,14 +228,23 @@ def product(a: jax.Array, b: jax.Array, scaling: float) -> jax.Array:
     return scaling * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _merge(kernel: jax.Array, factors: list[tuple], scales: list[tuple[float, float]]) -> jax.Array:
-    """Return the merged kernel. `factors`: A, B and the magnitude of each adapter; `scales`: its scaling and scale."""
+def change_of(parts: Mapping[str, jax.Array], scaling: float) -> jax.Array:
+    """Return what is added to W by the parts of one layer, before the magnitude of DoRA."""
+    if "lora_a" in parts:
+        return product(parts["lora_a"], parts["lora_b"], scaling)
+    if "lokr_w1" in parts:
+        return scaling * jnp.kron(parts["lokr_w1"], parts["lokr_w2"])
+    return product(parts["loha_a1"], parts["loha_b1"], scaling) * product(parts["loha_a2"], parts["loha_b2"], 1.0)
+
+
+def _merge(kernel: jax.Array, factors: list[dict], scales: list[tuple[float, float]]) -> jax.Array:
+    """Return the merged kernel. `factors`: the parts of each adapter; `scales`: its scaling and scale."""
     if kernel.ndim == 3:  # one layer at a time: in float32 a stack takes gigabytes
         return jax.lax.map(lambda layer: _merge(*layer, scales=scales), (kernel, factors))
     base = weight = kernel.astype(jnp.float32)
-    for (a, b, magnitude), (scaling, scale) in zip(factors, scales, strict=True):
-        change = product(a, b, scaling)
-        if magnitude is not None:
+    for parts, (scaling, scale) in zip(factors, scales, strict=True):
+        change = change_of(parts, scaling)
+        if (magnitude := parts.get("lora_magnitude")) is not None:
             adapted = base + change
             change = adapted * (magnitude / column_norm(adapted)) - base
         weight = weight + scale * change

@@ -114,6 +114,48 @@ def test_truncation_matches_transformers_and_warns(qwen, caplog):
     assert caplog.messages == [f"lyrics: {whole} tokens, but the model reads 256: {whole - 256} are cut"]
 
 
+METADATA = [
+    (dict(bpm=70, keyscale="A minor"), dict(bpm=160, keyscale="E major")),
+    (dict(timesignature="3"), dict(timesignature="4")),
+    (dict(audio_duration=30), dict(audio_duration=200)),
+]
+
+
+@pytest.mark.parametrize("pair", METADATA, ids=str)
+def test_a_long_caption_leaves_room_for_what_comes_after_it(qwen, pair, caplog):
+    """It is cut at a word, to as much as fits, and what is lost is said; other values still make another text."""
+    caption = "warm lofi piano, über crackle, " * 60
+    found = []
+    for values in pair:
+        text = prompt_text(caption, **dict(audio_duration=60) | values)
+        (ids,) = tokenize(qwen, [text], max_length=256, what="prompt")
+        assert 250 <= len(ids) <= 256 and ids[-1] == 151643
+        read = qwen.decode(ids)
+        assert read.startswith(text.before) and read.endswith(text.after.removesuffix("<|endoftext|>\n") + "\n")
+        kept = read.removeprefix(text.before).partition("\n\n# Metas")[0]
+        assert caption.startswith(kept) and caption[len(kept)] == " "
+        found.append(ids)
+    assert not np.array_equal(*found)
+    assert f"the caption is cut after {len(kept)} characters" in caplog.text and "the rest stays" in caplog.text
+
+
+def test_as_in_diffusers_the_end_is_cut_and_what_is_lost_is_named(qwen, caplog):
+    text = prompt_text("piano " * 300, audio_duration=60, bpm=70)
+    (ids,) = tokenize(qwen, [text], max_length=256, what="prompt", keep_metadata=False)
+    assert len(ids) == 256 and "bpm" not in qwen.decode(ids)
+    assert "are cut, and with them caption, bpm, timesignature, keyscale, duration; shorten" in caplog.text
+    caplog.clear()
+    text = prompt_text("piano", audio_duration=60, instruction="do " * 300)
+    assert len(tokenize(qwen, [text], max_length=256, what="prompt")[0]) == 256
+    assert "and with them caption, bpm" in caplog.text
+
+
+def test_a_caption_of_one_endless_word_is_cut_within_it(qwen):
+    text = prompt_text("a1b2" * 300, audio_duration=60)
+    (ids,) = tokenize(qwen, [text], max_length=256, what="prompt")
+    assert 250 <= len(ids) <= 256 and "- duration: 60 seconds" in qwen.decode(ids)
+
+
 def test_padding_is_to_a_multiple(qwen):
     got = pad_tokens(tokenize(qwen, ["piano"], max_length=256, what="prompt"), 64, 0)
     assert got.ids.shape == (1, 64) and got.mask.sum() == len(qwen.encode("piano").ids)

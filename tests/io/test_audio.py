@@ -79,6 +79,34 @@ def test_full_disk_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_wav_keeps_what_exceeds_full_scale(tmp_path, stereo, caplog):
+    """As 32-bit floating point, bit for bit, and it is said; a song that stays within is written as before."""
+    loud = 2 * stereo
+    audio.write(tmp_path / "loud.wav", loud, RATE)
+    over = int((np.abs(loud) > 1).sum())
+    assert f"loud.wav: {over} of {loud.size} samples exceed full scale, up to 1.60; written as 32-bit" in caplog.text
+    assert soundfile.info(tmp_path / "loud.wav").subtype == "FLOAT"
+    np.testing.assert_array_equal(audio.read(tmp_path / "loud.wav", RATE), loud)
+    caplog.clear()
+    audio.write(tmp_path / "full.wav", stereo / np.abs(stereo).max(), RATE)
+    assert soundfile.info(tmp_path / "full.wav").subtype == "PCM_16" and not caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".flac", ".ogg", ".mp3"])
+def test_clipping_is_counted_and_said(tmp_path, stereo, suffix, caplog):
+    audio.write(tmp_path / f"loud{suffix}", 2 * stereo, RATE)
+    over = int((np.abs(2 * stereo) > 1).sum())
+    assert f"{over} of {stereo.size} samples exceed full scale, up to 1.60, and are clipped; a .wav" in caplog.text
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_not_written(tmp_path, stereo, value):
+    stereo[1, 5:8] = value
+    with pytest.raises(InputError, match=r"song.wav: 3 of \d+ values of the audio are NaN or infinite"):
+        audio.write(tmp_path / "song.wav", stereo, RATE)
+    assert not list(tmp_path.iterdir())
+
+
 def sine(rate, hertz=1000.0, seconds=1.0):
     return 0.5 * np.sin(2 * np.pi * hertz * np.arange(int(rate * seconds)) / rate)
 

@@ -182,7 +182,7 @@ def rename(folder):
 
 Q = "layers.self_attn.to_q"
 DAMAGED = {
-    "PEFT": (rename, ["expected adapter.json", "adapter_config.json", "python -m convert lora-from-torch"]),
+    "renamed": (rename, ["expected adapter.json beside adapter.safetensors"]),
     "no JSON": (lambda folder: (folder / "adapter.json").write_text("{"), ["adapter.json: not valid JSON"]),
     "a list": (lambda folder: (folder / "adapter.json").write_text("[]"), ['expected "format": "acestep-jax-lora"']),
     "format": (edit_config(format="acestep-jax"), ['adapter.json: expected "format": "acestep-jax-lora"']),
@@ -234,10 +234,12 @@ def test_bad_files(tmp_path, case):
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(InputError, match="absent: no such folder; expected an acestep-jax adapter"):
+    with pytest.raises(
+        InputError, match="absent: no such folder or file; expected the folder or the .safetensors file of an adapter"
+    ):
         load_adapter(tmp_path / "absent")
     (tmp_path / "style.safetensors").write_bytes(b"x")
-    with pytest.raises(InputError, match=f"found a file; .* lora-from-torch {tmp_path}/style.safetensors DST"):
+    with pytest.raises(InputError, match="style.safetensors: damaged or truncated"):
         load_adapter(tmp_path / "style.safetensors")
 
 

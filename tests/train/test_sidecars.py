@@ -5,7 +5,7 @@ import json
 import pytest
 
 from acestep_jax import InputError
-from acestep_jax.train.sidecars import Sidecars, Texts, _bpm, _keyscale, _language, _time_signature
+from acestep_jax.train.sidecars import Sidecars, Texts
 
 pytestmark = pytest.mark.unit
 
@@ -108,6 +108,7 @@ FORMS = {
         {"song.json": {"caption": "a", "bpm": None, "key": "N/A", "language": ""}},
         texts(caption="a"),
     ),
+    "any language": ({"song.txt": "caption: a\nlanguage: auto"}, texts(caption="a", language="unknown")),
     "unknown language": ({"song.txt": "caption: a\nlanguage: unknown"}, texts(caption="a", language="unknown")),
 }
 
@@ -170,31 +171,61 @@ def test_no_caption(tmp_path, name, words):
     assert found == texts(caption=words, fallback=True)
 
 
-NORMALISED = {
-    _keyscale: {
-        **{key: "A minor" for key in ("Am", "a minor", "A min", "A MINOR")},
-        **{key: "F# minor" for key in ("F#m", "f♯ minor", "F sharp minor")},
-        **{key: "Bb major" for key in ("Bb", "B♭ Major", "b flat maj", "BbM")},
-        **{"C": "C major", "8A": None, "H minor": None, "A minor or so": None, "Em7": None},
-    },
-    _bpm: {"30": 30, "128 BPM": 128, "127.6": 128, "300": 300, "29": None, "301": None, "fast": None, "-90": None},
-    _time_signature: {"4/4": "4", "6/8": "6", "3": "3", "2.0": "2", "5/4": None, "12/8": None, "4/4/4": None},
-    _language: {"en-US": "en", "ZH": "zh", "unknown": "unknown", "English": None, "xx": None},
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("bpm: 900", "bpm: expected 30 to 300 beats per minute, found '900'"),
+        ("key: banana", "keyscale: expected A to G, .* major or minor, .* found 'banana'"),
+        ("signature: 5/4", "timesignature: expected one of 2, 3, 4, 6, .* found '5/4'"),
+        ("language: Klingon", "vocal_language: expected one of ar, az, .* found 'Klingon'"),
+        ("repeat: 0", "repeat: expected a whole number from 1 to 1000, found '0'"),
+    ],
+)
+def test_what_the_model_does_not_know_is_an_error_of_the_song(tmp_path, line, message):
+    with pytest.raises(InputError, match=f"song.txt: {message}; correct or remove it"):
+        read(tmp_path, {"song.txt": f"caption: a\n{line}"})
+
+
+def test_unknown_keys_are_reported(tmp_path):
+    found, warnings = read(tmp_path, {"song.txt": "caption: a\nmood: sad"})
+    assert found == texts(caption="a")
+    assert len(warnings) == 1 and "song.txt: unknown key 'mood'" in warnings[0]
+
+
+def test_what_is_in_a_table_or_dataset_and_not_used_is_reported(tmp_path):
+    """But for what the dataset builder always writes."""
+    files = {
+        "my.csv": "file,caption,mood\nsong.mp3,a,sad\n,b,gay\n",
+        "d.json": {"samples": [SAMPLE | {"filename": "song.mp3", "mood": "sad"}]},
+    }
+    found, warnings = read(tmp_path, files)
+    assert found.caption == "dream pop"
+    assert [warning.partition(f"{tmp_path}/")[2].partition(";")[0] for warning in warnings] == [
+        "d.json: unknown key 'mood', ignored",
+        "my.csv: unknown key 'mood', ignored",
+        "my.csv: a row without a name in the column `file`",
+    ]
+
+
+NAMES = {
+    "upper case": ({"SONG.TXT": "caption: dream pop\nlyrics: la"}, ["SONG.TXT"]),
+    "mixed case": ({"Song.Caption.txt": "dream pop", "song.LYRICS.Txt": "la"}, ["Song.Caption.txt", "song.LYRICS.Txt"]),
+    "version 1": ({"song_prompt.txt": "dream pop", "song_lyrics.txt": "la"}, ["song_prompt.txt", "song_lyrics.txt"]),
+    "version 1, upper case": ({"SONG_LYRICS.TXT": "la", "song.JSON": {"caption": "dream pop"}}, None),
+    "table": ({"SONGS.CSV": "file,caption\nsong.mp3,dream pop", "song_Lyrics.txt": "la"}, None),
+    "own case first": ({"song.txt": "caption: dream pop\nlyrics: la", "SONG.txt": "caption: no"}, ["song.txt"]),
 }
 
 
-@pytest.mark.parametrize("check", NORMALISED)
-def test_values_are_brought_into_form(check):
-    assert {value: check(value) for value in NORMALISED[check]} == NORMALISED[check]
-
-
-def test_what_the_model_does_not_know_is_reported(tmp_path):
-    text = "caption: a\nbpm: 900\nkey: 8A\nsignature: 5/4\nlanguage: Klingon\nrepeat: 0\nmood: sad"
-    found, warnings = read(tmp_path, {"song.txt": text})
-    assert found == texts(caption="a", language="unknown")
-    assert len(warnings) == 6 and all("song.txt: " in warning for warning in warnings)
-    for value in ("bpm '900'", "keyscale '8A'", "timesignature '5/4'", "language 'Klingon'", "repeat '0'", "'mood'"):
-        assert any(value in warning for warning in warnings), value
+@pytest.mark.parametrize("case", NAMES)
+def test_names_of_any_case_and_of_version_1(tmp_path, case):
+    files, used = NAMES[case]
+    for name, content in files.items():
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    sidecars = Sidecars(tmp_path, ["song.mp3"])
+    found = sidecars.read("song.mp3")
+    assert (found.caption, found.lyrics) == ("dream pop", "la")
+    assert sorted(file.name for file in sidecars.used) == sorted(used or files)
 
 
 ERRORS = {
