@@ -1,6 +1,8 @@
 """Native to PyTorch checkpoint: `acestep-jax convert to-torch SRC DST --layout diffusers|original`."""
 
+import dataclasses
 import json
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +13,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from acestep_jax.convert import original, rules
-from acestep_jax.convert.from_torch import WEIGHT_NORM
-from acestep_jax.convert.safetensors_writer import write_safetensors
-from acestep_jax.convert.torch_checkpoint import fold, weight_norm
 from acestep_jax.errors import InputError
-from acestep_jax.io import checkpoint
-from acestep_jax.models.config import NetworkConfig
+from acestep_jax.io import checkpoint, original, rules
+from acestep_jax.io.conversion import WEIGHT_NORM
+from acestep_jax.io.pretrained import fold, weight_norm
+from acestep_jax.io.safetensors_writer import write_safetensors
+from acestep_jax.models.config import ConditionEncoderConfig, NetworkConfig
 from acestep_jax.models.registry import FAMILY
+
+logger = logging.getLogger(__name__)
 
 LAYOUTS = ("diffusers", "original")
 
@@ -61,6 +64,14 @@ def to_torch(source: str | Path, destination: str | Path, *, layout: str) -> Non
     checkpoint.load_tokenizer(source)
     if layout == "original" and (missing := [n for n in FAMILY.optional if n not in manifest.configs]):
         raise InputError(f"{source}: the original layout needs {', '.join(missing)}, which this checkpoint lacks")
+    encoder = manifest.configs["condition_encoder"]
+    assert isinstance(encoder, ConditionEncoderConfig)
+    alternating = dataclasses.replace(encoder, timbre_layer_types=None)
+    if layout == "diffusers" and encoder.timbre_windows() != alternating.timbre_windows():
+        raise InputError(
+            f"{source}: condition_encoder: timbre_layer_types is {list(encoder.timbre_layer_types or ())}, but "
+            "diffusers' timbre encoder has sliding and full attention in turn; use --layout original"
+        )
     stored = checkpoint.network_leaves(source, manifest)
     with tqdm(total=sum(map(len, stored.values())), unit="tensor", disable=None) as bar:
         read = _Reader(source, stored, bar)
@@ -188,6 +199,7 @@ def _write_original(folder: Path, source: Path, manifest: checkpoint.Manifest, e
     for name, target in (("vae", original.VAE), ("text_encoder", original.TEXT_ENCODER)):
         _write_network(folder / target, name, manifest.configs[name], entries[name])
     _write_tokenizer(folder / original.TEXT_ENCODER, source, manifest)
+    _write_vocabulary(folder / original.TEXT_ENCODER, source)
 
 
 def _write_network(folder: Path, name: str, config: NetworkConfig, entries: list[Entry]) -> None:
@@ -206,6 +218,22 @@ def _write_tokenizer(folder: Path, source: Path, manifest: checkpoint.Manifest) 
     text = (source / checkpoint.TOKENIZER).read_text(encoding="utf-8")
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", manifest.tokenizer_config)
+
+
+def _write_vocabulary(folder: Path, source: Path) -> None:
+    """Write `vocab.json` and `merges.txt`, without which acestep.cpp's converter makes a model without a tokenizer."""
+    model = json.loads((source / checkpoint.TOKENIZER).read_text(encoding="utf-8")).get("model") or {}
+    if model.get("type") != "BPE":
+        logger.warning(
+            "%s: a tokenizer of the kind %s; vocab.json and merges.txt, which acestep.cpp reads, exist for BPE only",
+            source / checkpoint.TOKENIZER,
+            model.get("type"),
+        )
+        return
+    text = json.dumps(model["vocab"], ensure_ascii=False)
+    (folder / "vocab.json").write_text(text + "\n", encoding="utf-8")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

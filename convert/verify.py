@@ -4,6 +4,7 @@ Each stage gets the same inputs in both frameworks, those of a short song. Each 
 before the next one, so peak memory stays near twice the largest network in float32.
 """
 
+import dataclasses
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,12 +25,12 @@ from flax import nnx
 from tokenizers import Tokenizer
 from transformers import Qwen3Config, Qwen3Model
 
-from acestep_jax.convert import original
-from acestep_jax.convert.from_torch import build
-from acestep_jax.convert.torch_checkpoint import TorchCheckpoint, open_checkpoint
 from acestep_jax.inputs.programs import REFERENCE_FRAMES
 from acestep_jax.inputs.prompt import lyric_text, prompt_text
-from acestep_jax.models.config import AutoencoderConfig, TransformerConfig
+from acestep_jax.io import original
+from acestep_jax.io.conversion import build, open_source
+from acestep_jax.io.pretrained import TorchCheckpoint
+from acestep_jax.models.config import AutoencoderConfig, ConditionEncoderConfig, TransformerConfig
 
 # max |ours - torch| / max |torch|. The transformer is the deepest network, and the codes are exact or wrong.
 # If torch's own float32 is farther than half of that from its float64, the limit is twice that distance.
@@ -56,16 +57,22 @@ class Row(NamedTuple):
     cosine: float
 
 
-def verify(source: str | Path, *, vae: str | Path | None = None, text_encoder: str | Path | None = None) -> bool:
+def verify(
+    source: str | Path,
+    *,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    variant: str | None = None,
+) -> bool:
     """Print a row for each stage as it completes; return whether all are within their limits.
 
     Args:
-        source, vae, text_encoder: see `open_checkpoint`.
+        source, vae, text_encoder, variant: see `open_source`.
 
     Raises:
-        InputError: see `open_checkpoint` and `plan`.
+        InputError: see `open_source` and `plan`.
     """
-    opened = open_checkpoint(source, vae=vae, text_encoder=text_encoder, dtype="float32")
+    opened = open_source(source, vae=vae, text_encoder=text_encoder, dtype="float32", variant=variant)
     print(f"{'stage':<24} {'shape':<18} {'error':>9} {'limit':>9} {'cosine':>11}")
     passed = True
     with jax.default_matmul_precision("highest"):
@@ -217,7 +224,11 @@ def _double(array: np.ndarray) -> torch.Tensor:
 
 
 def _jax_network(opened: TorchCheckpoint, network: str) -> nnx.Module:
-    return build(network, opened.configs[network], opened.tensors[network])
+    config = opened.configs[network]
+    if isinstance(config, ConditionEncoderConfig):
+        # What diffusers' class computes is the reference here, and it knows neither of these.
+        config = dataclasses.replace(config, timbre_special_token=False, timbre_layer_types=None)
+    return build(network, config, opened.tensors[network])
 
 
 def _torch_network(opened: TorchCheckpoint, network: str) -> torch.nn.Module:

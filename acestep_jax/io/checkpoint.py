@@ -5,6 +5,7 @@ and read back straight onto its device or its part of a mesh.
 """
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import json
@@ -31,8 +32,18 @@ from tokenizers import Tokenizer
 
 from acestep_jax.distributed import variable_sharding
 from acestep_jax.errors import InputError
+from acestep_jax.io.files import (
+    absolute,
+    as_path,
+    check_parent,
+    check_writable,
+    is_remote,
+    local_copy,
+    publish_file,
+    remove_tree,
+)
 from acestep_jax.io.manifest import CONFIG, Manifest, check_sampling, default_dtype, manifest_values, read_manifest
-from acestep_jax.models.config import DEFAULT_RUNTIME, NetworkConfig, Runtime, check_dtype
+from acestep_jax.models.config import DEFAULT_RUNTIME, NetworkConfig, Runtime, check_dtype, check_precision
 from acestep_jax.models.registry import FAMILY
 
 TOKENIZER, WEIGHTS = "tokenizer.json", "weights"
@@ -77,7 +88,8 @@ def assemble(module: nnx.Module, arrays: dict[str, jax.Array]) -> nnx.Module:
 
 @contextlib.contextmanager
 def publish(path: str | Path, size: int = 0) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`, which takes that name if all went well and is removed otherwise.
+    """Yield a temporary folder beside `path`, which takes that name if all went well and is removed otherwise; in
+    Cloud Storage, the folder itself.
 
     Args:
         size: bytes that will be written, as far as they are known.
@@ -85,8 +97,16 @@ def publish(path: str | Path, size: int = 0) -> Iterator[Path]:
     Raises:
         InputError: if `path` exists, the folder it should be in does not, or the disk has no room.
     """
-    path = Path(path)
+    path = as_path(path)
     check_new(path)
+    if is_remote(path):
+        # There is nothing to rename; what is read first, such as `config.json`, is written last.
+        try:
+            yield path
+        except BaseException:
+            remove_tree(path)
+            raise
+        return
     parent = path.absolute().parent
     if size > (free := shutil.disk_usage(parent).free):
         raise InputError(f"{path}: {size / 1e9:.2f} GB to write, but the disk has {free / 1e9:.2f} GB free; make room")
@@ -105,11 +125,11 @@ def publish(path: str | Path, size: int = 0) -> Iterator[Path]:
 
 
 def check_new(path: Path) -> None:
-    """Raise InputError if `path` exists or the folder it should be in does not."""
+    """Raise InputError if `path` exists, or the folder it should be in does not or cannot be written to."""
     if path.exists():
         raise InputError(f"{path}: already exists; remove it or choose another name")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"{path}: the folder {path.absolute().parent} does not exist; create it first")
+    check_parent(path)
+    check_writable(path)
 
 
 def _remove(folder: Path) -> None:
@@ -168,15 +188,21 @@ def save(
         compress: trained weights hardly get smaller, and it takes time and memory, but the latents of silence do.
 
     Raises:
-        InputError: see `publish` and `check_sampling`; nothing is left behind.
+        InputError: see `publish` and `check_sampling`; nothing is left behind. Also in one of several processes, for
+            Orbax waits for all of them.
     """
+    if jax.process_count() > 1:
+        raise InputError(
+            f"{path}: several processes write no checkpoint; convert the model before, in one process, with "
+            "`acestep-jax convert from-torch`"
+        )
     manifest = Manifest(configs, tokenizer_config, dict(sampling or {}), dict(dtypes or {}))
     check_sampling(manifest.sampling, "sampling")
     shapes = {f"{n}.{leaf}": shape for n, config in configs.items() for leaf, shape in leaf_shapes(n, config).items()}
     size = size or sum(4 * math.prod(shape.shape) for shape in shapes.values())
     with publish(path, size) as folder:
         wanted = set(shapes)
-        weights = (folder / WEIGHTS).absolute()
+        weights = absolute(folder / WEIGHTS)
         context = ocp.Context()
         context.array.saving.use_compression = compress
         for batch in batches(arrays):
@@ -203,7 +229,7 @@ def save_changed(source: str | Path, destination: str | Path, name: str, arrays:
     Raises:
         InputError: see `publish`, `read_manifest` and `load_leaves`.
     """
-    source = Path(source)
+    source = as_path(source)
     manifest = read_manifest(source)
     stored = network_leaves(source, manifest)
 
@@ -223,11 +249,16 @@ def save_changed(source: str | Path, destination: str | Path, name: str, arrays:
         values(),
         (source / TOKENIZER).read_text(encoding="utf-8"),
         manifest.tokenizer_config,
-        {file.name: functools.partial(shutil.copyfile, file) for file in extra},
+        {file.name: functools.partial(_copy, file) for file in extra},
         sampling=manifest.sampling,
         dtypes=manifest.dtypes,
         size=sum(math.prod(s.shape) * s.dtype.itemsize for shapes in stored.values() for s in shapes.values()),
     )
+
+
+def _copy(file: Path, target: Path) -> None:
+    with publish_file(target) as temporary:
+        shutil.copyfile(local_copy(file), temporary)
 
 
 def load(
@@ -239,24 +270,27 @@ def load(
     attention: str = "auto",
     mesh: Mesh | None = None,
     names: Iterable[str] | None = None,
+    on_host: bool = False,
 ) -> dict[str, nnx.Module]:
     """Load networks, each array straight onto its device or its part of `mesh`.
 
     Args:
         path: the folder of a checkpoint.
-        dtype: of weights and computation, one of `config.DTYPES`; None: each array as stored, and `default_dtype`.
+        dtype: of weights and computation, one of `config.PRECISIONS`; None: each array as stored, and `default_dtype`.
         param_dtype: only of the weights; None: as `dtype` says.
         remat, attention: see `Runtime`.
         mesh: from `distributed.make_mesh`; None: all on the first device.
         names: which networks; None: all that the checkpoint has.
+        on_host: whether they go into the host's memory, for `placement`, instead of onto devices.
 
     Raises:
         InputError: if the checkpoint is absent, incomplete or of other shapes than its config.
     """
-    path = Path(path)
-    for argument, value in (("dtype", dtype), ("param_dtype", param_dtype)):
-        if value is not None:
-            check_dtype(value, argument)
+    path = as_path(path)
+    if dtype is not None:
+        check_precision(dtype)
+    if param_dtype is not None:
+        check_dtype(param_dtype, "param_dtype")
     manifest = read_manifest(path, None if names is None else ())  # those named are looked for below
     names = list(manifest.configs if names is None else names)
     if absent := [name for name in names if name not in manifest.configs]:
@@ -264,26 +298,28 @@ def load(
     stored = network_leaves(path, manifest)
     networks = {}
     for name in names:
-        computed_in = dtype or default_dtype(manifest, name, stored[name])
-        stored_as = param_dtype or dtype  # None: each leaf as it is
-        runtime = Runtime(dtype=computed_in, param_dtype=stored_as or computed_in, remat=remat, attention=attention)
+        runtime = Runtime.of(dtype or default_dtype(manifest, name, stored[name]), remat=remat, attention=attention)
+        if param_dtype is not None:
+            runtime = dataclasses.replace(runtime, param_dtype=param_dtype)
+        stored_as = runtime.param_dtype if dtype or param_dtype else None  # None: each leaf as it is
         module = abstract(name, manifest.configs[name], runtime)
         targets = {}
         for leaf, variable in leaves(module).items():
             found = stored[name][leaf]
             kind = found.dtype if stored_as is None else jnp.dtype(stored_as)
-            targets[leaf] = jax.ShapeDtypeStruct(found.shape, kind, sharding=variable_sharding(variable, mesh))
+            sharding = host_sharding() if on_host else variable_sharding(variable, mesh)
+            targets[leaf] = jax.ShapeDtypeStruct(found.shape, kind, sharding=sharding)
         networks[name] = assemble(module, load_leaves(path, name, targets))
     return networks
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read the tokenizer of a checkpoint; raise InputError if it cannot be read."""
-    file = Path(path) / TOKENIZER
+    file = as_path(path) / TOKENIZER
     if not file.is_file():
         raise InputError(f"{file}: missing; convert the checkpoint again")
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(local_copy(file)))
     except Exception as error:  # the library raises nothing narrower
         raise InputError(f"{file}: not a tokenizer ({error})") from None
     # The file may ask for both; here lengths are the caller's choice.
@@ -294,7 +330,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def stored_leaves(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Return shape and dtype of every stored array by dotted name; raise InputError if the weights are unreadable."""
-    weights = (path / WEIGHTS).absolute()
+    weights = absolute(path / WEIGHTS)
     with _first_error_only():
         try:
             tree = ocp.metadata(weights).metadata  # pyright: ignore[reportArgumentType]
@@ -338,9 +374,14 @@ def load_leaves(path: Path, name: str, targets: dict[str, jax.ShapeDtypeStruct])
     tree = nest({f"{name}.{leaf}": target for leaf, target in targets.items()})
     context = ocp.Context()
     context.pytree.loading.partial_load = True
+    if all(target.sharding is not None and target.sharding.is_fully_addressable for target in targets.values()):
+        # Of several processes, this one alone may load.
+        process, options = jax.process_index(), context.multiprocessing
+        options.active_processes, options.primary_host = {process}, process
+        options.barrier_sync_key_prefix = str(process)
     try:
         with context, _first_error_only():
-            loaded = ocp.load((path / WEIGHTS).absolute(), tree)  # pyright: ignore[reportArgumentType]
+            loaded = ocp.load(absolute(path / WEIGHTS), tree)  # pyright: ignore[reportArgumentType]
     except Exception as error:
         cause = error.__cause__ or error
         if not isinstance(cause, ValueError):  # all that TensorStore raises

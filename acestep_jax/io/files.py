@@ -1,24 +1,201 @@
-"""Files that are written atomically."""
+"""Files of this machine and of Google Cloud Storage, written atomically.
 
+A path that begins with gs:// is one of `etils.epath`, as in Orbax, with the methods of pathlib that mean something
+there: it has no working directory, no links and no empty folders, and an object appears when all of it is written.
+"""
+
+import atexit
 import contextlib
+import functools
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from acestep_jax.errors import InputError
+
+REMOTE = "gs://"
+TEMPORARY = ".acestep-"  # how names of temporary files begin
+
+
+def is_remote(path: str | Path) -> bool:
+    """Return whether a path is one of Cloud Storage."""
+    return str(path).startswith(REMOTE)
+
+
+def as_path(path: str | Path) -> Path:
+    """Return a path of this machine or, if it begins with gs://, of Cloud Storage.
+
+    Raises:
+        InputError: if it begins with another scheme, or gcsfs is not installed.
+    """
+    if not is_remote(path):
+        scheme, found, _ = str(path).partition("://")
+        if found and scheme.isalnum():
+            raise InputError(f"{path}: expected a path of this machine or one that begins with {REMOTE}")
+        return Path(path)
+    _file_system()
+    from etils import epath
+
+    found: Any = epath.Path(str(path))
+    return found
+
+
+@functools.cache
+def _file_system() -> Any:
+    import fsspec
+    from fsspec.config import conf
+
+    # Listings that are kept would hide what other processes have written, from epath as well.
+    conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    try:
+        return fsspec.filesystem("gcs")
+    except ImportError:
+        raise InputError(f"{REMOTE}... needs gcsfs; run pip install 'acestep-jax[gcs]'") from None
+
+
+def local_folder(cache_dir: str | Path) -> Path:
+    """Return the folder of a cache; raise InputError if it is in Cloud Storage, where files cannot be locked."""
+    if is_remote(cache_dir):
+        raise InputError(f"cache_dir: expected a folder of this machine, found {cache_dir}")
+    return Path(cache_dir).expanduser()
+
+
+def absolute(path: Path) -> Path:
+    """Return a path that does not depend on the working directory."""
+    return path if is_remote(path) else path.absolute()
+
+
+def identity(path: str | Path) -> str:
+    """Return a name that two paths share if they are the same file."""
+    return str(path) if is_remote(path) else str(Path(path).resolve())
+
+
+def check_parent(path: Path) -> None:
+    """Raise InputError if the folder that a path should be in does not exist; those of Cloud Storage need not."""
+    if not is_remote(path) and not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: the folder {path.absolute().parent} does not exist; create it first")
+
+
+def read_text(path: Path) -> str:
+    """Read UTF-8 text, with or without a byte order mark; raise UnicodeDecodeError if it is something else."""
+    return path.read_bytes().decode("utf-8-sig")
+
+
+def size_and_time(path: Path) -> tuple[int, int]:
+    """Return the size of a file in bytes and its time of change in nanoseconds; in Cloud Storage, in whole seconds."""
+    stat: Any = path.stat()
+    return (stat.length, stat.mtime * 10**9) if is_remote(path) else (stat.st_size, stat.st_mtime_ns)
+
+
+def files_below(folder: Path) -> list[str]:
+    """Return the files in a folder and its subfolders as relative paths with "/" between their parts, sorted."""
+    if is_remote(folder):
+        root = str(folder).removeprefix(REMOTE).rstrip("/") + "/"
+        return sorted(str(name).lstrip("/").removeprefix(root) for name in _file_system().find(root))
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder and all in it, if it is there."""
+    if is_remote(folder):
+        found: Any = folder
+        found.rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def local_copy(path: Path) -> Path:
+    """Return the file itself or, if it is in Cloud Storage, a copy on the disk, for libraries that read no other. There
+    is one of each, until this process ends."""
+    return _copy(str(path), *size_and_time(path)) if is_remote(path) else path
+
+
+@functools.cache
+def _copy(name: str, size: int, time: int) -> Path:
+    copy = Path(tempfile.mkdtemp(dir=_copies())) / name.rpartition("/")[2]
+    with as_path(name).open("rb") as source, copy.open("wb") as target:
+        shutil.copyfileobj(source, target)
+    return copy
+
+
+@functools.cache
+def _copies() -> str:
+    folder = tempfile.mkdtemp(prefix="acestep-jax-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @contextlib.contextmanager
 def publish_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary file beside `path`; on success it replaces `path`, on failure it is removed."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.absolute().parent)
-    os.close(handle)
-    temporary = Path(name)
+    """Yield a temporary file on the disk; on success it becomes `path`, on failure it is removed.
+
+    Raises:
+        OSError: naming `path`, not the temporary file.
+    """
+    path = as_path(path)
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            upload(temporary, path)
+        return
+    temporary = _temporary(path)
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+    except OSError as error:
+        if str(error.filename) == str(temporary):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise InputError unless a file or folder of that name can be created, by creating and removing one beside it.
+
+    It is asked before anything slow begins: what is found out only when a result is written costs the result. Cloud
+    Storage is not asked, where to write may be allowed and to delete not.
+    """
+    path = as_path(path)
+    if is_remote(path):
+        return
+    try:
+        os.lstat(path)  # a name that is too long, or no text, is an error here
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(path)!r}: cannot be the name of a file ({_reason(error)}); choose another") from None
+    try:
+        _temporary(path).unlink()
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written, {path.absolute().parent} takes no new file ({_reason(error)}); choose another "
+            "place, or change its permissions"
+        ) from None
+
+
+def _temporary(path: Path) -> Path:
+    """Create an empty file beside `path` with its suffix; raise OSError naming `path`."""
+    try:
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=path.suffix, dir=path.absolute().parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    os.close(handle)
+    return Path(name)
+
+
+def _reason(error: Exception) -> str:
+    return str(error.strerror if isinstance(error, OSError) else error)
+
+
+def upload(file: Path, path: Path) -> None:
+    """Copy a file of this machine to Cloud Storage."""
+    with file.open("rb") as source, path.open("wb") as target:
+        shutil.copyfileobj(source, target)

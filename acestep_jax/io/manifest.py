@@ -15,9 +15,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from acestep_jax.errors import InputError
-from acestep_jax.models.config import NetworkConfig, check_dtype
+from acestep_jax.io.files import as_path
+from acestep_jax.models.config import MIXED, NetworkConfig, check_dtype
+from acestep_jax.models.kernels.platform import default_precision
 from acestep_jax.models.registry import FAMILY, SamplingDefaults
 
 FORMAT, FORMAT_VERSION = "acestep-jax", 2
@@ -63,7 +66,7 @@ def read_manifest(path: str | Path, required: Iterable[str] | None = None) -> Ma
         InputError: if `path` holds no checkpoint of this library, or lacks one of them.
     """
     required = FAMILY.networks.keys() - set(FAMILY.optional) if required is None else set(required)
-    path = Path(path)
+    path = as_path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; expected an acestep-jax checkpoint")
     convert = f"if this is a PyTorch checkpoint, convert it: python -m convert from-torch {path} DST"
@@ -126,6 +129,8 @@ def check_sampling(values: Any, source: str) -> None:
     for name, value in values.items():
         if name == "num_inference_steps":
             valid, expected = type(value) is int and value >= 1, "a whole number of at least 1"
+        elif name == "vocal_language":
+            valid, expected = type(value) is str and value.strip() != "", "a language code"
         else:
             least = 0.0 if name == "guidance_scale" else sys.float_info.min
             valid = type(value) in (int, float) and least <= value < math.inf
@@ -137,6 +142,8 @@ def check_sampling(values: Any, source: str) -> None:
 def default_dtype(manifest: Manifest, name: str, stored: Mapping[str, jax.ShapeDtypeStruct]) -> str:
     """Return the dtype that the network `name` computes in unless told otherwise, see `Manifest.dtypes`.
 
+    Weights that are merely stored as float16 are computed with in float32, for activations leave its range.
+
     Args:
         stored: its leaves, as `network_leaves` returns them.
     """
@@ -145,4 +152,16 @@ def default_dtype(manifest: Manifest, name: str, stored: Mapping[str, jax.ShapeD
     sizes: Counter[str] = Counter()
     for leaf in stored.values():
         sizes[np.dtype(leaf.dtype).name] += math.prod(leaf.shape)
-    return sizes.most_common(1)[0][0]
+    found = sizes.most_common(1)[0][0]
+    return "float32" if found == "float16" else found
+
+
+def pick_dtype(manifest: Manifest, mesh: Mesh | None = None) -> str | None:
+    """Return the dtype to load a checkpoint in unless the user says otherwise: `default_precision` of the device.
+
+    None, each array as stored, where the checkpoint itself says what its networks compute in; but what it has in
+    bfloat16 or float16 is computed in the mixed precision on GPUs that this suits.
+    """
+    suited = default_precision(mesh)
+    half = set(manifest.dtypes.values()) - {"float32"}
+    return suited if not manifest.dtypes or (half and suited == MIXED) else None

@@ -11,12 +11,12 @@ from diffusers import AceStepPipeline as TorchPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from acestep_jax.convert.from_torch import WEIGHT_NORM, from_torch
 from acestep_jax.convert.random_checkpoint import write_random_checkpoint
-from acestep_jax.convert.safetensors_writer import write_safetensors
 from acestep_jax.convert.to_torch import to_torch
-from acestep_jax.convert.torch_checkpoint import fold, open_checkpoint
 from acestep_jax.io import checkpoint
+from acestep_jax.io.conversion import WEIGHT_NORM, from_torch
+from acestep_jax.io.pretrained import fold, open_checkpoint
+from acestep_jax.io.safetensors_writer import write_safetensors
 from acestep_jax.models.registry import FAMILY
 from tests.folders import MODEL, SILENCE, assert_equal_arrays, edit_tensors, native_arrays, tensors, write_original
 

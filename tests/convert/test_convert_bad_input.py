@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from acestep_jax.convert import __main__ as command_line
-from acestep_jax.convert.from_torch import from_torch
+from acestep_jax.io.conversion import from_torch
 from tests.folders import (
     MODEL,
     SILENCE,
@@ -67,7 +67,7 @@ def dropped(state):
 SHARD, SHARD_INDEX = "diffusion_pytorch_model-00002-of-00002.safetensors", f"{WEIGHTS}.index.json"
 DIFFUSERS = {
     "no folder": (lambda folder: shutil.rmtree(folder), ["source: no such folder", "expected a PyTorch checkpoint"]),
-    "a file": (lambda folder: (shutil.rmtree(folder), folder.write_text("x")), ["source: no such folder"]),
+    "a file": (lambda folder: (shutil.rmtree(folder), folder.write_text("x")), ["source: a file of an unknown kind"]),
     "no checkpoint": (remove("model_index.json"), ["source: not a PyTorch checkpoint", "model_index.json"]),
     "component": (remove("vae"), ["the folder vae/ is missing"]),
     "no config": (remove("vae/config.json"), ["vae/config.json: missing"]),
@@ -134,7 +134,7 @@ ORIGINAL = {
     "silence truncated": (truncate(SILENCE), [f"{SILENCE}: not a tensor saved by torch"]),
     "silence a list": (
         lambda folder: torch.save([1], folder / SILENCE),
-        [f"{SILENCE}: expected a tensor [1, channels"],
+        [f"{SILENCE}: refused, because it is more than a tensor"],
     ),
     "silence misshapen": (
         lambda folder: torch.save(torch.zeros(1, 8, 100), folder / SILENCE),
@@ -177,7 +177,7 @@ COMMANDS = {
         "--layout: expected diffusers or original, found 'foo'",
     ),
     "source": (["from-torch", "{tmp}/absent", "{made}"], "absent: no such folder"),
-    "hub": (["from-torch", "no-such/repository", "{made}"], "no-such/repository: neither a folder here nor"),
+    "hub": (["from-torch", "no-such/repository", "{made}"], "no-such/repository: not whole in the cache, and"),
     "verify": (["verify", "{native}"], "not a PyTorch checkpoint"),
     "random": (["random-torch", "{tmp}"], "already exists"),
 }

@@ -249,7 +249,7 @@ def two_files(folder):
 
 PREFIX = "base_model.model.layers.0.self_attn"
 BAD = {
-    "nothing": (shutil.rmtree, ["source: expected the folder or the .safetensors file", "found nothing"]),
+    "nothing": (shutil.rmtree, ["source: no such folder or file", "of an adapter"]),
     "another file": (lambda f: (shutil.rmtree(f), f.write_text("x")), ["source: expected", "another kind of file"]),
     "empty folder": (
         lambda f: (shutil.rmtree(f), f.mkdir()),
@@ -260,7 +260,10 @@ BAD = {
     "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:999]), [WEIGHTS, "damaged"]),
     "no tensors": (edit(dict.clear), ["holds no tensors"]),
     "settings no JSON": (lambda f: (f / SETTINGS).write_text("{"), [f"{SETTINGS}: not valid JSON"]),
-    "LoHa by settings": (edit_settings(peft_type="LOHA"), [f"{SETTINGS}: peft_type 'LOHA'", 'expected "LORA"']),
+    "VeRA by settings": (
+        edit_settings(peft_type="VERA"),
+        [f"{SETTINGS}: peft_type 'VERA'", "expected LORA, LOKR, LOHA"],
+    ),
     "no rank": (edit_settings(r=None), [f"{SETTINGS}: r: expected a number above 0, found None"]),
     "no alpha": (edit_settings(lora_alpha=0), [f"{SETTINGS}: lora_alpha: expected a number above 0, found 0"]),
     "another rank": (edit_settings(r=8), ["has rank 4, but", "adapter_config.json says 8"]),
@@ -273,15 +276,21 @@ BAD = {
     "some magnitudes": (add(f"{PREFIX}.to_q.lora_magnitude_vector", 32), ["some layers have a magnitude"]),
     "magnitude": (add(f"{PREFIX}.to_q.lora_magnitude_vector", 3), ["has shape [3], expected [32]"]),
     "inputs' norms": (add(f"{PREFIX}.to_q.dora_scale", 1, 32), ["dora_scale has shape [1, 32]; expected [out, 1]"]),
-    "LoKr": (add(f"{PREFIX}.to_q.lokr_w1", 2, 2), [f"{PREFIX}.to_q.lokr_w1 belongs to a LoKr adapter"]),
-    "LoHa": (add(f"{PREFIX}.to_q.hada_w1_a", 2, 2), ["hada_w1_a belongs to a LoHa adapter"]),
+    "LoKr": (add(f"{PREFIX}.to_q.lokr_w1", 2, 2), [f"{PREFIX}.to_q is LoKr and LoRA", "expected one of them"]),
+    "LoHa": (add(f"{PREFIX}.to_q.hada_w1_a", 2, 2), [f"{PREFIX}.to_q is LoHa and LoRA", "expected one of them"]),
     "LoRA bias": (add(f"{PREFIX}.to_q.lora_B.bias", 32), ["belongs to the bias of an adapter (lora_bias)"]),
     "whole layer": (
         add("base_model.model.norm_out.weight", 32),
         ["found base_model.model.norm_out.weight", "linear layers only"],
     ),
-    "half a pair": (edit(lambda f: f.pop(f"{PREFIX}.to_q.lora_B.weight")), ["to_q has no lora_B", "both factors"]),
-    "other half": (edit(lambda f: f.pop(f"{PREFIX}.to_q.lora_A.weight")), ["to_q has no lora_A", "both factors"]),
+    "half a pair": (
+        edit(lambda f: f.pop(f"{PREFIX}.to_q.lora_B.weight")),
+        ["to_q has no lora_B", "expected all factors"],
+    ),
+    "other half": (
+        edit(lambda f: f.pop(f"{PREFIX}.to_q.lora_A.weight")),
+        ["to_q has no lora_A", "expected all factors"],
+    ),
     "three axes": (add(f"{PREFIX}.to_q.lora_A.weight", 4, 32, 1), ["has shape [4, 32, 1], expected two axes"]),
     "two ranks": (add(f"{PREFIX}.to_q.lora_A.weight", 3, 32), ["have ranks 3 and 4"]),
     "two widths": (add(f"{PREFIX}.to_q.lora_A.weight", 4, 31), ["layers.self_attn.to_q has shapes"]),

@@ -1,8 +1,9 @@
 """`python -m convert verify`: it passes for what is right, and fails for what is not."""
 
 from acestep_jax.convert import __main__ as command_line
-from acestep_jax.convert import rules, verify
-from acestep_jax.convert.torch_checkpoint import open_checkpoint
+from acestep_jax.convert import verify
+from acestep_jax.io import rules
+from acestep_jax.io.pretrained import open_checkpoint
 
 STAGES = [
     "text encoder",

@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from acestep_jax import InputError, make_mesh
-from acestep_jax.io import checkpoint
-from acestep_jax.io.manifest import Manifest, default_dtype
+from acestep_jax.io import checkpoint, manifest
+from acestep_jax.io.manifest import Manifest, default_dtype, pick_dtype
 from acestep_jax.models.config import Runtime
 from acestep_jax.models.registry import FAMILY
 from tests.folders import edit_json, native_arrays
@@ -171,6 +171,33 @@ def test_unless_told_otherwise_a_network_computes_in_what_most_of_its_weights_ar
     }
     assert default_dtype(Manifest({}, {}), "vae", stored) == "bfloat16"
     assert default_dtype(Manifest({}, {}, {}, {"vae": "float16"}), "vae", stored) == "float16"
+    # Nobody said so here, and activations leave the range of float16.
+    assert default_dtype(Manifest({}, {}), "vae", {"a": jax.ShapeDtypeStruct((10,), np.float16)}) == "float32"
+
+
+@pytest.mark.parametrize(
+    "suited, declared, expected",
+    [
+        ("bfloat16", {}, "bfloat16"),
+        ("mixed_float16", {}, "mixed_float16"),
+        ("bfloat16", {"vae": "float32"}, None),
+        ("float32", {"vae": "bfloat16"}, None),
+        ("mixed_float16", {"vae": "float32"}, None),
+        ("mixed_float16", {"vae": "bfloat16", "transformer": "float32"}, "mixed_float16"),
+        ("mixed_float16", {"vae": "float16"}, "mixed_float16"),
+    ],
+)
+def test_dtype_by_device(monkeypatch, suited, declared, expected):
+    """What the checkpoint says holds, but for half precision where a GPU has no bfloat16."""
+    monkeypatch.setattr(manifest, "default_precision", lambda mesh: suited)
+    assert pick_dtype(Manifest({}, {}, {}, declared)) == expected
+
+
+def test_load_in_the_mixed_precision(tiny, expected):
+    networks = checkpoint.load(tiny[1], dtype="mixed_float16", names=["audio_tokenizer"])
+    assert networks["audio_tokenizer"].runtime == Runtime.of("mixed_float16")
+    for name, value in flat(networks).items():
+        np.testing.assert_array_equal(value, expected[name].astype(np.float16), err_msg=name)
 
 
 def test_runtime_is_given_when_weights_are_loaded(tiny):

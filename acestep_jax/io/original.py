@@ -11,6 +11,7 @@ from typing import Any
 
 from acestep_jax.errors import InputError
 from acestep_jax.models.config import (
+    LAYER_TYPES,
     AttentionConfig,
     AudioTokenDetokenizerConfig,
     AudioTokenizerConfig,
@@ -20,6 +21,7 @@ from acestep_jax.models.config import (
 )
 
 VAE, TEXT_ENCODER = "vae", "Qwen3-Embedding-0.6B"
+MODEL_PREFIX = "acestep-v15-"
 
 PREFIXES = {
     "decoder.": "transformer",
@@ -50,12 +52,15 @@ _IGNORED = frozenset(
 )
 
 
-def find_folders(source: Path, vae: str | Path | None, text_encoder: str | Path | None) -> tuple[Path, Path, Path]:
+def find_folders(
+    source: Path, vae: str | Path | None, text_encoder: str | Path | None, variant: str | None = None
+) -> tuple[Path, Path, Path]:
     """Return the folders of the model, the autoencoder and the text encoder.
 
     Args:
         source: the model's folder, or the one that holds it and the other two.
         vae, text_encoder: their folders; None: those beside the model's.
+        variant: which of several models, see `names_variant`.
 
     Raises:
         InputError: if there is no model or more than one, or no autoencoder or text encoder.
@@ -68,7 +73,10 @@ def find_folders(source: Path, vae: str | Path | None, text_encoder: str | Path 
         models = sorted(folder for folder in source.iterdir() if folder.is_dir() and is_model(folder))
         if len(models) > 1:
             names = ", ".join(str(folder) for folder in models)
-            raise InputError(f"{source}: holds several models; name one of {names}")
+            models = [folder for folder in models if variant is not None and names_variant(folder.name, variant)]
+            if len(models) != 1:
+                which = "" if variant is None else f" none of them the variant {variant};"
+                raise InputError(f"{source}: holds several models;{which} name one of {names}, or give variant")
         if not models:
             raise InputError(
                 f"{source}: not a PyTorch checkpoint; expected model_index.json (diffusers) or config.json, "
@@ -79,7 +87,10 @@ def find_folders(source: Path, vae: str | Path | None, text_encoder: str | Path 
     for given, name, option in ((vae, VAE, "--vae"), (text_encoder, TEXT_ENCODER, "--text-encoder")):
         folder = Path(given) if given is not None else source.absolute().parent / name
         if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; give the one that holds {name} with {option}")
+            raise InputError(
+                f"{folder}: no such folder; take {name} from the hub's repository ACE-Step/Ace-Step1.5 and put it "
+                f"there, or convert with acestep-jax convert from-torch {option} DIR"
+            )
         found.append(folder)
     return source, found[0], found[1]
 
@@ -107,8 +118,12 @@ def split_config(values: dict[str, Any], source: str) -> dict[str, NetworkConfig
     for key in _ENCODER_KEYS:
         if (value := take(f"encoder_{key}").get(f"encoder_{key}")) is not None:
             encoder[key] = value
+    kinds = values.get("layer_types")
+    if kinds is not None and list(kinds) != [LAYER_TYPES[i % 2] for i in range(len(kinds))]:
+        encoder["layer_types"] = kinds  # the original's encoders read the first entries of the transformer's list
     transformer = own | take(
-        *"num_hidden_layers in_channels audio_acoustic_hidden_dim patch_size layer_types is_turbo model_version".split()
+        *"num_hidden_layers in_channels audio_acoustic_hidden_dim patch_size layer_types".split(),
+        *"is_turbo is_lego_sft model_version".split(),
     )
     if "hidden_size" in encoder and encoder["hidden_size"] != own.get("hidden_size"):
         transformer["encoder_hidden_size"] = encoder["hidden_size"]
@@ -131,7 +146,9 @@ def split_config(values: dict[str, Any], source: str) -> dict[str, NetworkConfig
     }
     # What makes an XL model is that its transformer is wider than its encoders.
     configs["condition_encoder"] = dataclasses.replace(
-        configs["condition_encoder"], timbre_special_token="encoder_hidden_size" in transformer
+        configs["condition_encoder"],
+        timbre_special_token="encoder_hidden_size" in transformer,
+        timbre_layer_types=encoder.get("layer_types"),
     )
     return configs
 
@@ -149,9 +166,11 @@ def join_config(configs: dict[str, NetworkConfig]) -> dict[str, Any]:
         key: encoder[key] for key in encoder.keys() - transformer.keys() if key not in _ENCODER_KEYS
     }
     del values["encoder_hidden_size"]
-    for key in _ENCODER_KEYS:
-        if encoder[key] != transformer[key]:
-            values[f"encoder_{key}"] = encoder[key]
+    if network.is_lego_sft:
+        values["is_lego_sft"] = True
+    # All or none: where one is there, ACE-Step's own classes read all four.
+    if any(encoder[key] != transformer[key] for key in _ENCODER_KEYS):
+        values |= {f"encoder_{key}": encoder[key] for key in _ENCODER_KEYS}
     for name in ("audio_tokenizer", "audio_token_detokenizer"):
         part = configs[name].to_hf()
         values |= {key: part[key] for key in part.keys() - values.keys()}
@@ -178,6 +197,8 @@ def _essentials(config: NetworkConfig) -> dict[str, Any]:
     del values["attention_dropout"]
     depth = next(value for key, value in values.items() if re.fullmatch(r"num_(\w+_)?hidden_layers", key))
     values["layer_types"] = config.windows(depth)
+    if isinstance(config, ConditionEncoderConfig):
+        values["timbre_layer_types"] = config.timbre_windows()
     if "encoder_hidden_size" in values:
         values["encoder_hidden_size"] = values["encoder_hidden_size"] or values["hidden_size"]
     return values
@@ -187,7 +208,21 @@ def model_folder(configs: dict[str, NetworkConfig]) -> str:
     """Return the name under which ACE-Step publishes a model of this kind, such as `acestep-v15-xl-turbo`."""
     transformer, encoder = configs["transformer"], configs["condition_encoder"]
     assert isinstance(transformer, TransformerConfig) and isinstance(encoder, ConditionEncoderConfig)
-    return f"acestep-v15-{'xl-' if transformer.hidden_size != encoder.hidden_size else ''}{transformer.variant}"
+    return f"{MODEL_PREFIX}{'xl-' if transformer.hidden_size != encoder.hidden_size else ''}{transformer.variant}"
+
+
+def names_variant(name: str, variant: str) -> bool:
+    """Return whether a folder or file of a model is named after a variant, such as turbo, xl-base or turbo-shift3."""
+    stem = re.sub(r"[^a-z0-9]+", "-", name.lower())
+    stem = re.sub(r"^ace-?step-?(v?1-?5)?-", "", stem)
+    stem = re.sub(r"(-(aio|bf16|fp16|fp32|fp8|e4m3fn|e5m2|scaled))+$", "", stem)
+    return stem == re.sub(r"[^a-z0-9]+", "-", variant.lower())
+
+
+def is_variant(holds: str, variant: str) -> bool:
+    """Return whether a model that calls itself `holds`, such as xl-turbo, may be `variant`: turbo-shift3 is a turbo."""
+    kind = re.match(r"(xl-)?[a-z]+", variant.lower().replace("_", "-"))
+    return variant == holds or kind is not None and kind[0] == holds
 
 
 def split_names(tensors: dict[str, Any], source: str) -> dict[str, dict[str, Any]]:

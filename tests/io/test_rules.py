@@ -11,11 +11,12 @@ from diffusers.pipelines.ace_step.modeling_ace_step import (
 )
 from transformers import Qwen3Config, Qwen3Model
 
-from acestep_jax.convert import rules
-from acestep_jax.convert.from_torch import plan
 from acestep_jax.convert.random_checkpoint import SIZES
-from acestep_jax.convert.torch_checkpoint import Tensor, attention_name, fold_weight_norm, open_checkpoint
-from acestep_jax.io import checkpoint
+from acestep_jax.io import checkpoint, rules
+from acestep_jax.io.conversion import plan
+from acestep_jax.io.original import attention_name
+from acestep_jax.io.pretrained import fold_weight_norm, open_checkpoint
+from acestep_jax.io.safetensors_reader import Tensor
 from acestep_jax.models.config import TextEncoderConfig
 from acestep_jax.models.registry import FAMILY
 from tests.folders import native_arrays

@@ -1,0 +1,58 @@
+"""The two small files that ComfyUI's weights lack: the tokenizer, and the latents of silence.
+
+ComfyUI has both in its code. They are the same for all published models: the tokenizer is Qwen3's, and the latents are
+what the one autoencoder makes of silence.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from acestep_jax.errors import InputError
+from acestep_jax.io.original import TEXT_ENCODER
+
+TOKENIZER, SILENCE = "tokenizer.json", "silence_latent.pt"
+REPOSITORY = "ACE-Step/Ace-Step1.5"
+# Where they are in that repository, and in a copy of it.
+PLACES = {TOKENIZER: f"{TEXT_ENCODER}/{TOKENIZER}", SILENCE: f"acestep-v15-turbo/{SILENCE}"}
+
+Fetch = Callable[[str], Path]
+
+
+def find_companion(name: str, places: Sequence[Path], fetch: Fetch | None = None) -> Path:
+    """Return the path of a file of `PLACES`: in one of some folders, or fetched.
+
+    Args:
+        fetch: see `fetch_companion`.
+
+    Raises:
+        InputError: if it is nowhere, with what to do.
+    """
+    for place in places:
+        for file in (place / name, place / PLACES[name]):
+            if file.is_file():
+                return file
+    try:
+        return (fetch or fetch_companion)(PLACES[name])
+    except InputError as error:
+        raise InputError(
+            f"{places[0]}: no {name} here, which weights of ComfyUI do not contain, and it could not be fetched "
+            f"({error}); download {PLACES[name]} of https://huggingface.co/{REPOSITORY} and put {name} in this folder"
+        ) from None
+
+
+def fetch_companion(
+    path: str, *, token: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False
+) -> Path:
+    """Return the path of a file of `REPOSITORY` in the hub's cache, after downloading it if need be.
+
+    Raises:
+        InputError: if it cannot be had.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        found = hf_hub_download(REPOSITORY, path, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    except Exception as error:  # of the hub's client, of its HTTP client, of the system
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{REPOSITORY}/{path}: {reason or type(error).__name__}") from None
+    return Path(found)

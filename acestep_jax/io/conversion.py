@@ -1,0 +1,179 @@
+"""From the tensors of a PyTorch checkpoint to ours: in memory, or as a native checkpoint."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from acestep_jax.errors import InputError
+from acestep_jax.io import checkpoint, rules
+from acestep_jax.io.files import as_path
+from acestep_jax.io.locate import locate
+from acestep_jax.io.pretrained import TorchCheckpoint, open_checkpoint
+from acestep_jax.io.safetensors_reader import Tensor
+from acestep_jax.io.safetensors_writer import write_safetensors
+from acestep_jax.models.config import DEFAULT_RUNTIME, NetworkConfig, Runtime, check_dtype
+from acestep_jax.models.registry import FAMILY
+
+WEIGHT_NORM = "vae_weight_norm.safetensors"
+
+
+def from_torch(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    dtype: str | None = None,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    variant: str | None = None,
+) -> None:
+    """Convert a PyTorch checkpoint to a native one, see `convert`.
+
+    Args:
+        source: a folder or file as for `open_checkpoint`, or the id of a repository on the Hugging Face hub.
+        destination: the folder to create.
+        dtype: what all weights are cast to; None keeps the dtype of each, and folded convolutions are float32.
+        vae, text_encoder, variant: see `open_checkpoint`.
+
+    Raises:
+        InputError: see `open_source` and `plan`; also if `destination` exists. Nothing is written in these cases.
+    """
+    if dtype is not None:
+        check_dtype(dtype, "--dtype")
+    checkpoint.check_new(as_path(destination))
+    opened = open_source(source, vae=vae, text_encoder=text_encoder, dtype=dtype, variant=variant)
+    convert(opened, destination)
+
+
+def open_source(
+    source: str | Path,
+    *,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    dtype: str | None = None,
+    variant: str | None = None,
+) -> TorchCheckpoint:
+    """Open a checkpoint as `open_checkpoint` does, also by the id of a repository on the hub.
+
+    Raises:
+        InputError: see `locate` and `open_checkpoint`.
+    """
+    place = locate(str(source), variant)
+    return open_checkpoint(
+        place.model,
+        vae=vae or place.vae,
+        text_encoder=text_encoder or place.text_encoder,
+        dtype=dtype,
+        variant=variant if place.key is None or place.model.is_file() else None,  # else the hub's is found already
+    )
+
+
+def convert(
+    opened: TorchCheckpoint, destination: str | Path, extra_files: Mapping[str, Callable[[Path], None]] | None = None
+) -> None:
+    """Write an open checkpoint as a native one, one stacked parameter at a time: peak memory is near the largest.
+
+    Args:
+        destination: the folder to create.
+        extra_files: see `checkpoint.save`; they are written after the weights and the tokenizer.
+
+    Raises:
+        InputError: see `plan`; also if `destination` exists or the disk has no room. Nothing is left behind.
+    """
+    plans = {name: plan(name, config, opened.tensors[name]) for name, config in opened.configs.items()}
+    every = [tensor for leaves in plans.values() for tensors in leaves.values() for tensor in tensors]
+
+    def arrays(bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
+        for name, leaves in plans.items():
+            bar.set_description(f"converting {name}")
+            for leaf, tensors in leaves.items():
+                yield f"{name}.{leaf}", gather(name, leaf, tensors)
+                bar.update(len(tensors))
+
+    with tqdm(total=len(every), unit="tensor", disable=None) as bar:
+        checkpoint.save(
+            destination,
+            opened.configs,
+            arrays(bar),
+            opened.tokenizer,
+            opened.tokenizer_config,
+            {WEIGHT_NORM: lambda path: _write_weight_norm(path, opened), **(extra_files or {})},
+            sampling=sampling_of(opened.files),
+            size=sum(_bytes(tensor) for tensor in [*every, *opened.weight_norm.values()]),
+        )
+
+
+def sampling_of(files: Iterable[Path]) -> dict[str, float]:
+    """Return what a model's own sampling defaults are: the shift of turbo models that were distilled at one.
+
+    Args:
+        files: of the model. The names of their folders tell, such as acestep-v15-turbo-shift1; its config does not.
+    """
+    names = [f"{file.parent.name}/{file.name}".replace("_", "-") for file in files]
+    return next(({"shift": s} for part, s in FAMILY.shifts.items() if any(part in name for name in names)), {})
+
+
+def plan(network: str, config: NetworkConfig, tensors: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+    """Return the torch tensors that make up each of our parameters, row by row; each is used exactly once.
+
+    Raises:
+        InputError: naming the tensors that are missing, unexpected or of the wrong shape.
+    """
+    wanted: dict[str, tuple[int, ...]] = {}
+    leaves: dict[str, list[str]] = {}
+    for leaf, whole in checkpoint.leaf_shapes(network, config).items():
+        names, rule = rules.to_torch(network, leaf, whole.shape)
+        leaves[leaf] = names
+        wanted |= dict.fromkeys(names, rules.torch_shape(leaf, rule, whole.shape))
+    problems = [f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in tensors]
+    problems += [f"unexpected: {name} {list(t.shape)}" for name, t in tensors.items() if name not in wanted]
+    problems += [
+        f"misshapen: {name} is {list(tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        listing = "\n  ".join(problems[:8])
+        raise InputError(
+            f"{network}: the tensors do not match the config; check that both are of the same model\n  {listing}{more}"
+        )
+    return {leaf: [tensors[name] for name in names] for leaf, names in leaves.items()}
+
+
+def build(
+    network: str, config: NetworkConfig, tensors: dict[str, Tensor], runtime: Runtime = DEFAULT_RUNTIME
+) -> nnx.Module:
+    """Return the network with the weights of `tensors`, in memory; raise InputError as `plan` does."""
+    leaves = plan(network, config, tensors)
+    arrays = {leaf: jnp.asarray(gather(network, leaf, rows)) for leaf, rows in leaves.items()}
+    return checkpoint.assemble(checkpoint.abstract(network, config, runtime), arrays)
+
+
+def gather(network: str, leaf: str, tensors: list[Tensor]) -> np.ndarray:
+    """Read the tensors of one parameter and return it in our layout, stacked if there is one tensor for each layer."""
+    _, rule = rules.to_torch(network, leaf, (len(tensors),))
+    if not rules.is_stacked(leaf):
+        return np.ascontiguousarray(rule.to_jax(tensors[0].read()))
+    first = rule.to_jax(tensors[0].read())
+    # The layers of one model may be in several dtypes, of which NumPy cannot promote bfloat16 with float16.
+    dtype = jnp.result_type(*{tensor.dtype for tensor in tensors})
+    stacked = np.empty((len(tensors), *first.shape), dtype)
+    stacked[0] = first
+    for row, tensor in enumerate(tensors[1:], start=1):
+        stacked[row] = rule.to_jax(tensor.read())
+    return stacked
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Return the size of a tensor in memory."""
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _write_weight_norm(path: Path, opened: TorchCheckpoint) -> None:
+    """Write the factors of the folded convolutions, so that `to-torch` can restore them bit for bit."""
+    write_safetensors(path, [(name, t.shape, t.dtype, t.read) for name, t in opened.weight_norm.items()])

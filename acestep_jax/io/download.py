@@ -1,0 +1,323 @@
+"""Downloading files of the Hugging Face hub into its own cache: in parallel, resumed, and checked by their hashes.
+
+The cache's layout is the documented one of huggingface_hub, so that files which other programs downloaded are found
+and theirs find ours. Its own download starts a file anew in each process and compares only sizes; this one keeps what
+arrived, in `blobs/HASH.partial`, and compares the hash. https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import functools
+import hashlib
+import importlib
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+from huggingface_hub import constants, hf_hub_url
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import (
+    WeakFileLock,
+    are_progress_bars_disabled,
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+)
+from tqdm import tqdm
+
+from acestep_jax.errors import InputError
+from acestep_jax.io.files import local_folder
+
+logger = logging.getLogger(__name__)
+
+LIBRARY = "acestep-jax"
+WORKERS = 8  # files at once
+CHUNK = 2**20  # bytes read at once from the disk
+ATTEMPTS = 5  # in a row, of which each brought not one byte
+PAUSE = 1.0  # seconds after the first such attempt, twice as many after each further one
+
+
+@dataclasses.dataclass(frozen=True)
+class HubFile:
+    """What the hub says of a file.
+
+    size: bytes.
+    digest: the SHA-256 of a large file, the hash that git gives a small one (SHA-1 of a header and its bytes).
+    """
+
+    size: int
+    digest: str
+
+    def hasher(self) -> Any:
+        """Return an object of hashlib that gives `digest` when it was fed the right bytes."""
+        return hashlib.sha256() if len(self.digest) == 64 else hashlib.sha1(b"blob %d\0" % self.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A commit of a repository.
+
+    folder: where its files are in the cache.
+    files: by path.
+    offline: why the hub could not be asked, or "". If it could not, `files` are those of the cache, their digests "".
+    """
+
+    id: str
+    commit: str
+    folder: Path
+    files: Mapping[str, HubFile]
+    offline: str = ""
+
+    def has(self, path: str) -> bool:
+        """Return whether a file is there in whole."""
+        try:
+            return (self.folder / path).stat().st_size == self.files[path].size
+        except OSError:  # also a link to a file that was deleted
+            return False
+
+
+class Unreachable(Exception):
+    """The hub does not answer, or its answers break off again and again."""
+
+
+class _Stopped(Exception):
+    """Another file failed, or the user interrupted."""
+
+
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """Return the folder of the cache: the one given, or the one that HF_HUB_CACHE and HF_HOME say."""
+    return local_folder(cache_dir if cache_dir is not None else constants.HF_HUB_CACHE).absolute()
+
+
+def repository_folder(cache: Path, id: str) -> Path:
+    """Return the folder of a repository in the cache."""
+    return cache / repo_folder_name(repo_id=id, repo_type="model")
+
+
+@functools.cache
+def transport_errors() -> tuple[type[Exception], ...]:
+    """Return the errors of connections, as the HTTP library that huggingface_hub uses calls them."""
+    http = importlib.import_module(type(get_session()).__module__.partition(".")[0])
+    return (http.TransportError,)
+
+
+def download(wanted: Sequence[tuple[Snapshot, Sequence[str]]], cache: Path, token: str | bool | None) -> None:
+    """Download the files that are not in the cache, with one progress bar over all of their bytes.
+
+    Args:
+        wanted: snapshots, each with the paths of the files that are needed of it.
+        token: of the hub; None: the one that is stored or that HF_TOKEN says.
+
+    Raises:
+        InputError: if the disk has no room, before or on the way, or the bytes are not those that the hub promised.
+        Unreachable: if the hub does not answer. What arrived is kept.
+        huggingface_hub.errors.HfHubHTTPError: if the hub refuses.
+    """
+    missing = [(snapshot, path) for snapshot, paths in wanted for path in paths if not snapshot.has(path)]
+    if not missing:
+        return
+    _check_room(missing, cache)
+    headers = build_hf_headers(token=token, library_name=LIBRARY)
+    total = sum(snapshot.files[path].size for snapshot, path in missing)
+    silent = True if are_progress_bars_disabled() else None  # None: where there is no terminal
+    stop = threading.Event()
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="downloading", disable=silent) as bar,
+        concurrent.futures.ThreadPoolExecutor(WORKERS) as pool,
+        _disk_full_is_bad_input(cache),
+    ):
+        largest_first = sorted(missing, key=lambda item: -item[0].files[item[1]].size)
+        jobs = [pool.submit(_fetch, *item, headers, bar.update, stop, cache) for item in largest_first]
+        try:
+            for job in concurrent.futures.as_completed(jobs):
+                job.result()
+        except BaseException:
+            stop.set()
+            for job in jobs:
+                job.cancel()
+            raise
+
+
+def _check_room(missing: Sequence[tuple[Snapshot, str]], cache: Path) -> None:
+    """Raise InputError if the disk has no room for what is missing of the files."""
+    blobs = {(snapshot.id, snapshot.files[path].digest): snapshot.files[path] for snapshot, path in missing}
+    needed = 0
+    for (id, _), file in blobs.items():
+        blob = _blob(cache, id, file)
+        if not _has_size(blob, file.size):
+            needed += file.size - min(_size(_partial(blob)), file.size)
+    existing = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+    if needed > (free := shutil.disk_usage(existing).free):
+        raise InputError(
+            f"{cache}: {needed / 1e9:.2f} GB to download, but the disk has {free / 1e9:.2f} GB free; make room, or "
+            "choose another place with cache_dir= or HF_HOME"
+        )
+
+
+@contextlib.contextmanager
+def _disk_full_is_bad_input(cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(
+                f"{cache}: the disk is full; make room, or choose another place with cache_dir= or HF_HOME. "
+                "What arrived is kept, the same call resumes"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise InputError(
+                f"{error.filename}: cannot be written ({error.strerror}); choose another place with cache_dir= or "
+                "HF_HOME"
+            ) from error
+        raise
+
+
+def _fetch(
+    snapshot: Snapshot,
+    path: str,
+    headers: Mapping[str, str],
+    progress: Callable[[int], Any],
+    stop: threading.Event,
+    cache: Path,
+) -> None:
+    """Bring one file into the snapshot. Of several processes that want the same file, one downloads it."""
+    file = snapshot.files[path]
+    blob = _blob(cache, snapshot.id, file)
+    lock = cache / ".locks" / blob.parent.parent.name / f"{file.digest}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        if stop.is_set():
+            raise _Stopped
+        try:
+            with WeakFileLock(lock, timeout=1.0):
+                if _has_size(blob, file.size):
+                    progress(file.size)
+                else:
+                    _download_blob(snapshot, path, blob, headers, progress, stop)
+                _link(blob, snapshot.folder / path)
+            return
+        except Timeout:
+            logger.info("%s of %s: another process downloads it; waiting", path, snapshot.id)
+
+
+def _download_blob(
+    snapshot: Snapshot,
+    path: str,
+    blob: Path,
+    headers: Mapping[str, str],
+    progress: Callable[[int], Any],
+    stop: threading.Event,
+) -> None:
+    """Download a file, resuming what an earlier attempt left, and give it its name once its hash is right."""
+    file = snapshot.files[path]
+    partial = _partial(blob)
+    resumed = 0 < _size(partial)
+    try:
+        digest = _stream(snapshot, path, partial, headers, progress, stop)
+    finally:
+        if not _size(partial) and file.size:
+            partial.unlink(missing_ok=True)
+    if digest != file.digest and resumed:  # what an earlier process left may be what is wrong
+        partial.unlink()
+        progress(-file.size)
+        digest = _stream(snapshot, path, partial, headers, progress, stop)
+    if digest != file.digest:
+        partial.unlink()
+        raise InputError(
+            f"{path} of {snapshot.id}: the bytes that arrived have the hash {digest}, the hub promised {file.digest}; "
+            "nothing of it was kept, try again, and if this stays, look for a proxy or mirror that changes files"
+        )
+    partial.replace(blob)
+
+
+def _stream(
+    snapshot: Snapshot,
+    path: str,
+    partial: Path,
+    headers: Mapping[str, str],
+    progress: Callable[[int], Any],
+    stop: threading.Event,
+) -> str:
+    """Append to the file `partial` until it has its size, and return its hash.
+
+    A connection that breaks off is opened again where it did, and a failure counts only if nothing came.
+    """
+    file = snapshot.files[path]
+    url = hf_hub_url(snapshot.id, path, revision=snapshot.commit, endpoint=constants.ENDPOINT)
+    if _size(partial) > file.size:
+        partial.unlink()
+    digest, failures = file.hasher(), 0
+    with open(partial, "a+b") as output:
+        output.seek(0)
+        while chunk := output.read(CHUNK):
+            digest.update(chunk)
+        progress(done := output.tell())
+        while done < file.size:
+            before = done
+            asked = {**headers, "Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
+            try:
+                with get_session().stream(
+                    "GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+                ) as response:
+                    if response.status_code in (408, 429) or response.status_code >= 500:
+                        raise Unreachable(f"the hub answers {response.status_code}")
+                    hf_raise_for_status(response)
+                    if done and response.status_code != 206:  # the whole file comes again
+                        progress(-done)
+                        output.truncate(0)
+                        digest, done = file.hasher(), 0
+                    for chunk in response.iter_bytes():  # as they arrive: a size would keep some back, and lose them
+                        if stop.is_set():
+                            raise _Stopped
+                        chunk = chunk[: file.size - done]
+                        output.write(chunk)
+                        digest.update(chunk)
+                        done += len(chunk)
+                        progress(len(chunk))
+                if done == before:
+                    raise Unreachable("the hub sends nothing")
+            except (Unreachable, *transport_errors()) as error:
+                failures = 0 if done > before else failures + 1
+                logger.debug("%s of %s broke off at byte %d: %s", path, snapshot.id, done, error)
+                if failures == ATTEMPTS:
+                    raise Unreachable(f"{error or type(error).__name__}") from error
+                if failures and stop.wait(PAUSE * 2 ** (failures - 1)):
+                    raise _Stopped from None
+    return digest.hexdigest()
+
+
+def _link(blob: Path, pointer: Path) -> None:
+    """Let the snapshot's file be a link to the blob; where links are not supported, it is the blob itself."""
+    pointer.parent.mkdir(parents=True, exist_ok=True)
+    pointer.unlink(missing_ok=True)
+    try:
+        pointer.symlink_to(os.path.relpath(blob, pointer.parent))
+    except OSError:
+        blob.replace(pointer)
+
+
+def _blob(cache: Path, id: str, file: HubFile) -> Path:
+    return repository_folder(cache, id) / "blobs" / file.digest
+
+
+def _partial(blob: Path) -> Path:
+    return blob.with_name(f"{blob.name}.partial")
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size

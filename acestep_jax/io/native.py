@@ -1,0 +1,120 @@
+"""From any name of a model to a folder in the native format: what `AceStepPipeline.from_pretrained` loads."""
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from acestep_jax.errors import InputError
+from acestep_jax.io import cache, conversion, original
+from acestep_jax.io.companions import fetch_companion
+from acestep_jax.io.files import as_path, is_remote
+from acestep_jax.io.locate import locate
+from acestep_jax.io.manifest import CONFIG, FORMAT, FORMAT_VERSION, read_manifest
+from acestep_jax.io.pretrained import open_checkpoint
+from acestep_jax.models.config import check_dtype
+
+CONVERSION_VERSION = 1  # to be raised when the same files convert to other arrays
+
+
+def native_folder(
+    source: str | Path,
+    variant: str | None = None,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Return the folder of a native checkpoint: `source` itself, or its conversion, which is made once and kept.
+
+    Args:
+        source: a native checkpoint; a PyTorch checkpoint in a folder or file, see `open_checkpoint`; or the id of a
+            repository on the Hugging Face hub with either of them.
+        variant: which model, such as turbo or xl-base, where the source has several.
+        dtype: what weights are converted to, one of `config.DTYPES`; None: as they are.
+        revision, token, local_files_only: see `hub.locate`.
+        cache_dir: for downloads and conversions; None: the hub's own cache, and `cache.cache_folder`.
+
+    Raises:
+        InputError: if the model cannot be found, downloaded, read or converted.
+    """
+    if dtype is not None:
+        check_dtype(dtype)
+    if is_remote(source):
+        path = as_path(source)
+        if not is_native(path):
+            raise InputError(
+                f"{source}: no checkpoint of acestep-jax here; convert on this machine and copy the result there"
+            )
+        _check_variant(path, variant)
+        return path
+    options: dict[str, Any] = dict(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    place = locate(str(source), variant, revision=revision, **options)
+    if is_native(place.model):
+        _check_variant(place.model, variant if place.key is None else None)
+        return place.model
+    opened = None
+
+    def open_source() -> conversion.TorchCheckpoint:
+        return open_checkpoint(
+            place.model,
+            vae=place.vae,
+            text_encoder=place.text_encoder,
+            dtype=dtype,
+            variant=variant if place.key is None or place.model.is_file() else None,
+            fetch=functools.partial(fetch_companion, **options),
+        )
+
+    key = place.key
+    if key is None:
+        opened = open_source()
+        key = _key_of_files(opened.files)
+    about = {"source": str(source if place.key is not None else place.model.resolve()), "variant": variant, "key": key}
+    about |= {"dtype": dtype}
+    if place.key is not None and not place.model.is_file():  # the files of the hub are those of one variant
+        variant = None
+    identity = json.dumps([key, place.model.name, variant, dtype, FORMAT_VERSION, CONVERSION_VERSION])
+    model = place.model.stem if place.model.is_file() else place.model.name
+    if place.key is not None:
+        model = re.sub(r"(-[0-9a-f]{40})+$", "", place.key)
+    words = [model, variant, dtype]
+    name = re.sub(r"[^\w.-]+", "-", "-".join(word for word in words if word))
+    return cache.obtain(
+        cache.cache_folder(cache_dir),
+        f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}",
+        about,
+        lambda folder, extra: conversion.convert(opened or open_source(), folder, extra),
+    )
+
+
+def is_native(path: Path) -> bool:
+    """Return whether a folder is a checkpoint of this library, of any version, judging by its `config.json` alone."""
+    try:
+        values = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.get("format") == FORMAT
+
+
+def _check_variant(path: Path, variant: str | None) -> None:
+    """Raise InputError if a native checkpoint is of another variant than was asked for."""
+    if variant is None:
+        return
+    configs = read_manifest(path, ()).configs
+    holds = original.model_folder(configs).removeprefix(original.MODEL_PREFIX) if "transformer" in configs else "none"
+    if not original.is_variant(holds, variant):
+        raise InputError(
+            f"variant: {path} holds the variant {holds}, not {variant}; leave variant out, or give the id of a "
+            "repository such as ACE-Step/Ace-Step1.5"
+        )
+
+
+def _key_of_files(files: Iterable[Path]) -> str:
+    """Return what changes when one of the files is replaced: a hash of their names, sizes and times."""
+    found = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return f"files:{hashlib.sha256(json.dumps(found).encode()).hexdigest()}"

@@ -1,0 +1,170 @@
+"""What of a repository's files is used: its layout, the folder of its transformer, one set of weights of each network.
+
+Layouts: native; diffusers, whole; original, the folder of a transformer and, in some repositories, those of the
+autoencoder and the text encoder beside or in it.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from acestep_jax.errors import InputError
+from acestep_jax.io import manifest
+from acestep_jax.io.download import HubFile, Snapshot
+from acestep_jax.models.registry import FAMILY
+
+PREFIX = "acestep-v15-"  # of the folders and repositories of transformers
+VAE, TEXT_ENCODER = "vae", "Qwen3-Embedding-0.6B"  # folders beside a transformer's
+DIFFUSERS_INDEX, SILENCE = "model_index.json", "silence_latent.pt"
+STEMS = ("diffusion_pytorch_model", "model")  # of files of weights, in the order in which they are looked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What of a snapshot is used.
+
+    model: folder or file of the model; "": the snapshot itself.
+    whole: whether autoencoder and text encoder are in `model`.
+    needed: the paths to download.
+    absent: VAE, TEXT_ENCODER or both, where the snapshot lacks them and the model does not hold them.
+    """
+
+    model: str
+    whole: bool
+    needed: list[str]
+    absent: list[str]
+
+
+def find_file(snapshot: Snapshot, file: str) -> Parts:
+    """Return the parts where one file is the model; raise InputError if it is not there."""
+    if file not in snapshot.files:
+        raise InputError(f"{snapshot.id}: has no {file}; {nearest(file, _weights(snapshot.files))}")
+    return Parts(file, True, [file], [])
+
+
+def find_parts(snapshot: Snapshot, variant: str | None) -> Parts:
+    """Return what is needed of a repository, in any of the layouts: native, diffusers, original.
+
+    Raises:
+        InputError: if it holds no model, not the variant, or several of which none is called turbo.
+    """
+    files = snapshot.files
+    if DIFFUSERS_INDEX in files or is_native(files):
+        if variant is not None:
+            raise InputError(f"variant: {snapshot.id} holds one model only; leave the argument out")
+        if DIFFUSERS_INDEX not in files:
+            return Parts("", True, [path for path in files if _is_native(path)], [])
+        folders = [name for name in FAMILY.networks if name not in FAMILY.optional or f"{name}/config.json" in files]
+        needed = [DIFFUSERS_INDEX] + [path for name in folders for path in network_files(snapshot, f"{name}/")]
+        return Parts("", True, needed + network_files(snapshot, "tokenizer/", weights=False), [])
+    folders = [path.removesuffix(SILENCE) for path in files if re.fullmatch(rf"([^/]+/)?{SILENCE}", path)]
+    model = _choose(snapshot, sorted(folders), variant)
+    absent = [name for name in (VAE, TEXT_ENCODER) if f"{name}/config.json" not in files]
+    needed = network_files(snapshot, model)
+    for name in (VAE, TEXT_ENCODER):
+        needed += network_files(snapshot, f"{name}/") if name not in absent else []
+    return Parts(model.rstrip("/"), False, needed, absent)
+
+
+def find_adapter(snapshot: Snapshot, file: str | None) -> list[str]:
+    """Return the files of an adapter: those of the first folder, or one with the settings beside it.
+
+    Raises:
+        InputError: if there are none.
+    """
+    if file is None:
+        needed = [path for path in snapshot.files if "/" not in path and path.endswith((".json", ".safetensors"))]
+        if _weights(needed):
+            return needed
+        weights = _weights(snapshot.files)
+        hint = f"; name one of {', '.join(weights)}" if weights else ", and no other .safetensors file"
+        raise InputError(f"{snapshot.id}: holds no .safetensors file in its first folder{hint}")
+    if file not in snapshot.files:
+        raise InputError(f"{snapshot.id}: has no {file}; {nearest(file, _weights(snapshot.files))}")
+    beside = file.rpartition("/")[0]
+    return [file, *[path for path in snapshot.files if path.endswith(".json") and path.rpartition("/")[0] == beside]]
+
+
+def is_native(files: Mapping[str, HubFile]) -> bool:
+    """Return whether these are the files of a native checkpoint, by their names."""
+    return manifest.CONFIG in files and any(path.startswith("weights/") for path in files)
+
+
+def _choose(snapshot: Snapshot, folders: Sequence[str], variant: str | None) -> str:
+    """Return the folder, "" or one that ends in a slash, of the transformer."""
+    if not folders:
+        weights = _weights(snapshot.files)
+        if not weights:
+            found = ", ".join(sorted(snapshot.files)[:5]) or "nothing"
+            raise InputError(f"{snapshot.id}: holds no weights that can be read here; found {found}")
+        raise InputError(
+            f"{snapshot.id}: expected {DIFFUSERS_INDEX}, a native checkpoint, or config.json beside {SILENCE}; for a "
+            f"single file, name it: {snapshot.id}/{weights[0]}"
+        )
+    names = {folder.rstrip("/").removeprefix(PREFIX): folder for folder in folders}
+    if variant is not None:
+        if variant not in names:
+            raise InputError(f"variant: {snapshot.id} has no {variant!r}; {nearest(variant, list(names))}")
+        return names[variant]
+    if len(names) == 1 or "" in names:
+        return names.get("", folders[0])
+    if "turbo" in names:  # what the authors' application takes
+        return names["turbo"]
+    raise InputError(f"variant: {snapshot.id} holds several models; choose one of {', '.join(names)}")
+
+
+def network_files(snapshot: Snapshot, folder: str, *, weights: bool = True) -> list[str]:
+    """Return the files of a network that are read: settings, tokenizer, and one set of weights.
+
+    Args:
+        folder: "", or one that ends in a slash.
+
+    Raises:
+        InputError: if there are no weights, or no config.
+    """
+    names = [path.removeprefix(folder) for path in snapshot.files if path.startswith(folder)]
+    names = [name for name in names if "/" not in name]
+    where = f"{snapshot.id}/{folder}".rstrip("/")
+    found = [name for name in names if name in ("config.json", "tokenizer.json", "tokenizer_config.json", SILENCE)]
+    if weights:
+        if "config.json" not in names:
+            raise InputError(f"{where}: has no config.json; expected a network of ACE-Step 1.5")
+        found += _one_set(names)
+        if not any(name.endswith(".safetensors") for name in found):
+            raise InputError(
+                f"{where}: holds no weights; expected {' or '.join(f'{stem}.safetensors' for stem in STEMS)}, "
+                f"or an index and its parts, found {', '.join(sorted(names))}"
+            )
+    return [f"{folder}{name}" for name in found]
+
+
+def _one_set(names: Sequence[str]) -> list[str]:
+    """Return the files of one of the sets of weights of a folder: those without a variant such as fp16 come first."""
+    for middle in ("", r"\.[A-Za-z0-9]+"):
+        for stem in STEMS:
+            index = [n for n in names if re.fullmatch(rf"{stem}\.safetensors\.index{middle}\.json", n)]
+            parts = [
+                n for n in names if re.fullmatch(rf"{stem}(?:{middle}-\d+-of-\d+|-\d+-of-\d+{middle})\.safetensors", n)
+            ]
+            if index and parts:
+                return [index[0], *parts]
+            if single := [n for n in names if re.fullmatch(rf"{stem}{middle}\.safetensors", n)]:
+                return single[:1]
+    return []
+
+
+def _weights(files: Iterable[str]) -> list[str]:
+    return sorted(path for path in files if path.endswith(".safetensors"))
+
+
+def _is_native(path: str) -> bool:
+    """Return whether a file belongs to a native checkpoint: one of the weights, or beside config.json."""
+    return path.startswith("weights/") or "/" not in path and path.endswith((".json", ".safetensors"))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return what a message advises for an unknown name: the nearest of the known ones, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known) or 'none'}"

@@ -1,0 +1,201 @@
+"""Sharing a model: the networks in memory as a native checkpoint with a model card, in a folder or on the hub."""
+
+import functools
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from tokenizers import Tokenizer
+
+from acestep_jax.distributed import on_host
+from acestep_jax.errors import InputError
+from acestep_jax.io import checkpoint
+from acestep_jax.io.cache import SOURCE
+from acestep_jax.io.download import LIBRARY, transport_errors
+from acestep_jax.io.files import as_path, local_copy
+from acestep_jax.io.manifest import read_manifest
+from acestep_jax.models.registry import FAMILY
+
+CARD = "README.md"
+
+_LOAD = """```python
+from acestep_jax import AceStepPipeline
+
+pipe = AceStepPipeline.from_pretrained("{name}")
+pipe("lofi piano, 80 bpm", lyrics="[Instrumental]", audio_duration=30.0, seed=0).save("song.wav")
+```"""
+
+
+def save_pretrained(
+    folder: str | Path,
+    networks: Mapping[str, nnx.Module],
+    tokenizer: Tokenizer | None,
+    *,
+    scales: Mapping[str, float],
+    sampling: Mapping[str, Any],
+    loaded_from: Path | None,
+    name: str | None = None,
+) -> None:
+    """Write networks as a native checkpoint, atomically: the arrays as they are in memory, and a model card.
+
+    Args:
+        folder: must not exist yet.
+        networks: by the names of `models.registry`, without adapters.
+        scales: of the adapters that are loaded beside the transformer; all must be 0.
+        sampling: see `Manifest`.
+        loaded_from: the native checkpoint that the networks were read from, for what of it is not in memory: the
+            settings of the tokenizer, the factors of the autoencoder's weight norm, and where it came from.
+        name: what the card calls the model; None: `folder`.
+
+    Raises:
+        InputError: if `folder` exists, an adapter is on, a network is missing, or the disk has no room.
+    """
+    folder = as_path(folder)
+    checkpoint.check_new(folder)
+    check_networks(networks, tokenizer, scales)
+    kept = loaded_from if loaded_from is not None and loaded_from.is_dir() else None
+    arrays = {
+        f"{network}.{leaf}": variable[...]
+        for network, module in networks.items()
+        for leaf, variable in checkpoint.leaves(module).items()
+    }
+    source = _read_source(kept)
+    card = model_card(name or str(folder), networks, source)
+    extra: dict[str, Any] = {CARD: functools.partial(_write, card)}
+    if source:
+        extra[SOURCE] = functools.partial(_write, json.dumps(source, indent=2) + "\n")
+    for file in kept.glob("*.safetensors") if kept else ():
+        extra[file.name] = functools.partial(shutil.copyfile, local_copy(file))
+    text = kept / checkpoint.TOKENIZER if kept else None
+    checkpoint.save(
+        folder,
+        {network: module.config for network, module in networks.items()},  # pyright: ignore[reportAttributeAccessIssue]
+        _on_host(arrays),
+        text.read_text(encoding="utf-8") if text and text.is_file() else tokenizer and tokenizer.to_str(),
+        read_manifest(kept, ()).tokenizer_config if kept else {},
+        extra,
+        sampling=sampling,
+        # The mixed precision is for one kind of device: others choose for themselves.
+        dtypes={name: _dtype(module) for name, module in networks.items() if module.runtime.products is None},  # pyright: ignore[reportAttributeAccessIssue]
+        size=sum(math.prod(value.shape) * value.dtype.itemsize for value in arrays.values()),
+    )
+
+
+def push_to_hub(id: str, save: Any, *, token: str | None, private: bool | None, commit_message: str | None) -> str:
+    """Upload a model to the Hugging Face hub; return the address of the commit.
+
+    The repository is created if it does not exist. Files that are there and not in the model stay.
+
+    Args:
+        id: of the repository, OWNER/NAME.
+        save: writes the model, given a folder to create.
+        token: with the right to write; None: the one that `hf auth login` stored, or HF_TOKEN.
+        private: of a new repository; None: as the owner's settings say.
+        commit_message: None: "Upload with acestep-jax".
+
+    Raises:
+        InputError: if the hub refuses or cannot be reached, and what `save` raises.
+    """
+    hub = constants.ENDPOINT
+    api = HfApi(endpoint=hub, token=token, library_name=LIBRARY)
+    try:
+        api.create_repo(id, private=private, exist_ok=True)  # before anything slow begins
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            save(folder)
+            message = commit_message or "Upload with acestep-jax"
+            return str(api.upload_folder(repo_id=id, folder_path=folder, commit_message=message).commit_url)
+    except HFValidationError as error:
+        raise InputError(f"repo_id: {id!r} is not the id of a repository ({error})") from None
+    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{id}: {hub} refuses the upload ({what}); give token= with the right to write, set HF_TOKEN or run "
+            "`hf auth login`"
+        ) from None
+    except (OfflineModeIsEnabled, *transport_errors()) as error:
+        raise InputError(f"{id}: {hub} cannot be reached ({error}); nothing was uploaded, try again") from None
+
+
+def model_card(name: str, networks: Mapping[str, nnx.Module], source: Mapping[str, Any]) -> str:
+    """Return the text of a model card, in Markdown: what it was made from, what is in it, how to load it.
+
+    Args:
+        name: an id on the hub, or a folder.
+        source: what `source.json` says; empty: nothing is known.
+    """
+    origin = source.get("source")
+    on_hub = isinstance(origin, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", origin) and not Path(origin).exists()
+    lines = ["---", "library_name: acestep-jax", "pipeline_tag: text-to-audio"]
+    lines += [f"base_model: {origin}"] if on_hub else []
+    lines += ["tags:", "- music-generation", "- jax", "- flax", "---", "", f"# {Path(name).name}", ""]
+    lines += ["ACE-Step 1.5 in the native format of acestep-jax (JAX and Flax NNX).", ""]
+    if origin:
+        variant = f", variant {source['variant']}" if source.get("variant") else ""
+        content = f", `{source['key']}`" if source.get("key") else ""
+        where = f"[{origin}](https://huggingface.co/{origin})" if on_hub else f"`{origin}`"
+        lines += [f"Made from {where}{variant}{content}.", ""]
+    lines += ["| network | parameters | stored as | computed in |", "|---|---|---|---|"]
+    for network, module in networks.items():
+        values = [variable[...] for variable in checkpoint.leaves(module).values()]
+        stored = sorted({np.dtype(value.dtype).name for value in values})
+        count = sum(value.size for value in values)
+        lines.append(f"| {network} | {count:,} | {', '.join(stored)} | {_dtype(module)} |")
+    lines += ["", "```bash", "pip install acestep-jax", "```", "", _LOAD.format(name=name), ""]
+    lines += ["## Licence", ""]
+    if on_hub:
+        lines.append(f"That of the weights it was made from: see https://huggingface.co/{origin}.")
+    else:
+        lines.append("That of the weights it was made from.")
+    return "\n".join(lines) + "\n"
+
+
+def check_networks(
+    networks: Mapping[str, nnx.Module], tokenizer: Tokenizer | None, scales: Mapping[str, float]
+) -> None:
+    if on := [name for name, scale in scales.items() if scale]:
+        raise InputError(
+            f"adapters: {', '.join(on)} would be lost, a checkpoint holds the model alone; call unload_lora() first, "
+            "or merge them into a checkpoint's weights with `acestep-jax convert merge-lora`"
+        )
+    wanted = [name for name in FAMILY.networks if name not in FAMILY.optional and name not in networks]
+    if wanted or tokenizer is None:
+        raise InputError(f"{', '.join(wanted) or 'tokenizer'}: not in the pipeline; load it with all networks first")
+    if jax.process_count() > 1:
+        raise InputError("save_pretrained: expected one process; load the model in one process to save it")
+
+
+def _read_source(folder: Path | None) -> dict[str, Any]:
+    """Return what `source.json` of a checkpoint says of its source; {} if there is none."""
+    if folder is None:
+        return {}
+    try:
+        values = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    known = ("source", "variant", "key", "dtype")
+    return {name: values[name] for name in known if name in values} if isinstance(values, dict) else {}
+
+
+def _on_host(arrays: Mapping[str, jax.Array]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the arrays one at a time from their devices."""
+    for name, value in arrays.items():
+        yield name, on_host(value)
+
+
+def _dtype(module: Any) -> str:
+    return module.runtime.dtype
+
+
+def _write(text: str, file: Path) -> None:
+    file.write_text(text, encoding="utf-8")

@@ -1,0 +1,339 @@
+"""A model in memory: its networks and tokenizer, where they are, its adapters, and how it is loaded and saved."""
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
+
+from acestep_jax.arguments import unknown_name
+from acestep_jax.errors import InputError
+from acestep_jax.inputs.settings import defaults_of
+from acestep_jax.io import checkpoint, hub, sharing
+from acestep_jax.io.adapter import Adapter, LoadedAdapters, scales_by_name
+from acestep_jax.io.files import as_path
+from acestep_jax.io.manifest import pick_dtype
+from acestep_jax.io.native import native_folder
+from acestep_jax.memory import needed_bytes
+from acestep_jax.models.audio_tokenizer import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer
+from acestep_jax.models.autoencoder import AutoencoderOobleck
+from acestep_jax.models.condition_encoder import AceStepConditionEncoder
+from acestep_jax.models.config import MIXED, check_precision
+from acestep_jax.models.qwen3 import Qwen3Model
+from acestep_jax.models.registry import FAMILY, SamplingDefaults
+from acestep_jax.models.transformer import AceStepTransformer1DModel
+from acestep_jax.placement import Placement, choose
+from acestep_jax.request import Sampling
+from acestep_jax.settings import own_settings, with_own_settings
+
+
+class LoadedModel:
+    """The networks of a checkpoint, put together.
+
+    Args:
+        transformer, condition_encoder, text_encoder, vae, audio_tokenizer, audio_token_detokenizer: the networks; those
+            that are None are not needed for what is done.
+        tokenizer: of the text encoder.
+        mesh: what the networks lie on; None: one device.
+        placement: whether they are copied to the device when they are used, see `acestep_jax.placement`.
+        sampling_defaults: of this checkpoint, in place of those of its variant in `models.registry`.
+    """
+
+    def __init__(
+        self,
+        transformer: AceStepTransformer1DModel | None = None,
+        condition_encoder: AceStepConditionEncoder | None = None,
+        text_encoder: Qwen3Model | None = None,
+        vae: AutoencoderOobleck | None = None,
+        tokenizer: Tokenizer | None = None,
+        audio_tokenizer: AceStepAudioTokenizer | None = None,
+        audio_token_detokenizer: AceStepAudioTokenDetokenizer | None = None,
+        mesh: Mesh | None = None,
+        sampling_defaults: Mapping[str, Any] | None = None,
+        placement: Placement | None = None,
+    ):
+        self.transformer = transformer
+        self.condition_encoder = condition_encoder
+        self.text_encoder = text_encoder
+        self.vae = vae
+        self.tokenizer = tokenizer
+        self.audio_tokenizer = audio_tokenizer
+        self.audio_token_detokenizer = audio_token_detokenizer
+        self.mesh = mesh
+        self.placement = placement or Placement()
+        self.sampling_defaults = dict(sampling_defaults or {})
+        self.loaded_from: Path | None = None  # the native checkpoint, if there is one
+
+    @classmethod
+    @with_own_settings
+    def from_pretrained(
+        cls,
+        source: str | Path = checkpoint.SMALL_MODEL,
+        variant: str | None = None,
+        *,
+        dtype: str | None = None,
+        mesh: Mesh | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        networks: Sequence[str] | None = None,
+        offload: bool | None = None,
+        **unknown: Any,
+    ) -> Self:
+        """Load a model, after downloading and converting it if need be; both are done once.
+
+        Args:
+            source: the id of a repository on the Hugging Face hub, such as "ACE-Step/Ace-Step1.5"; a PyTorch
+                checkpoint: a folder in ACE-Step's or diffusers' layout, or a file of ComfyUI; or the folder of a native
+                checkpoint. By default the small model of this package.
+            variant: "turbo", "base", "sft", "xl-turbo", ..., where the source has several.
+            dtype: "float32", "bfloat16", "float16" or "mixed_float16", of weights and computation, see `Runtime.of`;
+                None: what the checkpoint asks for, or else what suits the device, see `precision_for`.
+            mesh: from `acestep_jax.make_mesh`; None: the first device.
+            revision: branch, tag or commit of the repository; None: the newest.
+            token: of the hub, for private and gated repositories; None: that of `hf auth login` or HF_TOKEN.
+            cache_dir: folder for downloads and converted weights; None: the hub's cache, and acestep-jax/models in the
+                user's cache folder.
+            local_files_only: download nothing.
+            networks: names of the networks to load; None: all.
+            offload: whether networks stay in the host's memory but for those in use; None: if the device has too little
+                memory for all of them and a song of ten minutes. Not with a mesh.
+
+        Raises:
+            InputError: if the model cannot be found, downloaded or read, or an argument is unknown.
+        """
+        for name in unknown:
+            known = "source variant dtype mesh revision token cache_dir local_files_only networks offload".split()
+            raise InputError(unknown_name(name, known))
+        path = native_folder(
+            source,
+            variant,
+            dtype=converted_dtype(dtype),
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        manifest = checkpoint.read_manifest(path, None if networks is None else networks)
+        dtype = pick_dtype(manifest, mesh) if dtype is None else dtype
+        configs = {name: c for name, c in manifest.configs.items() if networks is None or name in networks}
+        counted = dtype or manifest.dtypes.get("transformer", "float32")
+        needed = needed_bytes(configs, counted, jax.default_backend())
+        placement = choose(needed, offload, mesh)
+        loaded: dict[str, Any] = checkpoint.load(
+            path, dtype=dtype, mesh=mesh, names=networks, on_host=placement.offloads
+        )
+        tokenizer = checkpoint.load_tokenizer(path) if "text_encoder" in loaded else None
+        pipe = cls(**loaded, tokenizer=tokenizer, mesh=mesh, sampling_defaults=manifest.sampling, placement=placement)
+        pipe.loaded_from = path
+        return pipe
+
+    from_checkpoint = from_pretrained
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model as a native checkpoint with a model card: each array as it is in memory, with its dtype.
+
+        Args:
+            folder: must not exist yet.
+
+        Raises:
+            InputError: if it exists, the disk has no room, a network was not loaded, or an adapter is on.
+        """
+        self._save(as_path(folder))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face hub; return the address of the commit.
+
+        Args:
+            repo_id: OWNER/NAME; created if it does not exist.
+            token: with the right to write; None: that of `hf auth login` or HF_TOKEN.
+            private: whether a new repository is private; None: as the owner's settings say.
+            commit_message: None: "Upload with acestep-jax".
+
+        Raises:
+            InputError: see `save_pretrained`; or if the hub refuses or cannot be reached.
+        """
+        sharing.check_networks(self.networks, self.tokenizer, self.adapters)  # before a repository is created
+        return sharing.push_to_hub(
+            repo_id,
+            functools.partial(self._save, name=repo_id),
+            token=token,
+            private=private,
+            commit_message=commit_message,
+        )
+
+    def _save(self, folder: Path, name: str | None = None) -> None:
+        networks = self.networks
+        if "transformer" in networks:
+            networks["transformer"] = self._loaded.base
+        sharing.save_pretrained(
+            folder,
+            networks,
+            self.tokenizer,
+            scales=self.adapters,
+            sampling=self.sampling_defaults,
+            loaded_from=self.loaded_from,
+            name=name,
+        )
+
+    @property
+    def transformer(self) -> AceStepTransformer1DModel | None:
+        """The diffusion transformer, with the adapters that are loaded. Assigning another one discards them."""
+        return self._loaded.network
+
+    @transformer.setter
+    def transformer(self, network: AceStepTransformer1DModel | None) -> None:
+        self._loaded = LoadedAdapters.none(network)
+
+    @property
+    def adapters(self) -> Mapping[str, float]:
+        """The scale of each adapter that is loaded, by name; 0 is off. Read only, see `set_adapters`."""
+        return self._loaded.scales
+
+    def load_lora(
+        self,
+        adapters: str | Path | Adapter | Sequence[str | Path | Adapter],
+        scale: float | Sequence[float] = 1.0,
+        *,
+        name: str | Sequence[str] | None = None,
+    ) -> None:
+        """Load LoRA or DoRA adapters beside the weights of `transformer`; the changes of all loaded adapters add up.
+
+        Args:
+            adapters: a folder that training wrote, a folder or .safetensors file of PyTorch, what `load_adapter` read,
+                or several.
+            scale: 1 is what was trained, 0 nothing; one for all or one for each.
+            name: one for each; None: the names of their folders, followed by -2, -3, ... where a name is taken.
+
+        Raises:
+            InputError: if there is no adapter, it is damaged or for another model, a scale is not a finite number, or a
+                name is taken.
+        """
+        with self.on_mesh():
+            self._loaded = self._loaded.load(adapters, scale, name)
+
+    def load_lora_weights(
+        self,
+        adapter: str | Path,
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        """Load an adapter at scale 1, as `load_lora` does, also from the Hugging Face hub; diffusers' name for it.
+
+        Args:
+            adapter: a folder, a file, the id of a repository, or OWNER/NAME/FILE.safetensors.
+            adapter_name: for `set_adapters`; None: the name of its folder, file or repository.
+            weight_name: the file to use where a folder or repository holds several adapters.
+            revision, token, cache_dir, local_files_only: of the hub, see `from_pretrained`.
+
+        Raises:
+            InputError: see `load_lora`; or if the adapter cannot be found or downloaded.
+        """
+        path = as_path(adapter).expanduser()
+        if path.exists():
+            path = path / weight_name if weight_name else path
+        else:
+            path = hub.locate_adapter(
+                str(adapter),
+                weight_name,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+            adapter_name = adapter_name or str(adapter).rpartition("/")[2].removesuffix(".safetensors")
+        self.load_lora(path, name=adapter_name)
+
+    def set_adapters(
+        self,
+        scales: Mapping[str, float] | str | Sequence[str],
+        adapter_weights: float | Sequence[float | None] | None = None,
+    ) -> None:
+        """Change the scales of loaded adapters, which compiles nothing; those that are not named are off.
+
+        Args:
+            scales: by name; or, as in diffusers, a name or several.
+            adapter_weights: of names, the scale of all or of each; None: 1.
+
+        Raises:
+            InputError: if a name is unknown, or a scale is not a finite number.
+        """
+        with self.on_mesh():
+            self._loaded = self._loaded.set(scales_by_name(scales, adapter_weights))
+
+    def unload_lora(self, names: str | Iterable[str] | None = None) -> None:
+        """Remove adapters, None: all; the weights are then what they were, bit for bit.
+
+        Raises:
+            InputError: if a name is unknown.
+        """
+        with self.on_mesh():
+            self._loaded = self._loaded.unload(names)
+
+    def unload_lora_weights(self) -> None:
+        """Remove all adapters; the weights are then what they were, bit for bit. Diffusers' name for `unload_lora`."""
+        self.unload_lora()
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        """The networks that are loaded, by name."""
+        found = {name: getattr(self, name) for name in FAMILY.networks}
+        return {name: network for name, network in found.items() if network is not None}
+
+    @property
+    def configs(self) -> dict[str, Any]:
+        """The architectures of the networks that are loaded, by name."""
+        return {name: network.config for name, network in self.networks.items()}
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz."""
+        return self.need("vae").config.sampling_rate
+
+    @property
+    def latents_per_second(self) -> float:
+        """Latent frames in a second, Hz."""
+        return self.sample_rate / self.need("vae").hop_length
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        """What `Sampling` leaves open: the variant's defaults, or the checkpoint's own."""
+        return defaults_of(Sampling(), self.need("transformer").config, self.sampling_defaults)
+
+    def need(self, name: str) -> Any:
+        """Return a network or the tokenizer; raise InputError if the model was loaded without it."""
+        found = getattr(self, name)
+        if found is None:
+            raise InputError(f"the pipeline was loaded without {name}; load it with this network")
+        return found
+
+    @contextlib.contextmanager
+    def on_mesh(self) -> Iterator[None]:
+        """Compute on the mesh of this model, with this library's settings."""
+        with own_settings(), contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            yield
+
+
+def converted_dtype(dtype: str | None) -> str | None:
+    """Return what weights are converted to, once, for the dtype that a user gave; None: as they are.
+
+    The mixed precision is of the computation; weights are rounded to it as they are loaded.
+    """
+    return None if dtype is None or check_precision(dtype) == MIXED else dtype
