@@ -3,21 +3,11 @@
 Padding, the parts of blocks outside a band and elementwise work are not counted, so a time over this floor shows them.
 """
 
+from acestep_jax.memory import SIZES
 from acestep_jax.models.config import AutoencoderConfig, ConditionEncoderConfig, TransformerConfig
 
 FRAMES_PER_SECOND = 25  # latent frames
-
-# Arguments of the published transformers that differ from the defaults.
-TRANSFORMER_SIZES = {
-    "2B": {},
-    "XL": dict(
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        encoder_hidden_size=2048,
-    ),
-}
+TRANSFORMER_SIZES = SIZES
 
 
 def transformer_flops(config: TransformerConfig, frames: int, condition_tokens: int, batch: int = 1) -> float:

@@ -45,7 +45,7 @@ CHIPS = {
     "v5p": Chip(95e9, 459e12, 1.75e9),  # 8 units of 128 x 128
     "v6e": Chip(32e9, 918e12, 1.75e9),  # 4 units of 256 x 256
 }
-TOPOLOGIES = ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v6e:2x2", "v6e:2x4", "v5p:2x2x1")
+TOPOLOGIES = ("v5e:1x1", "v6e:1x1", "v5e:2x2", "v5e:2x4", "v5e:4x4", "v6e:2x2", "v6e:2x4", "v5p:2x2x1")
 
 COLUMNS = (
     "program",
@@ -166,8 +166,12 @@ def describe(program: Program, chips: int, chip: Chip, folder: Path | None, row:
 
 
 def topology_devices(name: str) -> list:
-    """Return the devices of a topology such as "v5e:2x2"; libtpu's messages that there are none are not shown."""
+    """Return the devices of a topology such as "v5e:2x2"; of "v5e:1x1", which libtpu does not describe, the first chip
+    of a larger one. libtpu's messages that there are none are not shown."""
+    chip, _, size = name.partition(":")
     with quiet():
+        if size == "1x1":
+            return topology_devices(f"{chip}:2x2")[:1]
         return list(topologies.get_topology_desc(name, platform="tpu").devices)
 
 

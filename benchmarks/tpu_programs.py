@@ -43,7 +43,7 @@ from benchmarks.floor import (
 
 STEPS = 8
 PROMPT_TOKENS = 128  # in training, of the condition tokens; the others are the lyrics'
-BFLOAT16 = Runtime(dtype="bfloat16", param_dtype="bfloat16")
+BFLOAT16 = Runtime.of("bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,21 +68,28 @@ def programs(options: argparse.Namespace, mesh: Mesh, seconds: float, batch: int
             for method in options.method:
                 yield train_program(options, mesh, size, method, frames, batch)
     if "decode" in options.stage:
-        config, length = AutoencoderConfig(), BUCKETS.frames_of(frames)
-        scaled = jax.ShapeDtypeStruct((batch,), jnp.bool_)
-        arguments = (abstract("vae", config, mesh), _latents(batch, length, mesh), _counts(batch), scaled)
-        yield Program("decode", stages.decode, arguments, {}, decoder_flops(config, length, batch))
+        yield decode_program(mesh, BUCKETS.frames_of(frames), batch)
 
 
-def denoise_program(options: argparse.Namespace, mesh: Mesh, size: str, frames: int, batch: int) -> Program:
+def decode_program(mesh: Mesh, frames: int, batch: int, runtime: Runtime = BFLOAT16) -> Program:
+    config, scaled = AutoencoderConfig(), jax.ShapeDtypeStruct((batch,), jnp.bool_)
+    vae = abstract("vae", config, mesh, runtime=runtime)
+    arguments = vae, _latents(batch, frames, mesh), _counts(batch), scaled
+    return Program("decode", stages.decode, arguments, {}, decoder_flops(config, frames, batch))
+
+
+def denoise_program(
+    options: argparse.Namespace, mesh: Mesh, size: str, frames: int, batch: int, runtime: Runtime = BFLOAT16
+) -> Program:
     config, tokens = transformer_config(options, size), options.condition_tokens
     width = config.encoder_hidden_size or config.hidden_size
     latents, counts = _latents(batch, frames, mesh), _counts(batch)
+    condition = sharded((batch, tokens, width), runtime.dtype, ("batch", None, None), mesh)
     flags = jax.ShapeDtypeStruct((batch, frames), jnp.bool_)
     inputs = denoise.Inputs(
         x=latents,
         lengths=counts,
-        condition=denoise.Condition(sharded((batch, tokens, width), jnp.bfloat16, ("batch", None, None), mesh), counts),
+        condition=denoise.Condition(condition, counts),
         source=latents,
         silent=flags,
         mask=flags,
@@ -91,8 +98,8 @@ def denoise_program(options: argparse.Namespace, mesh: Mesh, size: str, frames: 
         guidance_scale=jax.ShapeDtypeStruct((), jnp.float32),
     )
     arguments = (
-        abstract("transformer", config, mesh),
-        abstract("condition_encoder", ConditionEncoderConfig(), mesh),
+        abstract("transformer", config, mesh, runtime=runtime),
+        abstract("condition_encoder", ConditionEncoderConfig(), mesh, runtime=runtime),
         inputs,
     )
     flops = STEPS * transformer_flops(config, frames, tokens, batch)

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Self
 from acestep_jax.errors import InputError
 
 DTYPES = ("float32", "bfloat16", "float16")
+MIXED = "mixed_float16"
+PRECISIONS = (*DTYPES, MIXED)
 LAYER_TYPES = ("sliding_attention", "full_attention")
 REMAT = ("none", "dots", "full")
 ATTENTION_KERNELS = ("auto", "xla", "cudnn", "splash")
@@ -38,12 +40,22 @@ def check_dtype(name: str, argument: str = "dtype") -> str:
     return name
 
 
+def check_precision(name: str, argument: str = "dtype") -> str:
+    """Return `name` if it is one of `PRECISIONS`; raise InputError otherwise."""
+    if name not in PRECISIONS:
+        raise InputError(f"{argument}: {name!r} is no dtype of this library; use one of {', '.join(PRECISIONS)}")
+    return name
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Runtime:
     """How a network is computed, whatever its architecture.
 
     dtype: of activations and matrix products. Norm statistics, softmax, sinusoids and FSQ stay in float32.
     param_dtype: of the weights in memory.
+    products: dtype of what linear layers and attention multiply, "float16", each row scaled to its range; sums and
+        results are float32, as `dtype` then is. None: `dtype`. Convolutions are computed in `dtype`. For inference:
+        derivatives would be rounded to float16 without such a scale.
     remat: what the backward pass recomputes of a layer: cheap elementwise work ("none"), all but products with weights
         ("dots") or all ("full").
     attention: the kernel of full attention, see `models.attention.attention`.
@@ -51,15 +63,40 @@ class Runtime:
 
     dtype: str = "float32"
     param_dtype: str = "float32"
+    products: str | None = None
     remat: str = "none"
     attention: str = "auto"
 
     def __post_init__(self):
         check_dtype(self.dtype, "Runtime.dtype")
         check_dtype(self.param_dtype, "Runtime.param_dtype")
+        if self.products is not None and (self.products, self.dtype) != ("float16", "float32"):
+            raise InputError(
+                "Runtime.products: expected None, or 'float16' with the dtype 'float32', found "
+                f"{self.products!r} with {self.dtype!r}"
+            )
         for field, choices in (("remat", REMAT), ("attention", ATTENTION_KERNELS)):
             if (value := getattr(self, field)) not in choices:
                 raise InputError(f"Runtime.{field}: expected one of {', '.join(choices)}, found {value!r}")
+
+    @classmethod
+    def of(cls, precision: str, **options: Any) -> Self:
+        """Return the runtime of a precision: a dtype of everything, or "mixed_float16".
+
+        That is for cards with fast float16 and no bfloat16. The range of float16 ends at 65504, which the residual
+        stream and the product within the MLP of a transformer leave; so only what is multiplied is float16.
+
+        Args:
+            options: further fields; they take the place of what the precision says.
+
+        Raises:
+            InputError: if the precision is unknown.
+        """
+        if check_precision(precision) == MIXED:
+            chosen = dict(dtype="float32", param_dtype="float16", products="float16")
+        else:
+            chosen = dict(dtype=precision, param_dtype=precision)
+        return cls(**(chosen | options))
 
 
 DEFAULT_RUNTIME = Runtime()
@@ -133,11 +170,17 @@ class AttentionConfig(NetworkConfig):
 
     def windows(self, num_layers: int) -> tuple[int | None, ...]:
         """Return the sliding window of each layer, None for a full one; raise InputError if `layer_types` is short."""
-        kinds = self.layer_types or tuple(LAYER_TYPES[i % 2] for i in range(num_layers))
+        return self._windows("layer_types", num_layers)
+
+    def _windows(self, field: str, num_layers: int) -> tuple[int | None, ...]:
+        kinds = getattr(self, field) or tuple(LAYER_TYPES[i % 2] for i in range(num_layers))
         if len(kinds) < num_layers:
             raise InputError(
-                f"{type(self).__name__}.layer_types: {num_layers} layers need as many entries, found {len(kinds)}"
+                f"{type(self).__name__}.{field}: {num_layers} layers need as many entries, found {len(kinds)}"
             )
+        for kind in kinds:
+            if kind not in LAYER_TYPES:
+                raise InputError(f"{type(self).__name__}.{field}: expected {' or '.join(LAYER_TYPES)}, found {kind!r}")
         return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in kinds[:num_layers])
 
 
@@ -151,11 +194,18 @@ class TransformerConfig(AttentionConfig):
     patch_size: int = 2  # latent frames in a token
     encoder_hidden_size: int | None = None  # width of the condition tokens; None: hidden_size
     is_turbo: bool = False
+    is_lego_sft: bool = False  # fine-tuned on stems, whose captions have a form of their own
     model_version: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
         self.windows(self.num_hidden_layers)
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return what other networks do; diffusers has no key for `is_lego_sft`."""
+        values = super().to_hf()
+        del values["is_lego_sft"]
+        return values
 
     @property
     def turbo(self) -> bool:
@@ -170,12 +220,14 @@ class TransformerConfig(AttentionConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConditionEncoderConfig(AttentionConfig):
-    """Lyric, timbre and text encoders. `layer_types` is the lyric encoder's; the timbre encoder alternates.
+    """Lyric, timbre and text encoders. `layer_types` is the lyric encoder's.
 
+    timbre_layer_types: of the timbre encoder; None: sliding and full in turn, the one order that diffusers knows.
+        ACE-Step's own code uses the transformer's for all encoders.
     timbre_special_token: whether a learned token before the reference's frames gathers what they have in common, in
         place of the first frame. ACE-Step's own code for XL models does that, and so they were trained; diffusers reads
-        the first frame for all models, and leaves the token, which all checkpoints have, unused. So it is true for XL
-        models converted from ACE-Step's layout, and false for those from diffusers'.
+        the first frame for all models, and leaves the token, which all checkpoints have, unused. Conversion sets it
+        for XL models, whose transformer is wider than the encoders, from either layout.
     """
 
     text_hidden_dim: int = 1024
@@ -183,11 +235,20 @@ class ConditionEncoderConfig(AttentionConfig):
     num_lyric_encoder_hidden_layers: int = 8
     num_timbre_encoder_hidden_layers: int = 4
     timbre_special_token: bool = False
+    timbre_layer_types: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.timbre_windows()
+
+    def timbre_windows(self) -> tuple[int | None, ...]:
+        """Return the sliding window of each layer of the timbre encoder, None for a full one."""
+        return self._windows("timbre_layer_types", self.num_timbre_encoder_hidden_layers)
 
     def to_hf(self) -> dict[str, Any]:
-        """Return what other networks do; neither layout has a key for `timbre_special_token`."""
+        """Return what other networks do; neither layout has a key for what is particular to the timbre encoder."""
         values = super().to_hf()
-        del values["timbre_special_token"]
+        del values["timbre_special_token"], values["timbre_layer_types"]
         return values
 
 

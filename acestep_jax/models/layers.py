@@ -11,7 +11,7 @@ from flax import nnx
 
 from acestep_jax.distributed import shard
 from acestep_jax.models.config import Runtime
-from acestep_jax.models.kernels.products import dot_general
+from acestep_jax.models.kernels.products import product_of
 
 
 def parameter(value: jax.Array, *axes: str | None) -> nnx.Param:
@@ -37,7 +37,7 @@ def linear(
         param_dtype=jnp.dtype(runtime.param_dtype),
         kernel_metadata={"out_sharding": axes, "eager_sharding": False},
         bias_metadata={"out_sharding": axes[1:], "eager_sharding": False},
-        dot_general=dot_general,
+        dot_general=product_of(runtime.products),
         rngs=rngs,
     )
 

@@ -11,9 +11,9 @@ import torch
 from diffusers import AutoencoderOobleck as TorchAutoencoder
 
 from acestep_jax import make_mesh
-from acestep_jax.convert.torch_checkpoint import fold
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
+from acestep_jax.io.pretrained import fold
 from acestep_jax.models import autoencoder
 from acestep_jax.models.config import AutoencoderConfig, Runtime
 from acestep_jax.models.kernels.sine import sine

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder as TorchConditionEncoder
 
-from acestep_jax.convert.original import split_config
 from acestep_jax.io import checkpoint
+from acestep_jax.io.original import split_config
 from acestep_jax.models.condition_encoder import SILENCE_FRAMES
 from acestep_jax.models.config import ConditionEncoderConfig, Runtime
 from tests.parity import assert_close, convert, make_pair, normal, relative_error, run_jax, run_torch
@@ -79,6 +79,17 @@ def test_matches_torch(case):
     assert found[0].shape == expected[0].shape
     assert expected[1].sum(axis=1).tolist() == [27 + 1 + 4, 14 + 1 + 11, 1 + 1 + 7]
     assert_same_condition(found, expected)
+
+
+def test_timbre_encoder_in_another_order():
+    """As ACE-Step's own code has it: the layers of the timbre encoder follow `timbre_layer_types`."""
+    theirs, ours = pair()
+    arrays = inputs()
+    changed = convert("condition_encoder", theirs, dataclasses.replace(ours.config, timbre_layer_types=(FULL, SLIDING)))
+    theirs.timbre_encoder._layer_types = [FULL, SLIDING]
+    expected = run_torch(theirs, *arrays)
+    assert_same_condition(run(changed, arrays), expected)
+    assert relative_error(run(ours, arrays)[0][0, LYRIC], expected[0][0, LYRIC]) > 0.01
 
 
 @pytest.mark.parametrize(
@@ -183,8 +194,8 @@ def test_a_token_of_its_own_reads_the_reference():
     assert relative_error(first[0], expected[0]) > 1e-3
 
 
-def test_models_with_a_timbre_token_are_told_by_their_layout():
-    """XL models in ACE-Step's own layout; their config in diffusers' has no such key."""
+def test_models_with_a_timbre_token_are_told_by_their_size():
+    """A transformer wider than its encoders makes an XL model; no layout has a key for it."""
     values = dict(hidden_size=2048, num_attention_heads=16)
     assert not split_config(values, "")["condition_encoder"].timbre_special_token
     xl = split_config(dict(values, hidden_size=2560, encoder_hidden_size=2048), "")["condition_encoder"]

@@ -224,6 +224,7 @@ def test_period_of_a_pattern():
     assert period((8, None, 8)) == 3
 
 
+@pytest.mark.slow  # 30 s and more than 3 GB
 def test_2b_width():
     """2048 wide, 4 layers, 3001 frames, t != r: the limit of the project for a whole transformer."""
     arguments = dict(num_hidden_layers=4)
