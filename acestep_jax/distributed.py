@@ -4,18 +4,23 @@ Parameters carry logical names (`kernel: ("embed", "mlp")`), activations get the
 the library knows the mesh; without one, `shard` does nothing.
 """
 
+import contextlib
 import functools
+import itertools
 import logging
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax._src import distributed as service
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from acestep_jax.errors import InputError
+from acestep_jax.errors import InputError, Preempted
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +57,23 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) 
     if size != jax.device_count():
         sizes = ", ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, shape, strict=True))
         raise InputError(f"mesh: {sizes} needs {size} devices, but {jax.device_count()} are present; use all of them")
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+    return _mesh(shape)
+
+
+def local_mesh() -> Mesh | None:
+    """Return a mesh for the share of one of several processes: a copy of the model on each device of this process, or
+    None if there is only one."""
+    count = jax.local_device_count()
+    return _mesh((count, 1, 1, 1), jax.local_devices()) if count > 1 else None
+
+
+def _mesh(shape: tuple[int, ...], devices: Sequence[Any] | None = None) -> Mesh:
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+
+
+def spans_processes(mesh: Mesh | None) -> bool:
+    """Return whether a mesh has devices of other processes, so that all of them must run the same programs."""
+    return mesh is not None and mesh.is_multi_process
 
 
 def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> P:
@@ -88,9 +109,9 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def variable_sharding(variable: nnx.Variable, mesh: Mesh | None):
-    """Return where a parameter belongs: on `mesh` by its logical names, or whole on the first device."""
+    """Return where a parameter belongs: on `mesh` by its logical names, or whole on this process's first device."""
     if mesh is None:
-        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     names = variable.get_metadata("out_sharding", None) or (None,) * len(variable.shape)
     return NamedSharding(mesh, partition_spec(tuple(names), variable.shape, mesh))
 
@@ -143,3 +164,72 @@ def join_processes(text: str) -> None:
 def on_host(x: jax.Array) -> np.ndarray:
     """Return all of an array, also of one that is spread over several processes."""
     return np.asarray(x) if x.is_fully_addressable else np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+# What processes with different shares of the work tell each other goes through JAX's key-value store, to which there is
+# no public door. A collective of the devices would do as well, but it blocks them while others are still at work, and
+# fails if they are so for long.
+
+POLL_SECONDS = 5
+_number = itertools.count()  # of exchanges; all processes make the same ones in the same order
+
+
+def exchange(text: str) -> list[str]:
+    """Return what each process has given here, in their order; wait until all have."""
+    if jax.process_count() == 1:
+        return [text]
+    client: Any = service.global_state.client
+    prefix = f"acestep-jax/exchange/{next(_number)}"
+    client.key_value_set(f"{prefix}/{jax.process_index()}", text)
+    found = []
+    for process in range(jax.process_count()):
+        while len(found) == process:
+            try:
+                found.append(client.blocking_key_value_get(f"{prefix}/{process}", POLL_SECONDS * 1000))
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+    return found
+
+
+@contextlib.contextmanager
+def all_succeed() -> Iterator[None]:
+    """Wait, at the end, for the other processes; where one has raised, all raise.
+
+    Raises:
+        Preempted, InputError, OSError: as in this process; else for another one.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except (Preempted, InputError, OSError) as error:
+        failure = error
+    ends = exchange("" if failure is None else type(failure).__name__)
+    if failure is not None:
+        raise failure
+    if Preempted.__name__ in ends:
+        raise Preempted
+    for process, end in enumerate(ends):
+        if end:
+            raise InputError(f"distributed: process {process} of {len(ends)} has failed; see its own message")
+
+
+def announce(name: str) -> None:
+    """Tell the other processes that something has happened."""
+    if jax.process_count() > 1:
+        client: Any = service.global_state.client
+        client.key_value_set(name, "", allow_overwrite=True)
+
+
+def is_announced(name: str) -> bool:
+    """Return whether a process has called `announce`."""
+    if jax.process_count() == 1:
+        return False
+    client: Any = service.global_state.client
+    try:
+        client.key_value_try_get(name)
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" not in str(error):
+            raise
+        return False
+    return True

@@ -25,3 +25,7 @@ def check_text(name: str, value: Any) -> None:
 
 class Cancelled(Exception):
     """A song was stopped between two steps, because it was requested."""
+
+
+class Preempted(Exception):
+    """SIGTERM has ended the work at a point from which the same command resumes, see `acestep_jax.preemption`."""

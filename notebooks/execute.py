@@ -29,17 +29,18 @@ def read(name: str) -> nbformat.NotebookNode:
     return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
 
 
-def execute(notebook: nbformat.NotebookNode) -> None:
-    """Execute the cells in a temporary folder, with this repository on the path. Raises CellExecutionError."""
+def execute(notebook: nbformat.NotebookNode, folder: Path | None = None) -> None:
+    """Execute the cells in a folder, None: a temporary one, with this repository on the path. Raises
+    CellExecutionError."""
     paths = [str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TQDM_DISABLE": "1"}
-    with tempfile.TemporaryDirectory(prefix="acestep-jax-notebook-") as folder:
+    with tempfile.TemporaryDirectory(prefix="acestep-jax-notebook-") as temporary:
         client = NotebookClient(
             notebook,
             timeout=TIMEOUT,
             record_timing=False,
             coalesce_streams=True,
-            resources={"metadata": {"path": folder}},
+            resources={"metadata": {"path": str(folder or temporary)}},
         )
         client.execute(env=environment)
 

@@ -1,7 +1,6 @@
 """Several processes: two of four CPU devices each, on loopback, against one process."""
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -11,12 +10,7 @@ import soundfile
 
 from acestep_jax import InputError
 from acestep_jax.distributed import join_processes
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
+from tests.processes import free_port
 
 
 def command(tiny, out, *options):

@@ -15,10 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from acestep_jax.diffusion import noise
 from acestep_jax.io import checkpoint
+from acestep_jax.io.files import as_path
 from acestep_jax.models.autoencoder import AutoencoderOobleck, DiagonalGaussian
 from acestep_jax.models.config import AutoencoderConfig
 from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS
+from acestep_jax.settings import with_own_settings
 from acestep_jax.train import reconstruction
 from acestep_jax.train import step as steps
 from acestep_jax.train.config import AutoencoderTrainConfig, ReconstructionConfig
@@ -32,6 +35,7 @@ RESULT = "vae"
 INITIAL_SCALE = -2.0  # before softplus: a standard deviation of 0.13
 
 
+@with_own_settings
 def fit(config: AutoencoderTrainConfig) -> Path:
     """Start or resume a training; return the folder of its result, `vae/` of `config.out`.
 
@@ -39,7 +43,7 @@ def fit(config: AutoencoderTrainConfig) -> Path:
         InputError: if the audio or the settings cannot be used, the run in `config.out` has other settings, a disk is
             full, or (DivergedError) the loss is non-finite in `max_bad_steps` consecutive steps.
     """
-    check_folder(Path(config.out), config)
+    check_folder(as_path(config.out), config)
     songs, held_out, made_from = read_songs(config)
     crops = validation_crops(held_out or songs, config.batch_size)
     network = config.model.network
@@ -71,6 +75,8 @@ class AutoencoderTraining(Trainer):
         Panel("distance of spectra", {"spectrum": "training", "validation_spectrum": "held-out songs"}),
         Panel("SI-SDR, dB", {"validation_si_sdr": "held-out songs"}, scale="linear"),
     )
+
+    saves_validated = True  # the scale of the latents
 
     def __init__(self, config: AutoencoderTrainConfig):
         super().__init__(config, initial(config.model.network, config.seed), nnx.Param)
@@ -125,7 +131,7 @@ def make_step(
 
     def step(state: TrainState, crops: jax.Array) -> tuple[TrainState, Metrics]:
         sound = crops.astype(jnp.float32)
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = jax.random.fold_in(noise.key(config.seed), state.step)
         warmup = jnp.minimum((state.step + 1) / max(config.loss.spectrum_warmup, 1), 1.0)
 
         def objective(params: Params):
@@ -174,7 +180,7 @@ def initial(config: AutoencoderConfig, seed: int) -> AutoencoderOobleck:
     """Return a network that is nearly a chain of plain convolutions, with little noise on its latents: full residual
     branches would amplify their input a thousandfold, one after the other, and noise would hide what is to be learned.
     """
-    network = AutoencoderOobleck(config, rngs=nnx.Rngs(seed))
+    network = AutoencoderOobleck(config, rngs=nnx.Rngs(noise.key(seed)))
     for name, variable in checkpoint.leaves(network).items():
         value = variable.get_value()
         if ".res_unit" in name and name.endswith("conv2.kernel") or name == "decoder.conv2.kernel":

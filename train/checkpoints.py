@@ -12,6 +12,7 @@ from orbax.checkpoint import v1 as ocp
 
 from acestep_jax.errors import InputError
 from acestep_jax.io.checkpoint import flatten, host_sharding, is_disk_full, nest
+from acestep_jax.io.files import absolute
 from acestep_jax.train.step import TrainState
 
 METRIC = "validation_loss"
@@ -37,7 +38,7 @@ class Checkpoints:
             keep_checkpoints_without_metrics=False,
         )
         self._checkpointer: Any = training.Checkpointer(
-            folder.absolute(),
+            absolute(folder),
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),  # the caller decides
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             cleanup_tmp_directories=writes,

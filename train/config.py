@@ -144,7 +144,7 @@ class TrainConfig:
 
     Args:
         data: Folder of training data, as written by `acestep-jax train preprocess`.
-        checkpoint: Native checkpoint to start from.
+        checkpoint: Native or PyTorch checkpoint to start from, or the id of a repository on the Hugging Face hub.
         out: Folder of the run. If it holds a run, that is resumed from its last checkpoint.
         method: What is trained. lora: adapters on frozen weights; full: all weights of the transformer.
         steps: Number of optimizer steps.

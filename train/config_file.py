@@ -8,7 +8,7 @@ import jsonargparse
 import yaml
 
 from acestep_jax.errors import InputError
-from acestep_jax.io.files import publish_file
+from acestep_jax.io.files import local_copy, publish_file
 from acestep_jax.train.config import AutoencoderTrainConfig, Config, TrainConfig
 
 
@@ -37,7 +37,7 @@ def read(path: Path) -> Config:
         raise InputError(f"{path.parent}: no {path.name} here, so this is not the folder of a run of training")
     try:
         kind = AutoencoderTrainConfig if "model" in yaml.safe_load(path.read_text(encoding="utf-8")) else TrainConfig
-        return instantiate(_parser(kind).parse_path(str(path)), kind)
+        return instantiate(_parser(kind).parse_path(str(local_copy(path))), kind)
     except (jsonargparse.ArgumentError, yaml.YAMLError, TypeError, OSError) as error:
         raise InputError(f"{path}: {error}") from None
 

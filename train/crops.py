@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from acestep_jax.errors import InputError
 from acestep_jax.io import audio
+from acestep_jax.io.files import as_path
 from acestep_jax.models.config import AutoencoderConfig
 from acestep_jax.train.config import AutoencoderTrainConfig
 from acestep_jax.train.data_folder import file_sha256, text_sha256
@@ -61,7 +62,7 @@ def read_songs(config: AutoencoderTrainConfig) -> tuple[Songs, Songs | None, dic
 
     Which songs are held out depends on the bytes of all files, not on their names.
     """
-    folder = Path(config.data)
+    folder = as_path(config.data)
     files = {file_sha256(folder / source): folder / source for source in find_audio(folder)}
     names = sorted(files)  # copies of a file count once
     count = math.ceil(config.validation_fraction * len(names)) if config.validation_fraction else 0

@@ -15,6 +15,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
+from acestep_jax.io.files import local_copy
 from acestep_jax.train.config import TASKS, DataConfig
 from acestep_jax.train.data_folder import Index, Song, crop_durations, decode_record, text_key
 from acestep_jax.train.objective import Batch
@@ -32,7 +33,7 @@ class Records:
     def __init__(self, folder: Path, songs: Sequence[Song]):
         self.songs = songs
         shards = sorted({song.shard for song in songs})
-        sources = {shard: ArrayRecordDataSource(str(folder / shard)) for shard in shards}
+        sources = {shard: ArrayRecordDataSource(str(local_copy(folder / shard))) for shard in shards}
         self._rows = [(sources[song.shard], song.row) for song in songs]
 
     def __len__(self) -> int:

@@ -13,14 +13,17 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from acestep_jax import AceStepPipeline
+from acestep_jax.diffusion import noise
 from acestep_jax.distributed import parse_mesh, variable_sharding
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
 from acestep_jax.inputs.programs import REFERENCE_FRAMES
 from acestep_jax.io import checkpoint
 from acestep_jax.io.adapter import Adapter, save_adapter
+from acestep_jax.io.files import as_path
 from acestep_jax.models.lora import add_lora
 from acestep_jax.models.registry import FAMILY
+from acestep_jax.settings import with_own_settings
 from acestep_jax.train import dataset
 from acestep_jax.train import step as steps
 from acestep_jax.train.config import TASKS, TrainConfig
@@ -36,6 +39,7 @@ TIME_BUCKETS = [(i / 5, (i + 1) / 5) for i in range(5)]  # parts of [0, 1] whose
 LABEL = "mean squared error of the velocity"
 
 
+@with_own_settings
 def fit(config: TrainConfig) -> Path:
     """Start or resume a fine-tuning; return the folder of its result, `adapter/` or `model/` of `config.out`.
 
@@ -45,7 +49,7 @@ def fit(config: TrainConfig) -> Path:
     """
     mesh = parse_mesh(config.mesh)
     _check_batch(config, mesh)
-    check_folder(Path(config.out), config)
+    check_folder(as_path(config.out), config)
     index = read_index(config.data)
     if (found := fingerprint(config.checkpoint)) != index.checkpoint:
         raise InputError(
@@ -58,7 +62,7 @@ def fit(config: TrainConfig) -> Path:
         silence = np.asarray(trainer.silence(max(index.crop_seconds) * index.latents_per_second))
         size, accumulation = config.examples.batch_size, config.optimizer.accumulation
         rows = steps.rows_of_process(mesh, size)
-        folder = Path(config.data)
+        folder = as_path(config.data)
         examples = dataset.Examples(folder, index, songs, config.examples, silence)
         held_out_examples = dataset.Examples(folder, index, held_out, config.examples, silence) if held_out else None
 
@@ -91,7 +95,7 @@ class FineTuning(Trainer):
     )
 
     def __init__(self, config: TrainConfig, mesh: Mesh | None):
-        path = Path(config.checkpoint)
+        path = as_path(config.checkpoint)
         tokenizes = config.examples.tokenizes
         manifest = checkpoint.read_manifest(path)
         if tokenizes and (missing := [n for n in FAMILY.optional if n not in manifest.configs]):
@@ -107,7 +111,7 @@ class FineTuning(Trainer):
             names=["transformer"],
         ).values()
         if lora:
-            transformer = add_lora(transformer, config.lora, rngs=nnx.Rngs(config.seed))
+            transformer = add_lora(transformer, config.lora, rngs=nnx.Rngs(noise.key(config.seed)))
         super().__init__(config, transformer, nnx.LoRAParam if lora else nnx.Param, mesh)
         del transformer
         others = ["condition_encoder", *(FAMILY.optional if tokenizes else ())]
@@ -152,6 +156,7 @@ class FineTuning(Trainer):
             )
             self._pipeline = AceStepPipeline(
                 transformer=None,
+                sampling_defaults=checkpoint.read_manifest(path).sampling,
                 condition_encoder=self.frozen.condition_encoder,
                 tokenizer=checkpoint.load_tokenizer(path),
                 mesh=self.mesh,

@@ -15,7 +15,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from acestep_jax import preemption
 from acestep_jax.distributed import on_host
+from acestep_jax.errors import Preempted
+from acestep_jax.io.files import as_path
 from acestep_jax.train import run
 from acestep_jax.train import step as steps
 from acestep_jax.train.checkpoints import Checkpoints
@@ -40,9 +43,11 @@ class Trainer:
     fixed: what the step takes between state and batch.
     notes: what JSON can hold, stored with each checkpoint.
     panels: of `loss.png`.
+    saves_validated: whether a checkpoint needs what a validation finds.
     """
 
     panels: tuple[Panel, ...]
+    saves_validated = False
 
     def __init__(self, config: Config, network: nnx.Module, kind: type[nnx.Variable], mesh: Mesh | None = None):
         self.config, self.mesh = config, mesh
@@ -103,9 +108,10 @@ def train(trainer: Trainer, data: Data) -> Path:
     Raises:
         InputError: if the data changed since the run started, another process trains it, or a disk is full.
         DivergedError: if the loss or a gradient is non-finite in `max_bad_steps` consecutive steps.
+        Preempted: after SIGTERM, with a checkpoint of the last step.
     """
     config = trainer.config
-    with run.opened(Path(config.out), config) as folder:
+    with run.opened(as_path(config.out), config) as folder:
         saved = Checkpoints(folder / run.CHECKPOINTS, config.keep)
         first = saved.steps[-1] if saved.steps else 0
         if first:
@@ -117,6 +123,7 @@ def train(trainer: Trainer, data: Data) -> Path:
         batches = data.batches(first)
         with report, saved:
             pending: tuple[int, steps.Metrics] | None = None
+            stops = False
             for step in range(first + 1, config.steps + 1):
                 metrics = trainer.step(next(batches))
                 if pending:  # of the step before: the devices are busy with this one meanwhile
@@ -124,9 +131,12 @@ def train(trainer: Trainer, data: Data) -> Path:
                 pending = step, metrics
 
                 last = step == config.steps
-                saves = last or step % config.save_every == 0
+                stops = not last and preemption.requested_at(step)
+                saves = last or stops or step % config.save_every == 0
                 validates = data.validation is not None and (saves or step % config.report.validate_every == 0)
                 samples = config.report.sample_prompts and (last or step % config.report.sample_every == 0)
+                if stops:  # little time is left
+                    validates, samples = validates and trainer.saves_validated, False
                 if not (saves or validates or samples):
                     continue
                 look_at(report, config, *pending)
@@ -135,9 +145,14 @@ def train(trainer: Trainer, data: Data) -> Path:
                     found = trainer.validate(data.validation()) if validates and data.validation else {}
                     report.write(step, found)
                     if saves:  # before the samples, which may need more memory than there is
+                        report.publish()
                         saved.save(step, trainer.state, dict(trainer.notes), found.get("validation_loss"))
                     if samples:
                         trainer.sample(report, step)
+                if stops:
+                    break
+        if stops:
+            raise Preempted  # now that the checkpoint is written
         return write_results(trainer, folder)
 
 

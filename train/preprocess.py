@@ -1,47 +1,62 @@
 """`acestep-jax train preprocess`: songs through the autoencoder and their texts through the text encoder, once.
 
 Work is never repeated: a run that was stopped resumes after its last shard, and a later run encodes only what changed.
+Of several processes, each encodes a share of the songs into a folder `part-N` of its own; then the first goes over all
+songs as if it were alone, and takes the records from there.
 """
 
 import dataclasses
 import functools
-import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from acestep_jax import preemption
+from acestep_jax.distributed import all_succeed
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
 from acestep_jax.inputs.buckets import BUCKETS
 from acestep_jax.inputs.collate import pad_tokens
 from acestep_jax.inputs.prompt import lyric_text, prompt_text, tokenize
+from acestep_jax.inputs.settings import defaults_of
 from acestep_jax.io import audio
 from acestep_jax.io import checkpoint as checkpoints
+from acestep_jax.io.files import (
+    as_path,
+    check_parent,
+    check_writable,
+    files_below,
+    is_remote,
+    remove_tree,
+    size_and_time,
+)
 from acestep_jax.io.manifest import default_dtype
 from acestep_jax.models.autoencoder import AutoencoderOobleck
 from acestep_jax.models.config import check_dtype
 from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS
 from acestep_jax.models.qwen3 import Qwen3Model
-from acestep_jax.request import MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS
+from acestep_jax.request import MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS, Sampling
+from acestep_jax.settings import with_own_settings
 from acestep_jax.train import data_folder
 from acestep_jax.train.config import TASKS
-from acestep_jax.train.data_folder import Index, Song
-from acestep_jax.train.sidecars import Sidecars, Texts
+from acestep_jax.train.data_folder import Index
+from acestep_jax.train.records import PART, Old, Writer, remove_leftovers
+from acestep_jax.train.sidecars import INSTRUMENTAL, Sidecars, Texts
 
 # Formats that libsndfile cannot read are included, so that such files are reported.
 SUFFIXES = frozenset(".wav .flac .mp3 .ogg .opus .aif .aiff .m4a .aac .mp4 .wma".split())
 MIN_SECONDS, MIN_PEAK = 1.0, 1e-4
 MAX_CROP_SECONDS = 600.0
-SHARD_SONGS, SHARD_BYTES = 32, 128 * 2**20  # a shard ends at whichever comes first
 MOST_LINES = 20  # of a list in the summary
 
 
+@with_own_settings
 def preprocess(
     audio_dir: str | Path,
     data_dir: str | Path,
@@ -53,7 +68,8 @@ def preprocess(
     """Update a data folder to a folder of songs, and print what was done.
 
     A song is recognised by its size and time of change, else by its bytes: it is encoded once, also if it is moved. New
-    texts or crops encode only the text. Songs that no longer exist leave the index.
+    texts or crops encode only the text. Songs that no longer exist leave the index. Several processes divide the songs
+    among them, and the result is that of one.
 
     Args:
         audio_dir: searched with its subfolders; see `train.sidecars` for the files beside a song.
@@ -68,17 +84,20 @@ def preprocess(
     Raises:
         InputError: if no file or an argument can be used, `data_dir` is of another checkpoint or dtype, or the disk is
             full; what was done until then is kept.
+        Preempted: after SIGTERM, see `acestep_jax.preemption`; what was done until then is kept.
     """
-    audio_dir, data_dir = Path(audio_dir), Path(data_dir)
+    audio_dir, data_dir = as_path(audio_dir), as_path(data_dir)
     if not crop_seconds or not all(MIN_SECONDS <= crop <= MAX_CROP_SECONDS for crop in crop_seconds):
         raise InputError(f"crop_seconds: expected 1 to {MAX_CROP_SECONDS:g} seconds, found {list(crop_seconds)}")
     if dtype is not None:
         check_dtype(dtype)
-    sources = find_audio(audio_dir)
+    sources, others = find_files(audio_dir)
     _check_destination(data_dir)
-    sidecars = Sidecars(audio_dir, sources)
     manifest = checkpoints.read_manifest(checkpoint)
-    stored = checkpoints.network_leaves(Path(checkpoint), manifest)["text_encoder"]
+    # A language that is left open is the same here as in generating.
+    defaults = defaults_of(Sampling(), manifest.configs.get("transformer"), manifest.sampling)  # pyright: ignore[reportArgumentType]
+    sidecars = Sidecars(audio_dir, sources, defaults.vocal_language)
+    stored = checkpoints.network_leaves(as_path(checkpoint), manifest)["text_encoder"]
     vae: Any = manifest.configs["vae"]
     index = Index(
         checkpoint=data_folder.fingerprint(checkpoint),
@@ -87,66 +106,122 @@ def preprocess(
         latent_channels=vae.decoder_input_channels,
         crop_seconds=tuple(sorted({float(crop) for crop in crop_seconds})),
     )
-    old = _read_old(data_dir, index)
-    by_source = {song.source: song for song in old.songs}
-    by_content = {song.sha256: song for song in old.songs}
-    encoder, writer = _Encoder(checkpoint, dtype), _Writer(data_dir, index, old)
-    counts, fallbacks, skipped = Counter(), [], []
+    encoder = _Encoder(checkpoint, dtype, vae)
+    with all_succeed():
+        old = Old(data_dir, index)
+    process, processes = jax.process_index(), jax.process_count()
+    if processes > 1:
+        with all_succeed():
+            part = f"{PART}{process}"
+            data_dir.mkdir(parents=is_remote(data_dir), exist_ok=True)
+            writer = Writer(data_dir / part, index, old.parts.get(part, index).songs)
+            _encode(audio_dir, data_dir, sources[process::processes], old, sidecars, encoder, writer, of_part=True)
+    with all_succeed():
+        if process == 0:
+            old = Old(data_dir, index) if processes > 1 else old
+            writer = Writer(data_dir, index, old.songs)
+            done = _encode(audio_dir, data_dir, sources, old, sidecars, encoder, writer)
+            if not writer.songs:
+                reasons = "".join(f"\n  {source}: {reason}" for source, reason in done.skipped)
+                raise InputError(f"{audio_dir}: none of {len(sources)} audio files can be used:{reasons}")
+            songs: Any = tuple(writer.songs.values())
+            index = dataclasses.replace(index, songs=songs, skipped=tuple(done.skipped), complete=True)
+            if index == old.index:
+                print(f"{data_dir}: nothing to do")
+            else:
+                data_folder.write_index(data_dir, index)
+            remove_leftovers(data_dir, index)
+            for part in old.parts:
+                remove_tree(data_dir / part)
+            used = {_relative(file, audio_dir) for file in sidecars.used}
+            inside = f"{_relative(data_dir, audio_dir)}/"
+            unused = [name for name in others if name not in used and not name.startswith(inside)]
+            _report(data_dir, index, done.counts, done.fallbacks, sidecars.warnings, unused)
+    return index if process == 0 else data_folder.read_index(data_dir)
 
+
+class _Done(NamedTuple):
+    """What was done with the songs, for the report; files that cannot be used, with reasons."""
+
+    counts: Counter[str]
+    fallbacks: list[str]
+    skipped: list[tuple[str, str]]
+
+
+def _encode(
+    audio_dir: Path,
+    data_dir: Path,
+    sources: Sequence[str],
+    old: Old,
+    sidecars: Sidecars,
+    encoder: "_Encoder",
+    writer: Writer,
+    *,
+    of_part: bool = False,
+) -> _Done:
+    """Encode the songs that `old` does not have as they are now, and give all to the writer.
+
+    Args:
+        of_part: write only what `old` lacks: what it has is taken from there later.
+    """
+    done = _Done(Counter(), [], [])
     with writer:
-        for source in tqdm(sources, unit="song"):
+        for source in tqdm(sources, unit="song", disable=jax.process_index() > 0):
+            preemption.check()
             file, sound = audio_dir / source, np.empty((0, 0))
             shown = source.encode(errors="backslashreplace").decode()
             try:
                 if shown != source:
                     raise InputError("its name is not UTF-8; rename it")
                 texts = sidecars.read(source)
-                stat = file.stat()
-                known = by_source.get(source)
-                if known is None or (known.size, known.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
-                    sha256 = data_folder.file_sha256(file)
-                    known = by_content.get(sha256)
-                else:
-                    sha256 = known.sha256
+                size, mtime_ns = size_and_time(file)
+                sha256 = old.sha256(source, file, size, mtime_ns)
+                known = old.find(sha256, source)
                 if known is None:
-                    sound = _read(file, vae.sampling_rate, vae.audio_channels)
-                seconds = sound.shape[1] / vae.sampling_rate if known is None else known.seconds
-            except (InputError, OSError) as error:
-                skipped.append((shown, str(error).removeprefix(f"{file}: ")))
+                    sound = encoder.read(file)
+                seconds = sound.shape[1] / encoder.sample_rate if known is None else known.seconds
+                prompts = _prompts(texts, seconds, writer.index.crop_seconds)
+                words = lyric_text(texts.lyrics, texts.language)
+            except MemoryError:
+                raise
+            except Exception as error:  # whatever is wrong with one song, the others are used
+                kind = "" if isinstance(error, InputError | OSError) else f"{type(error).__name__}: "
+                done.skipped.append((shown, kind + str(error).removeprefix(f"{file}: ")))
                 continue
-            prompts, words = _prompts(texts, seconds, index.crop_seconds), lyric_text(texts.lyrics, texts.language)
             values = dataclasses.asdict(texts)
             if values.pop("fallback"):
-                fallbacks.append(source)
-            values |= dict(source=source, sha256=sha256, size=stat.st_size, mtime_ns=stat.st_mtime_ns, seconds=seconds)
+                done.fallbacks.append(source)
+            values |= dict(source=source, sha256=sha256, size=size, mtime_ns=mtime_ns, seconds=seconds)
             values |= dict(text_sha256=data_folder.text_sha256([prompts, words]))
+            known = old.find(sha256, source, values["text_sha256"])
             if known is not None and known.text_sha256 == values["text_sha256"]:
-                counts["as before"] += 1
-                writer.keep(dataclasses.replace(known, **values))
-                continue
-            if known is not None:
-                counts["with new texts"] += 1
+                if of_part:
+                    continue
+                if not old.is_of_part(known):
+                    done.counts["as before"] += 1
+                    writer.keep(dataclasses.replace(known, **values))
+                    continue
+                done.counts["with new texts" if old.has(sha256) else "encoded"] += 1
                 (record,) = data_folder.read_records(data_dir / known.shard, [known.row])
-                mean, std = record["mean"], record["std"]
+                values |= {name: getattr(known, name) for name in ("frames", "lyric_tokens", "prompt_tokens")}
             else:
-                counts["encoded"] += 1
-                mean, std = encoder.posterior(sound)
-            record = dict(mean=mean, std=std, **encoder.texts(source, prompts, words))
-            values |= dict(frames=len(mean), lyric_tokens=len(record["lyric_ids"]))
-            values |= dict(prompt_tokens=max(len(record[key]) for key in prompts))
+                if known is not None:
+                    (record,) = data_folder.read_records(data_dir / known.shard, [known.row])
+                try:
+                    if known is not None:
+                        mean, std = record["mean"], record["std"]
+                    else:
+                        mean, std = encoder.posterior(sound)
+                        audio.check_finite(np.stack([mean, std]), source, "of the latents, after encoding,")
+                    record = dict(mean=mean, std=std, **encoder.texts(source, prompts, words))
+                except InputError as error:
+                    done.skipped.append((shown, str(error).removeprefix(f"{source}: ")))
+                    continue
+                done.counts["encoded" if known is None else "with new texts"] += 1
+                values |= dict(frames=len(mean), lyric_tokens=len(record["lyric_ids"]))
+                values |= dict(prompt_tokens=max(len(record[key]) for key in prompts))
             writer.add(values, data_folder.encode_record(record))
-
-    if not writer.songs:
-        reasons = "".join(f"\n  {source}: {reason}" for source, reason in skipped)
-        raise InputError(f"{audio_dir}: none of {len(sources)} audio files can be used:{reasons}")
-    index = dataclasses.replace(index, songs=tuple(writer.songs.values()), skipped=tuple(skipped), complete=True)
-    if index == old:
-        print(f"{data_dir}: nothing to do")
-    else:
-        data_folder.write_index(data_dir, index)
-    _remove_leftovers(data_dir, index)
-    _report(data_dir, index, counts, fallbacks, sidecars.warnings)
-    return index
+    return done
 
 
 def _load(path: str | Path, dtype: str | None, name: str) -> Any:
@@ -156,9 +231,14 @@ def _load(path: str | Path, dtype: str | None, name: str) -> Any:
 class _Encoder:
     """The networks of a checkpoint, each loaded when it is first needed."""
 
-    def __init__(self, path: str | Path, dtype: str | None):
+    def __init__(self, path: str | Path, dtype: str | None, vae: Any):
         self._load = functools.cache(lambda name: _load(path, dtype, name))
         self._tokenizer = checkpoints.load_tokenizer(path)
+        self._channels, self.sample_rate = vae.audio_channels, vae.sampling_rate
+
+    def read(self, file: Path) -> np.ndarray:
+        """Return the sound of a file, [channels, samples]; raise InputError if it cannot be used."""
+        return _read(file, self.sample_rate, self._channels)
 
     def posterior(self, sound: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the mean and standard deviation, [frames, 64] float32, of the posterior of [channels, samples]."""
@@ -175,6 +255,8 @@ class _Encoder:
         hidden = np.asarray(_hidden_states(self._load("text_encoder"), tokens.ids))
         (lyric_ids,) = tokenize(self._tokenizer, [words], max_length=MAX_LYRIC_TOKENS, what=f"{source}: lyrics")
         arrays = {key: states[mask] for key, states, mask in zip(prompts, hidden, tokens.mask, strict=True)}
+        for states in arrays.values():
+            audio.check_finite(states, source, "of the text encoder")
         return arrays | {"lyric_ids": lyric_ids}
 
 
@@ -189,87 +271,68 @@ def _hidden_states(text_encoder: Qwen3Model, ids: jax.Array) -> jax.Array:
     return text_encoder(ids)
 
 
-class _Writer:
-    """Gathers records into shards. After each shard, the index lists the finished songs and those of the old index that
-    were not checked yet: they may be needed if this run is stopped.
-
-    songs: finished songs, in order, by source.
-    """
-
-    def __init__(self, folder: Path, index: Index, old: Index):
-        self._folder, self._index, self._old = folder, index, old
-        self.songs: dict[str, Song | None] = {}
-        self._pending: list[tuple[dict, bytes]] = []
-        self._next = 1 + max((int(shard[6:11]) for shard in _shards(folder)), default=-1)
-
-    def keep(self, song: Song) -> None:
-        """Add a song whose record exists already."""
-        self.songs[song.source] = song
-
-    def add(self, values: dict, record: bytes) -> None:
-        """Add a song, except for its place in a shard, and its record."""
-        self.songs[values["source"]] = None  # reserves its place in the order
-        self._pending.append((values, record))
-        if len(self._pending) >= SHARD_SONGS or sum(len(record) for _, record in self._pending) >= SHARD_BYTES:
-            self.flush()
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, kind: type | None, *_) -> None:
-        # Also after a failure of another kind, such as too little memory for one song: the others are finished.
-        if kind is None or not issubclass(kind, InputError):
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the gathered records as a shard, and the index."""
-        if not self._pending:
-            return
-        self._folder.mkdir(exist_ok=True)
-        shard = f"songs-{self._next:05d}.array_record"
-        data_folder.write_shard(self._folder / shard, [record for _, record in self._pending])
-        for row, (values, _) in enumerate(self._pending):
-            self.songs[values["source"]] = Song(**values, shard=shard, row=row)
-        self._pending, self._next = [], self._next + 1
-        rest = [song for song in self._old.songs if song.source not in self.songs]
-        data_folder.write_index(
-            self._folder, dataclasses.replace(self._index, songs=(*self.songs.values(), *rest), complete=False)
-        )
-
-
 def find_audio(audio_dir: Path) -> list[str]:
-    """Return the audio files below a folder, as relative paths, sorted; raise InputError if there are none."""
+    """Return the audio files below a folder, see `find_files`."""
+    return find_files(audio_dir)[0]
+
+
+def find_files(audio_dir: Path) -> tuple[list[str], list[str]]:
+    """Return the audio files below a folder and all other files, as relative paths, sorted; hidden ones are left out.
+
+    Links to folders are followed; a folder that can be reached in several ways is searched once, which also ends loops.
+
+    Raises:
+        InputError: if there are no audio files.
+    """
     if not audio_dir.is_dir():
         raise InputError(f"{audio_dir}: no such folder; expected one with songs")
-    files = (file for file in audio_dir.rglob("*") if file.suffix.lower() in SUFFIXES)
-    sources = [file.relative_to(audio_dir).as_posix() for file in files if file.is_file() and file.name[0] != "."]
-    if not sources:
+    every = files_below(audio_dir) if is_remote(audio_dir) else _files_below(audio_dir)
+    audio_files, others = [], []
+    for name in every:
+        file = PurePosixPath(name)
+        if file.name[0] != ".":
+            sound = file.suffix.lower() in SUFFIXES and (is_remote(audio_dir) or (audio_dir / name).is_file())
+            (audio_files if sound else others).append(name)
+    if not audio_files:
         raise InputError(f"{audio_dir}: no audio files here or below; expected {', '.join(sorted(SUFFIXES))}")
-    return sorted(sources)
+    return sorted(audio_files), sorted(others)
+
+
+def _files_below(top: Path) -> list[str]:
+    """Return what is in a folder of this machine and its subfolders and is no folder, see `find_files`."""
+    found, seen, folders = [], set(), [top]
+    links: list[Path] = []
+    while folders or links:
+        # Links come last, so that a folder within is found under its own name.
+        folder = folders.pop() if folders else links.pop(0)
+        if (real := folder.resolve()) in seen:
+            continue
+        seen.add(real)
+        try:
+            entries = sorted(folder.iterdir())
+        except OSError:
+            if folder == top:
+                raise
+            found.append(f"{folder.relative_to(top).as_posix()}/")  # reported among the files that were not used
+            continue
+        for entry in entries:
+            if not entry.is_dir():
+                found.append(entry.relative_to(top).as_posix())
+            elif not entry.name.startswith("."):
+                (links if entry.is_symlink() else folders).append(entry)
+    return found
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """Return a path relative to a folder it is in, with "/" between its parts; the path itself if it is elsewhere."""
+    return str(path).removeprefix(f"{folder}/").replace("\\", "/")
 
 
 def _check_destination(data_dir: Path) -> None:
-    if not data_dir.absolute().parent.is_dir():
-        raise InputError(f"{data_dir}: the folder {data_dir.absolute().parent} does not exist; create it first")
+    check_parent(data_dir)
     if data_dir.exists() and not data_dir.is_dir():
         raise InputError(f"{data_dir}: is a file; choose another name")
-
-
-def _read_old(data_dir: Path, index: Index) -> Index:
-    """Read the index of the data folder; return `index` if there is none. Raise InputError if it is of another
-    checkpoint or dtype."""
-    if not (data_dir / data_folder.INDEX).exists():
-        return index
-    old = data_folder.read_index(data_dir, unfinished=True)
-    for name in ("checkpoint", "dtype"):
-        theirs, ours = getattr(old, name)[:12], getattr(index, name)[:12]
-        if getattr(old, name) != getattr(index, name):
-            raise InputError(
-                f"{data_dir}: holds data of {name} {theirs}, but {name} is now {ours}; give the same {name} or another "
-                "DATA_DIR"
-            )
-    _remove_leftovers(data_dir, old)
-    return old
+    check_writable(data_dir / data_folder.INDEX if data_dir.exists() else data_dir)
 
 
 def _read(file: Path, sample_rate: int, channels: int) -> np.ndarray:
@@ -297,28 +360,22 @@ def _prompts(texts: Texts, seconds: float, crop_seconds: Sequence[float]) -> dic
     }
 
 
-def _shards(folder: Path) -> list[str]:
-    return [file.name for file in folder.glob("songs-*") if re.fullmatch(r"songs-\d{5}\.array_record", file.name)]
-
-
-def _remove_leftovers(folder: Path, index: Index) -> None:
-    """Delete shards without songs, and files that a killed run has not completed."""
-    used = {song.shard for song in index.songs}
-    begun = [file.name for kind in ("songs-*.array_record", data_folder.INDEX) for file in folder.glob(f".*-{kind}")]
-    for name in [*begun, *(shard for shard in _shards(folder) if shard not in used)]:
-        (folder / name).unlink(missing_ok=True)
-
-
-def _report(data_dir: Path, index: Index, counts: Counter, fallbacks: list[str], warnings: list[str]) -> None:
+def _report(
+    data_dir: Path, index: Index, counts: Counter, fallbacks: list[str], warnings: list[str], unused: list[str]
+) -> None:
     minutes = sum(song.seconds for song in index.songs) / 60
     shards = len({song.shard for song in index.songs})
     done = ", ".join(f"{count} {what}" for what, count in counts.items())
     songs = "1 song" if len(index.songs) == 1 else f"{len(index.songs)} songs"
     print(f"{data_dir}: {songs} ({done}), {minutes:.1f} min, {shards} shard(s)")
+    without = sum(song.lyrics == INSTRUMENTAL for song in index.songs)
+    if without:
+        print(f"{without} song(s) without lyrics, taken as instrumental")
     for title, lines in (
         (f"skipped {len(index.skipped)} file(s)", [f"{source}: {reason}" for source, reason in index.skipped]),
         (f"{len(warnings)} value(s) ignored", warnings),
         (f"no caption for {len(fallbacks)} song(s), used the file name", fallbacks),
+        (f"{len(unused)} other file(s) not used", unused),
     ):
         if lines:
             more = [f"and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []

@@ -4,7 +4,9 @@ import contextlib
 import json
 import math
 import resource
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from acestep_jax.io import audio
+from acestep_jax.io.files import files_below, is_remote, publish_file, upload
 from acestep_jax.train import step as steps
 from acestep_jax.train.config import Config
 from acestep_jax.train.step import Metrics
@@ -34,6 +37,9 @@ class Panel(NamedTuple):
 
 class Report:
     """The files of a run and its progress bar. Of several processes, only the first writes.
+
+    Those of a run in Cloud Storage, where nothing can be appended, are written on the disk, and copied there by
+    `publish` and at the end.
 
     Args:
         folder: of the run.
@@ -61,12 +67,12 @@ class Report:
         self._steps: list[Metrics] = []  # since the last line
         if not self.writes:
             return
+        self._disk = Path(tempfile.mkdtemp(prefix="acestep-jax-run-")) if is_remote(folder) else folder
         rows = [row for row in read_metrics(folder) if row["step"] <= step]
-        temporary = folder / f".{METRICS}"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        temporary.replace(folder / METRICS)
-        self._file = (folder / METRICS).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        with publish_file(self._disk / METRICS) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        self._file = (self._disk / METRICS).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(self._disk / "tensorboard"), purge_step=step + 1)
         self._bar = tqdm(total=config.steps, initial=step, unit="step", disable=None)
 
     def add(self, step: int, metrics: Metrics) -> None:
@@ -106,9 +112,16 @@ class Report:
         """Write a sample [channels, samples] to `samples/step-000100-0.wav` and to TensorBoard."""
         if self.writes:
             folder = self.folder / "samples"
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=is_remote(folder), exist_ok=True)
             audio.write(folder / f"step-{step:06}-{i}.wav", song, sample_rate, overwrite=True)
             self._board.add_audio(f"sample {i}: {prompt[:60]}", song.T, step, sample_rate)
+
+    def publish(self) -> None:
+        """Copy the files to where the run is, unless they are there."""
+        if self.writes and self._disk != self.folder:
+            self._board.flush()
+            for name in files_below(self._disk):
+                upload(self._disk / name, self.folder / name)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -127,7 +140,10 @@ class Report:
                 self._bar.close()
                 self._file.close()
                 self._board.close()
-                draw(self.folder, self.panels)
+                draw(self._disk, self.panels)
+                self.publish()
+            if self._disk != self.folder:
+                shutil.rmtree(self._disk, ignore_errors=True)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -165,6 +181,5 @@ def draw(folder: Path, panels: Sequence[Panel]) -> None:
         axes.set(xlabel="step", ylabel=panel.label, title=panel.title, yscale=panel.scale)
         if axes.lines:
             axes.legend()
-    temporary = folder / ".loss.png"
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(folder / "loss.png")
+    with publish_file(folder / "loss.png") as temporary:
+        figure.savefig(temporary, dpi=120)

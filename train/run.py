@@ -5,7 +5,6 @@ config.yaml  checkpoints/  metrics.jsonl  tensorboard/  loss.png  samples/  and 
 
 import contextlib
 import fcntl
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,13 +12,26 @@ import jax
 from jax.experimental import multihost_utils
 
 from acestep_jax.errors import InputError
+from acestep_jax.io.files import check_parent, check_writable, is_remote, remove_tree
 from acestep_jax.train import config_file
 from acestep_jax.train.config import Config
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
 
-# The settings that a resumed run may change: none that the weights depend on, except the length of the schedule.
-CHANGEABLE = ("steps", "out", "save_every", "log_every", "keep", "max_bad_steps", "mesh", "remat", "examples.workers")
+# The settings that a resumed run may change: none that the weights depend on, except the length of the schedule. The
+# checkpoint may have moved, such as with a cache; what it holds is compared by itself.
+CHANGEABLE = (
+    "steps",
+    "out",
+    "checkpoint",
+    "save_every",
+    "log_every",
+    "keep",
+    "max_bad_steps",
+    "mesh",
+    "remat",
+    "examples.workers",
+)
 CHANGEABLE += ("report.",)
 
 
@@ -31,8 +43,8 @@ def check_folder(folder: Path, config: Config) -> None:
     """Raise InputError if a run with these settings can be neither started nor resumed in a folder."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; choose another --out")
-    if not folder.absolute().parent.is_dir():
-        raise InputError(f"{folder}: the folder {folder.absolute().parent} does not exist; create it first")
+    check_parent(folder)
+    check_writable(folder / CONFIG if folder.exists() else folder)
     if not (folder / CONFIG).is_file():
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"{folder}: already exists and holds no run; remove it or choose another --out")
@@ -63,7 +75,7 @@ def opened(folder: Path, config: Config) -> Iterator[Path]:
     """
     _all_here("checked")  # before the first process creates the folder that the others check
     if jax.process_index() == 0:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=is_remote(folder), exist_ok=True)
     with _locked(folder):
         if jax.process_index() == 0:
             config_file.write(folder / CONFIG, config)
@@ -92,18 +104,22 @@ def check_finite(config: Config, step: int, bad_steps: int) -> None:
 
 def replace(target: Path, write: Callable[[Path], None]) -> None:
     """Write a folder in place of the one that an earlier end of the run has written."""
+    if is_remote(target):  # where a folder cannot be renamed
+        remove_tree(target)
+        write(target)
+        return
     fresh = target.with_name(f".{target.name}-new")
     for left in (fresh, *target.parent.glob(f".{fresh.name}-*")):
-        shutil.rmtree(left, ignore_errors=True)
+        remove_tree(left)
     write(fresh)
-    shutil.rmtree(target, ignore_errors=True)
+    remove_tree(target)
     fresh.rename(target)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second command from training the same run at the same time."""
-    if jax.process_index():
+    """Keep a second command from training the same run at the same time; Cloud Storage has no locks."""
+    if jax.process_index() or is_remote(folder):
         yield
         return
     with (folder / ".lock").open("w") as file:

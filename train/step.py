@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from acestep_jax.diffusion import noise
 from acestep_jax.distributed import variable_sharding
 from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS, training_options
 from acestep_jax.models.lora import DropoutKey, without_dropout
@@ -231,7 +232,7 @@ def make_step(
     donated. `Metrics.details`: t and errors (mean squared error) of each example, [examples] float32.
     """
     step_size = config.examples.batch_size * config.optimizer.accumulation
-    example_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+    example_key, dropout_key = jax.random.split(noise.key(config.seed))
 
     def step(state: TrainState, frozen_transformer: nnx.State, frozen: Frozen, batch: Batch[jax.Array]):
         def squared_error(params: Params, part: Batch[jax.Array], key: jax.Array):
@@ -284,7 +285,7 @@ def make_evaluation(
 
         def at(xs):
             i, t = xs
-            key = jax.random.fold_in(jax.random.key(0), i)
+            key = jax.random.fold_in(noise.key(0), i)
             t = jnp.full(batch.lengths.shape, t)
             draws = draw(batch, key, 1, config.objective)._replace(t=t, dropped=jnp.zeros(t.shape, bool))
             errors, elements = velocity_losses(transformer, frozen, batch, draws)

@@ -1,7 +1,11 @@
 """Many songs from a JSONL file: packed into batches, a sound file and its settings for each, resumable."""
 
+import codecs
 import dataclasses
+import itertools
 import json
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +14,19 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from acestep_jax.errors import InputError
+from acestep_jax import preemption
+from acestep_jax.distributed import spans_processes
+from acestep_jax.errors import InputError, Preempted
 from acestep_jax.inputs.prepare import Job
 from acestep_jax.io import audio
-from acestep_jax.io.files import publish_file
+from acestep_jax.io.files import as_path, check_writable, identity, is_remote, publish_file
 from acestep_jax.pipeline import AceStepPipeline
 from acestep_jax.request import Arguments, Request, Sampling, arguments, split, unknown_name
 from acestep_jax.song import Song
 
+logger = logging.getLogger(__name__)
+
+MAX_NAME = 255  # bytes, of the file systems in use
 _FILES = ("src_audio", "reference_audio")
 PENDING_BYTES = 2 * 2**30  # of sources and references that wait for their batch to fill up
 
@@ -56,25 +65,24 @@ def read(path: str | Path, out_dir: str | Path, defaults: dict[str, Any]) -> tup
         InputError: if the file is not UTF-8, or has no request.
         OSError: if it cannot be read.
     """
-    path, out_dir = Path(path), Path(out_dir)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at other line separators of Unicode
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
+    path, out_dir = as_path(path), as_path(out_dir)
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")  # not at other line separators of Unicode
     songs, errors, names = [], [], {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
         try:
-            song = _song(line, place, path.parent, out_dir, defaults, number)
+            song = _song(line.decode(), place, path.parent, out_dir, defaults, number)
             if (earlier := names.setdefault(song.settings_path, place)) != place:
                 raise InputError(f"name: {song.path.stem} is that of {earlier} already; give another")
-            if song.settings_path.resolve() == path.resolve():
+            if identity(song.settings_path) == identity(path):
                 raise InputError(f"name: {song.settings_path} is the file of requests itself; give another")
             songs.append(song)
-        except InputError as error:
-            errors.append(f"{place}: {error}")
+        except Exception as error:  # whatever is wrong with one line, the others are made
+            errors.append(f"{place}: {_message(error)}")
+    if not songs and errors and not any(_is_utf8(line) for line in lines if line.strip()):
+        raise InputError(f"{path}: not UTF-8 text; save it as UTF-8")
     if not songs and not errors:
         raise InputError(f"{path}: holds no request; expected a JSON object on each line")
     return songs, errors
@@ -90,6 +98,7 @@ def _song(line: str, place: str, folder: Path, out_dir: Path, defaults: dict, nu
     name = own.pop("name", f"{number:05}")
     if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
         raise InputError(f"name: expected the name of a file, without folders, found {name!r}")
+    _check_name(name)
     known = {name for name, (_, about) in arguments(Arguments).items() if about.json}
     for key in own:
         if key not in known:
@@ -99,7 +108,7 @@ def _song(line: str, place: str, folder: Path, out_dir: Path, defaults: dict, nu
         if key in own and own[key] is not None:
             if not isinstance(own[key], str):
                 raise InputError(f"{key}: expected the name of a sound file, found {own[key]!r}")
-            values[key] = str(folder / own[key])
+            values[key] = own[key] if is_remote(own[key]) else str(folder / own[key])
     if "prompt" not in values:
         raise InputError("prompt: missing; describe the music in a few words")
     requested, sampled = split(values)
@@ -107,9 +116,39 @@ def _song(line: str, place: str, folder: Path, out_dir: Path, defaults: dict, nu
     suffix = "" if Path(name).suffix.lower() in audio.FORMATS else ".wav"
     path = out_dir / f"{name}{suffix}"
     for source in (request.src_audio, request.reference_audio):
-        if isinstance(source, str | Path) and Path(source).resolve() == path.resolve():
+        if isinstance(source, str | Path) and identity(source) == identity(path):
             raise InputError(f"name: {path} is a source or reference of the song itself; give another")
     return Line(place, path, values, request, sampling)
+
+
+def _check_name(name: str) -> None:
+    """Raise InputError if no file can have the name, with the suffix of the song or of its settings."""
+    try:
+        size = max(len(os.fsencode(name + suffix)) for suffix in (".wav", ".json"))
+    except UnicodeEncodeError:
+        raise InputError(f"name: holds half a character, as of a cut emoji, found {name!r}; give another") from None
+    if size > MAX_NAME:
+        raise InputError(
+            f"name: {size} bytes with its suffix, but a file's name has at most {MAX_NAME}; give a shorter"
+        )
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _message(error: Exception) -> str:
+    """Return what is reported of a line; with its traceback in the log where the error is not the input's."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 text ({error}); save it as UTF-8"
+    if isinstance(error, InputError | OSError | jax.errors.JaxRuntimeError):
+        return str(error)
+    logger.error("not an error of the input", exc_info=error)
+    return f"{type(error).__name__}: {error}"
 
 
 def generate(
@@ -118,32 +157,48 @@ def generate(
     """Generate the songs that do not exist yet; yield each line with None, or with what went wrong.
 
     Songs of one sampling and one bucket of frames form a batch, which is made as soon as it is full. The sound is
-    written after the settings, so a song that has both is finished. Of several processes, the first decides what is to
-    be made, and writes.
+    written after the settings, so a song that has both is finished.
+
+    Several processes on one mesh make all songs together: the first decides what is to be made, and writes. Otherwise
+    each makes every n-th line, and nothing is known of the others.
 
     Args:
         about: what else the songs depend on, such as the checkpoint; kept with the settings.
         overwrite: whether to make finished songs again.
+
+    Raises:
+        Preempted: after SIGTERM, when the batch in flight is written.
     """
-    groups: dict[tuple[Sampling, int], list[tuple[Line, Job]]] = {}
-    for line, error in zip(lines, _agree([_unfinished(line, about, overwrite) for line in lines]), strict=True):
+    joint = spans_processes(pipe.mesh)
+    if not joint:
+        lines = lines[jax.process_index() :: jax.process_count()]
+    numbers = itertools.count()
+
+    def make(members: list[tuple[Line, Job]]) -> Iterator[tuple[Line, str | None]]:
+        if preemption.requested_at(next(numbers)) if joint else preemption.requested():
+            raise Preempted
+        return _make(pipe, members, about, overwrite, writes=not joint or jax.process_index() == 0)
+
+    decisions = [_unfinished(line, about, overwrite) for line in lines]
+    groups: dict[tuple[Sampling, int, bool], list[tuple[Line, Job]]] = {}
+    for line, error in zip(lines, _agree(decisions) if joint else decisions, strict=True):
         if error is not None:
             yield line, error or None
             continue
         try:
-            job = pipe.prepare(line.request)
-        except (InputError, OSError) as error:
-            yield line, str(error)
+            job = pipe.prepare(line.request, line.sampling)
+        except Exception as error:
+            yield line, _message(error)
             continue
-        group = line.sampling, job.program_key.frames
+        group = line.sampling, job.program_key.frames, job.edited
         groups.setdefault(group, []).append((line, job))
         if len(groups[group]) == batch_size:
-            yield from _make(pipe, groups.pop(group), about, overwrite)
+            yield from make(groups.pop(group))
         elif sum(_bytes(job) for members in groups.values() for _, job in members) > PENDING_BYTES:
             largest = max(groups, key=lambda key: sum(_bytes(job) for _, job in groups[key]))
-            yield from _make(pipe, groups.pop(largest), about, overwrite)
+            yield from make(groups.pop(largest))
     for _, members in sorted(groups.items(), key=lambda item: item[0][1]):
-        yield from _make(pipe, members, about, overwrite)
+        yield from make(members)
 
 
 def _bytes(job: Job) -> int:
@@ -157,39 +212,38 @@ def _unfinished(song: Line, about: dict, overwrite: bool) -> str | None:
         if not overwrite and _is_finished(song, about):
             return ""
         audio.check_output(song.path, overwrite=overwrite)
-    except InputError as error:
-        return str(error)
+        check_writable(song.settings_path)
+    except Exception as error:
+        return _message(error)
     return None
 
 
 def _agree(decisions: list[str | None]) -> list[str | None]:
     """Return the decisions of process 0, whose disk has the songs; the others make what it makes."""
-    if jax.process_count() == 1:
-        return decisions
     codes = np.array([{None: 0, "": 1}.get(decision, 2) for decision in decisions], np.int32)
     words = [None, "", "not made, see the first process"]
     return [words[code] for code in multihost_utils.broadcast_one_to_all(codes)]
 
 
 def _make(
-    pipe: AceStepPipeline, members: list[tuple[Line, Job]], about: dict, overwrite: bool
+    pipe: AceStepPipeline, members: list[tuple[Line, Job]], about: dict, overwrite: bool, *, writes: bool
 ) -> Iterator[tuple[Line, str | None]]:
     """Make one batch; if it fails, make each of its songs on its own, so that one does not stop the others."""
     try:
         songs = pipe.run([job for _, job in members], members[0][0].sampling)
-    except (InputError, OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+    except Exception as error:
         if len(members) > 1:
             for member in members:
-                yield from _make(pipe, [member], about, overwrite)
+                yield from _make(pipe, [member], about, overwrite, writes=writes)
         else:
-            yield members[0][0], str(error)
+            yield members[0][0], _message(error)
         return
     for (line, _), song in zip(members, songs, strict=True):
         try:
-            if jax.process_index() == 0:
+            if writes:
                 _write(line, song, about, overwrite)
-        except (InputError, OSError) as error:
-            yield line, str(error)
+        except Exception as error:
+            yield line, _message(error)
         else:
             yield line, None
 

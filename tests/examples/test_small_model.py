@@ -57,7 +57,6 @@ def test_words_of_the_shipped_tokenizer_are_whole():
         assert len(ids) < 1.6 * len(text.split()) + 8
 
 
-@pytest.mark.unit
 def test_generates_by_default(tmp_path, capsys):
     out = tmp_path / "song.wav"
     assert cli.main(["generate", "lofi piano, 80 bpm", "--duration", "10", "--steps", "1", "--out", str(out)]) == 0
@@ -65,7 +64,6 @@ def test_generates_by_default(tmp_path, capsys):
     assert rate == SAMPLE_RATE and song.shape == (480_000, 2) and 0.1 < np.abs(song).max() <= 1
 
 
-@pytest.mark.unit
 def test_the_autoencoder_restores_a_song():
     """Two seconds that it was not trained on, by the correlation of samples; with its latents out of order, no song."""
     (vae,) = checkpoint.load(checkpoint.SMALL_MODEL, names=["vae"]).values()

@@ -1,6 +1,12 @@
 """`acestep-jax generate --batch`: many songs from a file of requests; and codes on the command line."""
 
+import dataclasses
+import errno
 import json
+import os
+import signal
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +17,11 @@ from acestep_jax.arguments import arguments as about
 from acestep_jax.cli import generate, runtime
 from acestep_jax.cli.parser import read_fields
 from acestep_jax.diffusion import denoise
+from acestep_jax.io.files import as_path, upload
 from acestep_jax.serve import jsonl
+from tests import cloud
 from tests.parity import normal
+from tests.processes import together
 
 
 @pytest.fixture(autouse=True)
@@ -132,8 +141,82 @@ def test_one_song_of_a_batch_that_fails(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(AceStepPipeline, "run", fail)
     results = {song.request.prompt: error for song, error in jsonl.generate(pipe, songs, 3, {})}
-    assert results == {"a": None, "b": "no b", "c": None}
+    assert results == {"a": None, "b": "ValueError: no b", "c": None}
     assert (tmp_path / "c.wav").exists() and not (tmp_path / "b.wav").exists()
+
+
+def test_a_song_that_is_not_finite_is_reported_and_not_written(tiny, tmp_path):
+    """The others of its batch are."""
+    write_lines(tmp_path / "requests.jsonl", *(dict(prompt=name, audio_duration=10, name=name) for name in "abc"))
+    songs, _ = jsonl.read(tmp_path / "requests.jsonl", tmp_path, dict(num_inference_steps=1))
+    noise = normal(250, 8)
+    noise[3, 2] = np.nan
+    songs[1] = dataclasses.replace(songs[1], request=dataclasses.replace(songs[1].request, latents=noise))
+    pipe = AceStepPipeline.from_checkpoint(tiny[1])
+    results = {song.request.prompt: error for song, error in jsonl.generate(pipe, songs, 3, {})}
+    assert results["a"] is results["c"] is None
+    assert "song 'b': " in results["b"] and "of the latents, after denoising, are NaN or infinite" in results["b"]
+    assert names(tmp_path) == ["a.json", "a.wav", "c.json", "c.wav", "requests.jsonl"]
+
+
+HOPELESS = {
+    "name: 305 bytes": dict(prompt="x", name="n" * 300),
+    "name: 259 bytes": dict(prompt="x", name="é" * 127),  # each is two bytes
+    "name: holds half a character": '{"prompt": "x", "name": "\\ud83d"}',
+    "instruction: not valid text": '{"prompt": "x", "instruction": "\\ud83d"}',
+    "lyrics: not valid text": '{"prompt": "x", "lyrics": "\\ud83d"}',
+    "src_audio": dict(prompt="x", task_type="cover", src_audio="s" * 300),
+    "embedded null byte": dict(prompt="x", task_type="cover", src_audio="a\0b"),
+    "'\\ud83d.wav'": '{"prompt": "x", "task_type": "cover", "src_audio": "\\ud83d.wav"}',
+    "a/b": dict(prompt="x", name="a/b"),
+}
+
+
+def test_nothing_that_is_wrong_with_a_line_stops_the_others(tiny, tmp_path, capsys):
+    lines = list(HOPELESS.values())
+    write_lines(tmp_path / "requests.jsonl", *lines, dict(prompt="y", audio_duration=10, name="y"))
+    assert run(tiny, tmp_path) == 1
+    failures = [line for line in capsys.readouterr().err.splitlines() if line.startswith("acestep-jax: ")]
+    assert [line.partition("requests.jsonl:")[2].partition(":")[0] for line in sorted(failures)] == [
+        str(i) for i in range(1, 1 + len(lines))
+    ]
+    assert names(tmp_path / "out") == ["y.json", "y.wav"]
+
+
+def no_new_files(monkeypatch, folder):
+    """Let the folder take no new file, as one that belongs to somebody else."""
+    make = tempfile.mkstemp
+
+    def refuse(*args, dir=None, **options):
+        if Path(dir) == folder:
+            raise PermissionError(errno.EACCES, "Permission denied", f"{dir}/.temporary-x7")
+        return make(*args, dir=dir, **options)
+
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+
+
+OUTPUTS = {
+    "generate": ["generate", "x", "--out", "OUT/song.wav"],
+    "batch": ["generate", "--batch", "REQUESTS", "--out-dir", "OUT"],
+    "tokenize": ["tokenize", "SOURCE", "--out", "OUT/codes.txt"],
+    "detokenize": ["detokenize", "<|audio_code_1|>" * 5, "--out", "OUT/song.wav"],
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_outputs_are_probed_before_weights_are_loaded(tiny, tmp_path, capsys, source, monkeypatch, case):
+    (tmp_path / "out").mkdir()
+    write_lines(tmp_path / "requests.jsonl", dict(prompt="x"))
+    no_new_files(monkeypatch, tmp_path / "out")
+    monkeypatch.setattr(AceStepPipeline, "from_pretrained", None)
+    places = dict(OUT=tmp_path / "out", REQUESTS=tmp_path / "requests.jsonl", SOURCE=tmp_path / source)
+    words = OUTPUTS[case]
+    for name, place in places.items():
+        words = [word.replace(name, str(place)) for word in words]
+    assert cli.main([*words, "--checkpoint", str(tiny[1])]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written" in error and f"{tmp_path / 'out'} takes no new file (Permission denied)" in error
+    assert "temporary" not in error and "Traceback" not in error
 
 
 LINES = {
@@ -164,6 +247,15 @@ def test_bad_lines(tmp_path, message):
     songs, errors = jsonl.read(tmp_path / "requests.jsonl", tmp_path, {})
     assert len(songs) == 1 and len(errors) == 1
     assert errors[0].startswith(f"{tmp_path / 'requests.jsonl'}:2: {message}")
+
+
+@pytest.mark.unit
+def test_one_line_in_another_encoding_stops_no_other(tmp_path):
+    lines = [b'\xef\xbb\xbf{"prompt": "x"}', '{"prompt": "café"}'.encode("latin-1"), '{"prompt": "café"}'.encode()]
+    (tmp_path / "requests.jsonl").write_bytes(b"\r\n".join(lines))
+    songs, errors = jsonl.read(tmp_path / "requests.jsonl", tmp_path, {})
+    assert [song.request.prompt for song in songs] == ["x", "café"]
+    assert len(errors) == 1 and errors[0].startswith(f"{tmp_path / 'requests.jsonl'}:2: not UTF-8 text")
 
 
 @pytest.mark.unit
@@ -259,7 +351,7 @@ def test_tasks_on_the_command_line(tiny, tmp_path, source, capsys, monkeypatch):
     class Seen(Exception):
         pass
 
-    def prepared(request, configs, tokenizer):
+    def prepared(request, *about):
         seen.append(request)
         raise Seen
 
@@ -294,3 +386,51 @@ def test_tasks_on_the_command_line(tiny, tmp_path, source, capsys, monkeypatch):
         timesteps=[0.9, 0.4],
         attend_to_padding=True,
     )
+
+
+def test_sigterm_ends_after_the_batch_in_flight(tiny, tmp_path, monkeypatch, capsys):
+    """With the status of a process that the signal has killed; the same command makes the rest."""
+    write_lines(tmp_path / "requests.jsonl", *[dict(prompt="piano", audio_duration=10, seed=i) for i in range(3)])
+    whole = AceStepPipeline.run
+
+    def terminated(pipe, jobs, sampling):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return whole(pipe, jobs, sampling)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(AceStepPipeline, "run", terminated)
+    assert run(tiny, tmp_path) == 143
+    assert names(tmp_path / "out") == ["00001.json", "00001.wav"] and signal.getsignal(signal.SIGTERM) is before
+    assert "SIGTERM; the same command resumes" in capsys.readouterr().err
+    first = (tmp_path / "out" / "00001.wav").stat().st_mtime_ns
+    monkeypatch.setattr(AceStepPipeline, "run", whole)
+    assert run(tiny, tmp_path) == 0
+    assert len(names(tmp_path / "out")) == 6 and (tmp_path / "out" / "00001.wav").stat().st_mtime_ns == first
+
+
+def test_two_processes_make_a_share_each(tiny, tmp_path, capsys):
+    """Each with a copy of the model on its two devices, and its own songs; both at once on its devices."""
+    songs = [dict(name=name, prompt="piano", audio_duration=10, seed=i) for i, name in enumerate("abcd")]
+    write_lines(tmp_path / "requests.jsonl", *songs, "{not json")
+    places = ["--batch", tmp_path / "requests.jsonl", "--out-dir", tmp_path / "two", "--checkpoint", tiny[1]]
+    made = together("generate", *places, "--steps", 1, devices=2, JAX_DEFAULT_MATMUL_PRECISION="highest")
+    assert [status for status, *_ in made] == [1, 1], made
+    shares = [sorted(Path(line).stem for line in out.splitlines() if line.endswith(".wav")) for _, out, _ in made]
+    assert shares == [["a", "c"], ["b", "d"]]
+    assert ["requests.jsonl:5: not JSON" in error for *_, error in made] == [True, False]
+    assert run(tiny, tmp_path) == 1
+    for name in "abcd":
+        both = [soundfile.read(tmp_path / folder / f"{name}.wav")[0] for folder in ("two", "out")]
+        assert both[0].shape == both[1].shape and np.abs(both[0] - both[1]).max() <= 1e-4
+
+
+def test_requests_and_songs_in_cloud_storage(tiny, tmp_path, monkeypatch, source):
+    bucket = cloud.use(monkeypatch)
+    upload(tmp_path / source, as_path("gs://music/sources/a.wav"))
+    cover = dict(name="b", prompt="flute", task_type="cover", src_audio="sources/a.wav", seed=1)
+    as_path("gs://music/r.jsonl").write_text("\ufeff" + json.dumps(cover) + "\n")
+    command = ["generate", "--batch", "gs://music/r.jsonl", "--out-dir", "gs://music/out", "--checkpoint", tiny[1]]
+    for _ in range(2):
+        before = dict(bucket)
+        assert cli.main([*map(str, command), "--steps", "1"]) == 0
+    assert bucket == before and {"/music/out/b.json", "/music/out/b.wav"} < {*bucket}

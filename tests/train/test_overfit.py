@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import acestep_jax.cli
-from acestep_jax.convert.from_torch import from_torch
 from acestep_jax.io import audio
+from acestep_jax.io.conversion import from_torch
 from acestep_jax.train.data_folder import read_index, read_records
 from acestep_jax.train.report import read_metrics
 from tests import overfit

@@ -23,12 +23,15 @@ from acestep_jax.inputs.collate import pad_tokens
 from acestep_jax.inputs.prepare import prepare
 from acestep_jax.inputs.prompt import tokenize
 from acestep_jax.io import checkpoint
+from acestep_jax.io.files import as_path, files_below, upload
 from acestep_jax.models.kernels import convolution
 from acestep_jax.request import Request
-from acestep_jax.train import data_folder, preprocess
+from acestep_jax.train import data_folder, dataset, preprocess, records
 from acestep_jax.train.config import TASKS
 from acestep_jax.train.data_folder import crop_durations, fingerprint, read_index, read_records, text_key
+from tests import cloud
 from tests.parity import assert_close, normal
+from tests.processes import ends, start, together
 from tests.training import error_of, run_command
 
 RATE = 48000
@@ -184,7 +187,7 @@ def test_nothing_is_done_twice(tiny, songs, work, capsys):
 
 
 def test_only_what_changed_is_encoded(tiny, songs, work, monkeypatch, capsys):
-    monkeypatch.setattr(preprocess, "SHARD_SONGS", 2)
+    monkeypatch.setattr(records, "SHARD_SONGS", 2)
     first = {song.source: song for song in run(tiny, songs).songs}
     kept = record_of(songs, first["a.wav"])
     work.clear()
@@ -235,12 +238,12 @@ def test_a_new_repeat_encodes_nothing(tiny, songs, work):
 
 KILLED = """
 import os, signal, sys
-from acestep_jax.train import preprocess
-preprocess.SHARD_SONGS = 1
+from acestep_jax.train import preprocess, records
+records.SHARD_SONGS = 1
 posterior, count = preprocess._posterior, iter(range(99))
 def fatal(*arguments):
     if next(count) == 2:
-        open(os.path.join(sys.argv[2], ".x-songs-00002.array_record"), "w").write("begun")
+        open(os.path.join(sys.argv[2], ".acestep-x.array_record"), "w").write("begun")
         os.kill(os.getpid(), signal.SIGKILL)
     return posterior(*arguments)
 preprocess._posterior = fatal
@@ -288,6 +291,28 @@ def test_interrupted_while_texts_change(tiny, songs, work, monkeypatch):
     assert work == dict(_hidden_states=4)
 
 
+def test_links_are_followed_and_every_other_file_is_named(tiny, songs, work, capsys):
+    """An album elsewhere that is linked here, a link to the folder itself, and one to a folder that is here anyway."""
+    elsewhere = songs.parent / "elsewhere"
+    write_song(elsewhere, "album/e.wav")
+    (elsewhere / "album" / "E_LYRICS.TXT").write_text("la la")
+    (elsewhere / "album" / "notes.md").write_text("x")
+    (songs / "album").symlink_to(elsewhere / "album")
+    (songs / "loop").symlink_to(songs)
+    (songs / "again").symlink_to(songs / "more")
+    (songs / "linked.wav").symlink_to(songs / "a.wav")
+    (songs / "dead.wav").symlink_to(songs / "nothing.wav")
+    (songs / "nobody.txt").write_text("x")
+    assert run_command("preprocess", songs, songs.parent / "data", "--checkpoint", tiny[1]) == 0
+    index = read_index(songs.parent / "data")
+    assert [song.source for song in index.songs] == [
+        *("a.wav", "album/e.wav", "b.wav", "c.wav", "linked.wav", "more/d.wav")
+    ]
+    assert index.songs[1].lyrics == "la la"
+    out = capsys.readouterr().out
+    assert "3 other file(s) not used:\n  album/notes.md\n  dead.wav\n  nobody.txt\n" in out
+
+
 def test_unusable_files_are_skipped(tiny, songs, work, capsys):
     """With the reason, in the index and at the end."""
     (songs / "bad.mp3").write_bytes(b"garbage" * 100)
@@ -299,7 +324,9 @@ def test_unusable_files_are_skipped(tiny, songs, work, capsys):
     soundfile.write(songs / "wide.wav", np.ones((RATE * 2, 6)), RATE)
     (songs / "b.caption.txt").write_bytes(b"caf\xe9")
     write_song(songs, "04 Nameless.wav", caption=None)
-    (songs / "a.txt").write_text("bpm: 999")
+    (songs / "a.txt").write_text("bpm: 90\nmood: sad")
+    write_song(songs, "fast.wav")
+    (songs / "fast.txt").write_text("bpm: 999")
     (songs / "c.lyrics.txt").write_text("la" * 3000)
     (songs / ".hidden.wav").write_bytes(b"")
     (songs / "cover.jpg").write_bytes(b"")
@@ -308,21 +335,25 @@ def test_unusable_files_are_skipped(tiny, songs, work, capsys):
     index = read_index(songs.parent / "data")
     assert [song.source for song in index.songs] == ["04 Nameless.wav", "a.wav", "c.wav", "more/d.wav"]
     reasons = dict(index.skipped)
-    assert list(reasons) == ["b.wav", "bad.mp3", "caf\\udce9.wav", "nan.wav", "short.wav", "silent.wav", "wide.wav"]
+    assert list(reasons) == [
+        *("b.wav", "bad.mp3", "caf\\udce9.wav", "fast.wav", "nan.wav", "short.wav", "silent.wav", "wide.wav")
+    ]
     words = dict(
         b="b.caption.txt: not UTF-8",
         bad="Format not recognised",
         caf="is not UTF-8; rename it",
+        fast="fast.txt: bpm: expected 30 to 300 beats per minute, found '999'; correct or remove it",
         nan="2 of 192000 samples are NaN",
     )
     words |= dict(short="too short: 0.50 s", silent="silent: its peak is 5.0e-05", wide="6 channels, expected 1 or 2")
     out = capsys.readouterr().out
     for (source, reason), word in zip(reasons.items(), words.values(), strict=True):
         assert word in reason and f"  {source}: {reason}" in out
-    assert "4 songs (4 encoded)" in out and "skipped 7 file(s):" in out
+    assert "4 songs (4 encoded)" in out and "skipped 8 file(s):" in out
     assert "no caption for 1 song(s), used the file name:\n  04 Nameless.wav" in out
     assert index.songs[0].caption == "Nameless"
-    assert "1 value(s) ignored:" in out and "a.txt: bpm '999'" in out
+    assert "1 value(s) ignored:" in out and "a.txt: unknown key 'mood'" in out
+    assert "1 other file(s) not used:\n  cover.jpg" in out and "3 song(s) without lyrics" in out
     assert len(record_of(songs, index.songs[2])["lyric_ids"]) == 2048
     work.clear()
     assert run(tiny, songs) == index and not work
@@ -380,7 +411,7 @@ COMMANDS = {
     "crop": (None, ["{audio}", "{data}", "--crop-seconds", "60", "601"], "expected 1 to 600 seconds, found [60.0, 601"),
     "no crop": (None, ["{audio}", "{data}", "--crop_seconds", "0"], "--crop-seconds: expected 1 to 600"),
     "dtype": (None, ["{audio}", "{data}", "--dtype", "int8"], "use one of float32, bfloat16, float16"),
-    "checkpoint": (None, ["{audio}", "{data}", "--checkpoint", "{audio}"], "audio: no config.json here"),
+    "checkpoint": (None, ["{audio}", "{data}", "--checkpoint", "{audio}"], "audio: not a PyTorch checkpoint"),
 }
 
 
@@ -403,3 +434,63 @@ def test_interruption_is_a_message(tiny, songs, monkeypatch, capsys):
     monkeypatch.setattr(preprocess, "preprocess", interrupt)
     assert run_command("preprocess", songs, "data", "--checkpoint", tiny[1]) == 130
     assert "interrupted; the same command resumes" in capsys.readouterr().err
+
+
+def test_two_processes_make_the_data_of_one(tiny, songs, tmp_path):
+    """Bit for bit, also where a song cannot be used, one has new texts, and one was there before."""
+    (songs / "broken.wav").write_text("not music")
+    run(tiny, songs)
+    for name in ("alone", "shared"):
+        shutil.copytree(songs.parent / "data", tmp_path / name)
+    (songs / "a.caption.txt").write_text("another text")
+    for seed, name in enumerate("uvwxyz"):
+        write_song(songs, f"{name}.wav", seed=9 + seed)
+    words = ["train", "preprocess", songs, tmp_path / "shared", "--checkpoint", tiny[1]]
+    made = together(*words, devices=2)
+    assert [status for status, *_ in made] == [0, 0], made
+    one = start("train", "preprocess", songs, tmp_path / "alone", "--checkpoint", tiny[1])
+    assert ends([one])[0][0] == 0
+    assert "10 songs (1 with new texts, 3 as before, 6 encoded)" in made[0][1]
+    files = {path.name: path.read_bytes() for path in (tmp_path / "alone").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "shared").iterdir()}
+
+
+def test_songs_and_data_in_cloud_storage(tiny, songs, work, monkeypatch):
+    """The records are those of a folder, and a second run finds them."""
+    bucket = cloud.use(monkeypatch)
+    (songs / "b.txt").write_text("\ufeffbpm: 90\nlyrics:\nla", encoding="utf-8")
+    for name in files_below(songs):
+        upload(songs / name, as_path("gs://music/songs") / name)
+    index = preprocess.preprocess("gs://music/songs", "gs://music/data", checkpoint=tiny[1])
+    local = run(tiny, songs)
+    assert [song.bpm for song in index.songs] == [None, 90, None, None]
+    assert {name for name in bucket if "data" in name} == {f"/music/data/{name}" for name in listing(songs)}
+    for ours, theirs in zip(index.songs, local.songs, strict=True):
+        assert (ours.source, ours.text_sha256, ours.shard, ours.row) == (
+            (theirs.source, theirs.text_sha256, theirs.shard, theirs.row)
+        )
+    shard = index.songs[0].shard
+    assert bucket[f"/music/data/{shard}"].getvalue() == (songs.parent / "data" / shard).read_bytes()
+    work.clear()
+    assert preprocess.preprocess("gs://music/songs", "gs://music/data", checkpoint=tiny[1]) == index and not work
+    records_of = dataset.Records(as_path("gs://music/data"), index.songs)
+    assert records_of[1][1]["lyric_ids"].size == index.songs[1].lyric_tokens
+
+
+def test_sigterm_ends_after_the_song_in_flight(tiny, songs, work, monkeypatch, capsys):
+    """With the status of a process that the signal has killed; the same command encodes the rest."""
+    whole = preprocess._posterior
+
+    def terminated(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return whole(*arguments)
+
+    monkeypatch.setattr(preprocess, "_posterior", terminated)
+    command = ["preprocess", songs, songs.parent / "data", "--checkpoint", tiny[1]]
+    assert run_command(*command) == 143
+    assert "SIGTERM; the same command resumes" in capsys.readouterr().err
+    assert [song.source for song in read_index(songs.parent / "data", unfinished=True).songs] == ["a.wav"]
+    monkeypatch.setattr(preprocess, "_posterior", whole)
+    work.clear()
+    assert run_command(*command) == 0 and work["_posterior"] == 3
+    assert len(read_index(songs.parent / "data").songs) == 4

@@ -3,8 +3,12 @@
 import pytest
 
 from acestep_jax import InputError
+from acestep_jax.io.files import as_path, files_below
 from acestep_jax.train import config_file, run
 from acestep_jax.train.config import AutoencoderTrainConfig
+from acestep_jax.train.finetune import FineTuning
+from acestep_jax.train.report import Report, read_metrics
+from tests import cloud
 from tests.training import settings
 
 
@@ -111,3 +115,30 @@ def test_divergence(folder):
         run.DivergedError, match="out: the loss or its gradient is non-finite since step 5, 3 consecutive"
     ):
         run.check_finite(config, 7, 3)
+
+
+def test_a_run_in_cloud_storage(monkeypatch):
+    """Nothing is renamed or appended there; metrics arrive with each checkpoint, and at the end."""
+    bucket = cloud.use(monkeypatch)
+    folder = as_path("gs://music/runs/one")
+    config = settings("data", "checkpoint", folder)
+    run.check_folder(folder, config)
+    with run.opened(folder, config):
+        assert config_file.read(folder / run.CONFIG) == config
+        report = Report(folder, 0, config, 25.0, lambda details: {}, FineTuning.panels)
+        with report:
+            report.write(1, {"loss": 2.0})
+            assert "/music/runs/one/metrics.jsonl" not in bucket
+            report.publish()
+            assert read_metrics(folder) == [{"step": 1, "loss": 2.0}]
+            report.write(2, {"loss": 1.0})
+    assert len(read_metrics(folder)) == 2 and (folder / "loss.png").exists()
+    with Report(folder, 1, config, 25.0, lambda details: {}, FineTuning.panels):  # resumed from step 1
+        pass
+    assert read_metrics(folder) == [{"step": 1, "loss": 2.0}]
+    for text in ("one", "two"):
+        run.replace(folder / "adapter", lambda path, text=text: (path / text).write_text(text))
+        assert files_below(folder / "adapter") == [text]
+    (folder / run.CHECKPOINTS / "4" / "x").write_text("")
+    with pytest.raises(InputError, match="gs://music/runs/one: holds a run with other settings"):
+        run.check_folder(folder, settings("data", "checkpoint", folder, seed=1))

@@ -121,7 +121,9 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "adamw")) for name in OPTIMIZERS]
+)
 def test_full_step_matches_torch(tiny, configs, frozen, name):
     """Two parts of two songs of different lengths: the loss to 1e-5, every weight after the step to 1e-4."""
     make, make_theirs, clips = OPTIMIZERS[name]

@@ -1,0 +1,68 @@
+"""SIGTERM, by which schedulers announce that they take a machine back: work ends where the same command resumes.
+
+Within `handled`, the signal only sets a flag. Loops ask `requested` where nothing is lost by stopping and raise
+`Preempted`, for which the command line exits with `EXIT_CODE`.
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+from acestep_jax import distributed
+from acestep_jax.errors import Preempted
+
+# That of a process which SIGTERM has killed, 128 + 15: schedulers and scripts see the same, whenever the signal came.
+EXIT_CODE = 128 + signal.SIGTERM
+
+_NOTICE = "acestep-jax/preempted"
+_received = threading.Event()
+
+
+@contextlib.contextmanager
+def handled(*, in_step: bool = False) -> Iterator[None]:
+    """Keep SIGTERM from ending this process; a second one does. Outside of the main thread, do nothing.
+
+    Args:
+        in_step: of several processes, all make the same steps. JAX then receives the signal, and agrees with the
+            others on the step after which all stop.
+    """
+    if threading.current_thread() is not threading.main_thread() or (in_step and jax.process_count() > 1):
+        yield
+        return
+
+    def receive(number: int, frame: object) -> None:
+        _received.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    _received.clear()
+    before = signal.signal(signal.SIGTERM, receive)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        _received.clear()
+
+
+def requested() -> bool:
+    """Return whether this process or another, each with its own share of the work, has received SIGTERM."""
+    if _received.is_set():
+        distributed.announce(_NOTICE)
+        return True
+    return distributed.is_announced(_NOTICE)
+
+
+def requested_at(step: int) -> bool:
+    """Return whether to stop after a step: true at one and the same step in all processes, which make the same ones."""
+    if jax.process_count() > 1:
+        return multihost_utils.reached_preemption_sync_point(step)
+    return _received.is_set()
+
+
+def check() -> None:
+    """Raise Preempted if `requested`."""
+    if requested():
+        raise Preempted
