@@ -73,6 +73,8 @@ ELSEWHERE = {
     "callback_on_step_end_tensor_inputs": "leave it out: callback_on_step_end gets (step, t, latents)",
     "callback": "use callback_on_step_end=FUNCTION",
     "return_dict": "leave it out",
+    "attention_kwargs": "leave it out; adapters are set with pipe.set_adapters({name: scale})",
+    "callback_steps": "leave it out; callback_on_step_end is called after each step",
     "cross_attention_kwargs": "leave it out; adapters are set with pipe.set_adapters({name: scale})",
     "torch_dtype": 'use dtype="bfloat16", "float16" or "float32" of from_pretrained',
     "device_map": "use mesh=make_mesh(...) of from_pretrained",

@@ -14,16 +14,30 @@ import jax
 import numpy as np
 
 from acestep_jax.arguments import argument, arguments, check_fields, unknown_name
+from acestep_jax.diffusion import dcw
 from acestep_jax.diffusion.guidance import GUIDANCE
 from acestep_jax.diffusion.noise import gpu_threads
 from acestep_jax.diffusion.solvers import SOLVERS
 from acestep_jax.errors import InputError
+from acestep_jax.models.registry import FAMILY
 
 MIN_DURATION, MAX_DURATION = 10.0, 600.0  # seconds
-DEFAULT_DURATION = 60.0  # seconds
+CHUNK_MASKS = ("explicit", "auto")
+REPAINT_MODES = ("conservative", "balanced", "aggressive")
 MAX_PROMPT_TOKENS, MAX_LYRIC_TOKENS = 256, 2048  # what the model was trained on
 
 Audio = str | Path | np.ndarray
+
+
+def _by_compat(field: str) -> str:
+    """Return the values that the settings of `Sampling.compat` give a field, or their defaults of a variant."""
+    values = {}
+    for name, compat in FAMILY.compat.items():
+        value = getattr(compat.defaults["turbo"] if field not in compat.__dataclass_fields__ else compat, field)
+        values[name] = f"{value:g}" if isinstance(value, float) else str(value).lower()
+    first, *others = values.items()
+    other = [f"{value} with compat={name}" for name, value in others if value != first[1]]
+    return "; ".join([first[1], *other])
 
 
 @dataclass(frozen=True)
@@ -49,10 +63,14 @@ class Request:
         minimum=MIN_DURATION,
         maximum=MAX_DURATION,
         flag="duration",
-        meaning=f"{DEFAULT_DURATION:g}, or the length of the source",
+        meaning=f"the length of the source, or {_by_compat('audio_duration')}",
     )
-    vocal_language: str = argument(
-        "en", help="Language code of the lyrics, such as en, zh or ja.", flag="language", metavar="CODE"
+    vocal_language: str | None = argument(
+        None,
+        help="Language code of the lyrics, such as en, zh or ja; unknown leaves it to the model.",
+        flag="language",
+        metavar="CODE",
+        meaning=_by_compat("vocal_language"),
     )
     _: KW_ONLY
     bpm: int | None = argument(
@@ -73,7 +91,8 @@ class Request:
     )
     task_type: str = argument(
         "text2music",
-        help="Task: text2music, repaint, cover, extract, lego or complete.",
+        help="Task: text2music, repaint, cover, cover-nofsq, extract, lego or complete. cover-nofsq covers the "
+        "source's own latents, without the audio tokenizer.",
         flag="task",
         metavar="TASK",
     )
@@ -142,6 +161,40 @@ class Request:
         maximum=2**32 - 1,
         meaning="a new one, which is reported",
     )
+    retake_seed: int | None = argument(
+        None,
+        help="Seed of a second noise that retake_variance mixes into the first one, for variations of a song.",
+        minimum=0,
+        maximum=2**32 - 1,
+        meaning="a new one, which a warning tells",
+    )
+    retake_variance: float = argument(
+        0.0,
+        help="Share of that noise: cos(v pi/2) of the first and sin(v pi/2) of the second; 0 is the song itself, 1 "
+        "another one.",
+        minimum=0,
+        maximum=1,
+    )
+    global_caption: str = argument(
+        "",
+        help="Description of the whole song, where the prompt describes one track; for models fine-tuned on stems.",
+        metavar="TEXT",
+    )
+    flow_edit_morph: bool = argument(
+        False,
+        help="Edit the source by flow: follow the difference between what the model makes of prompt and lyrics, and of "
+        "flow_edit_source_caption and flow_edit_source_lyrics. For text2music, cover and cover-nofsq.",
+    )
+    flow_edit_source_caption: str = argument(
+        "", help="Description of the source that is edited by flow.", metavar="TEXT", flag="source-caption"
+    )
+    flow_edit_source_lyrics: str = argument(
+        "",
+        help="Lyrics of the source that is edited by flow. @FILE reads them from a file.",
+        metavar="TEXT",
+        flag="source-lyrics",
+        from_file=True,
+    )
     latents: np.ndarray | None = argument(
         None,
         help="Initial noise, an array [frames, channels], in place of the seed's.",
@@ -167,7 +220,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a batch of songs is sampled. None stands for the default of the model's variant, see `models.registry`.
+    """How a batch of songs is sampled. None stands for what `compat` gives for the model's variant, see
+    `models.registry.Compat`.
 
     Raises:
         InputError: if a value is of the wrong type, out of range or unknown.
@@ -183,6 +237,12 @@ class Sampling:
         None, help="Shift of the timesteps towards the noise, above 0.", minimum=0, meaning="the variant's"
     )
     _: KW_ONLY
+    compat: str = argument(
+        "ace-step",
+        help="Whose behaviour and defaults are taken where implementations differ: those of the authors' application, "
+        "or of diffusers. Other options override single ones.",
+        choices=tuple(FAMILY.compat),
+    )
     timesteps: Sequence[float] | None = argument(
         None,
         help="Strictly decreasing timesteps within (0, 1] in place of num_inference_steps and shift; repeatable.",
@@ -190,22 +250,29 @@ class Sampling:
         metavar="T",
         meaning="computed from num_inference_steps and shift",
     )
+    snap_timesteps: bool | None = argument(
+        None,
+        help="Whether those times become the nearest of the 20 that turbo models were trained at; only for these.",
+        meaning=_by_compat("snap_timesteps"),
+    )
     solver: str = argument("euler", help="Solver of the sampling ODE or SDE.", choices=tuple(SOLVERS))
     guidance: str = argument("apg", help="Guidance rule.", choices=tuple(GUIDANCE), flag="guidance-rule")
     cfg_interval_start: float = argument(
         0.0, help="Start of the interval in which guidance acts.", minimum=0, maximum=1
     )
     cfg_interval_end: float = argument(1.0, help="End of the interval in which guidance acts.", minimum=0, maximum=1)
-    cfg_interval_in: str = argument(
-        "t",
+    cfg_interval_in: str | None = argument(
+        None,
         help="What that interval is measured in: the time t, as in ACE-Step, or the progress 1 - t, as in diffusers.",
         choices=("t", "progress"),
+        meaning=_by_compat("cfg_interval_in"),
     )
-    cover_mode: str = argument(
-        "switch",
+    cover_mode: str | None = argument(
+        None,
         help="What an audio_cover_strength below 1 does: switch changes to text2music after that fraction of the "
         "steps, as in ACE-Step; blend mixes the velocities with that weight, as in diffusers.",
         choices=("switch", "blend"),
+        meaning=_by_compat("cover_mode"),
     )
     cover_noise_strength: float = argument(
         0.0,
@@ -214,12 +281,76 @@ class Sampling:
         maximum=1,
         flag="cover-noise",
     )
-    repaint_injection_ratio: float = argument(
-        0.0,
-        help="Fraction of the sampling steps, from the first on, after each of which the source is put back outside of "
-        "the repainted regions.",
+    chunk_mask_mode: str | None = argument(
+        None,
+        help="What the model is told of the regions: explicit is 1 in them and 0 outside, auto 2 everywhere, which "
+        "leaves them to the model.",
+        choices=CHUNK_MASKS,
+        meaning=f"{_by_compat('chunk_mask_mode')}; auto for models fine-tuned on stems",
+    )
+    repaint_mode: str | None = argument(
+        None,
+        help="How a song with regions is held to its source outside of them while it is made: conservative in all "
+        "steps, balanced in a part of them, see repaint_strength, aggressive in none.",
+        choices=REPAINT_MODES,
+        meaning=_by_compat("repaint_mode"),
+    )
+    repaint_strength: float = argument(
+        0.5,
+        help="With repaint_mode=balanced: the source is put back after each of the first 1 - s of the steps, and the "
+        "latents are blended over 25 (1 - s) frames outside of the regions.",
         minimum=0,
         maximum=1,
+    )
+    repaint_injection_ratio: float | None = argument(
+        None,
+        help="Fraction of the sampling steps, from the first on, after each of which the source is put back outside of "
+        "the regions.",
+        minimum=0,
+        maximum=1,
+        meaning="that of repaint_mode",
+    )
+    repaint_latent_crossfade_frames: int | None = argument(
+        None,
+        help="Latent frames outside of the regions over which what was made fades into the source, at the end.",
+        minimum=0,
+        meaning="those of repaint_mode",
+    )
+    dcw_enabled: bool | None = argument(
+        None,
+        help="Whether each step is corrected in the wavelet domain (DCW).",
+        meaning="true for turbo models; false for others, and with compat=diffusers",
+    )
+    dcw_mode: str = argument(
+        "double",
+        help="What DCW corrects: the low band, the high band, both (double), or all alike (pix).",
+        choices=dcw.MODES,
+    )
+    dcw_scaler: float = argument(0.05, help="Scale of DCW for the low band, or for the only one.", minimum=0)
+    dcw_high_scaler: float = argument(0.02, help="Scale of DCW for the high band, with dcw_mode=double.", minimum=0)
+    dcw_wavelet: str = argument("haar", help="Wavelet of DCW.", choices=tuple(dcw.WAVELETS))
+    velocity_norm_threshold: float = argument(
+        0.0,
+        help="Greatest norm of the velocity, in norms of the latents at that step; 0: unbounded.",
+        minimum=0,
+    )
+    velocity_ema_factor: float = argument(
+        0.0, help="Share of the velocity of the step before in each velocity.", minimum=0, maximum=1
+    )
+    flow_edit_n_min: float = argument(
+        0.0, help="Fraction of the steps after which editing by flow begins.", minimum=0, maximum=1
+    )
+    flow_edit_n_max: float = argument(
+        1.0, help="Fraction of the steps after which it ends, and the song is denoised.", minimum=0, maximum=1
+    )
+    flow_edit_n_avg: int = argument(1, help="Noises that each step of editing by flow is averaged over.", minimum=1)
+    latent_shift: float = argument(0.0, help="What is added to the latents before they are decoded.")
+    latent_rescale: float = argument(1.0, help="What the latents are multiplied by before that.", minimum=0)
+    posterior: str = argument(
+        "mean",
+        help="What the autoencoder makes of a source or a reference: the mean of the posterior, or a sample of it, as "
+        "ACE-Step and diffusers draw.",
+        choices=("mean", "sample"),
     )
     noise: str = argument(
         "jax",
@@ -227,9 +358,10 @@ class Sampling:
         "(torch:A100 names the GPU, needed for songs longer than 25.6 s).",
         metavar="KIND",
     )
-    attend_to_padding: bool = argument(
-        False,
+    attend_to_padding: bool | None = argument(
+        None,
         help="Whether the padding of shorter texts in a batch is attended to, as in diffusers.",
+        meaning=_by_compat("attend_to_padding"),
     )
 
     def __post_init__(self):
@@ -241,6 +373,8 @@ class Sampling:
         start, end = self.cfg_interval_start, self.cfg_interval_end
         if start > end:
             raise InputError(f"cfg_interval_start, cfg_interval_end: expected start <= end, found {start} and {end}")
+        if (first := self.flow_edit_n_min) > (last := self.flow_edit_n_max):
+            raise InputError(f"flow_edit_n_min, flow_edit_n_max: expected min <= max, found {first:g} and {last:g}")
 
 
 @dataclass(frozen=True)

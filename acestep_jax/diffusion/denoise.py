@@ -2,7 +2,7 @@
 
     fixed, state = begin(...)            what does not depend on the step: keys and values, context, time embeddings
     state = advance(..., state, i, n=n)  steps i, ..., i + n - 1
-    latents = finish(state)
+    latents = finish(fixed, state)
 
 `denoise` is all of it as one compiled program, the usual case. To watch or stop a song, the same three functions run as
 programs of their own, a step at a time; they call nothing back, so JAX's persistent cache keeps them.
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from acestep_jax.diffusion import solvers
+from acestep_jax.diffusion import dcw, flow_edit, solvers
 from acestep_jax.diffusion.guidance import GUIDANCE, Guided
 from acestep_jax.distributed import on_host, shard
 from acestep_jax.errors import Cancelled
@@ -44,7 +44,7 @@ class Inputs(NamedTuple, Generic[A]):
     condition: Condition
     source: A  # [B, T, C] float32, source latents
     silent: A  # [B, T] bool, where silence replaces them
-    mask: A  # [B, T] bool, the chunk mask: what is generated
+    mask: A  # [B, T] bool or float32, the chunk mask: 1 for what is generated
     times: A  # [N + 1] float32, decreasing to 0
     guided: A  # [N + 1] bool, the times at which guidance acts; a solver may evaluate at the end of a step
     guidance_scale: A  # float32
@@ -57,15 +57,26 @@ class Inputs(NamedTuple, Generic[A]):
     clean: A | None = None  # [B, T, C] float32, the source's latents as the autoencoder gives them
     noise: A | None = None  # [B, T, C] float32
     injected_steps: A | None = None  # int32
+    made: A | None = None  # [B, T] float32, the share of what was made in the latents at the end; `clean` is the rest
+    dcw: A | None = None  # [N, 2] float32, the scales of both bands in each step, see `diffusion.dcw`
+    velocity_norm: A | None = None  # float32, the greatest norm of a song's velocity, in norms of the song
+    velocity_ema: A | None = None  # float32, see `solvers.Step.ema`
+    # Editing by flow: x is the source's latents, `clean`, and keys are given.
+    edited: Condition | None = None  # of the texts that describe the source
+    edit_window: A | None = None  # [2] int32, see `flow_edit`
 
 
 class Method(NamedTuple):
-    """What of the sampling is compiled: the solver, the guidance rule (None: no guidance), and whether partial covers
-    blend velocities or, if false, change to text to music after a part of the steps."""
+    """What of the sampling is compiled: the solver, the guidance rule (None: no guidance), whether partial covers blend
+    velocities or, if false, change to text to music after a part of the steps, whether the last step is Euler's, the
+    wavelet of DCW, and the draws in each step of editing by flow (0: nothing is edited)."""
 
     solver: str = "euler"
     guidance: str | None = None
     blend: bool = False
+    euler_end: bool = False
+    wavelet: str = "haar"
+    edit_draws: int = 0
 
 
 class Fixed(NamedTuple):
@@ -75,8 +86,9 @@ class Fixed(NamedTuple):
     context: jax.Array  # [B, T, 2 C]
     time: TimeEmbedding  # of all times, [N + 1, ...]
     condition: tuple[KeysValues, jax.Array]  # [L, R * B, S, K, H] each, and lengths [R * B]
-    plain_context: jax.Array | None  # [1, T, 2 C], of partial covers that switch
+    plain_context: jax.Array | None  # [B, T, 2 C], of partial covers that switch
     plain_condition: tuple[KeysValues, jax.Array] | None
+    edited: tuple[KeysValues, jax.Array] | None
 
 
 def context_latents(source: jax.Array, silence: jax.Array, silent: jax.Array, mask: jax.Array) -> jax.Array:
@@ -86,7 +98,7 @@ def context_latents(source: jax.Array, silence: jax.Array, silent: jax.Array, ma
         source: [B, T, C], source latents.
         silence: [1, T, C], latents of silence.
         silent: [B, T] bool, where silence replaces the source.
-        mask: [B, T] bool, the chunk mask, which every channel gets.
+        mask: [B, T], the chunk mask, which every channel gets.
     """
     source = jnp.where(silent[:, :, None], silence, source)
     return jnp.concatenate([source, jnp.broadcast_to(mask[:, :, None], source.shape).astype(source.dtype)], axis=-1)
@@ -115,17 +127,22 @@ def begin(
         return transformer.embed_condition(tokens), counts
 
     changed_to = None if method.blend else inputs.plain_condition  # where partial covers switch
+    plain_context = None
+    if changed_to is not None:
+        everywhere = jnp.ones_like(inputs.silent)
+        plain_context = context_latents(inputs.source, silence, everywhere, inputs.mask)
     fixed = Fixed(
         inputs=inputs,
         context=context_latents(inputs.source, silence, inputs.silent, inputs.mask),
         time=transformer.embed_time(inputs.times, inputs.times),
         condition=branch_keys_values(inputs.condition),
-        plain_context=jnp.concatenate([silence, jnp.ones_like(silence)], axis=-1) if changed_to is not None else None,
+        plain_context=plain_context,
         plain_condition=None if changed_to is None else branch_keys_values(changed_to),
+        edited=None if inputs.edited is None else branch_keys_values(inputs.edited),
     )
     x = shard(inputs.x, "batch", "sequence", None)
     momentum = jnp.zeros_like(x) if method.guidance == "apg" else jnp.float32(0)
-    return fixed, solvers.start(x, momentum)
+    return fixed, solvers.start(x, (momentum, momentum) if method.edit_draws else momentum)
 
 
 def advance(
@@ -138,15 +155,18 @@ def advance(
     method: Method,
 ) -> solvers.State:
     """Make steps i to i + n - 1; n is static, i is not. Guidance costs as much at all times."""
-    inputs, times = fixed.inputs, fixed.inputs.times
+    inputs, times, scale = fixed.inputs, fixed.inputs.times, fixed.inputs.guidance_scale
     steps = times.shape[0] - 1
+    valid = (jnp.arange(inputs.x.shape[1]) < inputs.lengths[:, None])[:, :, None]  # [B, T, 1]
 
-    def branch_velocities(x: jax.Array, i: jax.Array) -> list[jax.Array]:  # [B, T, C] -> R x [B, T, C] float32
-        (keys_values, counts), context = fixed.condition, fixed.context
+    def branch_velocities(
+        x: jax.Array, i: jax.Array, step: jax.Array, condition: tuple[KeysValues, jax.Array]
+    ) -> list[jax.Array]:  # [B, T, C] -> R x [B, T, C] float32, at times[i] within a step
+        (keys_values, counts), context = condition, fixed.context
         branches = counts.shape[0] // x.shape[0]
         if fixed.plain_condition is not None:
             assert inputs.cover_strength is not None and fixed.plain_context is not None
-            plain = i >= jnp.floor(steps * inputs.cover_strength + 1e-6)  # [B], which have changed to text to music
+            plain = step >= jnp.floor(steps * inputs.cover_strength + 1e-6)  # [B], which have changed to text to music
             rows = _tile(plain, branches)
             context = jnp.where(plain[:, None, None], fixed.plain_context, context)
             counts = jnp.where(rows, fixed.plain_condition[1], counts)
@@ -163,12 +183,26 @@ def advance(
         )
         return jnp.split(v.astype(jnp.float32), branches)
 
-    def velocity(x: jax.Array, i: jax.Array, momentum: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        v, *others = branch_velocities(x, i)
+    def further(g: Guided) -> tuple[jax.Array, None]:
+        """Guide a further evaluation within a step. It has no momentum to go by, so APG is plain CFG there; ADG is too
+        at t = 0, where it is not defined. Source: ACE-Step 1.5, base."""
+        plain, _ = GUIDANCE["cfg"](g, scale)
+        if method.guidance != "adg":
+            return plain, None
+        turned, _ = GUIDANCE["adg"](g._replace(t=jnp.where(g.t > 0, g.t, 1.0)), scale)
+        return jnp.where(g.t > 0, turned, plain), None
+
+    def velocity(
+        x: jax.Array,
+        i: jax.Array,
+        momentum: jax.Array | None,
+        condition: tuple[KeysValues, jax.Array] = fixed.condition,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        step = i if momentum is not None else i - 1  # a further evaluation is made at the end of its step
+        v, *others = branch_velocities(x, i, step, condition)
         if method.guidance:
-            # A further evaluation within a step has no momentum to go by: it is guided by plain CFG.
-            rule = GUIDANCE["cfg" if momentum is None else method.guidance]
-            guided, new_momentum = rule(Guided(v, others[0], x, times[i], momentum), inputs.guidance_scale)
+            g = Guided(v, others[0], x, times[i], momentum)
+            guided, new_momentum = further(g) if momentum is None else GUIDANCE[method.guidance](g, scale)
             v = jnp.where(inputs.guided[i], guided, v)
             if momentum is not None:
                 assert new_momentum is not None
@@ -177,22 +211,62 @@ def advance(
             assert inputs.cover_strength is not None
             weight = inputs.cover_strength[:, None, None]
             v = weight * v + (1 - weight) * others[-1]
+        if inputs.velocity_norm is not None:
+            norm, most = (jnp.linalg.norm(jnp.where(valid, a, 0), axis=(1, 2), keepdims=True) for a in (v, x))
+            v = v * jnp.minimum(1.0, inputs.velocity_norm * most / jnp.maximum(norm, 1e-10))
         return v, momentum
 
     def inject(x: jax.Array, i: jax.Array) -> jax.Array:
         if inputs.kept is None:
             return x
         assert inputs.noise is not None and inputs.clean is not None and inputs.injected_steps is not None
-        t = times[i + 1]
+        t = solvers.reached(method.solver, times, i)
         source = t * inputs.noise + (1 - t) * inputs.clean
         return jnp.where(inputs.kept[:, :, None] & (i < inputs.injected_steps), source, x)
 
-    return solvers.advance(velocity, state, times, i, n, solver=method.solver, keys=inputs.keys, after_step=inject)
+    def correct(x: jax.Array, x0: jax.Array, i: jax.Array) -> jax.Array:
+        assert inputs.dcw is not None
+        return dcw.correct(x, jnp.where(valid, x0, x), inputs.dcw[i], method.wavelet)
+
+    if method.edit_draws:
+        assert fixed.edited is not None and inputs.clean is not None
+        assert inputs.edit_window is not None and inputs.keys is not None
+        source = fixed.edited
+        return flow_edit.advance(
+            lambda x, i, momentum: velocity(x, i, momentum, source),
+            velocity,
+            state,
+            times,
+            i,
+            n,
+            clean=inputs.clean,
+            window=inputs.edit_window,
+            keys=inputs.keys,
+            draws=method.edit_draws,
+            ema=inputs.velocity_ema,
+        )
+    return solvers.advance(
+        velocity,
+        state,
+        times,
+        i,
+        n,
+        solver=method.solver,
+        keys=inputs.keys,
+        after_step=inject,
+        correct=None if inputs.dcw is None else correct,
+        ema=inputs.velocity_ema,
+        euler_end=method.euler_end,
+    )
 
 
-def finish(state: solvers.State) -> jax.Array:
+def finish(fixed: Fixed, state: solvers.State) -> jax.Array:
     """Return the latents, [B, T, C] float32; those from a song's length on are padding."""
-    return state.x
+    made, clean = fixed.inputs.made, fixed.inputs.clean
+    if made is None:
+        return state.x
+    assert clean is not None
+    return made[:, :, None] * state.x + (1 - made[:, :, None]) * clean
 
 
 def _denoise(
@@ -203,7 +277,7 @@ def _denoise(
     method: Method,
 ) -> jax.Array:
     fixed, state = begin(transformer, condition_encoder, inputs, method=method)
-    return finish(advance(transformer, fixed, state, 0, n=inputs.times.shape[0] - 1, method=method))
+    return finish(fixed, advance(transformer, fixed, state, 0, n=inputs.times.shape[0] - 1, method=method))
 
 
 denoise = jax.jit(_denoise, static_argnames="method", compiler_options=COMPILER_OPTIONS)
@@ -211,6 +285,7 @@ begin_program = jax.jit(begin, static_argnames="method", compiler_options=COMPIL
 advance_program = jax.jit(
     advance, static_argnames=("n", "method"), donate_argnames="state", compiler_options=COMPILER_OPTIONS
 )
+finish_program = jax.jit(finish, compiler_options=COMPILER_OPTIONS)
 
 
 def denoise_in_pieces(
@@ -247,7 +322,7 @@ def denoise_in_pieces(
             progress()
         if on_step is not None:
             on_step(i, float(inputs.times[i]), np.array(on_host(state.x)[:, :longest]))
-    return finish(state)
+    return state.x if inputs.made is None else finish_program(fixed, state)
 
 
 def _tile(x: jax.Array, count: int) -> jax.Array:

@@ -19,6 +19,8 @@ class Step(NamedTuple):
 
     x, v: the state and its velocity, [B, T, C]; past: see `State`.
     keys: [B], of each song's noise in step i; None for solvers that draw no noise.
+    ema: the share of the velocity before in each velocity; None: it has none.
+    euler_end: whether the last step makes one evaluation only, so that none is made at t = 0.
     """
 
     x: jax.Array
@@ -28,10 +30,22 @@ class Step(NamedTuple):
     times: jax.Array  # [N + 1]
     velocity: Velocity
     keys: jax.Array | None
+    ema: jax.Array | None = None
+    euler_end: bool = False
 
     def length(self, back: int = 0) -> jax.Array:
         """Return the length in t of this step, or of the one `back` steps before."""
         return self.times[self.i - back] - self.times[self.i - back + 1]
+
+    def ahead(self, x: jax.Array) -> jax.Array:
+        """Return the velocity of a further evaluation, at x and the end of the step."""
+        v, _ = self.velocity(x, self.i + 1, None)
+        return blend(v.astype(self.v.dtype), self.v, self.ema)
+
+
+def blend(v: jax.Array, before: jax.Array, share: jax.Array | None) -> jax.Array:
+    """Return (1 - share) v + share before; v without a share."""
+    return v if share is None else (1 - share) * v + share * before
 
 
 def euler(s: Step) -> jax.Array:
@@ -41,8 +55,13 @@ def euler(s: Step) -> jax.Array:
 
 def heun(s: Step) -> jax.Array:
     """Use the mean of the velocities here and where Euler would go: second order, two evaluations in each step."""
-    ahead, _ = s.velocity(euler(s), s.i + 1, None)
-    return s.x - s.length() * (s.v + ahead.astype(s.v.dtype)) / 2
+
+    def mean() -> jax.Array:
+        return s.x - s.length() * (s.v + s.ahead(euler(s))) / 2
+
+    if not s.euler_end:
+        return mean()
+    return jax.lax.cond(s.i == s.times.shape[0] - 2, lambda: euler(s), mean)
 
 
 def ab2(s: Step) -> jax.Array:
@@ -66,19 +85,24 @@ def ab3(s: Step) -> jax.Array:
 
 def sde(s: Step) -> jax.Array:
     """Go to the predicted x0, and back to the next time with fresh noise. Source: ACE-Step 1.5, turbo."""
-    return _renoise(s, s.times[s.i + 1])
+    return _renoise(s, reached("sde", s.times, s.i))
 
 
 def sde_linear(s: Step) -> jax.Array:
     """Do as `sde`, but go back to 1 - (i + 1) / N whatever the schedule. Source: ACE-Step 1.5, base."""
-    steps = s.times.shape[0] - 1
-    return _renoise(s, (steps - 1.0 - s.i) / steps)
+    return _renoise(s, reached("sde_linear", s.times, s.i))
 
 
 def _renoise(s: Step, t: jax.Array) -> jax.Array:
     x0 = s.x - s.times[s.i] * s.v
-    noise = jax.vmap(lambda key: jax.random.normal(key, s.x.shape[1:]))(s.keys)
+    noise = jax.vmap(lambda key: jax.random.normal(key, s.x.shape[1:], jnp.float32))(s.keys)
     return t * noise + (1 - t) * x0
+
+
+def reached(solver: str, times: jax.Array, i: jax.Array) -> jax.Array:
+    """Return the noise level that a solver's step i ends at."""
+    steps = times.shape[0] - 1
+    return (steps - 1.0 - i) / steps if solver == "sde_linear" else times[i + 1]
 
 
 SOLVERS: dict[str, Callable[[Step], jax.Array]] = dict(
@@ -91,7 +115,7 @@ class State(NamedTuple):
     """What a step hands on to the next.
 
     x: [B, T, C], float32 at least; momentum: of guidance, a pytree.
-    past: the last two velocities, the latest first, [B, T, C] each; arbitrary where there was none.
+    past: the velocities of the last two steps, the latest first, [B, T, C] each; arbitrary where there was none.
     """
 
     x: jax.Array
@@ -115,6 +139,9 @@ def advance(
     solver: str = "euler",
     keys: jax.Array | None = None,
     after_step: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    correct: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
+    ema: jax.Array | None = None,
+    euler_end: bool = False,
 ) -> State:
     """Integrate dx/dt = v from times[i] to times[i + n], as one scan.
 
@@ -127,17 +154,26 @@ def advance(
         solver: one of `SOLVERS`.
         keys: [B], one for each song, where the solver draws noise. The noise of a frame does not depend on T.
         after_step: (x, i) -> x, applied after each step.
+        correct: (x, x0, i) -> x, applied before that; x0 is what the velocity at the beginning of the step predicted.
+        ema, euler_end: see `Step`.
     """
 
     def step(state: State, i: jax.Array) -> tuple[State, None]:
         x, momentum, past = state
         v, momentum = velocity(x, i, momentum)
         v = v.astype(x.dtype)
+        if ema is not None:
+            v = jnp.where(i == 0, v, blend(v, past[0], ema))
         step_keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-        x = SOLVERS[solver](Step(x, v, past, i, times, velocity, step_keys))
+        s = Step(x, v, past, i, times, velocity, step_keys, ema, euler_end)
+        made = SOLVERS[solver](s)
+        if ema is not None and solver == "heun":
+            v = (x - made) / s.length()  # the mean of both evaluations is what the next step remembers
+        if correct is not None:
+            made = correct(made, x - times[i] * s.v, i)
         if after_step is not None:
-            x = after_step(x, i)
-        return State(x, momentum, (v, past[0])), None
+            made = after_step(made, i)
+        return State(made, momentum, (v, past[0])), None
 
     return jax.lax.scan(step, state, i + jnp.arange(n))[0]
 

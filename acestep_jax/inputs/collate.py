@@ -16,9 +16,9 @@ from acestep_jax.arguments import is_key
 from acestep_jax.diffusion import noise
 from acestep_jax.diffusion.schedule import custom_schedule, late_start, schedule
 from acestep_jax.errors import InputError
+from acestep_jax.inputs import settings
 from acestep_jax.inputs.buckets import BUCKETS, Buckets
 from acestep_jax.inputs.prepare import Job, check_accepted
-from acestep_jax.models.registry import SamplingDefaults
 from acestep_jax.request import Sampling
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,9 @@ class Batch(NamedTuple):
     prompt: Tokens[np.ndarray]
     lyrics: Tokens[np.ndarray]
     plain: Tokens[np.ndarray] | None  # the prompts as those of text2music, where a cover of the batch is partial
+    edited: tuple[Tokens[np.ndarray], Tokens[np.ndarray]] | None  # prompts and lyrics of sources edited by flow
     silent: np.ndarray  # [B, T] bool, true in the padding
-    mask: np.ndarray  # [B, T] bool, true in the padding
+    mask: np.ndarray  # [B, T] bool, what is generated, true in the padding
     keeps_source: np.ndarray  # [B] bool
     cover_strength: np.ndarray  # [B] float32
 
@@ -77,6 +78,7 @@ def collate(jobs: Sequence[Job], *, pad: int | None = None) -> Batch:
         prompt=tokens[0],
         lyrics=tokens[1],
         plain=tokens[2] if partial else None,
+        edited=_edited(jobs, buckets, pad or 0) if jobs[0].edited else None,
         silent=_rows(jobs, "silent", frames),
         mask=_rows(jobs, "mask", frames),
         keeps_source=np.array([job.keeps_source for job in jobs]),
@@ -95,10 +97,34 @@ def pad_tokens(rows: Sequence[np.ndarray], multiple: int, pad: int) -> Tokens[np
     return Tokens(ids, mask)
 
 
+def _edited(jobs: Sequence[Job], buckets: Buckets, pad: int) -> tuple[Tokens[np.ndarray], Tokens[np.ndarray]]:
+    prompts = [job.edited_ids for job in jobs if job.edited_ids is not None]
+    lyrics = [job.edited_lyric_ids for job in jobs if job.edited_lyric_ids is not None]
+    return pad_tokens(prompts, buckets.prompt, pad), pad_tokens(lyrics, buckets.lyrics, pad)
+
+
 def check_sampling(jobs: Sequence[Job], sampling: Sampling) -> None:
-    """Raise InputError if a job's task does not accept a value that the sampling has."""
+    """Raise InputError if a job's task does not accept a value that the sampling has, or only some are edited by
+    flow."""
     for job in jobs:
         check_accepted(sampling, job.task_type, job.task)
+        if job.compat != sampling.compat:
+            logger.warning(
+                "compat: a song was prepared with %s and is sampled with %s; give `prepare` the same sampling",
+                job.compat,
+                sampling.compat,
+            )
+    if len({job.edited for job in jobs}) > 1:
+        raise InputError("flow_edit_morph: expected all songs of a batch to be edited by flow, or none")
+    if jobs[0].edited:
+        for name, value, expected in (
+            ("solver", sampling.solver, "euler"),
+            ("guidance", sampling.guidance, "apg"),
+            ("cover_noise_strength", sampling.cover_noise_strength, 0.0),
+            ("dcw_enabled", bool(sampling.dcw_enabled), False),
+        ):
+            if value != expected:
+                raise InputError(f"{name}: expected {expected} where sources are edited by flow, found {value}")
 
 
 def warn_of_padding(jobs: Sequence[Job], window: int) -> None:
@@ -114,36 +140,57 @@ def warn_of_padding(jobs: Sequence[Job], window: int) -> None:
         )
 
 
-def sampling_schedule(
-    sampling: Sampling, defaults: SamplingDefaults, *, turbo: bool
-) -> tuple[np.ndarray, np.ndarray, float]:
+def sampling_schedule(sampling: Sampling, *, turbo: bool) -> tuple[np.ndarray, np.ndarray, float]:
     """Return times [N + 1] float32, at which of them guidance acts [N + 1] bool, and the guidance scale.
 
     Args:
-        defaults: of the model's variant.
+        sampling: settled, see `inputs.settings`.
         turbo: whether guidance is distilled into the weights, so that the scale is 1.
 
     Raises:
         InputError: if the steps, the shift or the times are out of range.
     """
+    assert sampling.num_inference_steps is not None and sampling.shift is not None
+    assert sampling.guidance_scale is not None
+    given = sampling.timesteps is not None
     if sampling.timesteps is not None:
         times = custom_schedule(sampling.timesteps)
     else:
-        steps, shift = sampling.num_inference_steps, sampling.shift
-        times = schedule(
-            defaults.num_inference_steps if steps is None else steps, defaults.shift if shift is None else shift
-        )
+        times = schedule(sampling.num_inference_steps, sampling.shift)
+    if turbo:
+        times = settings.trained_times(times, snap=given and bool(sampling.snap_timesteps), steps_given=not given)
     if sampling.cover_noise_strength:
         times = late_start(times, 1 - sampling.cover_noise_strength)
     # In double precision, because a time may lie right on a border.
     t = times.astype(np.float64)
     place = t if sampling.cfg_interval_in == "t" else 1.0 - t
     guided = (sampling.cfg_interval_start <= place) & (place <= sampling.cfg_interval_end)
-    scale = defaults.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale
+    scale = sampling.guidance_scale
     if turbo and scale > 1:
         logger.warning("guidance_scale %s is ignored: guidance is distilled into turbo models", scale)
         scale = 1.0
     return times, guided, float(scale)
+
+
+def blend_weights(jobs: Sequence[Job], frames: int, width: int) -> np.ndarray:
+    """Return [B, frames] float32, the share of what was made in the latents at the end: 1 where a song is generated, or
+    keeps nothing; over `width` frames outside of each region it falls to 0, over fewer where the song ends before.
+
+    Source: ACE-Step 1.5, `_repaint_boundary_blend` of its modelling files.
+    """
+    rows = np.ones((len(jobs), frames), np.float32)
+    for row, job in zip(rows, jobs, strict=True):
+        if not job.keeps_source or job.mask.all():
+            continue
+        row[: job.frames] = job.mask
+        edges = np.flatnonzero(np.diff(job.mask.astype(np.int8), prepend=0, append=0))
+        for start, end in edges.reshape(-1, 2):
+            first, last = max(start - width, 0), min(end + width, job.frames)
+            before = np.arange(1, start - first + 1) / (start - first + 1)
+            after = np.arange(last - end, 0, -1) / (last - end + 1)
+            row[first:start] = np.maximum(row[first:start], before)
+            row[end:last] = np.maximum(row[end:last], after)
+    return rows
 
 
 def draw_seeds(jobs: Sequence[Job], *, needed: bool) -> tuple[list[int | None], jax.Array]:
@@ -163,7 +210,7 @@ def draw_seeds(jobs: Sequence[Job], *, needed: bool) -> tuple[list[int | None], 
         seed = job.request.seed
         if isinstance(seed, jax.Array) and is_key(seed):
             seeds.append(None)
-            keys.append(seed)
+            keys.append(noise.own_key(seed))
             continue
         if seed is None and (job.request.latents is None or needed):
             seed = fresh + i
@@ -203,14 +250,36 @@ def initial_noise(
                     f"latents: expected {list(size)} (frames, channels) for each song, found {list(own.shape)}"
                 )
         elif kind == "jax":
-            continue
+            own = row[: job.frames].copy()
         elif seed is None:
             raise InputError("noise: PyTorch's is drawn from numbers; give a number as the seed, not a key")
         else:
-            own = noise.cuda_normal(seed, math.prod(size), noise.gpu_threads(kind)).reshape(size)
-            own = own.astype(jnp.dtype(dtype)).astype(np.float32)
-        row[: job.frames], row[job.frames :] = own, 0
+            own = _torch_noise(seed, size, kind, dtype)
+        if job.request.retake_variance:
+            angle = job.request.retake_variance * math.pi / 2
+            own = np.float32(math.cos(angle)) * own + np.float32(math.sin(angle)) * _retake(job, kind, size, dtype)
+        row[: job.frames] = own
+        if kind != "jax" or job.request.latents is not None:
+            row[job.frames :] = 0
     return drawn
+
+
+def _retake(job: Job, kind: str, size: tuple[int, int], dtype: str) -> np.ndarray:
+    """Return the noise of `Request.retake_seed`, which is that of a song with this seed."""
+    seed = job.request.retake_seed
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+        if jax.process_count() > 1:
+            seed = int(multihost_utils.broadcast_one_to_all(np.uint32(seed)))
+        logger.warning("retake_seed: none was given; %d makes the song again", seed)
+    if kind != "jax":
+        return _torch_noise(seed, size, kind, dtype)
+    return np.array(noise.normal(noise.key(seed)[None], size))[0]
+
+
+def _torch_noise(seed: int, size: tuple[int, int], kind: str, dtype: str) -> np.ndarray:
+    drawn = noise.cuda_normal(seed, math.prod(size), noise.gpu_threads(kind)).reshape(size)
+    return drawn.astype(jnp.dtype(dtype)).astype(np.float32)
 
 
 def _rows(jobs: Sequence[Job], name: str, frames: int) -> np.ndarray:

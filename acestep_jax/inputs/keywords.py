@@ -41,8 +41,9 @@ def takes(kind: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[Conca
 
         signature = inspect.signature(method)
         call.__signature__ = signature.replace(parameters=[own, *parameters, *extra])  # type: ignore[attr-defined]
-        lines = [f"            {name}: {describe(name, dataclass)}" for name in arguments(dataclass)]
-        call.__doc__ = (method.__doc__ or "").replace("            {arguments}", "\n".join(lines))
+        # Python 3.13 compiles docstrings without their indentation, earlier ones with it.
+        lines = [f"    {name}: {describe(name, dataclass)}" for name in arguments(dataclass)]
+        call.__doc__ = inspect.cleandoc(method.__doc__ or "").replace("    {arguments}", "\n".join(lines))
         return call  # type: ignore[return-value]
 
     return decorate

@@ -1,8 +1,9 @@
 """From a `Request` to a `Job`: files are read once, everything is checked, and texts are tokenised."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +13,12 @@ from tokenizers import Tokenizer
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
 from acestep_jax.inputs.buckets import BUCKETS
-from acestep_jax.inputs.prompt import lyric_text, prompt_text, tokenize
+from acestep_jax.inputs.prompt import lyric_text, prompt_text, stems_caption, tokenize
+from acestep_jax.inputs.settings import compat_of, defaults_of, settled
 from acestep_jax.io import audio
-from acestep_jax.request import DEFAULT_DURATION, MAX_DURATION, Audio, Request, Sampling
+from acestep_jax.request import MAX_DURATION, Audio, Request, Sampling
+
+logger = logging.getLogger(__name__)
 
 MIN_SOURCE = 1.0  # seconds
 REFERENCE_SECONDS = 30
@@ -30,6 +34,7 @@ class ProgramKey(NamedTuple):
     codes: bool
     reference: bool
     partial_cover: bool
+    edited: bool
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,13 @@ class Job:
         source_samples: first sample of `source` that is the source's, and one past the last.
         codes: [n] int32, audio codes in place of a source.
         silent: [frames] bool, where the source latents are silence.
-        mask: [frames] bool, the chunk mask: what is generated.
+        mask: [frames] bool, what is generated.
+        keeps_source: whether the audio outside of the mask is the source's.
+        regions: (first, one past the last) sample of each region in which the audio is new; none: everywhere.
         reference: [channels, 30 s] float32, None: silence.
+        edited_ids, edited_lyric_ids: tokens that describe the source which is edited by flow, [n] int32; None: it is
+            not.
+        compat: that of the sampling it was prepared for.
     """
 
     request: Request
@@ -63,7 +73,12 @@ class Job:
     codes: np.ndarray | None
     silent: np.ndarray
     mask: np.ndarray
+    keeps_source: bool
     reference: np.ndarray | None
+    edited_ids: np.ndarray | None = None
+    edited_lyric_ids: np.ndarray | None = None
+    regions: tuple[tuple[int, int], ...] = ()
+    compat: str = "ace-step"
 
     @property
     def program_key(self) -> ProgramKey:
@@ -76,6 +91,7 @@ class Job:
             codes=self.codes is not None,
             reference=self.reference is not None,
             partial_cover=self.partial_cover,
+            edited=self.edited,
         )
 
     @property
@@ -84,17 +100,25 @@ class Job:
         return self.request.audio_cover_strength < 1
 
     @property
-    def keeps_source(self) -> bool:
-        """Whether the audio outside of the mask is the source's."""
-        return self.task.silent_regions
+    def edited(self) -> bool:
+        """Whether its source is edited by flow."""
+        return self.edited_ids is not None
 
 
-def prepare(request: Request, configs: Mapping[str, Any], tokenizer: Tokenizer) -> Job:
+def prepare(
+    request: Request,
+    configs: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+    defaults: Mapping[str, Any] | None = None,
+) -> Job:
     """Read the files of a request, check all of it, and return what is to be done.
 
     Args:
         configs: architectures of the model's networks by name.
         tokenizer: of the text encoder.
+        sampling: how it will be sampled; its `compat` says what of the request is left open, and what the text says.
+        defaults: what the checkpoint has in place of its variant's, see `SamplingDefaults`.
 
     Raises:
         InputError: if an argument is out of range, of the wrong shape, or not accepted by the task; if a file is not
@@ -103,16 +127,23 @@ def prepare(request: Request, configs: Mapping[str, Any], tokenizer: Tokenizer) 
     """
     vae, task_type = configs["vae"], request.task_type
     task = tasks.find(task_type)
+    compat, own = compat_of(sampling), defaults_of(sampling, configs.get("transformer"), defaults)
+    sampling = settled(sampling, configs.get("transformer"))
     if request.audio_codes is not None and task.with_codes:
         task_type, task = task.with_codes, tasks.find(task.with_codes)
+    if request.flow_edit_morph:
+        task = replace(task, needs_source=True, accepts=(*task.accepts, "src_audio"))
     check_accepted(request, task_type, task)
+    _check_edit(request, configs)
     _check_source(request, task_type, task, configs)
 
     hop, rate = vae.hop_length, vae.sampling_rate / vae.hop_length
-    source, codes, source_samples = None, None, (0, 0)
+    source, codes, source_samples, regions = None, None, (0, 0), ()
     if request.src_audio is not None:
         samples = load_audio(request.src_audio, "src_audio", vae)
-        source, source_samples, mask = _lay_out(samples, request, task, hop, rate)
+        source, source_samples, mask, regions = _lay_out(
+            samples, request, task, hop, rate, outward=compat.regions_reach_outwards
+        )
         frames = len(mask)
         # As long as the source to the sample, but for what regions add behind it.
         length = source_samples[1] if source_samples[1] > (frames - 1) * hop else frames * hop
@@ -124,24 +155,47 @@ def prepare(request: Request, configs: Mapping[str, Any], tokenizer: Tokenizer) 
             frames = len(codes) * configs["audio_tokenizer"].pool_window_size
             check_length(frames / rate, "audio_codes")
         else:
-            frames = math.ceil((request.audio_duration or DEFAULT_DURATION) * rate)
+            seconds = request.audio_duration or own.audio_duration
+            frames = math.ceil(seconds * rate)
         mask, length = np.ones(frames, bool), frames * hop
+    keeps_source = task.silent_regions or task.has_regions and compat.lego_keeps_source and not mask.all()
 
+    seconds = frames / rate
+    if source is not None and compat.tells_source_duration:
+        seconds = (source_samples[1] - source_samples[0]) / vae.sampling_rate
     told: dict[str, Any] = dict(
-        audio_duration=request.audio_duration or frames / rate,
+        audio_duration=request.audio_duration or seconds,
         bpm=request.bpm,
         keyscale=request.keyscale,
         timesignature=request.timesignature,
     )
     tracks = request.track_name or request.complete_track_classes
     instruction = tasks.instruction(task_type, [tracks] if isinstance(tracks, str) else tracks)
+    instruction, caption = request.instruction or instruction, request.prompt
+    if _stems(configs):
+        caption = stems_caption(
+            caption, request.global_caption, instruction, explicit=sampling.chunk_mask_mode == "explicit"
+        )
+    language = request.vocal_language or own.vocal_language
     texts = [
-        prompt_text(request.prompt, instruction=request.instruction or instruction, **told),
+        prompt_text(caption, instruction=instruction, **told),
         prompt_text(request.prompt, instruction=tasks.instruction(tasks.DEFAULT), **told),
     ]
-    prompt_ids, plain_ids = tokenize(tokenizer, texts, max_length=request.max_text_length, what="prompt")
-    words = lyric_text(request.lyrics, request.vocal_language)
-    (lyric_ids,) = tokenize(tokenizer, [words], max_length=request.max_lyric_length, what="lyrics")
+    words = [lyric_text(request.lyrics, language)]
+    if request.flow_edit_morph:
+        texts.append(prompt_text(request.flow_edit_source_caption, instruction=instruction, **told))
+        words.append(lyric_text(request.flow_edit_source_lyrics, language))
+    prompt_ids, plain_ids, *edited_ids = tokenize(
+        tokenizer,
+        texts,
+        max_length=request.max_text_length,
+        what="prompt",
+        keep_metadata=compat.keeps_metadata,
+    )
+    lyric_ids, *edited_lyric_ids = tokenize(tokenizer, words, max_length=request.max_lyric_length, what="lyrics")
+    transformer = configs.get("transformer")
+    if transformer is not None and transformer.turbo and not task.turbo:
+        logger.warning("task_type %s: turbo models were not trained for it; use a base model", task_type)
     return Job(
         request=request,
         task_type=task_type,
@@ -154,9 +208,14 @@ def prepare(request: Request, configs: Mapping[str, Any], tokenizer: Tokenizer) 
         source=source,
         source_samples=source_samples,
         codes=codes,
-        silent=mask & task.silent_regions if task.needs_source else np.ones(frames, bool),
+        silent=np.ones(frames, bool) if task.silent_source else mask & task.silent_regions,
         mask=mask,
+        keeps_source=keeps_source,
+        compat=sampling.compat,
+        edited_ids=edited_ids[0] if edited_ids else None,
+        edited_lyric_ids=edited_lyric_ids[0] if edited_lyric_ids else None,
         reference=None if request.reference_audio is None else _reference(request.reference_audio, vae),
+        regions=regions,
     )
 
 
@@ -165,7 +224,9 @@ def check_accepted(values: Request | Sampling, task_type: str, task: tasks.Task)
     for field in fields(values):
         accepting = tasks.accepting(field.name)
         given = getattr(values, field.name)
-        if task_type in accepting or not isinstance(given, np.ndarray) and given == field.default:
+        if task_type in accepting or field.name in task.accepts:
+            continue
+        if not isinstance(given, np.ndarray) and given == field.default:
             continue
         raise InputError(
             f"{field.name}: the task {task_type} does not take it; leave it out, or set task_type to "
@@ -180,6 +241,28 @@ def codebook_size(configs: Mapping[str, Any]) -> int | None:
     return math.prod(configs["audio_tokenizer"].fsq_input_levels)
 
 
+def _check_edit(request: Request, configs: Mapping[str, Any]) -> None:
+    if request.flow_edit_morph and not request.flow_edit_source_caption.strip():
+        raise InputError("flow_edit_source_caption: missing; describe the source, so that there is something to change")
+    if not request.flow_edit_morph and (request.flow_edit_source_caption or request.flow_edit_source_lyrics):
+        name = "flow_edit_source_caption" if request.flow_edit_source_caption else "flow_edit_source_lyrics"
+        raise InputError(f"{name}: only for editing by flow; leave it out, or set flow_edit_morph=True")
+    if request.flow_edit_morph and (request.latents is not None or request.retake_variance):
+        name = "latents" if request.latents is not None else "retake_variance"
+        raise InputError(f"{name}: the noise of editing by flow is drawn from the seed; leave it out")
+    if request.flow_edit_morph and request.audio_cover_strength < 1:
+        raise InputError(
+            "audio_cover_strength: expected 1 for editing by flow, which has no text2music part; leave it out"
+        )
+    if request.global_caption and not _stems(configs):
+        raise InputError("global_caption: only for models fine-tuned on stems; leave it out, or say it in the prompt")
+
+
+def _stems(configs: Mapping[str, Any]) -> bool:
+    """Return whether the model was fine-tuned on stems."""
+    return "transformer" in configs and configs["transformer"].is_lego_sft
+
+
 def _check_source(request: Request, task_type: str, task: tasks.Task, configs: Mapping[str, Any]) -> None:
     if request.audio_codes is not None and request.src_audio is not None:
         raise InputError("audio_codes, src_audio: expected one of them, found both")
@@ -192,22 +275,24 @@ def _check_source(request: Request, task_type: str, task: tasks.Task, configs: M
 
 
 def _lay_out(
-    source: np.ndarray, request: Request, task: tasks.Task, hop: int, rate: float
-) -> tuple[np.ndarray, tuple[int, int], np.ndarray]:
-    """Return the source within the song: its audio, where it begins and ends, and the chunk mask."""
+    source: np.ndarray, request: Request, task: tasks.Task, hop: int, rate: float, *, outward: bool = True
+) -> tuple[np.ndarray, tuple[int, int], np.ndarray, tuple[tuple[int, int], ...]]:
+    """Return the source within the song: its audio, where it begins and ends, the chunk mask, and the regions in
+    samples. `outward`: see `tasks.extent`."""
     frames = math.ceil(source.shape[1] / hop)
-    left, mask = 0, np.ones(frames, bool)
+    left, mask, regions = 0, np.ones(frames, bool), ()
     if task.has_regions:
         starts, ends = _several(request.repainting_start), _several(request.repainting_end)
         if len(starts) != len(ends) or not starts:
             raise InputError(
                 f"repainting_start, repainting_end: expected as many of both, found {len(starts)} and {len(ends)}"
             )
-        extent = tasks.extent(starts, ends, frames, rate, MAX_DURATION)
+        extent = tasks.extent(starts, ends, frames, rate, MAX_DURATION, outward=outward)
         left, mask = extent.left, extent.mask()
+        regions = tuple((round(start * rate * hop), round(end * rate * hop)) for start, end in extent.seconds)
     begin = left * hop
     end = begin + source.shape[1]
-    return np.pad(source, ((0, 0), (begin, len(mask) * hop - end))), (begin, end), mask
+    return np.pad(source, ((0, 0), (begin, len(mask) * hop - end))), (begin, end), mask, regions
 
 
 def _several(value: float | Sequence[float] | None) -> Sequence[float | None]:

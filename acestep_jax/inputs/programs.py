@@ -18,12 +18,21 @@ PEAK = 10.0 ** (-1.0 / 20.0)  # -1 dBFS, the loudest sample of every song
 
 
 @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
-def encode_audio(vae: AutoencoderOobleck, audio: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Encode audio [B, channels, samples] to latents [B, samples // hop, C] float32, the posterior's mean.
+def encode_audio(
+    vae: AutoencoderOobleck, audio: jax.Array, lengths: jax.Array, keys: jax.Array | None = None
+) -> jax.Array:
+    """Encode audio [B, channels, samples] to latents [B, samples // hop, C] float32.
 
-    lengths: [B] int32, samples.
+    Args:
+        lengths: [B] int32, samples.
+        keys: [B], for a sample of the posterior of each song; None: the mean.
     """
-    return vae.encode(audio, lengths).mean.astype(jnp.float32)
+    posterior = vae.encode(audio, lengths)
+    mean = posterior.mean.astype(jnp.float32)
+    if keys is None:
+        return mean
+    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], jnp.float32))(keys)
+    return mean + posterior.std.astype(jnp.float32) * noise
 
 
 @jax.jit

@@ -21,46 +21,55 @@ from acestep_jax.models.config import AutoencoderConfig
 
 FADE = 0.025  # seconds at each end of a repainted region, over which its source fades out and in
 
+SOURCE_NOISE, REFERENCE_NOISE = 2**31 - 1, 2**31 - 2  # beyond the numbers of steps, which solvers fold into keys
+
 Networks = Mapping[str, Any]  # by the names of `models.registry`
 
 
 def conditions(
     networks: Networks, batch: Batch, references: tuple[jax.Array, np.ndarray] | None, *, attend_to_padding: bool
-) -> tuple[Condition, Condition | None]:
-    """Return the condition of each song and, where a cover is partial, that of text2music, of equal sizes."""
+) -> tuple[Condition, Condition | None, Condition | None]:
+    """Return the condition of each song, where a cover is partial that of text2music, of equal sizes, and where sources
+    are edited by flow that of the texts which describe them."""
     clips, owners = references or (None, None)
 
-    def encode(tokens: Tokens[np.ndarray]) -> Condition:
+    def encode(tokens: Tokens[np.ndarray], lyrics: Tokens[np.ndarray] = batch.lyrics) -> Condition:
         return programs.encode(
             networks["text_encoder"],
             networks["condition_encoder"],
             tokens,
-            batch.lyrics,
+            lyrics,
             clips,
             owners,
             attend_to_padding=attend_to_padding,
         )
 
     condition = encode(batch.prompt)
+    if batch.edited is not None:
+        return condition, None, encode(*batch.edited)
     if batch.plain is None:
-        return condition, None
+        return condition, None, None
     plain = encode(batch.plain)
     size = max(condition.tokens.shape[1], plain.tokens.shape[1])  # one takes the other's place
-    return _padded(condition, size), _padded(plain, size)
+    return _padded(condition, size), _padded(plain, size), None
 
 
 def source_latents(
-    networks: Networks, jobs: Sequence[Job], frames: int, channels: int
+    networks: Networks, jobs: Sequence[Job], frames: int, channels: int, keys: jax.Array | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the latents of the sources, and what the transformer sees of them; zeros where there is no source.
 
     [B, frames, channels] float32 each.
+
+    Args:
+        keys: [B], of the songs, to draw from the posterior; None: its mean.
     """
     clean = np.zeros((len(jobs), frames, channels), np.float32)
     codes = {i: job.codes for i, job in enumerate(jobs) if job.codes is not None}
     waves = {i: job.source for i, job in enumerate(jobs) if job.source is not None}
     if waves:
-        clean[list(waves)] = encode_audio(networks["vae"], list(waves.values()), frames)
+        own = None if keys is None else _folded(keys, list(waves), SOURCE_NOISE)
+        clean[list(waves)] = encode_audio(networks["vae"], list(waves.values()), frames, own)
     if rows := [i for i in waves if jobs[i].task.tokenized]:
         found = tokenize(networks, clean[rows], [jobs[i].frames for i in rows])
         codes |= dict(zip(rows, found, strict=True))
@@ -74,24 +83,41 @@ def source_latents(
     return clean, source
 
 
-def references(vae: AutoencoderOobleck, jobs: Sequence[Job]) -> tuple[jax.Array, np.ndarray] | None:
-    """Return the latents of the reference clips [N, 750, C], and which of them is each song's, N for none."""
+def _folded(keys: jax.Array, rows: Sequence[int], purpose: int) -> jax.Array:
+    """Return a key of its own for a purpose, of each song in `rows`."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys[np.array(rows)], purpose)
+
+
+def references(
+    networks: Networks, jobs: Sequence[Job], keys: jax.Array | None = None
+) -> tuple[jax.Array, np.ndarray] | None:
+    """Return the latents of the reference clips [N, 750, C], and which of them is each song's, N for none.
+
+    keys: see `source_latents`.
+    """
     waves = [job.reference for job in jobs if job.reference is not None]
     if not waves:
         return None
     owners = np.full(len(jobs), len(waves), np.int32)
     owners[[job.reference is not None for job in jobs]] = np.arange(len(waves))
     lengths = np.full(len(waves), waves[0].shape[-1], np.int32)
-    return programs.encode_audio(vae, np.stack(waves), lengths), owners
+    rows = [i for i, job in enumerate(jobs) if job.reference is not None]
+    own = None if keys is None else _folded(keys, rows, REFERENCE_NOISE)
+    return programs.encode_audio(networks["vae"], np.stack(waves), lengths, own), owners
 
 
-def encode_audio(vae: AutoencoderOobleck, waves: Sequence[np.ndarray], frames: int) -> np.ndarray:
-    """Encode songs [channels, samples], whole frames each; return latents [n, frames, C] float32, zero after them."""
+def encode_audio(
+    vae: AutoencoderOobleck, waves: Sequence[np.ndarray], frames: int, keys: jax.Array | None = None
+) -> np.ndarray:
+    """Encode songs [channels, samples]; return latents [n, frames, C] float32, zero after their last whole frame.
+
+    keys: [n], to draw from the posterior; None: its mean.
+    """
     padded = np.zeros((len(waves), vae.config.audio_channels, frames * vae.hop_length), np.float32)
     lengths = np.array([wave.shape[1] for wave in waves], np.int32)
     for row, wave in zip(padded, waves, strict=True):
         row[:, : wave.shape[1]] = wave
-    latents = np.array(on_host(programs.encode_audio(vae, padded, lengths)))
+    latents = np.array(on_host(programs.encode_audio(vae, padded, lengths, keys)))
     for row, length in zip(latents, lengths, strict=True):
         row[length // vae.hop_length :] = 0
     return latents
@@ -115,6 +141,13 @@ def detokenize(networks: Networks, codes: Sequence[np.ndarray], frames: int) -> 
     return on_host(programs.detokenize(tokenizer, networks["audio_token_detokenizer"], padded))[:, :frames]
 
 
+def check_songs(jobs: Sequence[Job], seeds: Sequence[int | None], values: Sequence[np.ndarray], what: str) -> None:
+    """Raise InputError, naming the song, if what was made of one is not finite. `what`: see `audio.check_finite`."""
+    for job, seed, own in zip(jobs, seeds, values, strict=False):
+        name = f"song {job.request.prompt[:40]!r}"
+        audio.check_finite(own, name if seed is None else f"{name}, seed {seed}", what)
+
+
 def finished(job: Job, made: np.ndarray, vae: AutoencoderConfig) -> np.ndarray:
     """Return the audio of a song, [channels, samples] float32: `made`, cut to its length, with the source outside of
     what was repainted."""
@@ -122,7 +155,9 @@ def finished(job: Job, made: np.ndarray, vae: AutoencoderConfig) -> np.ndarray:
     if not job.keeps_source:
         return np.array(made)
     assert job.source is not None
-    mask = np.repeat(job.mask, vae.hop_length)[: job.samples]
+    mask = np.zeros(job.samples, bool)
+    for first, last in job.regions:
+        mask[first:last] = True
     source = job.source[:, : job.samples]
     return audio.splice(source, made, mask, job.source_samples, round(FADE * vae.sampling_rate))
 

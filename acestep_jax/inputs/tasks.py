@@ -7,6 +7,7 @@ The transformer's context is, for each latent frame, a source latent and whether
 | text2music | silence                                                   | everywhere       |
 | repaint    | the source's, silence in the regions                      | 1 in the regions |
 | cover      | the source's through the audio tokenizer, or of its codes | everywhere       |
+| cover-nofsq | the source's                                             | everywhere       |
 | extract    | the source's                                              | everywhere       |
 | lego       | the source's                                              | 1 in the regions |
 | complete   | the source's                                              | everywhere       |
@@ -25,6 +26,8 @@ from acestep_jax.errors import InputError
 TRACKS = tuple("woodwinds brass fx synth strings percussion keyboard guitar bass drums backing_vocals vocals".split())
 
 _SOURCE = ("src_audio",)
+_COVER = ("audio_cover_strength", "cover_noise_strength")
+_EDIT = ("flow_edit_morph", "flow_edit_source_caption", "flow_edit_source_lyrics")
 _REGIONS = ("repainting_start", "repainting_end")
 
 
@@ -66,7 +69,7 @@ DEFAULT = "text2music"
 TASKS = {
     DEFAULT: Task(
         "Fill the audio semantic mask based on the given conditions:",
-        accepts=(),
+        accepts=_EDIT,
         needs_source=False,
         silent_source=True,
         with_codes="cover",
@@ -81,9 +84,13 @@ TASKS = {
     ),
     "cover": Task(
         "Generate audio semantic tokens based on the given conditions:",
-        accepts=(*_SOURCE, "audio_codes", "audio_cover_strength", "cover_noise_strength"),
+        accepts=(*_SOURCE, *_COVER, *_EDIT, "audio_codes"),
         tokenized=True,
         trained=True,
+    ),
+    "cover-nofsq": Task(
+        "Generate audio semantic tokens based on the given conditions:",
+        accepts=(*_SOURCE, *_COVER, *_EDIT),
     ),
     "extract": Task(
         "Extract the {} track from the audio:",
@@ -151,17 +158,19 @@ def instruction(task_type: str, tracks: Sequence[str] = ()) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """Where the regions lie, in latent frames of the song: the source, with what they add on both sides.
+    """Where the regions lie in the song: the source, with what they add on both sides.
 
     Attributes:
-        left: frames before the source begins.
+        left: latent frames before the source begins.
         frames: of the whole song.
-        regions: (first, one past the last) of each.
+        regions: (first, one past the last) latent frame of each.
+        seconds: (start, end) of each, where the audio changes; within the frames.
     """
 
     left: int
     frames: int
     regions: tuple[tuple[int, int], ...]
+    seconds: tuple[tuple[float, float], ...]
 
     def mask(self) -> np.ndarray:
         """Return [frames] bool, true in the regions."""
@@ -170,7 +179,13 @@ class Extent:
 
 
 def extent(
-    starts: Sequence[float | None], ends: Sequence[float | None], source_frames: int, rate: float, max_seconds: float
+    starts: Sequence[float | None],
+    ends: Sequence[float | None],
+    source_frames: int,
+    rate: float,
+    max_seconds: float,
+    *,
+    outward: bool = True,
 ) -> Extent:
     """Return where regions in seconds of the source lie. One that begins before 0 or ends after it extends the song.
 
@@ -180,6 +195,8 @@ def extent(
         source_frames: of the source.
         rate: latent frames in a second.
         max_seconds: the longest song.
+        outward: whether frames that a region only touches belong to it, and the audio changes where the region was
+            requested; else both ends are those of the frames that begin at or before them, as in diffusers.
 
     Raises:
         InputError: if a region is empty or does not touch the source, or the song becomes longer than max_seconds.
@@ -208,11 +225,31 @@ def extent(
             f"repainting_start, repainting_end: with these the song is {seconds:g} s long, expected at most "
             f"{max_seconds:g} s"
         )
-    shift = int(np.ceil(left * rate))
-    inner = [(shift + int(np.floor(start * rate)), shift + int(end * rate)) for start, end in regions]
+    shift = _ceil(left * rate) if outward else int(np.ceil(left * rate))
+
+    def last(end: float) -> int:
+        return _ceil(end * rate) if outward else int(end * rate)
+
+    inner = [
+        (shift + int(np.floor(start * rate + (_NEAR if outward else 0))), shift + last(end)) for start, end in regions
+    ]
     frames = max(shift + source_frames, max(end for _, end in inner))
     inner = [(min(start, frames - 1), max(end, start + 1)) for start, end in inner]
-    return Extent(shift, frames, tuple(inner))
+    seconds = [(start / rate, end / rate) for start, end in inner]
+    if outward:
+        # Where there is no source, the whole frame is new.
+        seconds = [
+            (shift / rate + start if start >= 0 else first, shift / rate + end if end <= source_seconds else last)
+            for (start, end), (first, last) in zip(regions, seconds, strict=True)
+        ]
+    return Extent(shift, frames, tuple(inner), tuple(seconds))
+
+
+_NEAR = 1e-6  # of a frame: an end that misses a border by less was meant to lie on it
+
+
+def _ceil(frames: float) -> int:
+    return int(np.ceil(frames - _NEAR))
 
 
 _CODE = re.compile(r"<\|audio_code_(-?\d+)\|>")

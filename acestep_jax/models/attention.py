@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from acestep_jax.distributed import log_once, partition_spec, shard
 from acestep_jax.models.config import DEFAULT_RUNTIME, AttentionConfig, Runtime
 from acestep_jax.models.kernels.attention import attend, choose_kernel
+from acestep_jax.models.kernels.products import to_float16
 from acestep_jax.models.layers import RMSNorm, apply_rotary, linear
 
 
@@ -32,6 +33,7 @@ def attention(
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
     kernel: str = "auto",
+    products: str | None = None,
 ) -> jax.Array:
     """Compute softmax(q k^T / sqrt(H)) v, the softmax in float32; no array of [T, S] scores on any backend.
 
@@ -48,6 +50,7 @@ def attention(
         kernel: of full attention: "xla", plain JAX; "cudnn"; "splash", Pallas on TPU; "auto", what suits the backend.
             Windows, causal attention and dropout are always computed in plain JAX. "cudnn" and "splash" have no
             derivative in forward mode; choose "xla" for `jax.jvp` on an accelerator.
+        products: see `Runtime.products`.
 
     Returns:
         [B, T, N, H] in q's dtype. A query that sees no key gets some finite value.
@@ -61,6 +64,21 @@ def attention(
         window = None  # it hides nothing
     if dropout_key is None:
         dropout = 0.0
+    if products is not None:
+        # Queries and keys are normalised. The result is a mean of values, so it takes their scale.
+        half, scale = to_float16(v, (1, 3))  # scale: [B, 1, K, 1]
+        y = attention(
+            q.astype(products),
+            k.astype(products),
+            half,
+            window=window,
+            causal=causal,
+            key_lengths=key_lengths,
+            dropout=dropout,
+            dropout_key=dropout_key,
+            kernel=kernel,
+        )
+        return y.astype(q.dtype) * jnp.repeat(scale, q.shape[2] // k.shape[2], axis=2).astype(q.dtype)
     mesh = jax.sharding.get_abstract_mesh()
     local = functools.partial(
         attend,
@@ -134,7 +152,7 @@ class Attention(nnx.Module):
         key_size = config.num_key_value_heads * config.head_dim
         self.head_dim = config.head_dim
         self.dropout = config.attention_dropout
-        self.kernel = runtime.attention
+        self.kernel, self.products = runtime.attention, runtime.products
         self.to_q = linear(hidden, query_size, ("embed", "heads"), runtime, use_bias=bias, rngs=rngs)
         self.to_k = linear(hidden, key_size, ("embed", "heads"), runtime, use_bias=bias, rngs=rngs)
         self.to_v = linear(hidden, key_size, ("embed", "heads"), runtime, use_bias=bias, rngs=rngs)
@@ -178,5 +196,6 @@ class Attention(nnx.Module):
             dropout=self.dropout,
             dropout_key=dropout_key,
             kernel=self.kernel,
+            products=self.products,
         )  # [B, T, N, H]
         return self.to_out(y.reshape(*x.shape[:2], -1))

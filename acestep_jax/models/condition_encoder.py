@@ -38,9 +38,7 @@ class AceStepTimbreEncoder(Encoder):
     """
 
     def __init__(self, config: ConditionEncoderConfig, *, runtime: Runtime, rngs: nnx.Rngs):
-        num_layers = config.num_timbre_encoder_hidden_layers
-        windows = tuple(config.sliding_window if i % 2 == 0 else None for i in range(num_layers))
-        super().__init__(config, windows, runtime=runtime, rngs=rngs)
+        super().__init__(config, config.timbre_windows(), runtime=runtime, rngs=rngs)
         self.config: ConditionEncoderConfig = config
         self.embed_tokens = linear(
             config.timbre_hidden_dim, config.hidden_size, (None, "embed"), runtime, use_bias=True, rngs=rngs

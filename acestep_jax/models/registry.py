@@ -32,11 +32,52 @@ class SamplingDefaults:
     num_inference_steps: steps of the solver.
     guidance_scale: of classifier-free guidance; 1.0: none.
     shift: s of t <- s t / (1 + (s - 1) t), which spends more of the steps where noise is high.
+    audio_duration: of a song without a source, seconds.
+    vocal_language: that the lyrics are said to be in.
     """
 
     num_inference_steps: int
     guidance_scale: float
     shift: float
+    audio_duration: float = 60.0
+    vocal_language: str = "en"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compat:
+    """What `Sampling.compat` means: every switch and default in which implementations differ. The fields of `Request`
+    and `Sampling` that are None take their values from here, and a value that is given overrides one of them.
+
+    defaults: by variant, the `model_version` of the transformer's config. Models of other names have those of base or,
+        if guidance is distilled into them, of turbo, but for duration and language: these are 60 s and en, which is
+        what training here says of songs whose language is not given.
+    dcw_enabled: whether turbo models are corrected in the wavelet domain, see `diffusion.dcw`; others never are.
+    chunk_mask_mode: "explicit": 1 for what is generated, 0 for the rest; "auto": 2 everywhere. Models fine-tuned on
+        stems (`is_lego_sft`) have "auto" under "ace-step".
+    repaint_mode: how a repainted song is held to its source, see `inputs.settings.repaint_settings`.
+    lego_keeps_source: whether lego in regions leaves the source outside of them, as repaint does.
+    cover_mode, cfg_interval_in, attend_to_padding: see `Sampling`.
+    turbo_ends_with_euler: whether Heun's last step on turbo models makes no evaluation at t = 0.
+    snap_timesteps: whether `timesteps` become the nearest ones that turbo models were trained at, on these.
+    tells_source_duration: whether the text says how long the source is where a region makes the song longer.
+    keeps_metadata: whether a long caption is cut, so that what comes after it is read; else the end of the text is.
+    regions_reach_outwards: whether latent frames that a region only touches belong to it, and the audio changes at the
+        exact sample; else both ends are those of the frames that begin at or before them.
+    """
+
+    defaults: Mapping[str, SamplingDefaults]
+    dcw_enabled: bool
+    chunk_mask_mode: str
+    repaint_mode: str
+    lego_keeps_source: bool
+    cover_mode: str
+    cfg_interval_in: str
+    attend_to_padding: bool
+    turbo_ends_with_euler: bool
+    snap_timesteps: bool
+    tells_source_duration: bool
+    keeps_metadata: bool
+    regions_reach_outwards: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,17 +89,83 @@ class Family:
     prompt: what the text encoder reads, a template for `str.format`: instruction, caption, bpm, timesignature, keyscale
         and duration.
     lyrics: what the lyric encoder reads, a template of language and lyrics.
-    defaults: by variant, the `model_version` of the transformer's config.
+    compat: by the values of `Sampling.compat`.
+    turbo_times: the times that turbo models were trained at.
+    shifts: of turbo checkpoints that were distilled at one shift, by what the names of their folders hold.
     """
 
     networks: Mapping[str, tuple[Callable[..., nnx.Module], type[NetworkConfig]]]
     optional: tuple[str, ...]
     prompt: str
     lyrics: str
-    defaults: Mapping[str, SamplingDefaults]
+    compat: Mapping[str, Compat]
+    turbo_times: tuple[float, ...]
+    shifts: Mapping[str, float]
 
 
-_GUIDED = SamplingDefaults(num_inference_steps=50, guidance_scale=7.0, shift=1.0)
+def _defaults(
+    *, audio_duration: float, vocal_language: str, **steps_guidance_shift: tuple[int, float, float]
+) -> Mapping[str, SamplingDefaults]:
+    return MappingProxyType(
+        {
+            variant: SamplingDefaults(
+                num_inference_steps=steps,
+                guidance_scale=scale,
+                shift=shift,
+                audio_duration=audio_duration,
+                vocal_language=vocal_language,
+            )
+            for variant, (steps, scale, shift) in steps_guidance_shift.items()
+        }
+    )
+
+
+# The authors' application, ace-step/ACE-Step-1.5, as on its main branch in August 2026. docs/compat.md has the file
+# that each value was read in, and what else upstream has for it; it contradicts itself in places.
+_ACE_STEP = Compat(
+    defaults=_defaults(
+        audio_duration=120.0,
+        vocal_language="unknown",
+        turbo=(8, 1.0, 3.0),
+        base=(32, 7.0, 3.0),
+        sft=(50, 7.0, 3.0),
+    ),
+    dcw_enabled=True,
+    # Upstream's default "auto" gave 1 until August 2026, by a fault, and 2 from then on (its issue 1289). Its trainers
+    # feed 0 and 1, and its page asks for "explicit" where there are regions: 2 is for models fine-tuned on stems.
+    chunk_mask_mode="explicit",
+    repaint_mode="balanced",
+    lego_keeps_source=True,
+    cover_mode="switch",
+    cfg_interval_in="t",
+    # Upstream's networks ignore these masks, but its batches are variations of one request: nothing is padded.
+    attend_to_padding=False,
+    turbo_ends_with_euler=True,
+    snap_timesteps=True,
+    tells_source_duration=True,
+    # Upstream cuts the end of the text and the ends of regions; what it loses so is what was asked for.
+    keeps_metadata=True,
+    regions_reach_outwards=True,
+)
+
+# `AceStepPipeline` of diffusers 0.42, pipelines/ace_step/pipeline_ace_step.py.
+_DIFFUSERS = Compat(
+    defaults=_defaults(
+        audio_duration=60.0, vocal_language="en", turbo=(8, 1.0, 3.0), base=(8, 7.0, 3.0), sft=(8, 7.0, 3.0)
+    ),
+    dcw_enabled=False,
+    chunk_mask_mode="explicit",
+    repaint_mode="aggressive",
+    lego_keeps_source=False,
+    cover_mode="blend",
+    cfg_interval_in="progress",
+    attend_to_padding=True,
+    turbo_ends_with_euler=False,
+    snap_timesteps=False,
+    tells_source_duration=False,
+    keeps_metadata=False,
+    regions_reach_outwards=False,
+)
 
 # Templates and defaults are those of ACE-Step 1.5's own code, as in diffusers' `AceStepPipeline`.
 ACE_STEP_1_5 = Family(
@@ -84,13 +191,12 @@ ACE_STEP_1_5 = Family(
         "<|endoftext|>\n"
     ),
     lyrics="# Languages\n{language}\n\n# Lyric\n{lyrics}<|endoftext|>",
-    defaults=MappingProxyType(
-        {
-            "turbo": SamplingDefaults(num_inference_steps=8, guidance_scale=1.0, shift=3.0),
-            "base": _GUIDED,
-            "sft": _GUIDED,
-        }
+    compat=MappingProxyType({"ace-step": _ACE_STEP, "diffusers": _DIFFUSERS}),
+    # Eight steps at the shifts 1, 2 and 3. Source: `VALID_TIMESTEPS` of modeling_acestep_v15_turbo.py.
+    turbo_times=tuple(
+        sorted({shift * u / (8 + (shift - 1) * u) for shift in (1.0, 2.0, 3.0) for u in range(1, 9)}, reverse=True)
     ),
+    shifts=MappingProxyType({"-turbo-shift1": 1.0, "-turbo-shift3": 3.0, "-turbo-fix-inst-shift3": 3.0}),
 )
 
 # The family whose checkpoints the library reads and writes.

@@ -7,9 +7,9 @@ import pytest
 
 from acestep_jax.diffusion.guidance import GUIDANCE, Guided, adg, apg, cfg
 from acestep_jax.diffusion.schedule import custom_schedule, late_start, schedule
-from acestep_jax.diffusion.solvers import SOLVERS, integrate
+from acestep_jax.diffusion.solvers import SOLVERS, integrate, reached
 from acestep_jax.errors import InputError
-from tests.parity import assert_close, normal
+from tests.parity import assert_close, normal, relative_error
 
 pytestmark = pytest.mark.unit
 
@@ -246,3 +246,69 @@ def test_momentum_and_steps():
     assert seen == [[0, 0.0], [1, -0.25], [2, 9.25]]
     heun = integrate(velocity, jnp.zeros((1, 1, 1)), times, solver="heun", momentum=0.0)
     assert float(heun[0, 0, 0]) == -(1 * 0.25 + 2 * 0.25) / 2  # the second evaluation is told apart
+
+
+def test_euler_at_the_end_makes_one_evaluation_there():
+    """Heun's last step, and only that, becomes Euler's: nothing is asked of the network at t = 0."""
+    asked, times = [], schedule(3, 2.0)
+
+    def velocity(x, i, momentum):
+        jax.debug.callback(lambda i: asked.append(int(i)), i)
+        return jnp.sin(x + i), momentum
+
+    x = normal(1, 4, 2)
+    run = lambda n, **o: integrate(velocity, jnp.asarray(x), jnp.asarray(times), solver="heun", **o)  # noqa: E731
+    found = run(3, euler_end=True)
+    jax.effects_barrier()
+    assert sorted(asked) == [0, 1, 1, 2, 2]
+    y = x.astype(np.float64)
+    for i in range(3):
+        h, v = float(times[i] - times[i + 1]), np.sin(y + i)
+        y = y - h * (v if i == 2 else (v + np.sin(y - h * v + i + 1)) / 2)
+    assert_close(found, y, 1e-6)
+    assert relative_error(run(3), y) > 1e-3
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_velocities_remember_those_before(solver):
+    """(1 - f) v + f v of the step before; within a step of Heun the first evaluation is the one before."""
+    times, f, x = schedule(5, 2.0), 0.3, normal(1, 4, 2)
+    velocity = lambda x, i, m: (jnp.sin(x + i), m)  # noqa: E731
+    found = integrate(velocity, jnp.asarray(x), jnp.asarray(times), solver=solver, ema=jnp.float32(f))
+    y, before = x.astype(np.float64), None
+    for i in range(5):
+        h, v = float(times[i] - times[i + 1]), np.sin(y + i)
+        v = v if before is None else (1 - f) * v + f * before
+        if solver == "heun":
+            v = (v + (1 - f) * np.sin(y - h * v + i + 1) + f * v) / 2
+        y, before = y - h * v, v
+    assert_close(found, y, 1e-5)
+
+
+def test_corrections_see_the_prediction_of_the_first_evaluation():
+    """x0 = x - t v of the beginning of the step, also where a solver asks twice; before `after_step`."""
+    times = jnp.asarray(schedule(2))
+    seen = []
+
+    def correct(x, x0, i):
+        jax.debug.callback(lambda *values: seen.append([float(np.max(value)) for value in values]), i, x0)
+        return x + 1
+
+    x = integrate(
+        lambda x, i, m: (jnp.full_like(x, 2.0), m),
+        jnp.ones((1, 1, 1)),
+        times,
+        solver="heun",
+        correct=correct,
+        after_step=lambda x, i: 2 * x,
+    )
+    jax.effects_barrier()
+    assert sorted(seen) == [[0, -1.0], [1, 1.0]]  # 1 - 1 * 2, then 2 - 0.5 * 2
+    assert float(x[0, 0, 0]) == 2 * (2 * (1 - 1 + 1) - 1 + 1)
+
+
+def test_noise_levels_that_steps_end_at():
+    times = jnp.asarray(schedule(4, 3.0))
+    for i in range(4):
+        assert float(reached("sde_linear", times, i)) == pytest.approx(1 - (i + 1) / 4)
+        assert float(reached("euler", times, i)) == float(reached("sde", times, i)) == float(times[i + 1])

@@ -19,7 +19,7 @@ from acestep_jax.inputs.buckets import BUCKETS
 from acestep_jax.inputs.collate import pad_tokens
 from acestep_jax.io import audio
 from tests.noise import drawn
-from tests.parity import assert_close, normal, relative_error
+from tests.parity import DIFFUSERS, assert_close, normal, relative_error
 
 RATE, HOP, CHANNELS = 48_000, 1920, 8
 PARTS = dict(lyrics="[verse]\nla la", num_inference_steps=4)
@@ -84,11 +84,11 @@ def test_tasks_match_diffusers(pipe, theirs, case):
     noise = normal(1, 100 if {"src_audio", "audio_codes"} & TASKS[case].keys() else 300, CHANNELS)
     arguments = PARTS | dict(guidance_scale=3.0, shift=1.0, audio_duration=12.0) | TASKS[case]
     expected = torch_latents(theirs, "soft rock", noise, **arguments)
-    ours = dict(cover_mode="blend") if "blended" in case else {}
-    found = pipe("soft rock", latents=noise, output_type="latent", **arguments, **ours)
+    found = pipe("soft rock", latents=noise, output_type="latent", **DIFFUSERS, **arguments)
     assert_close(found.latents, expected, 1e-4)
     given = np.pad(noise, ((0, 0), (0, 300 - noise.shape[1]), (0, 0)))
-    text = pipe("soft rock", latents=given, output_type="latent", **PARTS, audio_duration=12.0, guidance_scale=3.0)
+    text = PARTS | DIFFUSERS | dict(audio_duration=12.0, guidance_scale=3.0)
+    text = pipe("soft rock", latents=given, output_type="latent", **text)
     assert relative_error(found.latents, text.latents[:, : noise.shape[1]]) > 1e-3
 
 
@@ -100,12 +100,13 @@ def test_a_ragged_batch_matches_diffusers(pipe, theirs, caplog):
     lyrics = ["[verse]\nla la la " + "o" * window, "[verse]\nla la la "]
     arguments = PARTS | dict(lyrics=lyrics, audio_duration=12.0, guidance_scale=1.0, shift=3.0)
     expected = torch_latents(theirs, prompts, noise, **arguments)
-    found = pipe(prompts, latents=noise, output_type="latent", attend_to_padding=True, **arguments)
+    arguments |= DIFFUSERS
+    found = pipe(prompts, latents=noise, output_type="latent", **arguments)
     assert_close(found.latents, expected, 1e-4)
     assert "attend_to_padding" not in caplog.text
-    masked = pipe(prompts, latents=noise, output_type="latent", **arguments)
+    masked = pipe(prompts, latents=noise, output_type="latent", attend_to_padding=False, **arguments)
     assert relative_error(masked.latents, expected) > 1e-3
-    pipe(prompts, output_type="latent", attend_to_padding=True, **arguments | dict(lyrics=[lyrics[0] + "o", lyrics[1]]))
+    pipe(prompts, output_type="latent", **arguments | dict(lyrics=[lyrics[0] + "o", lyrics[1]]))
     assert f"differ by {window + 1} tokens, more than the window of {window}" in caplog.text
 
 
@@ -115,11 +116,11 @@ def test_a_weak_cover_pads_its_two_texts_apart(pipe, theirs):
     source, prompts = song(4.0), ["short", "a prompt that is much longer"]
     arguments = PARTS | dict(lyrics=["x", "x"], task_type="cover", audio_cover_strength=0.5, guidance_scale=1.0)
     expected = torch_latents(theirs, prompts, noise, src_audio=source, audio_duration=12.0, shift=3.0, **arguments)
-    ours = dict(attend_to_padding=True, cover_mode="blend", audio_duration=12.0, shift=3.0, output_type="latent")
+    ours = DIFFUSERS | dict(audio_duration=12.0, shift=3.0, output_type="latent")
     assert_close(pipe(prompts, latents=noise, src_audio=source, **arguments, **ours).latents, expected, 1e-4)
 
 
-def test_sixteen_songs_at_once_are_sixteen_songs(pipe):
+def test_eight_songs_at_once_are_eight_songs(pipe):
     """Each with its own prompt, lyrics, seed, length, task and reference."""
     kinds = [
         {},
@@ -132,8 +133,8 @@ def test_sixteen_songs_at_once_are_sixteen_songs(pipe):
         dict(task_type="complete", src_audio=song(1.52, 6), complete_track_classes=("bass",)),
     ]
     requests = []
-    for i in range(16):
-        kind = kinds[i % len(kinds)]
+    for i in range(8):
+        kind = kinds[i]
         length = {} if "src_audio" in kind or "audio_codes" in kind else dict(audio_duration=10 + 0.015 * i)
         # All in one bucket of text, so that songs alone share programs.
         requests.append(
@@ -141,7 +142,7 @@ def test_sixteen_songs_at_once_are_sixteen_songs(pipe):
         )
     sampling = dict(num_inference_steps=2, guidance_scale=2.0, repaint_injection_ratio=0.5)
     batch = pipe(requests, **sampling)
-    assert len(set(batch.samples)) > 8 and batch.seeds == tuple(range(100, 116))
+    assert len(set(batch.samples)) > 5 and batch.seeds == tuple(range(100, 108))
     for i, request in enumerate(requests):
         alone = pipe(request, **sampling)
         assert alone.samples == batch.samples[i : i + 1] and alone.frames == batch.frames[i : i + 1]
@@ -166,7 +167,7 @@ def test_repainting_keeps_the_rest_sample_for_sample(pipe):
         **PARTS,
     )
     inside = np.zeros(source.shape[1], bool)
-    inside[2 * RATE : 4 * RATE] = inside[6 * RATE : round(6.48 * RATE)] = True
+    inside[2 * RATE : 4 * RATE] = inside[6 * RATE : round(6.5 * RATE)] = True
     assert found.audios.shape == (1, *source.shape) and found.samples == (source.shape[1],)
     np.testing.assert_array_equal(found.audios[0][:, ~inside], source[:, ~inside])
     assert relative_error(found.audios[0][:, inside], source[:, inside]) > 0.05
@@ -212,7 +213,7 @@ def test_regions_make_a_song_longer(pipe):
         "x", task_type="repaint", src_audio=source, repainting_start=[-2, 3.9], repainting_end=[0, 6], seed=0, **PARTS
     )
     assert made.samples == (8 * RATE,)
-    np.testing.assert_array_equal(made.audios[0, :, 2 * RATE : round(5.88 * RATE)], source[:, : round(3.88 * RATE)])
+    np.testing.assert_array_equal(made.audios[0, :, 2 * RATE : round(5.9 * RATE)], source[:, : round(3.9 * RATE)])
     assert all(np.abs(made.audios[0, :, part]).max() > 1e-3 for part in (slice(0, RATE), slice(7 * RATE, None)))
 
 
@@ -220,12 +221,14 @@ def test_regions_make_a_song_longer(pipe):
 @pytest.mark.parametrize(
     "starts, ends, left, frames, regions",
     [
-        ([3.0], [7.3], 0, 300, [(75, 182)]),
+        ([3.0], [7.3], 0, 300, [(75, 183)]),
+        ([3.01], [7.28], 0, 300, [(75, 182)]),
         ([None], [None], 0, 300, [(0, 300)]),
         ([8.5], [-1], 0, 300, [(212, 300)]),
         ([-2.01], [1.0], 51, 351, [(0, 76)]),
+        ([0.28], [0.56], 0, 300, [(7, 14)]),  # on borders, where floating point is not
         ([-2], [0], 50, 350, [(0, 50)]),
-        ([11], [14.5], 0, 362, [(275, 362)]),
+        ([11], [14.5], 0, 363, [(275, 363)]),
         ([0, 5.0], [0.01, 6], 0, 300, [(0, 1), (125, 150)]),
     ],
 )
@@ -240,6 +243,7 @@ def test_injection_puts_back_what_is_kept(pipe):
     """After the last step as well with a ratio of 1: outside of the region, the latents are the source's."""
     source = song(10.24)
     arguments = PARTS | dict(task_type="repaint", src_audio=source, repainting_start=2, repainting_end=5, seed=0)
+    arguments |= dict(repaint_mode="aggressive", shift=1.0)
     latents = sources.encode_audio(pipe.vae, [source], 256)
     inside = slice(50, 125)
     seen = []
@@ -351,7 +355,7 @@ def test_codes_as_text():
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize("task_type", tasks.TASKS)
+@pytest.mark.parametrize("task_type", [name for name in tasks.TASKS if name != "cover-nofsq"])
 def test_instructions_match_diffusers(task_type):
     theirs = pytest.importorskip("diffusers").AceStepPipeline._get_task_instruction
     assert tasks.instruction(task_type) == theirs(task_type)
@@ -384,7 +388,7 @@ def test_files_of_other_rates_and_one_channel(pipe, tmp_path):
 
 REPAINT = dict(task_type="repaint", src_audio=song(2.0))
 BAD = {
-    "task_type: expected one of text2music, repaint, cover, extract, lego, complete, found 'remix'": dict(
+    "task_type: expected one of text2music, repaint, cover, cover-nofsq, extract, lego, complete, found 'remix'": dict(
         task_type="remix"
     ),
     "audio_duration: expected a number, found 'abc'": dict(audio_duration="abc"),
