@@ -234,7 +234,7 @@ def keep_signature(app, what: str, name: str, obj, skip: bool, options) -> None:
     """Keep a signature that a decorator has set: autodoc would look for its defaults in the source of the function that
     is decorated."""
     if {"__signature__", "__wrapped__"} <= getattr(obj, "__dict__", {}).keys():
-        del obj.__wrapped__
+        del getattr(obj, "__func__", obj).__wrapped__  # of a class method as well
 
 
 def without_source(app, page: str, template: str, context: dict, doctree) -> None:

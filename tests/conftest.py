@@ -44,14 +44,23 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keep the tests of a file in one worker, whose fixtures and programs they share; idle workers take over others."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 class Memory:
     """What compiled programs take: without dropping them, a worker of the whole suite grows past 5 GB.
 
-    A program that is dropped and wanted again is read from the cache on disk.
+    A program that is dropped and wanted again is read from the cache on disk, or compiled again if it is small.
     """
 
-    GROWTH = 2**30  # bytes, after which the programs of earlier tests are dropped within a file
-    before = None  # bytes in use when they were last dropped
+    LIMIT = 2 * 2**30  # bytes in use, above which the programs of earlier tests are dropped
+    GROWTH = 2**29  # bytes since they last were, without which there is little to drop
+    kept = 0  # bytes that were still in use then
 
     @staticmethod
     def in_use():
@@ -69,23 +78,14 @@ class Memory:
         gc.collect()
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # of glibc
             libc.malloc_trim(0)
-        cls.before = cls.in_use()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def release_memory():
-    """Drop the compiled programs of a test file when it ends."""
-    yield
-    Memory.release()
+        cls.kept = cls.in_use()
 
 
 @pytest.fixture(autouse=True)
 def bound_memory():
-    """Drop compiled programs between the tests of a file where memory has grown by 1 GB since they last were."""
-    if Memory.before is None:
-        Memory.before = Memory.in_use()
+    """Drop compiled programs after a test that leaves much memory in use."""
     yield
-    if Memory.in_use() > Memory.before + Memory.GROWTH:
+    if Memory.in_use() > max(Memory.LIMIT, Memory.kept + Memory.GROWTH):
         Memory.release()
 
 
@@ -102,9 +102,39 @@ def tiny_base(tmp_path_factory):
 
 
 def _checkpoint(folder, variant):
-    from acestep_jax.convert.from_torch import from_torch
     from acestep_jax.convert.random_checkpoint import write_random_checkpoint
+    from acestep_jax.io.conversion import from_torch
 
     write_random_checkpoint(folder / "torch", variant=variant)
     from_torch(folder / "torch", folder / "native")
     return folder / "torch", folder / "native"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Return a `tests.io.hub_server.HubServer`: the hub of this process and of those that get `hub.environment`.
+
+    The cache is `hub.cache`, empty. Serve folders with `hub.add(id, folder)`.
+    """
+    from huggingface_hub import constants
+
+    from tests.io.hub_server import serving
+
+    with serving() as server:
+        server.cache = tmp_path / "hub"
+        server.environment = os.environ | {
+            "HF_ENDPOINT": server.endpoint,
+            "HF_HUB_CACHE": str(server.cache),
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN_PATH": str(tmp_path / "token"),
+        }
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(server.cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr("acestep_jax.io.download.PAUSE", 0.01)
+        yield server

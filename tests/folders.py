@@ -88,10 +88,9 @@ def tensors(folder):
 
 def native_arrays(source, **options):
     """Return what conversion makes of a PyTorch checkpoint before it is written: name to array."""
-    from acestep_jax.convert.from_torch import gather, plan
-    from acestep_jax.convert.torch_checkpoint import open_checkpoint
+    from acestep_jax.io.conversion import gather, open_source, plan
 
-    opened = open_checkpoint(source, **options)
+    opened = open_source(source, **options)
     return {
         f"{network}.{leaf}": gather(network, leaf, rows)
         for network, config in opened.configs.items()
@@ -184,3 +183,62 @@ def write_shards(state, folder, stem, count):
     size = sum(value.nbytes for value in state.values())
     index = {"metadata": {"total_size": size}, "weight_map": files}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+
+
+# ComfyUI's names of the autoencoder's layers, which are Stable Audio's: of blocks, and within them.
+SEQUENCE = {
+    "encoder": ["conv1", "block.0", "block.1", "block.2", "block.3", "block.4", "snake1", "conv2"],
+    "encoder.block": ["res_unit1", "res_unit2", "res_unit3", "snake1", "conv1"],
+    "decoder.block": ["snake1", "conv_t1", "res_unit1", "res_unit2", "res_unit3"],
+    "unit": ["snake1", "conv1", "snake2", "conv2"],
+}
+SEQUENCE["decoder"] = SEQUENCE["encoder"]
+
+
+def comfyui_vae(state):
+    """Return the tensors of an autoencoder of diffusers under the names and shapes that ComfyUI has them in."""
+    found = {}
+    for name, value in state.items():
+        half, *path, last = name.split(".")
+        first = ".".join(path[:2]) if path[0] == "block" else path[0]
+        numbers = [SEQUENCE[half].index(first)]
+        if path[0] == "block":
+            numbers.append(SEQUENCE[f"{half}.block"].index(path[2]))
+            numbers += [SEQUENCE["unit"].index(part) for part in path[3:]]
+        layers = "".join(f".layers.{number}" for number in numbers)
+        found[f"{half}{layers}.{last}"] = value.reshape(-1) if last in ("alpha", "beta") else value
+    return found
+
+
+def write_comfyui(original, destination, *, whole, change=None):
+    """Write ComfyUI's files of a checkpoint in the original layout; return the path of the model's.
+
+    Args:
+        original: the folder above the model's.
+        destination: ComfyUI's folder `models`, or its like.
+        whole: all networks in one file, or a file for each.
+        change: a function from the tensors of a file to others.
+    """
+    from safetensors.torch import load_file, save_file
+
+    change = change or (lambda state: state)
+    model = load_file(original / MODEL / "model.safetensors")
+    vae = comfyui_vae(load_file(original / VAE / "diffusion_pytorch_model.safetensors"))
+    text = {f"model.{name}": v for name, v in load_file(original / TEXT_ENCODER / "model.safetensors").items()}
+    files = {
+        "diffusion_models/acestep_v1.5_turbo.safetensors": model,
+        "vae/ace_1.5_vae.safetensors": vae,
+        "text_encoders/qwen_0.6b_ace15.safetensors": text,
+    }
+    if whole:
+        parts = zip(
+            ("model.diffusion_model.", "vae.", "text_encoders.qwen3_06b.transformer."), files.values(), strict=True
+        )
+        state = {f"{prefix}{name}": value for prefix, part in parts for name, value in part.items()}
+        state["text_encoders.qwen3_06b.logit_scale"] = model["null_condition_emb"].sum()
+        state["text_encoders.qwen3_2b.transformer.model.norm.weight"] = model["null_condition_emb"].clone()
+        files = {"checkpoints/ace_step_1.5_turbo_aio.safetensors": state}
+    for name, state in files.items():
+        (destination / name).parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in change(state).items()}, destination / name, {"format": "pt"})
+    return destination / next(iter(files))

@@ -8,6 +8,8 @@ import numpy as np
 
 from acestep_jax.models.config import Runtime
 
+DIFFUSERS = dict(compat="diffusers")  # what every comparison of songs with diffusers' needs
+
 
 def make_pair(name, theirs, config, seed=0):
     """Randomise the torch network; return it and ours, loaded by the converter's own rules."""

@@ -136,7 +136,7 @@ BAD = {
     "unload": (lambda p, f: p.unload_lora(["bass", "drum"]), "adapters: 'drum' is unknown; did you mean 'drums'?"),
     "no number": (lambda p, f: p.set_adapters({"bass": "loud"}), "scales['bass']: expected a finite number"),
     "not finite": (lambda p, f: p.set_adapters({"bass": float("nan")}), "scales['bass']: expected a finite number"),
-    "a text": (lambda p, f: p.set_adapters("bass"), "scales: expected scales by name, such as"),
+    "a number": (lambda p, f: p.set_adapters(3), "scales: expected scales by name, such as"),
     "taken": (lambda p, f: p.load_lora(f[0], name="bass"), "name: an adapter 'bass' is loaded already"),
     "twice": (lambda p, f: p.load_lora(f, name=["x", "x"]), "name: an adapter 'x' is loaded already"),
     "empty": (lambda p, f: p.load_lora(f[0], name=""), "name: expected a text that is not empty, found ''"),

@@ -10,24 +10,26 @@ pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"acestep_jax": "acestep_jax", "convert": "acestep_jax.convert", "train": "acestep_jax.train"}
 # A part imports itself and the lines above its own. A module belongs to the longest of these names that it begins with.
-ORDER = """errors
+ORDER = """errors settings
 io.files
 distributed
+preemption
 models
 io
+memory placement
 diffusion
 arguments
 request
 inputs
 song
-planner
+loaded
 pipeline
 convert train serve
 cli
 __main__ convert.__main__ train.__main__""".split("\n")
 LEVEL = {part: level for level, line in enumerate(ORDER) for part in line.split()}
 # What a request may contain is known without reading a file.
-ONLY = {"request": {"errors", "arguments", "models", "diffusion"}}
+ONLY = {"request": {"errors", "settings", "arguments", "models", "diffusion"}}
 TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate"}
 
 

@@ -14,16 +14,18 @@ from diffusers import AceStepPipeline as TorchPipeline
 from acestep_jax import AceStepPipeline, InputError, Request, make_mesh
 from acestep_jax.diffusion import denoise
 from acestep_jax.diffusion.guidance import GUIDANCE
+from acestep_jax.diffusion.schedule import schedule
 from acestep_jax.diffusion.solvers import SOLVERS
 from acestep_jax.errors import Cancelled
 from acestep_jax.inputs import programs
 from acestep_jax.inputs.keywords import requests_and_sampling
+from acestep_jax.io import checkpoint
 from acestep_jax.io.adapter import Adapter, save_adapter
 from acestep_jax.models.config import LoRAConfig
 from acestep_jax.request import Sampling
 from tests.adapters import ATTENTION, CONFIG, random_adapter
 from tests.noise import drawn
-from tests.parity import assert_close, normal, relative_error
+from tests.parity import DIFFUSERS, assert_close, normal, relative_error
 
 SONG = dict(lyrics="[verse]\nla la la\n[chorus]\nhello", audio_duration=10.0, bpm=90, keyscale="C major")
 FRAMES, CHANNELS = 250, 8
@@ -64,7 +66,7 @@ def test_turbo_matches_diffusers(tiny, pipe):
     noise = normal(1, 257, CHANNELS)
     arguments = SONG | dict(audio_duration=10.25, vocal_language="de", timesignature="3")
     reference = torch_song(tiny[0], "lofi piano", noise, guidance_scale=1.0, **arguments)
-    assert_same_song(pipe("lofi piano", latents=noise, **arguments), reference)
+    assert_same_song(pipe("lofi piano", latents=noise, **DIFFUSERS, **arguments), reference)
 
 
 GUIDED = {
@@ -80,7 +82,7 @@ def test_guidance_matches_diffusers(tiny_base, base_pipe, case):
     arguments = SONG | dict(num_inference_steps=10, guidance_scale=5.0, shift=2.0) | GUIDED[case]
     theirs = {name: value for name, value in arguments.items() if name != "cfg_interval_in"}
     reference = torch_song(tiny_base[0], "techno", noise, **theirs)
-    assert_same_song(base_pipe("techno", latents=noise, **arguments), reference)
+    assert_same_song(base_pipe("techno", latents=noise, **DIFFUSERS, **arguments), reference)
     if case == "interval":
         everywhere = torch_song(tiny_base[0], "techno", noise, **theirs | dict(cfg_interval_end=1.0))
         assert relative_error(everywhere[0], reference[0]) > 0.01
@@ -91,7 +93,7 @@ def test_batch_matches_diffusers(tiny, pipe):
     noise = normal(2, FRAMES, CHANNELS)
     prompts, arguments = ["slow jazz", "fast funk"], SONG | dict(lyrics=["one", "two"])
     reference = torch_song(tiny[0], prompts, noise, guidance_scale=1.0, **arguments)
-    assert_same_song(pipe(prompts, latents=noise, **arguments), reference)
+    assert_same_song(pipe(prompts, latents=noise, **DIFFUSERS, **arguments), reference)
 
 
 def test_defaults_are_the_variants(pipe, base_pipe, monkeypatch):
@@ -107,7 +109,7 @@ def test_defaults_are_the_variants(pipe, base_pipe, monkeypatch):
     (turbo_times, _, turbo_guided), (base_times, base_scale, base_guided) = seen
     np.testing.assert_allclose(turbo_times[:8], [1, 0.954545, 0.9, 0.833333, 0.75, 0.642857, 0.5, 0.3], atol=1e-6)
     assert len(turbo_times) == 9 and turbo_guided is None
-    np.testing.assert_allclose(base_times, np.linspace(1, 0, 51), atol=1e-6)
+    np.testing.assert_allclose(base_times, schedule(32, 3.0), atol=1e-6)
     assert base_guided == "apg" and base_scale == 7.0
 
 
@@ -196,6 +198,10 @@ PIECES = {
     **{f"solver {name}": dict(solver=name) for name in SOLVERS},
     **{f"guidance {name}": dict(guidance=name, solver="heun") for name in GUIDANCE},
     "injection": dict(task_type="repaint", repainting_start=1.0, repainting_end=2.0, repaint_injection_ratio=0.6),
+    "corrected": dict(task_type="repaint", repainting_start=1.0, repainting_end=2.0, dcw_enabled=True, solver="heun")
+    | dict(dcw_wavelet="db4", velocity_norm_threshold=0.5, velocity_ema_factor=0.2),
+    "edited": dict(task_type="cover", flow_edit_morph=True, flow_edit_source_caption="drums", flow_edit_n_max=0.7)
+    | dict(flow_edit_n_min=0.2, flow_edit_n_avg=2, velocity_ema_factor=0.1),
     "switched cover": dict(task_type="cover", audio_cover_strength=0.5),
     "blended cover": dict(task_type="cover", audio_cover_strength=0.5, cover_mode="blend"),
 }
@@ -287,11 +293,11 @@ BAD = {
     "lyrics: expected one or 1, one for each prompt, found 2": dict(lyrics=["a", "b"]),
     "vocal_language: expected one or 1": dict(vocal_language=["en", "de"]),
     "bpm: expected one or 1": dict(bpm=[90, 91]),
-    "generator: unknown argument; use seed=N": dict(generator=0),
+    "generator: expected a torch.Generator or a list of them, found 0; use seed=N": dict(generator=0),
     "num_inference_step: unknown argument; did you mean num_inference_steps?": dict(num_inference_step=3),
     "seed: expected one or 1, one for each prompt, found 2": dict(seed=[1, 2]),
     "seed: expected 0 to 2\\^32 - 1, found -1": dict(seed=-1),
-    "output_type": dict(output_type="pt"),
+    'output_type: expected "np" or "latent", found \'pt\'; torch.from_numpy': dict(output_type="pt"),
     "cfg_interval_start": dict(cfg_interval_start=0.6, cfg_interval_end=0.5),
     r"timesteps: expected strictly decreasing numbers within \(0, 1\], found \[0.5, 0.7\]": dict(timesteps=[0.5, 0.7]),
     r"timesteps: expected strictly decreasing numbers within \(0, 1\], found \[1.5\]": dict(timesteps=[1.5]),
@@ -317,6 +323,18 @@ def test_batches_are_filled_up_for_the_mesh(tiny, pipe):
 def test_unknown_arguments_of_from_pretrained():
     with pytest.raises(InputError, match='torch_dtype: unknown argument; use dtype="bfloat16"'):
         AceStepPipeline.from_pretrained(torch_dtype="bfloat16")
+
+
+def test_arguments_of_torch_users(pipe):
+    """A generator is its seed, tensors are arrays: the same songs, bit for bit, as with ours."""
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 7)]
+    noise = torch.from_numpy(normal(2, FRAMES, CHANNELS)).to(torch.bfloat16)
+    arguments = SONG | dict(num_inference_steps=2, output_type="latent")
+    found = pipe(["a", "b"], generator=generators, **arguments)
+    assert found.seeds == (3, 7)
+    np.testing.assert_array_equal(found.latents, pipe(["a", "b"], seed=[3, 7], **arguments).latents)
+    found = pipe(["a", "b"], latents=noise, **arguments)
+    np.testing.assert_array_equal(found.latents, pipe(["a", "b"], latents=noise.float().numpy(), **arguments).latents)
 
 
 def with_loras(pipe, *arguments):
@@ -358,3 +376,19 @@ def test_bad_adapters(pipe, tmp_path):
         with pytest.raises(InputError, match=message):
             pipe.load_lora(*arguments)
     assert pipe.transformer is before
+
+
+@pytest.mark.parametrize("network, stage", [("transformer", "after denoising"), ("vae", "after decoding")])
+def test_a_damaged_weight_gives_no_song(tiny, tmp_path, network, stage):
+    """One NaN is an error that says what to do, for songs and for codes."""
+    broken = AceStepPipeline.from_checkpoint(tiny[1])
+    leaf = checkpoint.leaves(broken.networks[network])
+    name = "decoder.conv1.kernel" if network == "vae" else "norm_out.scale"
+    leaf[name][...] = leaf[name][...].at[..., 0].set(jnp.nan)
+    with pytest.raises(
+        InputError, match=f"song 'piano', seed 5: .*{stage}, are NaN.*nothing is written.*--dtype float32"
+    ):
+        broken("piano", seed=5, audio_duration=10.0, num_inference_steps=1)
+    if network == "vae":
+        with pytest.raises(InputError, match="audio_codes: .*after decoding, are NaN"):
+            broken.codes_to_song("<|audio_code_1|>" * 5)

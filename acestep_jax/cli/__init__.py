@@ -1,5 +1,6 @@
 """`acestep-jax`: generate songs, convert weights, train."""
 
+import importlib.metadata
 import logging
 import sys
 from collections.abc import Callable
@@ -9,7 +10,8 @@ import jax
 
 from acestep_jax.cli import codes, convert, generate, info, train
 from acestep_jax.cli.parser import Parser
-from acestep_jax.errors import InputError
+from acestep_jax.errors import InputError, Preempted
+from acestep_jax.preemption import EXIT_CODE
 
 MODULES = (generate, codes, convert, train, info)  # each adds its commands to the parser
 COMMANDS: dict[str, Callable[[Any], int | None]] = {
@@ -28,10 +30,12 @@ OUT_OF_MEMORY = (
 
 def parser() -> Parser:
     """Return the parser of all commands."""
-    program = Parser(prog="acestep-jax", description="ACE-Step 1.5 music generation in JAX.")
+    version = importlib.metadata.version("acestep-jax")
+    program = Parser(prog="acestep-jax", description="ACE-Step 1.5 music generation in JAX.", version=version)
     commands = program.add_subcommands(required=True, dest="command", metavar="COMMAND")
     for module in MODULES:
         module.add(commands)
+    program.finish()
     return program
 
 
@@ -39,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit status.
 
     0: done; 1: some songs of a batch failed, or `convert verify` found a difference; 2: an error message was printed;
-    130: interrupted.
+    130: interrupted; 143: ended by SIGTERM, after what was under way has been saved.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     words = sys.argv[1:] if arguments is None else arguments
@@ -61,5 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("acestep-jax: interrupted; the same command resumes from what was written", file=sys.stderr)
         return 130
+    except Preempted:
+        print("acestep-jax: SIGTERM; the same command resumes from what was written", file=sys.stderr)
+        return EXIT_CODE
     print(f"acestep-jax: {message}", file=sys.stderr)
     return 2

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from acestep_jax.cli.parser import Parser, text_or_file
-from acestep_jax.cli.runtime import add_checkpoint, add_dtype, start
+from acestep_jax.cli.runtime import add_checkpoint, add_dtype, model_folder, start
 from acestep_jax.errors import InputError
 from acestep_jax.inputs.tasks import codes_to_text
 from acestep_jax.io import audio
 from acestep_jax.io.checkpoint import read_manifest
-from acestep_jax.io.files import publish_file
+from acestep_jax.io.files import check_writable, publish_file
 from acestep_jax.pipeline import AceStepPipeline
 
 NETWORKS = ("vae", "condition_encoder", "audio_tokenizer", "audio_token_detokenizer")
@@ -35,9 +35,10 @@ def add(commands: Any) -> None:
 
 def load(options: Any) -> AceStepPipeline:
     """Load the networks between songs and codes, those that the checkpoint has."""
-    configs = read_manifest(options.checkpoint).configs
+    path = model_folder(options)
+    configs = read_manifest(path).configs
     names = [name for name in NETWORKS if name in configs]
-    return AceStepPipeline.from_pretrained(options.checkpoint, dtype=options.dtype, networks=names)
+    return AceStepPipeline.from_pretrained(path, dtype=options.dtype, networks=names)
 
 
 def tokenize(options: Any) -> None:
@@ -47,6 +48,8 @@ def tokenize(options: Any) -> None:
         raise InputError(f"{out}: the folder {out.absolute().parent} does not exist; create it first")
     if out is not None and out.exists() and (out.is_dir() or not options.overwrite):
         raise InputError(f"{out}: already exists; remove it, choose another name, or use --overwrite")
+    if out is not None:
+        check_writable(out)
     start()
     codes = load(options).song_to_codes(options.song)
     text = codes_to_text(codes)

@@ -90,9 +90,16 @@ def run(options: Namespace) -> int | None:
     """
     given = options[options.command]
     if options.command == "from-torch":
-        from acestep_jax.convert.from_torch import from_torch
+        from acestep_jax.io.conversion import from_torch
 
-        from_torch(given.source, given.destination, dtype=given.dtype, vae=given.vae, text_encoder=given.text_encoder)
+        from_torch(
+            given.source,
+            given.destination,
+            dtype=given.dtype,
+            vae=given.vae,
+            text_encoder=given.text_encoder,
+            variant=given.variant,
+        )
     elif options.command == "to-torch":
         from acestep_jax.convert.to_torch import to_torch
 
@@ -100,7 +107,8 @@ def run(options: Namespace) -> int | None:
     elif options.command == "verify":
         from acestep_jax.convert.verify import verify
 
-        return 0 if verify(given.source, vae=given.vae, text_encoder=given.text_encoder) else 1
+        parts = dict(vae=given.vae, text_encoder=given.text_encoder, variant=given.variant)
+        return 0 if verify(given.source, **parts) else 1
     elif options.command == "lora-from-torch":
         from acestep_jax.convert.lora import lora_from_torch
 
@@ -132,15 +140,20 @@ def _command(commands: Any, name: str, what: str) -> ArgumentParser:
 def _add_source(parser: ArgumentParser) -> None:
     """Add the options that name a PyTorch checkpoint."""
     parser.add_argument(
-        "source", metavar="SRC", help="PyTorch checkpoint: a diffusers folder, an original folder or a hub id"
+        "source",
+        metavar="SRC",
+        help="PyTorch checkpoint: a folder of diffusers or ACE-Step, a file of ComfyUI or a hub id",
+    )
+    parser.add_argument(
+        "--variant", metavar="NAME", help="Model to take where SRC has several: turbo, base, sft, xl-turbo, ..."
     )
     parser.add_argument(
         "--vae",
         metavar="DIR",
-        help="Folder of the autoencoder of an original checkpoint; without it, the folder vae beside SRC",
+        help="Folder, or file, of the autoencoder; without it, the folder vae beside SRC",
     )
     parser.add_argument(
         "--text-encoder",
         metavar="DIR",
-        help="Folder of the text encoder of an original checkpoint; without it, Qwen3-Embedding-0.6B beside SRC",
+        help="Folder, or file, of the text encoder; without it, Qwen3-Embedding-0.6B beside SRC",
     )

@@ -1,20 +1,26 @@
 """`acestep-jax generate`: one song, or those of a JSONL file."""
 
 import importlib.metadata
+import logging
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from acestep_jax import preemption
 from acestep_jax.cli.options import add_lora, lora_scales
 from acestep_jax.cli.parser import Parser, add_fields, name_flags, read_fields
-from acestep_jax.cli.runtime import add_checkpoint, add_devices, add_dtype, start
-from acestep_jax.distributed import parse_mesh
+from acestep_jax.cli.runtime import add_checkpoint, add_devices, add_dtype, model_folder, start
+from acestep_jax.distributed import all_succeed, local_mesh, parse_mesh
 from acestep_jax.errors import InputError
 from acestep_jax.inputs.prepare import prepare
 from acestep_jax.io import audio, checkpoint
 from acestep_jax.io.adapter import resolve_adapters
+from acestep_jax.io.files import as_path, check_writable, identity
+from acestep_jax.io.native import is_native
+from acestep_jax.models.config import TransformerConfig
+from acestep_jax.models.registry import FAMILY
 from acestep_jax.pipeline import AceStepPipeline
 from acestep_jax.request import Arguments, Request, Sampling, split
 from acestep_jax.serve import jsonl
@@ -39,7 +45,11 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--out-dir", metavar="DIR", help="Folder for the songs of --batch and their settings.")
     parser.add_argument(
-        "--batch-size", metavar="N", type=int, default=1, help="Number of songs of --batch made at once. Default: 1."
+        "--batch-size",
+        metavar="N",
+        type=int,
+        help="Number of songs of --batch made at once. Default: 1; with --distributed and without --mesh, one on each "
+        "device of a process.",
     )
     add_lora(parser)
     add_dtype(parser)
@@ -73,11 +83,14 @@ def run_one(options: Any, given: dict[str, Any]) -> None:
     if writes:
         audio.check_output(out, overwrite=options.overwrite)
         for name, path in (("--source", request.src_audio), ("--reference", request.reference_audio)):
-            if path is not None and Path(str(path)).resolve() == Path(out).resolve():
+            if path is not None and identity(str(path)) == identity(out):
                 raise InputError(f"--out: {out} is the {name} itself; choose another name")
-    configs = checkpoint.read_manifest(options.checkpoint).configs
-    job = prepare(request, configs, checkpoint.load_tokenizer(options.checkpoint))
-    pipe = load(options)
+    if not is_native(as_path(options.checkpoint)):
+        check_request(request, sampling)
+    path = model_folder(options)
+    manifest = checkpoint.read_manifest(path)
+    job = prepare(request, manifest.configs, checkpoint.load_tokenizer(path), sampling, manifest.sampling)
+    pipe = load(options, path, parse_mesh(options.mesh))
     (song,) = pipe.run([job], sampling)
     if not writes:
         return
@@ -94,37 +107,67 @@ def run_batch(options: Any, given: dict[str, Any]) -> int:
         raise InputError("--out: for one song only; use --out-dir for the songs of --batch")
     if options.out_dir is None:
         raise InputError("--out-dir: missing; give a folder for the songs of --batch")
-    if options.batch_size < 1:
+    if options.batch_size is not None and options.batch_size < 1:
         raise InputError(f"--batch-size: expected at least 1, found {options.batch_size}")
     start(options.distributed)
-    lines, failures = jsonl.read(options.batch, options.out_dir, given)
-    Path(options.out_dir).mkdir(parents=True, exist_ok=True)
-    pipe = load(options)
+    apart = jax.process_count() > 1 and options.mesh is None  # each process makes its own songs
+    mesh = local_mesh() if apart else parse_mesh(options.mesh)
+    batch_size = options.batch_size or (jax.local_device_count() if apart else 1)
+    lines, unusable = jsonl.read(options.batch, options.out_dir, given)
+    as_path(options.out_dir).mkdir(parents=True, exist_ok=True)
+    check_writable(as_path(options.out_dir) / "songs")
+    path = model_folder(options)
+    pipe = load(options, path, mesh)
     folders, scales = lora_scales(options)
     about = dict(
-        checkpoint=str(Path(options.checkpoint).resolve()),
+        checkpoint=identity(path),
         dtype=options.dtype,
         lora=[[folder, scale] for folder, scale in zip(folders, scales, strict=True)],
         version=importlib.metadata.version("acestep-jax"),
     )
-    for line, error in jsonl.generate(pipe, lines, options.batch_size, about, overwrite=options.overwrite):
-        if error is not None:
-            failures.append(f"{line.place}: {error}")
-        elif jax.process_index() == 0:
-            print(line.path, flush=True)
-    for failure in failures if jax.process_index() == 0 else ():
+    reports = apart or jax.process_index() == 0
+    failures = unusable if jax.process_index() == 0 else []
+    with all_succeed(), preemption.handled(in_step=not apart):
+        for line, error in jsonl.generate(pipe, lines, batch_size, about, overwrite=options.overwrite):
+            if error is not None:
+                failures.append(f"{line.place}: {error}")
+            elif reports:
+                print(line.path, flush=True)
+    for failure in failures if reports else ():
         print(f"acestep-jax: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return 1 if failures or unusable else 0
 
 
-def load(options: Any) -> AceStepPipeline:
-    """Load the pipeline with its adapters; adapters are checked before the weights are loaded."""
-    mesh = parse_mesh(options.mesh)
+def check_request(request: Request, sampling: Sampling) -> None:
+    """Check a request before its model is downloaded or converted: against the architecture of the published models.
+
+    What is wrong with a request hardly ever depends on the model, and a download takes minutes. The request is prepared
+    again, with the model's own tokenizer, when that is there; its warnings are given then.
+
+    Raises:
+        InputError, OSError: see `prepare`.
+    """
+    configs: dict[str, Any] = {name: config() for name, (_, config) in FAMILY.networks.items()}
+    if request.global_caption:  # only the model itself tells whether it was fine-tuned on stems
+        configs["transformer"] = TransformerConfig(is_lego_sft=True)
+    logging.disable(logging.WARNING)
+    try:
+        prepare(request, configs, checkpoint.load_tokenizer(checkpoint.SMALL_MODEL), sampling)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def load(options: Any, path: str, mesh: Mesh | None) -> AceStepPipeline:
+    """Load the pipeline with its adapters; adapters are checked before the weights are loaded.
+
+    Args:
+        path: the native checkpoint, see `model_folder`.
+    """
     folders, scales = lora_scales(options)
     if folders:
-        config: Any = checkpoint.read_manifest(options.checkpoint).configs["transformer"]
+        config: Any = checkpoint.read_manifest(path).configs["transformer"]
         adapters, scales = resolve_adapters(folders, scales, config)
-    pipe = AceStepPipeline.from_pretrained(options.checkpoint, dtype=options.dtype, mesh=mesh)
+    pipe = AceStepPipeline.from_pretrained(path, dtype=options.dtype, mesh=mesh)
     if folders:
         pipe.load_lora(adapters, scales)
     return pipe

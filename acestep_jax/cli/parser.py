@@ -2,10 +2,11 @@
 
 import argparse
 import difflib
+import itertools
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,101 @@ from acestep_jax.errors import InputError
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """A parser that raises `InputError`, with the nearest known option, where argparse would exit."""
+    """A parser that raises `InputError` in words, with the nearest known option, where argparse would exit.
 
-    def __init__(self, **options: Any):
+    The main program calls `finish` once all options are added.
+
+    Args:
+        kinds: what the options that the library converts may be, such as "a whole number", by name.
+    """
+
+    def __init__(self, *, kinds: Mapping[str, str] | None = None, **options: Any):
         super().__init__(exit_on_error=False, allow_abbrev=False, **options)
         self.formatter_class = HelpFormatter
+        self._kinds = dict(kinds or {})
+        self._needed: list[argparse.Action] = []
 
-    def error(self, message: str, *_: Any) -> typing.NoReturn:
-        raise InputError(explain(message, self.options()))
-
-    def options(self) -> list[str]:
-        """Return every option of this parser and of its subcommands."""
-        found = [option for action in self._actions for option in action.option_strings]
+    def finish(self) -> None:
+        """Spell every option of this parser and its commands with dashes; underscores are accepted as well."""
+        # The library clears `required` while it parses.
+        self._needed = [action for action in self._actions if action.required and not _is_command(action)]
         for action in self._actions:
+            dashed = [option.replace("_", "-") for option in action.option_strings]
+            self._option_string_actions |= dict.fromkeys(dashed, action)
+            action.option_strings = dashed
             if isinstance(action, jsonargparse.ActionSubCommands):
-                for name, parser in (action.choices or {}).items():
-                    found += [name, *(parser.options() if isinstance(parser, Parser) else ())]
-        return found
+                for parser in typing.cast(dict[str, Parser], action.choices or {}).values():
+                    parser.finish()
+
+    def parse_args(self, args=None, namespace=None, env=None, defaults=True, **options) -> jsonargparse.Namespace:
+        """Parse the options; raise InputError for an unknown one, or one that is missing."""
+        if not any(map(_is_command, self._actions)):
+            options.pop("_skip_validation", None)  # by which the main program would find errors late, and name others
+        values = super().parse_args(args, namespace, env, defaults, **options)
+        if missing := [action for action in self._needed if values.get(action.dest) is None]:
+            names = [action.option_strings[0] if action.option_strings else str(action.metavar) for action in missing]
+            raise InputError(f"{', '.join(names)}: missing; {self._advice}")
+        return values
+
+    def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
+        """Raise InputError with the library's message in words."""
+        words = self.args or ()
+        files = [value for option, value in itertools.pairwise(words) if option == "--config"]
+        files += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+        where = f" (settings come from {', '.join(files)} and the command line)" if files else ""
+        explained = self._explain(message)
+        end = where if "; " in explained else f"{where}; {self._advice}"
+        raise InputError(f"{explained}{end}") from ex
+
+    @property
+    def _advice(self) -> str:
+        return f"`{self.prog.replace(' [options]', '')} --help` lists all options"
+
+    def _explain(self, message: str) -> str:
+        """Return the message of an error in words, without advice unless a name is near."""
+        if found := re.search(r'Parser key "([\w.]+)"(?: element \d+)?:\s*(.*)', message, re.DOTALL):
+            name, rest = found.groups()
+            value = re.search(r"(?:Got|Given) value: ([^\n]*)", rest)
+            if value and name in self._kinds:
+                return f"--{_dashed(name)}: expected {self._kinds[name]}, found {value[1]}"
+            return f"--{_dashed(name)}: {' '.join(rest.split())}"
+        if found := re.match(r"argument (.+?): invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
+            choices = [choice.strip(" '\"") for choice in found[3].split(",")]
+            near = difflib.get_close_matches(found[2], choices, 1)
+            advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(choices)}"
+            return f"{found[1]}: unknown value {found[2]!r}; {advice}"
+        if re.match(r'expected "[\w.]*command" to be one of', message):
+            return "COMMAND: missing"
+        if found := re.fullmatch(r"argument (.+?): (.*)", message, re.DOTALL):
+            return f"{found[1]}: {found[2]}"
+        if found := re.fullmatch(r"unrecognized arguments: (--[^\s=]+)?(.*)", message, re.DOTALL):
+            if found[1] is None:
+                return f"unexpected argument {found[2]}"
+            near = self._nearest(found[1])
+            return f"{found[1]}: unknown option" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        group = r"(?:Group '([\w.]+)' does not accept o|O)ption '([\w.-]+)'(?: is not accepted)?"
+        if found := re.fullmatch(group, message):  # of a settings file
+            name = ".".join(filter(None, found.groups()))
+            near = [option[2:].replace("-", "_") for option in self._nearest(f"--{_dashed(name)}")]
+            return f"{name}: unknown setting" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        return " ".join(message.split())
+
+    def _nearest(self, option: str) -> list[str]:
+        """Return the options nearest to an unknown one: those with the same last part, else the one spelled alike."""
+        known = [spelling for action in self._actions for spelling in action.option_strings if spelling != "-h"]
+        lasts = {one.strip("-").rpartition(".")[2]: one for one in known}
+        last = _dashed(option).strip("-").rpartition(".")[2]
+        near = [one for one in known if one.strip("-").rpartition(".")[2] == last]
+        near = near or difflib.get_close_matches(_dashed(option), known, n=1)
+        return near or [lasts[one] for one in difflib.get_close_matches(last, lasts, n=1)]
+
+
+def _is_command(action: argparse.Action) -> bool:
+    return isinstance(action, jsonargparse.ActionSubCommands)
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -42,32 +121,16 @@ class HelpFormatter(argparse.HelpFormatter):
         super().__init__(*args, **{"max_help_position": 28} | options)
 
 
-def explain(message: str, known: Iterable[str]) -> str:
-    """Return an error message of argparse as one line of ours, with the nearest known option or command."""
-    if found := re.match(r"unrecognized arguments: (\S+)", message):
-        option = found[1].partition("=")[0]
-        near = difflib.get_close_matches(option, list(known), 1)
-        return f"{option}: unknown option; " + (f"did you mean {near[0]}?" if near else "see --help")
-    if found := re.match(r"argument (.+?): invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
-        choices = [choice.strip(" '\"") for choice in found[3].split(",")]
-        near = difflib.get_close_matches(found[2], choices, 1)
-        advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(choices)}"
-        return f"{found[1]}: unknown value {found[2]!r}; {advice}"
-    if found := re.match(r'expected "[\w.]*command" to be one of', message):
-        return "COMMAND: missing; see --help"
-    if found := re.match(r"argument (.+?): (.*)", message):
-        return f"{found[1]}: {found[2]}"
-    return message.strip().replace("\n", " ")
-
-
 def add_fields(parser: Parser, kind: type) -> None:
     """Add an option for each field of `Request` or `Sampling` that has one. Values are text until `read_fields`."""
     for name, (field, about) in arguments(kind).items():
         if name == "prompt" or not (option := flag(name, about)):
             continue
         text = describe(name, kind).replace("%", "%%")
-        if field.type is bool:
-            parser.add_argument(option, dest=_key(name), action="store_true", help=text)
+        if value_types(field.type) == {bool}:
+            only: dict[str, Any] = {} if field.type is bool else dict(nargs="?", const="true", metavar="true|false")
+            action = "store_true" if field.type is bool else "store"
+            parser.add_argument(option, dest=_key(name), action=action, help=text, **only)
             continue
         metavar = about.metavar or ("S" if about.unit == "s" else "N" if _is_number(field.type) else option[2:].upper())
         action = "append" if repeatable(field.type) else "store"
@@ -108,7 +171,7 @@ def text_or_file(text: str) -> str:
     if not text.startswith("@"):
         return text
     try:
-        return Path(text[1:]).read_text(encoding="utf-8-sig")
+        return Path(text[1:]).read_text(encoding="utf-8-sig").rstrip("\r\n")  # which ends the file, not the text
     except UnicodeDecodeError as error:
         raise InputError(f"{text[1:]}: not UTF-8 text ({error}); save it as UTF-8") from None
 
@@ -127,6 +190,10 @@ def _only_lists(kind: Any) -> bool:
 
 
 def _convert(value: Any, kind: Any, option: str) -> Any:
+    if isinstance(value, str) and value_types(kind) == {bool}:
+        if value.lower() not in ("true", "false"):
+            raise InputError(f"{option}: expected true or false, found {value!r}")
+        return value.lower() == "true"
     if not isinstance(value, str) or not _is_number(kind):
         return value
     whole = float not in value_types(kind)

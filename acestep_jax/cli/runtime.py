@@ -1,5 +1,6 @@
 """What commands share: options of the checkpoint and the devices, and the set-up of JAX."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -7,27 +8,52 @@ from typing import Any
 import jax
 from jsonargparse import ArgumentParser
 
+from acestep_jax.cli import machine
 from acestep_jax.cli.parser import Parser
 from acestep_jax.distributed import MESH_AXES, join_processes
 from acestep_jax.errors import InputError
 from acestep_jax.io.checkpoint import SMALL_MODEL
-from acestep_jax.models.config import DTYPES
+from acestep_jax.io.native import native_folder
+from acestep_jax.loaded import converted_dtype
+from acestep_jax.models.config import PRECISIONS
+
+logger = logging.getLogger(__name__)
 
 
 def add_checkpoint(parser: Parser) -> None:
-    """Add --checkpoint."""
+    """Add --model, which is also spelled --checkpoint, and --variant; see `model_folder`."""
     parser.add_argument(
+        "--model",
         "--checkpoint",
-        metavar="DIR",
+        dest="checkpoint",
+        metavar="MODEL",
         default=str(SMALL_MODEL),
-        help="Native checkpoint, a folder. Default: the small model of this package.",
+        help="Id of a repository on the Hugging Face hub, such as ACE-Step/Ace-Step1.5; a PyTorch checkpoint, a folder "
+        "or a file of ComfyUI; or a native checkpoint. Downloads and conversions are kept. Default: the small model of "
+        "this package.",
     )
+    parser.add_argument(
+        "--variant", metavar="NAME", help="Model to take where there are several: turbo, base, sft, xl-turbo, ..."
+    )
+
+
+def model_folder(options: Any) -> str:
+    """Return the folder of the native checkpoint that the options name, which is downloaded and converted if need be.
+
+    Raises:
+        InputError: see `native_folder`.
+    """
+    dtype = converted_dtype(options.get("dtype"))
+    return str(native_folder(options.checkpoint, options.variant, dtype=dtype))
 
 
 def add_dtype(parser: Parser) -> None:
     """Add --dtype."""
     parser.add_argument(
-        "--dtype", metavar="DTYPE", help=f"Dtype of weights and computation: {', '.join(DTYPES)}. Default: as stored."
+        "--dtype",
+        metavar="DTYPE",
+        help=f"Dtype of weights and computation: {', '.join(PRECISIONS)}. Default: what the checkpoint asks for, or "
+        "else what suits the device.",
     )
 
 
@@ -38,23 +64,24 @@ def add_devices(parser: Parser) -> None:
         metavar="AXIS=N,...",
         help=f"Number of devices along each of the axes {', '.join(MESH_AXES)}. Default: one device.",
     )
-    add_distributed(parser)
+    add_distributed(parser, "with a mesh over the devices of all or, for --batch without one, each with its own songs")
 
 
-def add_distributed(parser: ArgumentParser) -> None:
-    """Add --distributed."""
+def add_distributed(parser: ArgumentParser, work: str) -> None:
+    """Add --distributed. `work`: how the processes divide it."""
     parser.add_argument(
         "--distributed",
         nargs="?",
         const="",
         metavar="HOST:PORT,COUNT,INDEX",
-        help="Run as one of several processes, with a mesh over the devices of all: the address of process 0, the "
-        "number of processes and the index of this one. Without a value JAX finds out (TPU pods, SLURM, Open MPI).",
+        help=f"Run as one of several processes, {work}: the address of process 0, the number of processes and the "
+        "index of this one. Without a value JAX finds out (TPU pods, SLURM, Open MPI).",
     )
 
 
 def start(distributed: str | None = None) -> None:
-    """Join the other processes, check that the backend can be used, and keep compiled programs on disk.
+    """Join the other processes, check that the backend can be used, warn if it misses an accelerator of this machine,
+    and keep compiled programs on disk.
 
     Raises:
         InputError: if JAX_PLATFORMS names a backend that is not installed, or there is no cluster.
@@ -62,6 +89,8 @@ def start(distributed: str | None = None) -> None:
     if distributed is not None:
         join_processes(distributed)
     check_backend()
+    if problem := machine.advice(machine.probe(), jax.default_backend(), machine.installed()):
+        logger.warning("%s", problem)
     use_compilation_cache()
 
 
@@ -77,8 +106,8 @@ def check_backend() -> list[Any]:
         wanted = os.environ.get("JAX_PLATFORMS", "")
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"JAX_PLATFORMS: {wanted!r} cannot be used ({reason[:200]}); install 'acestep-jax[cuda]' or "
-            "'acestep-jax[tpu]', or unset it"
+            f"JAX_PLATFORMS: {wanted!r} cannot be used ({reason[:200]}); pip install 'acestep-jax[cuda12]', "
+            "'acestep-jax[cuda13]' or 'acestep-jax[tpu]', or unset it; `acestep-jax info` says what is in this machine"
         ) from None
 
 

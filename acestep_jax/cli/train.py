@@ -5,16 +5,13 @@ underscores, as options dashes or underscores. What a command needs is imported 
 """
 
 import dataclasses
-import difflib
-import itertools
-import re
 from collections.abc import Iterator
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 import jsonargparse
 
-from acestep_jax.cli import parser
+from acestep_jax.cli.parser import Parser
 from acestep_jax.cli.runtime import add_distributed
 from acestep_jax.errors import InputError
 from acestep_jax.models.config import DTYPES
@@ -24,95 +21,37 @@ from acestep_jax.train.config import AutoencoderTrainConfig, TrainConfig
 PROGRAM = "acestep-jax train"
 
 
-class Parser(jsonargparse.ArgumentParser):
-    """The parser of one command: options with dashes, errors in words. `finish` it after its last argument."""
-
-    def finish(self, kinds: dict[str, str]) -> None:
-        """Spell every option with dashes; underscores are accepted as well. `kinds`: what options may be, by name."""
-        self._kinds = kinds
-        # The library clears `required` while it parses.
-        self._required = [action for action in self._actions if action.required]
-        for action in self._actions:
-            dashed = [option.replace("_", "-") for option in action.option_strings]
-            self._option_string_actions |= dict.fromkeys(dashed, action)
-            action.option_strings = dashed
-
-    def parse_args(self, args=None, namespace=None, env=None, defaults=True, **options) -> jsonargparse.Namespace:
-        """Parse the options of this command; raise InputError for an unknown one, or one that is missing."""
-        options.pop("_skip_validation", None)  # by which the main program would find errors late, and name others
-        values = super().parse_args(args, namespace, env, defaults, **options)
-        if missing := [action for action in self._required if values.get(action.dest) is None]:
-            names = ", ".join(
-                action.option_strings[0] if action.option_strings else str(action.metavar) for action in missing
-            )
-            raise InputError(f"{names}: missing; {self._advice}")
-        return values
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Raise InputError with the library's message in words."""
-        files = [value for flag, value in itertools.pairwise(self.args or ()) if flag == "--config"]
-        files += [arg.partition("=")[2] for arg in self.args or () if arg.startswith("--config=")]
-        where = f" (settings come from {', '.join(files)} and the command line)" if files else ""
-        explained = self._explain(message)
-        end = " " if explained.endswith("?") and not where else "; "
-        raise InputError(f"{explained}{where}{end}{self._advice}") from ex
-
-    @property
-    def _advice(self) -> str:
-        return f"`{self.prog} --help` lists all options"
-
-    def _explain(self, message: str) -> str:
-        if found := re.search(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL):
-            name, rest = found.groups()
-            value = re.search(r"(?:Got|Given) value: ([^\n]*)", rest)
-            if value and name in self._kinds:
-                return f"{flag(name)}: expected {self._kinds[name]}, found {value[1]}"
-            return f"{flag(name)}: {' '.join(rest.split())}"
-        if found := re.fullmatch(r"argument (--[\w.-]+): (.*)", message, re.DOTALL):
-            return f"{found[1]}: {found[2]}"
-        if found := re.fullmatch(r"unrecognized arguments: (--[\w.-]+)?(.*)", message, re.DOTALL):
-            if found[1] is None:
-                return f"unexpected argument {found[2]}"
-            return f"{found[1]}: unknown option{self._suggestion(found[1].lstrip('-'), flag)}"
-        if found := re.fullmatch(
-            r"(?:Group '([\w.]+)' does not accept o|O)ption '([\w.-]+)'(?: is not accepted)?", message
-        ):
-            name = ".".join(filter(None, found.groups()))
-            return f"{name}: unknown setting{self._suggestion(name, str)}"
-        return " ".join(message.split())
-
-    def _suggestion(self, name: str, spelled) -> str:
-        """Return the known names nearest to an unknown one: those with the same last part, else those spelled alike."""
-        known = [action.dest for action in self._actions if action.option_strings and action.dest != "help"]
-        name = name.replace("-", "_")
-        near = [one for one in known if one.rpartition(".")[2] == name.rpartition(".")[2]]
-        near = near or difflib.get_close_matches(name, known, n=1)
-        lasts = {one.rpartition(".")[2]: one for one in known}
-        near = near or [lasts[last] for last in difflib.get_close_matches(name.rpartition(".")[2], lasts, n=1)]
-        return f"; did you mean {' or '.join(map(spelled, near))}?" if near else ""
-
-
 def add(commands: Any) -> None:
     """Add `train` to the commands of the main program, what its parser's `add_subcommands` has returned."""
-    train = parser.Parser(description="Train adapters, whole models and autoencoders.")
+    train = Parser(description="Train adapters, whole models and autoencoders.")
     commands.add_subcommand("train", train, help="fine-tune a model, or train an autoencoder")
-    kinds = train.add_subcommands(required=True, dest="command", metavar="COMMAND")
+    actions = train.add_subcommands(required=True, dest="command", metavar="COMMAND")
 
-    def command(name: str, text: str, settings: type | None = None) -> Parser:
-        added = Parser(description=f"{text[0].upper()}{text[1:]}.")
-        kinds.add_subcommand(name, added, help=text)
+    def command(name: str, text: str, settings: type | None = None, **kinds: str) -> Parser:
+        kinds |= dict(_kinds(settings)) if settings is not None else {}
+        added = Parser(description=f"{text[0].upper()}{text[1:]}.", kinds=kinds)
+        actions.add_subcommand(name, added, help=text)
         added.prog = f"{PROGRAM} {name}"
         added.formatter_class = jsonargparse.DefaultHelpFormatter  # which shows types and defaults of settings
         if settings is not None:
             config_file.add_settings(added, settings)
         return added
 
-    preprocess = command("preprocess", "encode a folder of songs, or what changed in it")
+    preprocess = command("preprocess", "encode a folder of songs, or what changed in it", crop_seconds="numbers")
     preprocess.add_argument(
         "audio_dir", metavar="AUDIO_DIR", help="Folder of songs, with captions and lyrics beside them."
     )
     preprocess.add_argument("data_dir", metavar="DATA_DIR", help="Folder of training data to create or update.")
-    preprocess.add_argument("--checkpoint", metavar="DIR", required=True, help="Native checkpoint.")
+    preprocess.add_argument(
+        "--checkpoint",
+        "--model",
+        metavar="MODEL",
+        required=True,
+        help="Native checkpoint, PyTorch checkpoint or id of a repository on the Hugging Face hub.",
+    )
+    preprocess.add_argument(
+        "--variant", metavar="NAME", help="Model to take where there are several: turbo, base, sft, xl-turbo, ..."
+    )
     preprocess.add_argument(
         "--crop_seconds",
         metavar="SECONDS",
@@ -122,14 +61,16 @@ def add(commands: Any) -> None:
         help="Lengths of the crops to train on, in seconds, 1 to 600.",
     )
     preprocess.add_argument("--dtype", help=f"Dtype of the encoders, {', '.join(DTYPES)}. By default as stored.")
+    add_distributed(preprocess, "each of which encodes a share of the songs on its first device")
 
     fit = command("fit", "fine-tune the transformer on preprocessed songs", TrainConfig)
-    add_distributed(fit)
-    autoencoder = command(
-        "autoencoder", "train an autoencoder from scratch on a folder of audio", AutoencoderTrainConfig
+    fit.add_argument(
+        "--variant", metavar="NAME", help="Model to take where there are several: turbo, base, sft, xl-turbo, ..."
     )
+    add_distributed(fit, "with a mesh over the devices of all")
+    command("autoencoder", "train an autoencoder from scratch on a folder of audio", AutoencoderTrainConfig)
 
-    export = command("export", "write the result of a step of a run, which may be in progress")
+    export = command("export", "write the result of a step of a run, which may be in progress", step="a whole number")
     export.add_argument("run", metavar="RUN_DIR", help="Folder of a run.")
     export.add_argument("destination", metavar="DST", help="Folder to create.")
     export.add_argument(
@@ -140,10 +81,6 @@ def add(commands: Any) -> None:
         action="store_true",
         help="Export the moving averages of the weights. An autoencoder is always made of them if they are kept.",
     )
-    preprocess.finish({"crop_seconds": "numbers"})
-    fit.finish(dict(_kinds(TrainConfig)))
-    autoencoder.finish(dict(_kinds(AutoencoderTrainConfig)))
-    export.finish({"step": "a whole number"})
 
 
 def run(options: jsonargparse.Namespace) -> int | None:
@@ -163,31 +100,42 @@ def run(options: jsonargparse.Namespace) -> int | None:
 
 
 def _preprocess(values: jsonargparse.Namespace) -> None:
+    from acestep_jax import preemption
     from acestep_jax.cli.runtime import start
+    from acestep_jax.io.native import native_folder
     from acestep_jax.train.preprocess import preprocess
 
-    start()
-    preprocess(**vars(values))
+    start(values.pop("distributed"))
+    given = dict(vars(values))
+    given["checkpoint"] = native_folder(given["checkpoint"], given.pop("variant"))
+    with preemption.handled():
+        preprocess(**given)
 
 
 def _fit(values: jsonargparse.Namespace) -> None:
+    from acestep_jax import preemption
     from acestep_jax.cli.runtime import start
+    from acestep_jax.io.native import native_folder
 
     settings = config_file.instantiate(values, TrainConfig)
     start(values.distributed)
-    from acestep_jax.train.finetune import fit
+    from acestep_jax.train.finetune import fit  # a missing package is found before a download
 
-    print(fit(settings))
+    settings = dataclasses.replace(settings, checkpoint=str(native_folder(settings.checkpoint, values.variant)))
+    with preemption.handled(in_step=True):
+        print(fit(settings))
 
 
 def _autoencoder(values: jsonargparse.Namespace) -> None:
+    from acestep_jax import preemption
     from acestep_jax.cli.runtime import start
 
     settings = config_file.instantiate(values, AutoencoderTrainConfig)
     start()
     from acestep_jax.train.autoencoder import fit
 
-    print(fit(settings))
+    with preemption.handled(in_step=True):
+        print(fit(settings))
 
 
 def _export(values: jsonargparse.Namespace) -> None:

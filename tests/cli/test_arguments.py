@@ -2,8 +2,9 @@
 
 import pytest
 
-from acestep_jax import cli
+from acestep_jax import Sampling, cli
 from acestep_jax.cli import runtime
+from acestep_jax.cli.parser import read_fields
 
 pytestmark = pytest.mark.unit
 
@@ -35,6 +36,15 @@ def test_errors_are_one_line(tmp_path, capsys, case):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("acestep-jax: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_switches_that_have_no_fixed_default(tmp_path, capsys):
+    """On by themselves, or followed by true or false."""
+    for words, expected in ((["--dcw-enabled"], True), (["--dcw-enabled", "false"], False), ([], None)):
+        parsed = cli.parser().parse_args(["generate", "piano", *words]).generate
+        assert read_fields(parsed, Sampling).get("dcw_enabled") is expected
+    assert cli.main(["generate", "piano", "--out", str(tmp_path / "song.wav"), "--dcw-enabled", "perhaps"]) == 2
+    assert "--dcw-enabled: expected true or false, found 'perhaps'" in capsys.readouterr().err
 
 
 def test_an_empty_prompt(tmp_path, capsys):

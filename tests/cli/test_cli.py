@@ -79,9 +79,10 @@ def test_info(tiny, capsys):
 
 
 ERRORS = {
-    "not a checkpoint": (["--checkpoint", "{tmp}"], "this is no acestep-jax checkpoint"),
+    "not a checkpoint": (["--checkpoint", "{tmp}"], "not a PyTorch checkpoint; expected model_index.json"),
     "no such checkpoint": (["--checkpoint", "{tmp}/absent"], "no such folder"),
-    "a torch checkpoint": (["--checkpoint", "{torch}"], "convert from-torch"),
+    "not a model": (["--model", "{torch}/vae"], "the autoencoder alone; expected the folder of the model"),
+    "another variant": (["--model", "{torch}", "--variant", "base"], "holds the variant turbo, not base"),
     "unknown suffix": (["--out", "{tmp}/song.xyz"], "unknown kind of audio file"),
     "no such folder": (["--out", "{tmp}/absent/song.wav"], "create it first"),
     "duration": (["--duration", "5"], "--duration: expected 10 to 600 s, found 5"),
@@ -90,8 +91,8 @@ ERRORS = {
     "dtype": (["--dtype", "int8"], "use one of float32, bfloat16, float16"),
     "mesh axis": (["--mesh", "model=8"], "expected AXIS=N"),
     "mesh size": (["--mesh", "data=3"], "needs 3 devices, but 8 are present"),
-    "no adapter": (["--lora", "{tmp}/absent"], "absent: no such folder; expected an acestep-jax adapter"),
-    "a checkpoint": (["--lora", "{torch}"], "convert lora-from-torch"),
+    "no adapter": (["--lora", "{tmp}/absent"], "absent: no such folder or file; expected the folder"),
+    "a checkpoint": (["--lora", "{torch}"], "expected adapter_config.json and adapter_model.safetensors (PEFT)"),
     "scale of nothing": (["--lora-scale", "0.5"], "--lora-scale: "),
     "two scales": (["--lora", "x", "--lora-scale", "1", "--lora-scale", "2"], "--lora-scale: "),
     "infinite scale": (["--lora", "x", "--lora-scale", "inf"], "--lora-scale: expected a finite number"),

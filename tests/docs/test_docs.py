@@ -12,9 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
-    "index quickstart small_model weights tasks sampling arguments training sharding architecture parity performance "
-    "performance_notes comparison api/index api/pipeline api/inputs api/sampling api/networks api/kernels api/config "
-    "api/audio api/checkpoint api/train"
+    "index quickstart small_model weights diffusers devices tasks sampling compat arguments training sharding "
+    "architecture parity performance performance_notes comparison api/index api/pipeline api/inputs api/sampling "
+    "api/networks api/kernels api/config api/audio api/checkpoint api/train"
 ).split()
 
 

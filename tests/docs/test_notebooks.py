@@ -1,11 +1,15 @@
 """The notebooks run, in a reduced form and with what they assert, and what is saved of them is fit to be published."""
 
+import ast
+import importlib.util
 import os
 import re
+import subprocess
+import sys
+import tomllib
 
 import nbformat
 import pytest
-from packaging.requirements import Requirement
 
 from notebooks import execute
 
@@ -77,22 +81,102 @@ def test_runs(name, monkeypatch):
     assert shown and not LOCAL.search(shown)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REDUCED)
-def test_opens_and_installs_on_colab(name):
+def test_runs_again(name, monkeypatch, tmp_path):
+    """In the folder where it ran before, in a new kernel: with files of its own."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ["ACESTEP_TEST_CACHE"])
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    for _ in range(2):
+        notebook = execute.read(name)
+        reduce(notebook, REDUCED[name])
+        execute.execute(notebook, tmp_path)
+        assert not any(output.output_type == "error" for cell in code_cells(notebook) for output in cell.outputs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["files-1", "files-2"]
+
+
+def first_cell(name):
+    """The first cell, and what this notebook needs, which is all that it does not have in common with the others."""
+    found = re.fullmatch(r"(.*)^EXTRAS, OTHERS = ([^#]*)(  #.*)", code_cells(execute.read(name))[0].source, re.M | re.S)
+    return found[1] + found[3], ast.literal_eval(found[2])
+
+
+@pytest.mark.parametrize("name", REDUCED)
+def test_opens_on_colab_and_kaggle(name):
     notebook = execute.read(name)
-    link = f"https://colab.research.google.com/github/acestep-jax/acestep-jax/blob/main/notebooks/{name}.ipynb"
+    address = f"github.com/acestep-jax/acestep-jax/blob/main/notebooks/{name}.ipynb"
     assert notebook.cells[0].cell_type == "markdown"
-    assert f"(https://colab.research.google.com/assets/colab-badge.svg)]({link})" in notebook.cells[0].source
-    install = code_cells(notebook)[0].source
-    assert 'find_spec("acestep_jax") is None' in install
-    assert "https://github.com/acestep-jax/acestep-jax" in install and '"--editable", package' in install
-    assert '"cuda"' in install and '"tpu"' in install
-    (line,) = (line.strip() for line in install.splitlines() if line.strip().startswith("package = "))
-    for extras in ([], ["train"], ["train", "cuda"]):
-        found = {"extras": extras}
-        exec(line, found)
-        requirement = Requirement(found["package"].replace("./acestep-jax", "acestep-jax"))
-        assert "[]" not in found["package"] and requirement.extras == set(extras)
+    for badge, link in (
+        ("colab.research.google.com/assets/colab-badge.svg", address.replace("github", "colab.research.google", 1)),
+        ("kaggle.com/static/images/open-in-kaggle.svg", f"kaggle.com/kernels/welcome?src=https://{address}"),
+    ):
+        link = link.replace("colab.research.google.com/", "colab.research.google.com/github/")
+        assert f"(https://{badge})](https://{link})" in notebook.cells[0].source
+    assert first_cell(name)[0] == first_cell("01_generate")[0]
+
+
+def test_extras_are_those_of_the_package():
+    known = tomllib.loads((execute.FOLDER.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"cuda12", "tpu", *(extra for name in REDUCED for extra in first_cell(name)[1][0])} <= known.keys()
+
+
+# The device's file, what JAX finds before and after, whether pip accepts the JAX that is there; what is installed.
+RUNTIMES = {
+    "T4 with a JAX that works": ("/dev/nvidia0", ["gpu", "gpu"], True, [("[train]", True)]),
+    "T4 with a JAX that is too old": (
+        "/dev/nvidia0",
+        ["gpu", "gpu"],
+        False,
+        [("[train]", True), ("[train,cuda12]", False)],
+    ),
+    "T4 with the JAX of a CPU": ("/dev/nvidia0", ["cpu", "gpu"], True, [("[train,cuda12]", False)]),
+    "T4 without JAX": ("/dev/nvidia0", [None, "gpu"], True, [("[train,cuda12]", False)]),
+    "TPU v5e-1": ("/dev/vfio/0", ["tpu", "tpu"], True, [("[train]", True)]),
+    "TPU without JAX": ("/dev/accel0", [None, "tpu"], True, [("[train,tpu]", False)]),
+    "CPU": (None, ["cpu", "cpu"], True, [("[train]", True)]),
+    "T4 that JAX does not find": ("/dev/nvidia0", ["cpu", "cpu"], True, "gpu"),
+}
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_first_cell(runtime, monkeypatch, tmp_path):
+    """It leaves a JAX that works as it is, and a plugin of the device's own is only installed where there is none."""
+    file, platforms, accepts, expected = RUNTIMES[runtime]
+    platforms, installed = iter(platforms), []
+    exists, find_spec = os.path.exists, importlib.util.find_spec
+
+    def run(command, **options):
+        done = subprocess.CompletedProcess(command, 0, stdout="")
+        if command[1:2] == ["-c"]:
+            found = next(platforms)
+            done.returncode, done.stdout = int(found is None), f"{found}\n"
+        elif "pip" in command:
+            kept = "--constraint" in command
+            (package,) = (word for word in command if word.startswith("./acestep-jax"))
+            installed.append((package.removeprefix("./acestep-jax"), kept))
+            assert not kept or "jax==" in (tmp_path / "constraints.txt").read_text()
+            done.returncode = int(kept and not accepts)
+        else:
+            assert command[:2] == ["git", "clone"]
+        return done
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(os.path, "exists", lambda path: path == file if "/dev/" in str(path) else exists(path))
+    absent = iter([True])
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: None if name == "acestep_jax" and next(absent, False) else find_spec(name),
+    )
+    source = code_cells(execute.read("03_lora_finetune"))[0].source
+    if isinstance(expected, str):
+        with pytest.raises(RuntimeError, match="has a GPU, JAX finds cpu; restart the session"):
+            exec(source, {})
+        return
+    exec(source, found := {})
+    assert installed == expected and os.getcwd() == str(tmp_path / "files-1") and found["FOLDER"].name == "files-1"
 
 
 @pytest.mark.parametrize("name", REDUCED)
