@@ -100,8 +100,12 @@ def test_refusals(monkeypatch):
         placement.choose(0, True, mesh)
     assert not placement.choose(10**15, None, mesh).offloads
 
-    def missing(backend):
-        raise RuntimeError("no such backend")
+    devices = jax.local_devices()
+
+    def missing(backend=None):
+        if backend == "cpu":
+            raise RuntimeError("no such backend")
+        return devices
 
     monkeypatch.setattr(jax, "local_devices", missing)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
