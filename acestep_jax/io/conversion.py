@@ -111,9 +111,15 @@ def sampling_of(files: Iterable[Path]) -> dict[str, float]:
     """Return what a model's own sampling defaults are: the shift of turbo models that were distilled at one.
 
     Args:
-        files: of the model. The names of their folders tell, such as acestep-v15-turbo-shift1; its config does not.
+        files: of the model. The nearest of their folders that is called after ACE-Step tells, such as
+            acestep-v15-turbo-shift1; its config does not.
     """
-    names = [f"{file.parent.name}/{file.name}".replace("_", "-") for file in files]
+
+    def name(file: Path) -> str:
+        parts = [part.lower().replace("_", "-") for part in reversed(file.parts)]
+        return next((part for part in parts if "acestep" in part or "ace-step" in part), "")
+
+    names = {name(file) for file in files}
     return next(({"shift": s} for part, s in FAMILY.shifts.items() if any(part in name for name in names)), {})
 
 

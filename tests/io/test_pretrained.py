@@ -53,7 +53,7 @@ def test_turbo_models_of_one_shift_have_it_as_their_default(published, tmp_path)
     from_torch(tmp_path / "torch", tmp_path / "native")
     assert checkpoint.read_manifest(tmp_path / "native").sampling == {"shift": 1.0}
     assert sampling_of([Path("ACE-Step/acestep-v15-turbo-shift3/abc/config.json")]) == {"shift": 3.0}
-    for name in ("acestep-v15-turbo", "acestep-v15-turbo-continuous", "acestep-v15-base"):
+    for name in ("acestep-v15-turbo", "acestep-v15-turbo-continuous", "tests-of-turbo-shift1/acestep-v15-base"):
         assert sampling_of([Path(name, "config.json")]) == {}
 
 
