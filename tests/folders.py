@@ -210,6 +210,13 @@ def comfyui_vae(state):
     return found
 
 
+def write_published(diffusers, folder):
+    """Write the original layout, with what ComfyUI's files do not tell as in published models; return the folder."""
+    write_original(diffusers, folder)
+    edit_json(folder / MODEL / "config.json", sliding_window=128)
+    return folder
+
+
 def write_comfyui(original, destination, *, whole, change=None):
     """Write ComfyUI's files of a checkpoint in the original layout; return the path of the model's.
 

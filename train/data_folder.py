@@ -29,13 +29,12 @@ from safetensors.numpy import save
 
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
-from acestep_jax.io.files import as_path, local_copy, publish_file
+from acestep_jax.io.files import DISK_FULL, as_path, local_copy, publish_file
 
 SCHEMA_VERSION = 1
 INDEX = "index.json"
 NETWORKS = ("text_encoder", "vae")  # those that the data depend on
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # safetensors' names; its own `load` does not read bfloat16.
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": bfloat16, "I32": np.int32}
@@ -167,7 +166,7 @@ def write_shard(path: Path, records: Sequence[bytes]) -> None:
                 writer.write(record)
             writer.close()
         except RuntimeError as error:  # the library raises nothing narrower
-            full = any(os.strerror(number) in str(error) for number in _DISK_FULL)
+            full = any(os.strerror(number) in str(error) for number in DISK_FULL)
             raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
 
     _write(path, write)
@@ -241,7 +240,7 @@ def _write(path: Path, write) -> None:
         with publish_file(path) as temporary:
             write(temporary)
     except OSError as error:
-        if error.errno not in _DISK_FULL:
+        if error.errno not in DISK_FULL:
             raise
         raise InputError(
             f"{path}: the disk is full; free some space and run the same command again, which resumes"

@@ -6,6 +6,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from acestep_jax.cli.options import add_lora, lora_scales
 from acestep_jax.cli.parser import Parser
+from acestep_jax.cli.runtime import add_variant
 
 DTYPES = "float32, bfloat16 or float16"
 
@@ -144,9 +145,7 @@ def _add_source(parser: ArgumentParser) -> None:
         metavar="SRC",
         help="PyTorch checkpoint: a folder of diffusers or ACE-Step, a file of ComfyUI or a hub id",
     )
-    parser.add_argument(
-        "--variant", metavar="NAME", help="Model to take where SRC has several: turbo, base, sft, xl-turbo, ..."
-    )
+    add_variant(parser)
     parser.add_argument(
         "--vae",
         metavar="DIR",

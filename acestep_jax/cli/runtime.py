@@ -2,7 +2,6 @@
 
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from acestep_jax.cli.parser import Parser
 from acestep_jax.distributed import MESH_AXES, join_processes
 from acestep_jax.errors import InputError
 from acestep_jax.io.checkpoint import SMALL_MODEL
+from acestep_jax.io.files import user_cache
 from acestep_jax.io.native import native_folder
 from acestep_jax.loaded import converted_dtype
 from acestep_jax.models.config import PRECISIONS
@@ -32,6 +32,11 @@ def add_checkpoint(parser: Parser) -> None:
         "or a file of ComfyUI; or a native checkpoint. Downloads and conversions are kept. Default: the small model of "
         "this package.",
     )
+    add_variant(parser)
+
+
+def add_variant(parser: ArgumentParser) -> None:
+    """Add --variant."""
     parser.add_argument(
         "--variant", metavar="NAME", help="Model to take where there are several: turbo, base, sft, xl-turbo, ..."
     )
@@ -115,5 +120,4 @@ def use_compilation_cache() -> None:
     """Keep compiled programs on disk, so that they are compiled once for all runs: where JAX_COMPILATION_CACHE_DIR
     says, else in the user's cache folder."""
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "acestep-jax"))
+        jax.config.update("jax_compilation_cache_dir", str(user_cache()))

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 import jsonargparse
 
 from acestep_jax.cli.parser import Parser
-from acestep_jax.cli.runtime import add_distributed
+from acestep_jax.cli.runtime import add_distributed, add_variant
 from acestep_jax.errors import InputError
 from acestep_jax.models.config import DTYPES
 from acestep_jax.train import config_file
@@ -49,9 +49,7 @@ def add(commands: Any) -> None:
         required=True,
         help="Native checkpoint, PyTorch checkpoint or id of a repository on the Hugging Face hub.",
     )
-    preprocess.add_argument(
-        "--variant", metavar="NAME", help="Model to take where there are several: turbo, base, sft, xl-turbo, ..."
-    )
+    add_variant(preprocess)
     preprocess.add_argument(
         "--crop_seconds",
         metavar="SECONDS",
@@ -64,9 +62,7 @@ def add(commands: Any) -> None:
     add_distributed(preprocess, "each of which encodes a share of the songs on its first device")
 
     fit = command("fit", "fine-tune the transformer on preprocessed songs", TrainConfig)
-    fit.add_argument(
-        "--variant", metavar="NAME", help="Model to take where there are several: turbo, base, sft, xl-turbo, ..."
-    )
+    add_variant(fit)
     add_distributed(fit, "with a mesh over the devices of all")
     command("autoencoder", "train an autoencoder from scratch on a folder of audio", AutoencoderTrainConfig)
 

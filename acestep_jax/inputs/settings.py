@@ -59,7 +59,7 @@ def settled(sampling: Sampling, config: TransformerConfig | None, defaults: Samp
         cover_mode=compat.cover_mode,
         cfg_interval_in=compat.cfg_interval_in,
         attend_to_padding=compat.attend_to_padding,
-        chunk_mask_mode="auto" if stems and sampling.compat == "ace-step" else compat.chunk_mask_mode,
+        chunk_mask_mode=compat.stems_chunk_mask_mode if stems else compat.chunk_mask_mode,
         repaint_mode=compat.repaint_mode,
         repaint_injection_ratio=injection,
         repaint_latent_crossfade_frames=frames,

@@ -9,14 +9,13 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from acestep_jax.errors import InputError
-from acestep_jax.io.files import local_folder
+from acestep_jax.io.files import local_folder, user_cache
 from acestep_jax.io.manifest import CONFIG
 
 logger = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """Return the folder of the cache: `cache_dir`, or acestep-jax/models in the user's cache folder."""
     if cache_dir is not None:
         return local_folder(cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acestep-jax" / "models"
+    return user_cache() / "models"
 
 
 def obtain(

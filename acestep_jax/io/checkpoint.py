@@ -6,7 +6,6 @@ and read back straight onto its device or its part of a mesh.
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import json
 import logging
@@ -33,6 +32,7 @@ from tokenizers import Tokenizer
 from acestep_jax.distributed import variable_sharding
 from acestep_jax.errors import InputError
 from acestep_jax.io.files import (
+    DISK_FULL,
     absolute,
     as_path,
     check_parent,
@@ -159,7 +159,7 @@ def is_disk_full(error: BaseException) -> bool:
     """Return whether a write failed for want of space; TensorStore tells so only in its message."""
     found = re.search(r"os_error_code='(\d+)'", str(error))
     number = int(found[1]) if found else getattr(error, "errno", None)
-    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return number in DISK_FULL
 
 
 def save(

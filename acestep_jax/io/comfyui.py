@@ -30,7 +30,6 @@ _PREFIXES = {
     "text_encoders.": PLANNER,
     "cond_stage_model.": PLANNER,
 }
-_MOST_TOKENS = 152_000  # of Qwen3's vocabulary; the 5 Hz language model adds 64000 audio codes to it
 _VARIANT = re.compile(r"(?:^|[^a-z])(turbo|base|sft)(?=[^a-z]|$)")
 
 
@@ -55,7 +54,7 @@ def parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         return {VAE: dict(tensors)}
     embedding = tensors.get("model.embed_tokens.weight", tensors.get("embed_tokens.weight"))
     if embedding is not None:
-        return {PLANNER if embedding.shape[0] > _MOST_TOKENS else TEXT_ENCODER: dict(tensors)}
+        return {PLANNER if embedding.shape[0] > original.MOST_TOKENS else TEXT_ENCODER: dict(tensors)}
     return {}
 
 

@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from acestep_jax.errors import InputError
-from acestep_jax.io.original import TEXT_ENCODER
+from acestep_jax.io.original import MODEL_PREFIX, REPOSITORY, TEXT_ENCODER
 
 TOKENIZER, SILENCE = "tokenizer.json", "silence_latent.pt"
-REPOSITORY = "ACE-Step/Ace-Step1.5"
 # Where they are in that repository, and in a copy of it.
-PLACES = {TOKENIZER: f"{TEXT_ENCODER}/{TOKENIZER}", SILENCE: f"acestep-v15-turbo/{SILENCE}"}
+PLACES = {TOKENIZER: f"{TEXT_ENCODER}/{TOKENIZER}", SILENCE: f"{MODEL_PREFIX}turbo/{SILENCE}"}
 
 Fetch = Callable[[str], Path]
 

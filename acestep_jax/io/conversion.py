@@ -11,7 +11,9 @@ from tqdm import tqdm
 
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint, rules
+from acestep_jax.io.companions import Fetch
 from acestep_jax.io.files import as_path
+from acestep_jax.io.hub import Located
 from acestep_jax.io.locate import locate
 from acestep_jax.io.pretrained import TorchCheckpoint, open_checkpoint
 from acestep_jax.io.safetensors_reader import Tensor
@@ -62,13 +64,26 @@ def open_source(
     Raises:
         InputError: see `locate` and `open_checkpoint`.
     """
-    place = locate(str(source), variant)
+    return open_located(locate(str(source), variant), variant, dtype=dtype, vae=vae, text_encoder=text_encoder)
+
+
+def open_located(
+    place: Located,
+    variant: str | None,
+    *,
+    dtype: str | None,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    fetch: Fetch | None = None,
+) -> TorchCheckpoint:
+    """Open a checkpoint where it is, see `open_checkpoint`."""
     return open_checkpoint(
         place.model,
         vae=vae or place.vae,
         text_encoder=text_encoder or place.text_encoder,
         dtype=dtype,
-        variant=variant if place.key is None or place.model.is_file() else None,  # else the hub's is found already
+        variant=None if place.is_of_one_variant else variant,
+        fetch=fetch,
     )
 
 

@@ -33,7 +33,7 @@ from huggingface_hub.utils import (
 from tqdm import tqdm
 
 from acestep_jax.errors import InputError
-from acestep_jax.io.files import local_folder
+from acestep_jax.io.files import DISK_FULL, local_folder
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def _disk_full_is_bad_input(cache: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise InputError(
                 f"{cache}: the disk is full; make room, or choose another place with cache_dir= or HF_HOME. "
                 "What arrived is kept, the same call resumes"

@@ -6,6 +6,7 @@ there: it has no working directory, no links and no empty folders, and an object
 
 import atexit
 import contextlib
+import errno
 import functools
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 from acestep_jax.errors import InputError
 
 REMOTE = "gs://"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = ".acestep-"  # how names of temporary files begin
 
 
@@ -54,6 +56,11 @@ def _file_system() -> Any:
         return fsspec.filesystem("gcs")
     except ImportError:
         raise InputError(f"{REMOTE}... needs gcsfs; run pip install 'acestep-jax[gcs]'") from None
+
+
+def user_cache() -> Path:
+    """Return the folder of this library in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acestep-jax"
 
 
 def local_folder(cache_dir: str | Path) -> Path:

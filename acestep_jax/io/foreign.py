@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+from acestep_jax.io.original import MOST_TOKENS
+
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _ADAPTERS = ("adapter_config.json", "adapter.json", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _ADAPTER_PARTS = ("lora_", "lokr_", "hada_", "oft_")
-_MOST_TOKENS = 152_000  # of Qwen3; the 5 Hz language model has 64000 audio codes on top
 _SAFETENSORS = "expected .safetensors files of the model"
 
 
@@ -40,7 +41,7 @@ def _describe_folder(folder: Path) -> str | None:
     config = _config(folder)
     if config.get("model_type") == "qwen3" or "Qwen3" in str(config.get("architectures")):
         tokens = config.get("vocab_size")
-        if isinstance(tokens, int) and tokens > _MOST_TOKENS:
+        if isinstance(tokens, int) and tokens > MOST_TOKENS:
             return "the 5 Hz language model, which plans songs; expected a diffusion model such as acestep-v15-turbo"
         return "the text encoder alone; expected the folder of the model, or the one above both"
     if config.get("_class_name") == "AutoencoderOobleck":

@@ -35,10 +35,8 @@ from acestep_jax.io.download import (
     repository_folder,
     transport_errors,
 )
+from acestep_jax.io.original import MODEL_PREFIX, REPOSITORY, TEXT_ENCODER, VAE
 from acestep_jax.io.repository import (
-    PREFIX,
-    TEXT_ENCODER,
-    VAE,
     find_adapter,
     find_file,
     find_parts,
@@ -47,11 +45,10 @@ from acestep_jax.io.repository import (
 )
 
 OWNER = "ACE-Step/"
-UNIFIED = f"{OWNER}Ace-Step1.5"  # turbo, the autoencoder, the text encoder and a planner
 VARIANTS = MappingProxyType(
-    {"turbo": UNIFIED}
+    {"turbo": REPOSITORY}
     | {
-        name: f"{OWNER}{PREFIX}{name}"
+        name: f"{OWNER}{MODEL_PREFIX}{name}"
         for name in "base sft turbo-shift1 turbo-shift3 turbo-continuous xl-base xl-sft xl-turbo".split()
     }
 )
@@ -61,19 +58,25 @@ MAIN = "main"
 
 @dataclasses.dataclass(frozen=True)
 class Located:
-    """A model in the cache of the hub.
+    """Where a model is: in the cache of the hub, or elsewhere on this machine.
 
     model: a native checkpoint, a folder in diffusers' layout, the folder of an original transformer, or a file.
-    vae, text_encoder: folders of an original checkpoint that are not in `model`; None: of the others.
-    key: names this content and no other, fit for a file's name: the model's name and the commits of all repositories.
+    vae, text_encoder: folders of an original checkpoint that are not in `model`; None: beside it, or in it.
+    key: names this content and no other, fit for a file's name: the model's name and the commits of all repositories;
+        None: not of the hub, and the files may change.
     repositories: the commit by repository.
     """
 
     model: Path
-    vae: Path | None
-    text_encoder: Path | None
-    key: str | None
+    vae: Path | None = None
+    text_encoder: Path | None = None
+    key: str | None = None
     repositories: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_of_one_variant(self) -> bool:
+        """Return whether the variant has been chosen: of the hub's folders, but not of a file, which does not tell."""
+        return self.key is not None and not self.model.is_file()
 
 
 def locate(
@@ -106,7 +109,7 @@ def locate(
         wanted = [(snapshot, found.needed)]
     rest = None
     if absent := found.absent:
-        with hub.one_line_errors(UNIFIED, None), incomplete_without_network(rest := hub.snapshot(UNIFIED, None)):
+        with hub.one_line_errors(REPOSITORY, None), incomplete_without_network(rest := hub.snapshot(REPOSITORY, None)):
             needed = [path for folder in absent for path in network_files(rest, f"{folder}/")]
             wanted.append((rest, needed))
     with hub.one_line_errors(id, revision):
@@ -166,34 +169,34 @@ def complete(source: str, variant: str | None, revision: str | None) -> tuple[st
         InputError: if the name or the variant is unknown, or they contradict each other.
     """
     if variant is not None:
-        variant = variant.removeprefix(PREFIX)
+        variant = variant.removeprefix(MODEL_PREFIX)
     if "/" not in source:
-        named = source.removeprefix(PREFIX)
+        named = source.removeprefix(MODEL_PREFIX)
         if named in VARIANTS:
             if variant not in (None, named):
                 raise InputError(f"variant: {source} is not {variant}; use one of the two")
-            id, variant = UNIFIED, named
-        elif source.lower() == UNIFIED.removeprefix(OWNER).lower():
-            id = UNIFIED
+            id, variant = REPOSITORY, named
+        elif source.lower() == REPOSITORY.removeprefix(OWNER).lower():
+            id = REPOSITORY
         else:
             raise InputError(
                 f"{source}: no such folder, and no model of this name; {nearest(named, VARIANTS)}, or the id of a "
-                f"repository on the hub such as {UNIFIED}"
+                f"repository on the hub such as {REPOSITORY}"
             )
     elif not (match := re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/(.+\.safetensors))?", source)):
         raise InputError(f"{source}: no such folder or file, and no id of a repository, which is OWNER/NAME")
     elif match[2]:
         return match[1], variant, match[2]  # whose name may not say the variant
     else:
-        id = UNIFIED if source.lower() == UNIFIED.lower() else source
+        id = REPOSITORY if source.lower() == REPOSITORY.lower() else source
     if variant is None or id not in VARIANTS.values():
         return id, variant, None
     if variant not in VARIANTS:
         raise InputError(f"variant: {variant!r} is unknown; {nearest(variant, VARIANTS)}")
     other = VARIANTS[variant]
-    if id == UNIFIED == other:
+    if id == REPOSITORY == other:
         return id, variant, None
-    if id == UNIFIED:
+    if id == REPOSITORY:
         if revision is not None and "/" in source:
             raise InputError(
                 f"revision: {variant} is in a repository of its own; name that one: {other!r} in place of {source!r}"
@@ -343,7 +346,7 @@ def cached_models(cache: Path) -> list[str]:
 
     def usable(snapshot: Snapshot) -> bool:
         parts = find_parts(snapshot, None)
-        rest = cached_snapshot(cache, UNIFIED, None) if parts.absent else None
+        rest = cached_snapshot(cache, REPOSITORY, None) if parts.absent else None
         return not parts.absent or rest is not None and all(network_files(rest, f"{name}/") for name in parts.absent)
 
     found = []

@@ -14,7 +14,6 @@ from acestep_jax.io.companions import fetch_companion
 from acestep_jax.io.files import as_path, is_remote
 from acestep_jax.io.locate import locate
 from acestep_jax.io.manifest import CONFIG, FORMAT, FORMAT_VERSION, read_manifest
-from acestep_jax.io.pretrained import open_checkpoint
 from acestep_jax.models.config import check_dtype
 
 CONVERSION_VERSION = 1  # to be raised when the same files convert to other arrays
@@ -59,24 +58,15 @@ def native_folder(
         _check_variant(place.model, variant if place.key is None else None)
         return place.model
     opened = None
-
-    def open_source() -> conversion.TorchCheckpoint:
-        return open_checkpoint(
-            place.model,
-            vae=place.vae,
-            text_encoder=place.text_encoder,
-            dtype=dtype,
-            variant=variant if place.key is None or place.model.is_file() else None,
-            fetch=functools.partial(fetch_companion, **options),
-        )
-
+    fetch = functools.partial(fetch_companion, **options)
+    open_source = functools.partial(conversion.open_located, place, variant, dtype=dtype, fetch=fetch)
     key = place.key
     if key is None:
         opened = open_source()
         key = _key_of_files(opened.files)
     about = {"source": str(source if place.key is not None else place.model.resolve()), "variant": variant, "key": key}
     about |= {"dtype": dtype}
-    if place.key is not None and not place.model.is_file():  # the files of the hub are those of one variant
+    if place.is_of_one_variant:
         variant = None
     identity = json.dumps([key, place.model.name, variant, dtype, FORMAT_VERSION, CONVERSION_VERSION])
     model = place.model.stem if place.model.is_file() else place.model.name

@@ -22,6 +22,8 @@ from acestep_jax.models.config import (
 
 VAE, TEXT_ENCODER = "vae", "Qwen3-Embedding-0.6B"
 MODEL_PREFIX = "acestep-v15-"
+REPOSITORY = "ACE-Step/Ace-Step1.5"  # turbo, the autoencoder, the text encoder and a planner
+MOST_TOKENS = 152_000  # of Qwen3's vocabulary; the 5 Hz language model adds 64000 audio codes to it
 
 PREFIXES = {
     "decoder.": "transformer",

@@ -11,13 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from acestep_jax.errors import InputError
 from acestep_jax.io import manifest
+from acestep_jax.io.companions import SILENCE
 from acestep_jax.io.download import HubFile, Snapshot
+from acestep_jax.io.original import MODEL_PREFIX, TEXT_ENCODER, VAE
+from acestep_jax.io.pretrained import INDEX, WEIGHT_FILES
 from acestep_jax.models.registry import FAMILY
-
-PREFIX = "acestep-v15-"  # of the folders and repositories of transformers
-VAE, TEXT_ENCODER = "vae", "Qwen3-Embedding-0.6B"  # folders beside a transformer's
-DIFFUSERS_INDEX, SILENCE = "model_index.json", "silence_latent.pt"
-STEMS = ("diffusion_pytorch_model", "model")  # of files of weights, in the order in which they are looked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +48,13 @@ def find_parts(snapshot: Snapshot, variant: str | None) -> Parts:
         InputError: if it holds no model, not the variant, or several of which none is called turbo.
     """
     files = snapshot.files
-    if DIFFUSERS_INDEX in files or is_native(files):
+    if INDEX in files or is_native(files):
         if variant is not None:
             raise InputError(f"variant: {snapshot.id} holds one model only; leave the argument out")
-        if DIFFUSERS_INDEX not in files:
+        if INDEX not in files:
             return Parts("", True, [path for path in files if _is_native(path)], [])
         folders = [name for name in FAMILY.networks if name not in FAMILY.optional or f"{name}/config.json" in files]
-        needed = [DIFFUSERS_INDEX] + [path for name in folders for path in network_files(snapshot, f"{name}/")]
+        needed = [INDEX] + [path for name in folders for path in network_files(snapshot, f"{name}/")]
         return Parts("", True, needed + network_files(snapshot, "tokenizer/", weights=False), [])
     folders = [path.removesuffix(SILENCE) for path in files if re.fullmatch(rf"([^/]+/)?{SILENCE}", path)]
     model = _choose(snapshot, sorted(folders), variant)
@@ -99,10 +97,10 @@ def _choose(snapshot: Snapshot, folders: Sequence[str], variant: str | None) -> 
             found = ", ".join(sorted(snapshot.files)[:5]) or "nothing"
             raise InputError(f"{snapshot.id}: holds no weights that can be read here; found {found}")
         raise InputError(
-            f"{snapshot.id}: expected {DIFFUSERS_INDEX}, a native checkpoint, or config.json beside {SILENCE}; for a "
+            f"{snapshot.id}: expected {INDEX}, a native checkpoint, or config.json beside {SILENCE}; for a "
             f"single file, name it: {snapshot.id}/{weights[0]}"
         )
-    names = {folder.rstrip("/").removeprefix(PREFIX): folder for folder in folders}
+    names = {folder.rstrip("/").removeprefix(MODEL_PREFIX): folder for folder in folders}
     if variant is not None:
         if variant not in names:
             raise InputError(f"variant: {snapshot.id} has no {variant!r}; {nearest(variant, list(names))}")
@@ -133,7 +131,7 @@ def network_files(snapshot: Snapshot, folder: str, *, weights: bool = True) -> l
         found += _one_set(names)
         if not any(name.endswith(".safetensors") for name in found):
             raise InputError(
-                f"{where}: holds no weights; expected {' or '.join(f'{stem}.safetensors' for stem in STEMS)}, "
+                f"{where}: holds no weights; expected {' or '.join(f'{stem}.safetensors' for stem in WEIGHT_FILES)}, "
                 f"or an index and its parts, found {', '.join(sorted(names))}"
             )
     return [f"{folder}{name}" for name in found]
@@ -142,7 +140,7 @@ def network_files(snapshot: Snapshot, folder: str, *, weights: bool = True) -> l
 def _one_set(names: Sequence[str]) -> list[str]:
     """Return the files of one of the sets of weights of a folder: those without a variant such as fp16 come first."""
     for middle in ("", r"\.[A-Za-z0-9]+"):
-        for stem in STEMS:
+        for stem in WEIGHT_FILES:
             index = [n for n in names if re.fullmatch(rf"{stem}\.safetensors\.index{middle}\.json", n)]
             parts = [
                 n for n in names if re.fullmatch(rf"{stem}(?:{middle}-\d+-of-\d+|-\d+-of-\d+{middle})\.safetensors", n)

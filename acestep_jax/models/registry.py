@@ -52,8 +52,8 @@ class Compat:
         if guidance is distilled into them, of turbo, but for duration and language: these are 60 s and en, which is
         what training here says of songs whose language is not given.
     dcw_enabled: whether turbo models are corrected in the wavelet domain, see `diffusion.dcw`; others never are.
-    chunk_mask_mode: "explicit": 1 for what is generated, 0 for the rest; "auto": 2 everywhere. Models fine-tuned on
-        stems (`is_lego_sft`) have "auto" under "ace-step".
+    chunk_mask_mode: "explicit": 1 for what is generated, 0 for the rest; "auto": 2 everywhere.
+    stems_chunk_mask_mode: the same of models fine-tuned on stems (`is_lego_sft`).
     repaint_mode: how a repainted song is held to its source, see `inputs.settings.repaint_settings`.
     lego_keeps_source: whether lego in regions leaves the source outside of them, as repaint does.
     cover_mode, cfg_interval_in, attend_to_padding: see `Sampling`.
@@ -68,6 +68,7 @@ class Compat:
     defaults: Mapping[str, SamplingDefaults]
     dcw_enabled: bool
     chunk_mask_mode: str
+    stems_chunk_mask_mode: str
     repaint_mode: str
     lego_keeps_source: bool
     cover_mode: str
@@ -134,6 +135,7 @@ _ACE_STEP = Compat(
     # Upstream's default "auto" gave 1 until August 2026, by a fault, and 2 from then on (its issue 1289). Its trainers
     # feed 0 and 1, and its page asks for "explicit" where there are regions: 2 is for models fine-tuned on stems.
     chunk_mask_mode="explicit",
+    stems_chunk_mask_mode="auto",
     repaint_mode="balanced",
     lego_keeps_source=True,
     cover_mode="switch",
@@ -155,6 +157,7 @@ _DIFFUSERS = Compat(
     ),
     dcw_enabled=False,
     chunk_mask_mode="explicit",
+    stems_chunk_mask_mode="explicit",
     repaint_mode="aggressive",
     lego_keeps_source=False,
     cover_mode="blend",

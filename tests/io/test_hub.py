@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from acestep_jax.errors import InputError
-from acestep_jax.io import download, hub
-from acestep_jax.io.hub import UNIFIED, VARIANTS, locate
+from acestep_jax.io import download
+from acestep_jax.io.hub import VARIANTS, locate
+from acestep_jax.io.original import REPOSITORY as UNIFIED
 
 pytestmark = pytest.mark.unit
 
@@ -354,7 +355,7 @@ def test_environment_variables_of_the_hub_are_those_of_huggingface_hub(official,
 
 def test_table_of_names_is_that_of_the_application():
     """SUBMODEL_REGISTRY of acestep/model_downloader.py, without its planners, and MAIN_MODEL_REPO."""
-    assert VARIANTS["turbo"] == hub.UNIFIED == "ACE-Step/Ace-Step1.5"
+    assert VARIANTS["turbo"] == UNIFIED == "ACE-Step/Ace-Step1.5"
     assert {name: id for name, id in VARIANTS.items() if name != "turbo"} == {
         "base": "ACE-Step/acestep-v15-base",
         "sft": "ACE-Step/acestep-v15-sft",

@@ -25,17 +25,13 @@ from tests.folders import (
     edit_json,
     remove,
     write_comfyui,
-    write_original,
+    write_published,
 )
 
 
 @pytest.fixture(scope="module")
 def published(tiny, tmp_path_factory):
-    """The tiny checkpoint in the original layout, with what ComfyUI's files do not tell as in published models."""
-    folder = tmp_path_factory.mktemp("original")
-    write_original(tiny[0], folder)
-    edit_json(folder / MODEL / "config.json", sliding_window=128)
-    return folder
+    return write_published(tiny[0], tmp_path_factory.mktemp("original"))
 
 
 @pytest.fixture(scope="module")
