@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 from acestep_jax.arguments import unknown_name
 from acestep_jax.errors import InputError
 from acestep_jax.inputs.settings import defaults_of
-from acestep_jax.io import checkpoint, hub, sharing
+from acestep_jax.io import checkpoint, sharing
 from acestep_jax.io.adapter import Adapter, LoadedAdapters, scales_by_name
 from acestep_jax.io.files import as_path
 from acestep_jax.io.manifest import pick_dtype
@@ -108,8 +109,7 @@ class LoadedModel:
             InputError: if the model cannot be found, downloaded or read, or an argument is unknown.
         """
         for name in unknown:
-            known = "source variant dtype mesh revision token cache_dir local_files_only networks offload".split()
-            raise InputError(unknown_name(name, known))
+            raise InputError(unknown_name(name, inspect.signature(cls.from_pretrained).parameters.keys() - {"unknown"}))
         path = native_folder(
             source,
             variant,
@@ -165,8 +165,10 @@ class LoadedModel:
         Raises:
             InputError: see `save_pretrained`; or if the hub refuses or cannot be reached.
         """
+        from acestep_jax.io import hub
+
         sharing.check_networks(self.networks, self.tokenizer, self.adapters)  # before a repository is created
-        return sharing.push_to_hub(
+        return hub.push_to_hub(
             repo_id,
             functools.partial(self._save, name=repo_id),
             token=token,
@@ -250,6 +252,8 @@ class LoadedModel:
         if path.exists():
             path = path / weight_name if weight_name else path
         else:
+            from acestep_jax.io import hub
+
             path = hub.locate_adapter(
                 str(adapter),
                 weight_name,

@@ -13,8 +13,7 @@ from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint, rules
 from acestep_jax.io.companions import Fetch
 from acestep_jax.io.files import as_path
-from acestep_jax.io.hub import Located
-from acestep_jax.io.locate import locate
+from acestep_jax.io.locate import Located, locate
 from acestep_jax.io.pretrained import TorchCheckpoint, open_checkpoint
 from acestep_jax.io.safetensors_reader import Tensor
 from acestep_jax.io.safetensors_writer import write_safetensors

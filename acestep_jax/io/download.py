@@ -91,6 +91,20 @@ class _Stopped(Exception):
     """Another file failed, or the user interrupted."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Transfer:
+    """What all files of one call have in common.
+
+    progress: is told the bytes that arrived; of what arrived in vain, a negative number.
+    stop: set once another file failed or the user interrupted.
+    """
+
+    cache: Path
+    headers: Mapping[str, str]
+    progress: Callable[[int], Any]
+    stop: threading.Event
+
+
 def cache_folder(cache_dir: str | Path | None) -> Path:
     """Return the folder of the cache: the one given, or the one that HF_HUB_CACHE and HF_HOME say."""
     return local_folder(cache_dir if cache_dir is not None else constants.HF_HUB_CACHE).absolute()
@@ -134,7 +148,8 @@ def download(wanted: Sequence[tuple[Snapshot, Sequence[str]]], cache: Path, toke
         _disk_full_is_bad_input(cache),
     ):
         largest_first = sorted(missing, key=lambda item: -item[0].files[item[1]].size)
-        jobs = [pool.submit(_fetch, *item, headers, bar.update, stop, cache) for item in largest_first]
+        transfer = _Transfer(cache, headers, bar.update, stop)
+        jobs = [pool.submit(_fetch, *item, transfer) for item in largest_first]
         try:
             for job in concurrent.futures.as_completed(jobs):
                 job.result()
@@ -179,56 +194,42 @@ def _disk_full_is_bad_input(cache: Path) -> Iterator[None]:
         raise
 
 
-def _fetch(
-    snapshot: Snapshot,
-    path: str,
-    headers: Mapping[str, str],
-    progress: Callable[[int], Any],
-    stop: threading.Event,
-    cache: Path,
-) -> None:
+def _fetch(snapshot: Snapshot, path: str, transfer: _Transfer) -> None:
     """Bring one file into the snapshot. Of several processes that want the same file, one downloads it."""
     file = snapshot.files[path]
-    blob = _blob(cache, snapshot.id, file)
-    lock = cache / ".locks" / blob.parent.parent.name / f"{file.digest}.lock"
+    blob = _blob(transfer.cache, snapshot.id, file)
+    lock = transfer.cache / ".locks" / blob.parent.parent.name / f"{file.digest}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     blob.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        if stop.is_set():
+        if transfer.stop.is_set():
             raise _Stopped
         try:
             with WeakFileLock(lock, timeout=1.0):
                 if _has_size(blob, file.size):
-                    progress(file.size)
+                    transfer.progress(file.size)
                 else:
-                    _download_blob(snapshot, path, blob, headers, progress, stop)
+                    _download_blob(snapshot, path, blob, transfer)
                 _link(blob, snapshot.folder / path)
             return
         except Timeout:
             logger.info("%s of %s: another process downloads it; waiting", path, snapshot.id)
 
 
-def _download_blob(
-    snapshot: Snapshot,
-    path: str,
-    blob: Path,
-    headers: Mapping[str, str],
-    progress: Callable[[int], Any],
-    stop: threading.Event,
-) -> None:
+def _download_blob(snapshot: Snapshot, path: str, blob: Path, transfer: _Transfer) -> None:
     """Download a file, resuming what an earlier attempt left, and give it its name once its hash is right."""
     file = snapshot.files[path]
     partial = _partial(blob)
     resumed = 0 < _size(partial)
     try:
-        digest = _stream(snapshot, path, partial, headers, progress, stop)
+        digest = _stream(snapshot, path, partial, transfer)
     finally:
         if not _size(partial) and file.size:
             partial.unlink(missing_ok=True)
     if digest != file.digest and resumed:  # what an earlier process left may be what is wrong
         partial.unlink()
-        progress(-file.size)
-        digest = _stream(snapshot, path, partial, headers, progress, stop)
+        transfer.progress(-file.size)
+        digest = _stream(snapshot, path, partial, transfer)
     if digest != file.digest:
         partial.unlink()
         raise InputError(
@@ -238,19 +239,12 @@ def _download_blob(
     partial.replace(blob)
 
 
-def _stream(
-    snapshot: Snapshot,
-    path: str,
-    partial: Path,
-    headers: Mapping[str, str],
-    progress: Callable[[int], Any],
-    stop: threading.Event,
-) -> str:
+def _stream(snapshot: Snapshot, path: str, partial: Path, transfer: _Transfer) -> str:
     """Append to the file `partial` until it has its size, and return its hash.
 
     A connection that breaks off is opened again where it did, and a failure counts only if nothing came.
     """
-    file = snapshot.files[path]
+    file, progress, stop = snapshot.files[path], transfer.progress, transfer.stop
     url = hf_hub_url(snapshot.id, path, revision=snapshot.commit, endpoint=constants.ENDPOINT)
     if _size(partial) > file.size:
         partial.unlink()
@@ -262,7 +256,7 @@ def _stream(
         progress(done := output.tell())
         while done < file.size:
             before = done
-            asked = {**headers, "Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
+            asked = {**transfer.headers, "Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
             try:
                 with get_session().stream(
                     "GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT

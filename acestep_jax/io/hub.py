@@ -10,7 +10,8 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,6 +20,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -35,6 +37,7 @@ from acestep_jax.io.download import (
     repository_folder,
     transport_errors,
 )
+from acestep_jax.io.locate import Located
 from acestep_jax.io.original import MODEL_PREFIX, REPOSITORY, TEXT_ENCODER, VAE
 from acestep_jax.io.repository import (
     find_adapter,
@@ -54,29 +57,6 @@ VARIANTS = MappingProxyType(
 )
 
 MAIN = "main"
-
-
-@dataclasses.dataclass(frozen=True)
-class Located:
-    """Where a model is: in the cache of the hub, or elsewhere on this machine.
-
-    model: a native checkpoint, a folder in diffusers' layout, the folder of an original transformer, or a file.
-    vae, text_encoder: folders of an original checkpoint that are not in `model`; None: beside it, or in it.
-    key: names this content and no other, fit for a file's name: the model's name and the commits of all repositories;
-        None: not of the hub, and the files may change.
-    repositories: the commit by repository.
-    """
-
-    model: Path
-    vae: Path | None = None
-    text_encoder: Path | None = None
-    key: str | None = None
-    repositories: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    @property
-    def is_of_one_variant(self) -> bool:
-        """Return whether the variant has been chosen: of the hub's folders, but not of a file, which does not tell."""
-        return self.key is not None and not self.model.is_file()
 
 
 def locate(
@@ -160,6 +140,44 @@ def locate_adapter(
         hub.fetch([(snapshot, needed)])
     hub.remember(snapshot, revision)
     return snapshot.folder / file if file else snapshot.folder
+
+
+def push_to_hub(
+    id: str, save: Callable[[Path], None], *, token: str | None, private: bool | None, commit_message: str | None
+) -> str:
+    """Upload a model to the Hugging Face hub; return the address of the commit.
+
+    The repository is created if it does not exist. Files that are there and not in the model stay.
+
+    Args:
+        id: of the repository, OWNER/NAME.
+        save: writes the model, given a folder to create.
+        token: with the right to write; None: the one that `hf auth login` stored, or HF_TOKEN.
+        private: of a new repository; None: as the owner's settings say.
+        commit_message: None: "Upload with acestep-jax".
+
+    Raises:
+        InputError: if the hub refuses or cannot be reached, and what `save` raises.
+    """
+    hub = constants.ENDPOINT
+    api = HfApi(endpoint=hub, token=token, library_name=LIBRARY)
+    try:
+        api.create_repo(id, private=private, exist_ok=True)  # before anything slow begins
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            save(folder)
+            message = commit_message or "Upload with acestep-jax"
+            return str(api.upload_folder(repo_id=id, folder_path=folder, commit_message=message).commit_url)
+    except HFValidationError as error:
+        raise InputError(f"repo_id: {id!r} is not the id of a repository ({error})") from None
+    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{id}: {hub} refuses the upload ({what}); give token= with the right to write, set HF_TOKEN or run "
+            "`hf auth login`"
+        ) from None
+    except (OfflineModeIsEnabled, *transport_errors()) as error:
+        raise InputError(f"{id}: {hub} cannot be reached ({error}); nothing was uploaded, try again") from None
 
 
 def complete(source: str, variant: str | None, revision: str | None) -> tuple[str, str | None, str | None]:

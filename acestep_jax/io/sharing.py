@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from tokenizers import Tokenizer
 
 from acestep_jax.distributed import on_host
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
 from acestep_jax.io.cache import SOURCE
-from acestep_jax.io.download import LIBRARY, transport_errors
 from acestep_jax.io.files import as_path, local_copy
 from acestep_jax.io.manifest import read_manifest
 from acestep_jax.models.registry import FAMILY
@@ -89,42 +85,6 @@ def save_pretrained(
         dtypes={name: _dtype(module) for name, module in networks.items() if module.runtime.products is None},  # pyright: ignore[reportAttributeAccessIssue]
         size=sum(math.prod(value.shape) * value.dtype.itemsize for value in arrays.values()),
     )
-
-
-def push_to_hub(id: str, save: Any, *, token: str | None, private: bool | None, commit_message: str | None) -> str:
-    """Upload a model to the Hugging Face hub; return the address of the commit.
-
-    The repository is created if it does not exist. Files that are there and not in the model stay.
-
-    Args:
-        id: of the repository, OWNER/NAME.
-        save: writes the model, given a folder to create.
-        token: with the right to write; None: the one that `hf auth login` stored, or HF_TOKEN.
-        private: of a new repository; None: as the owner's settings say.
-        commit_message: None: "Upload with acestep-jax".
-
-    Raises:
-        InputError: if the hub refuses or cannot be reached, and what `save` raises.
-    """
-    hub = constants.ENDPOINT
-    api = HfApi(endpoint=hub, token=token, library_name=LIBRARY)
-    try:
-        api.create_repo(id, private=private, exist_ok=True)  # before anything slow begins
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / "model"
-            save(folder)
-            message = commit_message or "Upload with acestep-jax"
-            return str(api.upload_folder(repo_id=id, folder_path=folder, commit_message=message).commit_url)
-    except HFValidationError as error:
-        raise InputError(f"repo_id: {id!r} is not the id of a repository ({error})") from None
-    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-        what = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{id}: {hub} refuses the upload ({what}); give token= with the right to write, set HF_TOKEN or run "
-            "`hf auth login`"
-        ) from None
-    except (OfflineModeIsEnabled, *transport_errors()) as error:
-        raise InputError(f"{id}: {hub} cannot be reached ({error}); nothing was uploaded, try again") from None
 
 
 def model_card(name: str, networks: Mapping[str, nnx.Module], source: Mapping[str, Any]) -> str:
