@@ -4,7 +4,6 @@ An argument is a field of `request.Request` or `request.Sampling`; its `Argument
 """
 
 import dataclasses
-import difflib
 import math
 import numbers
 import types
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from acestep_jax.errors import InputError, check_number, check_text
+from acestep_jax.errors import InputError, check_number, check_text, nearest
 
 
 @dataclass(frozen=True)
@@ -91,10 +90,7 @@ def unknown_name(name: str, known: Iterable[str], what: str = "argument") -> str
     """Return the message for a name that is not among `known`: what to use instead, or the nearest known name."""
     if name in ELSEWHERE:
         return f"{name}: unknown {what}; {ELSEWHERE[name]}"
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, 1)
-    advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
-    return f"{name}: unknown {what}; {advice}"
+    return f"{name}: unknown {what}; {nearest(name, sorted(known))}"
 
 
 def is_key(seed: Any) -> bool:

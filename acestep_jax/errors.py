@@ -1,6 +1,8 @@
 """Errors that a user can mend, and the checks that raise them."""
 
+import difflib
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -29,3 +31,10 @@ class Cancelled(Exception):
 
 class Preempted(Exception):
     """SIGTERM has ended the work at a point from which the same command resumes, see `acestep_jax.preemption`."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return what a message advises for an unknown name: the nearest of the known ones, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known) or 'none'}"

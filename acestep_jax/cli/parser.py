@@ -13,7 +13,7 @@ from typing import Any
 import jsonargparse
 
 from acestep_jax.arguments import alternatives, arguments, describe, flag, repeatable, value_types
-from acestep_jax.errors import InputError
+from acestep_jax.errors import InputError, nearest
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -77,9 +77,7 @@ class Parser(jsonargparse.ArgumentParser):
             return f"--{_dashed(name)}: {' '.join(rest.split())}"
         if found := re.match(r"argument (.+?): invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
             choices = [choice.strip(" '\"") for choice in found[3].split(",")]
-            near = difflib.get_close_matches(found[2], choices, 1)
-            advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(choices)}"
-            return f"{found[1]}: unknown value {found[2]!r}; {advice}"
+            return f"{found[1]}: unknown value {found[2]!r}; {nearest(found[2], choices)}"
         if re.match(r'expected "[\w.]*command" to be one of', message):
             return "COMMAND: missing"
         if found := re.fullmatch(r"argument (.+?): (.*)", message, re.DOTALL):

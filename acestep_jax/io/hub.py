@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from acestep_jax.errors import InputError
+from acestep_jax.errors import InputError, nearest
 from acestep_jax.io.download import (
     LIBRARY,
     HubFile,
@@ -43,7 +43,6 @@ from acestep_jax.io.repository import (
     find_adapter,
     find_file,
     find_parts,
-    nearest,
     network_files,
 )
 

@@ -5,11 +5,10 @@ autoencoder and the text encoder beside or in it.
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from acestep_jax.errors import InputError
+from acestep_jax.errors import InputError, nearest
 from acestep_jax.io import manifest
 from acestep_jax.io.companions import SILENCE
 from acestep_jax.io.download import HubFile, Snapshot
@@ -159,10 +158,3 @@ def _weights(files: Iterable[str]) -> list[str]:
 def _is_native(path: str) -> bool:
     """Return whether a file belongs to a native checkpoint: one of the weights, or beside config.json."""
     return path.startswith("weights/") or "/" not in path and path.endswith((".json", ".safetensors"))
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return what a message advises for an unknown name: the nearest of the known ones, or all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known) or 'none'}"
