@@ -8,16 +8,20 @@ from typing import Any
 
 import jax
 
-from acestep_jax.cli import codes, convert, generate, info, train
+from acestep_jax.cli import codes, convert, generate, info, plan, serve, train
 from acestep_jax.cli.parser import Parser
 from acestep_jax.errors import InputError, Preempted
 from acestep_jax.preemption import EXIT_CODE
 
-MODULES = (generate, codes, convert, train, info)  # each adds its commands to the parser
+MODULES = (generate, plan, codes, serve, convert, train, info)  # each adds its commands to the parser
 COMMANDS: dict[str, Callable[[Any], int | None]] = {
     "generate": generate.run,
+    "plan": plan.plan,
+    "rewrite": plan.rewrite,
+    "describe": plan.describe,
     "tokenize": codes.tokenize,
     "detokenize": codes.detokenize,
+    "serve": serve.run,
     "convert": convert.run,
     "train": train.run,
     "info": info.run,

@@ -5,11 +5,10 @@ from typing import Any
 
 from acestep_jax.cli.parser import Parser, text_or_file
 from acestep_jax.cli.runtime import add_checkpoint, add_dtype, model_folder, start
-from acestep_jax.errors import InputError
 from acestep_jax.inputs.tasks import codes_to_text
 from acestep_jax.io import audio
 from acestep_jax.io.checkpoint import read_manifest
-from acestep_jax.io.files import check_writable, publish_file
+from acestep_jax.io.files import check_output, publish_file
 from acestep_jax.pipeline import AceStepPipeline
 
 NETWORKS = ("vae", "condition_encoder", "audio_tokenizer", "audio_token_detokenizer")
@@ -44,12 +43,8 @@ def load(options: Any) -> AceStepPipeline:
 def tokenize(options: Any) -> None:
     """Print the codes of a song, or write them to a file."""
     out = None if options.out is None else Path(options.out)
-    if out is not None and not out.absolute().parent.is_dir():
-        raise InputError(f"{out}: the folder {out.absolute().parent} does not exist; create it first")
-    if out is not None and out.exists() and (out.is_dir() or not options.overwrite):
-        raise InputError(f"{out}: already exists; remove it, choose another name, or use --overwrite")
     if out is not None:
-        check_writable(out)
+        check_output(out, overwrite=options.overwrite)
     start()
     codes = load(options).song_to_codes(options.song)
     text = codes_to_text(codes)

@@ -11,18 +11,21 @@ from jax.sharding import Mesh
 from acestep_jax import preemption
 from acestep_jax.cli.options import add_lora, lora_scales
 from acestep_jax.cli.parser import Parser, add_fields, name_flags, read_fields
-from acestep_jax.cli.runtime import add_checkpoint, add_devices, add_dtype, model_folder, start
+from acestep_jax.cli.runtime import add_checkpoint, add_devices, add_dtype, add_planner, model_folder, start
 from acestep_jax.distributed import all_succeed, local_mesh, parse_mesh
 from acestep_jax.errors import InputError
+from acestep_jax.inputs.keywords import requests_of
 from acestep_jax.inputs.prepare import prepare
 from acestep_jax.io import audio, checkpoint
 from acestep_jax.io.adapter import resolve_adapters
-from acestep_jax.io.files import as_path, check_writable, identity
+from acestep_jax.io.files import as_path, check_output, check_writable, identity
 from acestep_jax.io.native import is_native
 from acestep_jax.models.config import TransformerConfig
 from acestep_jax.models.registry import FAMILY
 from acestep_jax.pipeline import AceStepPipeline
-from acestep_jax.request import Arguments, Request, Sampling, split
+from acestep_jax.planner.plan import Plan
+from acestep_jax.planner.timestamps import check_alignment, write_lrc
+from acestep_jax.request import KINDS, Arguments, Request, Sampling
 from acestep_jax.serve import jsonl
 
 
@@ -35,8 +38,11 @@ def add(commands: Any) -> None:
         "--out", metavar="FILE", help=f"Sound file to write: {', '.join(audio.FORMATS)}. Default: song.wav."
     )
     parser.add_argument("--overwrite", action="store_true", help="Replace outputs that exist.")
-    add_fields(parser, Request)
-    add_fields(parser, Sampling)
+    for kind in KINDS:
+        add_fields(parser, kind)
+    parser.add_argument("--plan", metavar="FILE", help="Plan in place of PROMPT, as `acestep-jax plan` writes it.")
+    add_planner(parser)
+    parser.add_argument("--lrc", action="store_true", help="Write when each line is sung beside the song, SONG.lrc.")
     parser.add_argument(
         "--batch",
         metavar="FILE",
@@ -66,22 +72,29 @@ def run(options: Any) -> int | None:
         given = read_fields(options, Arguments)
         return run_batch(options, given) if options.batch is not None else run_one(options, given)
     except InputError as error:
-        raise name_flags(error, (Request, Sampling)) from None
+        raise name_flags(error, KINDS) from None
 
 
 def run_one(options: Any, given: dict[str, Any]) -> None:
     """Write the song of PROMPT."""
-    if options.prompt is None:
-        raise InputError("PROMPT: missing; describe the music, or give a file of requests with --batch")
+    if options.plan is not None:
+        if options.prompt is not None:
+            raise InputError(f"PROMPT, --plan: expected one of them, found both ({options.prompt!r})")
+        given = dict(prompt=Plan.load(options.plan), **given)
+    elif options.prompt is None:
+        raise InputError("PROMPT: missing; describe the music, or give --plan, or a file of requests with --batch")
     if options.out_dir is not None:
         raise InputError("--out-dir: for the songs of --batch only; use --out for one song")
-    requested, sampled = split(given)
-    request, sampling = Request(**requested), Sampling(**sampled)
+    if options.batch_size is not None:
+        raise InputError("--batch-size: for the songs of --batch only; leave it out for one song")
+    (request,), planning, sampling = requests_of(given)
     out = "song.wav" if options.out is None else options.out
     start(options.distributed)
     writes = jax.process_index() == 0
     if writes:
         audio.check_output(out, overwrite=options.overwrite)
+        if options.lrc:
+            check_output(as_path(out).with_suffix(".lrc"), overwrite=options.overwrite)
         for name, path in (("--source", request.src_audio), ("--reference", request.reference_audio)):
             if path is not None and identity(str(path)) == identity(out):
                 raise InputError(f"--out: {out} is the {name} itself; choose another name")
@@ -90,19 +103,36 @@ def run_one(options: Any, given: dict[str, Any]) -> None:
     path = model_folder(options)
     manifest = checkpoint.read_manifest(path)
     job = prepare(request, manifest.configs, checkpoint.load_tokenizer(path), sampling, manifest.sampling)
+    if options.lrc:
+        check_alignment(manifest.configs["transformer"], job)
     pipe = load(options, path, parse_mesh(options.mesh))
+    finished = [0] if options.plan is not None else []
+    ((request, plan),) = pipe.planned([request], planning, sampling, finished=finished)
+    if plan is not None and writes:
+        print(f"{plan.describe()}\n", flush=True)
+    if plan is not None:
+        job = pipe.prepare(request, sampling)
     (song,) = pipe.run([job], sampling)
+    if writes:
+        song.save(out, overwrite=options.overwrite)
+    times = pipe.timestamps(song, request, sampling) if options.lrc else None
     if not writes:
         return
-    song.save(out, overwrite=options.overwrite)
+    if times is not None:
+        write_lrc(as_path(out).with_suffix(".lrc"), times, overwrite=options.overwrite)
+        print(f"{as_path(out).with_suffix('.lrc')}: {len(times.lines)} lines, alignment score {times.score:g}")
     assert song.audio is not None
-    print(f"{out}: {song.audio.shape[1] / song.sample_rate:g} s, seed {song.seed}")
+    again = f"seed {song.seed}" + (f", retake seed {song.retake_seed}" if song.retake_seed is not None else "")
+    print(f"{out}: {song.audio.shape[1] / song.sample_rate:g} s, {again}")
 
 
 def run_batch(options: Any, given: dict[str, Any]) -> int:
     """Write the songs of --batch and report at the end what failed; return 1 if anything did."""
     if options.prompt is not None:
         raise InputError(f"PROMPT, --batch: expected one of them, found both ({options.prompt!r})")
+    for option, given_too in (("--plan", options.plan), ("--lrc", options.lrc or None)):
+        if given_too is not None:
+            raise InputError(f"{option}: for one song only; leave it out with --batch")
     if options.out is not None:
         raise InputError("--out: for one song only; use --out-dir for the songs of --batch")
     if options.out_dir is None:
@@ -125,6 +155,10 @@ def run_batch(options: Any, given: dict[str, Any]) -> int:
         lora=[[folder, scale] for folder, scale in zip(folders, scales, strict=True)],
         version=importlib.metadata.version("acestep-jax"),
     )
+    if options.planner is not None:
+        about["planner"] = identity(options.planner)
+    if any(line.planning.thinking for line in lines):
+        _ = pipe.planner  # that there is none is found out now
     reports = apart or jax.process_index() == 0
     failures = unusable if jax.process_index() == 0 else []
     with all_succeed(), preemption.handled(in_step=not apart):
@@ -167,7 +201,7 @@ def load(options: Any, path: str, mesh: Mesh | None) -> AceStepPipeline:
     if folders:
         config: Any = checkpoint.read_manifest(path).configs["transformer"]
         adapters, scales = resolve_adapters(folders, scales, config)
-    pipe = AceStepPipeline.from_pretrained(path, dtype=options.dtype, mesh=mesh)
+    pipe = AceStepPipeline.from_pretrained(path, dtype=options.dtype, mesh=mesh, planner=options.planner)
     if folders:
         pipe.load_lora(adapters, scales)
     return pipe

@@ -6,7 +6,7 @@ import itertools
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +119,31 @@ class HelpFormatter(argparse.HelpFormatter):
         super().__init__(*args, **{"max_help_position": 28} | options)
 
 
-def add_fields(parser: Parser, kind: type) -> None:
-    """Add an option for each field of `Request` or `Sampling` that has one. Values are text until `read_fields`."""
+class _Switch(argparse.Action):
+    """--x for true, --no-x for false; unlike a value, neither can be taken for the word that follows."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any):
+        super().__init__(option_strings, dest, nargs=0, **options)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, "false" if str(option_string).startswith("--no-") else "true")
+
+
+def add_fields(parser: Parser, kind: type, names: Iterable[str] | None = None) -> None:
+    """Add an option for each field of one of `request.KINDS` that has one. Values are text until `read_fields`.
+
+    Args:
+        names: of the fields; None: all.
+    """
     for name, (field, about) in arguments(kind).items():
-        if name == "prompt" or not (option := flag(name, about)):
+        if name == "prompt" or not (option := flag(name, about)) or (names is not None and name not in names):
             continue
         text = describe(name, kind).replace("%", "%%")
         if value_types(field.type) == {bool}:
-            only: dict[str, Any] = {} if field.type is bool else dict(nargs="?", const="true", metavar="true|false")
-            action = "store_true" if field.type is bool else "store"
-            parser.add_argument(option, dest=_key(name), action=action, help=text, **only)
+            if field.type is bool:
+                parser.add_argument(option, dest=_key(name), action="store_true", help=text)
+            else:
+                parser.add_argument(option, f"--no-{option[2:]}", dest=_key(name), action=_Switch, help=text)
             continue
         metavar = about.metavar or ("S" if about.unit == "s" else "N" if _is_number(field.type) else option[2:].upper())
         action = "append" if repeatable(field.type) else "store"

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 
 from acestep_jax.cli import machine
 from acestep_jax.cli.parser import Parser
-from acestep_jax.distributed import MESH_AXES, join_processes
+from acestep_jax.distributed import MESH_AXES, all_succeed, join_processes
 from acestep_jax.errors import InputError
 from acestep_jax.io.checkpoint import SMALL_MODEL
 from acestep_jax.io.files import user_cache
@@ -42,14 +42,25 @@ def add_variant(parser: ArgumentParser) -> None:
     )
 
 
+def add_planner(parser: ArgumentParser) -> None:
+    """Add --planner."""
+    parser.add_argument(
+        "--planner",
+        metavar="MODEL",
+        help="Planner: a folder, or the id of a repository such as ACE-Step/acestep-5Hz-lm-0.6B. Default: the one that "
+        "is with the model.",
+    )
+
+
 def model_folder(options: Any) -> str:
     """Return the folder of the native checkpoint that the options name, which is downloaded and converted if need be.
 
     Raises:
-        InputError: see `native_folder`.
+        InputError: see `native_folder`; also if that of another process fails.
     """
     dtype = converted_dtype(options.get("dtype"))
-    return str(native_folder(options.checkpoint, options.variant, dtype=dtype))
+    with all_succeed():
+        return str(native_folder(options.checkpoint, options.variant, dtype=dtype))
 
 
 def add_dtype(parser: Parser) -> None:

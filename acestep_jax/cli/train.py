@@ -62,7 +62,6 @@ def add(commands: Any) -> None:
     add_distributed(preprocess, "each of which encodes a share of the songs on its first device")
 
     fit = command("fit", "fine-tune the transformer on preprocessed songs", TrainConfig)
-    add_variant(fit)
     add_distributed(fit, "with a mesh over the devices of all")
     command("autoencoder", "train an autoencoder from scratch on a folder of audio", AutoencoderTrainConfig)
 
@@ -98,12 +97,14 @@ def run(options: jsonargparse.Namespace) -> int | None:
 def _preprocess(values: jsonargparse.Namespace) -> None:
     from acestep_jax import preemption
     from acestep_jax.cli.runtime import start
+    from acestep_jax.distributed import all_succeed
     from acestep_jax.io.native import native_folder
     from acestep_jax.train.preprocess import preprocess
 
     start(values.pop("distributed"))
     given = dict(vars(values))
-    given["checkpoint"] = native_folder(given["checkpoint"], given.pop("variant"))
+    with all_succeed():
+        given["checkpoint"] = native_folder(given["checkpoint"], given.pop("variant"))
     with preemption.handled():
         preprocess(**given)
 
@@ -111,13 +112,11 @@ def _preprocess(values: jsonargparse.Namespace) -> None:
 def _fit(values: jsonargparse.Namespace) -> None:
     from acestep_jax import preemption
     from acestep_jax.cli.runtime import start
-    from acestep_jax.io.native import native_folder
 
     settings = config_file.instantiate(values, TrainConfig)
     start(values.distributed)
-    from acestep_jax.train.finetune import fit  # a missing package is found before a download
+    from acestep_jax.train.finetune import fit
 
-    settings = dataclasses.replace(settings, checkpoint=str(native_folder(settings.checkpoint, values.variant)))
     with preemption.handled(in_step=True):
         print(fit(settings))
 

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
 from acestep_jax.io.adapter_reader import read_lora
-from acestep_jax.io.files import as_path, is_remote, local_copy
+from acestep_jax.io.files import as_path, local_copy, local_files
 from acestep_jax.models.adapters import Factors, apply_adapters, is_merged, prepare_adapter, rescale_adapters
 from acestep_jax.models.config import LoRAConfig, TransformerConfig
 from acestep_jax.models.lora import PARTS, check_shapes, merge_loras
@@ -77,9 +77,11 @@ def load_adapter(path: str | Path, num_layers: int | None = None) -> Adapter:
     if not path.exists():
         raise InputError(f"{path}: no such folder or file; expected the folder or the .safetensors file of an adapter")
     if not (path / CONFIG).is_file() and not (path / WEIGHTS).is_file():
-        if is_remote(path) and path.is_dir():
-            raise InputError(f"{path}: an adapter of PyTorch in Cloud Storage; copy it to this machine first")
-        adapter = Adapter(*read_lora(local_copy(path), num_layers))
+        copy = local_files(path, (".safetensors", ".json")) if path.is_dir() else local_copy(path)
+        try:
+            adapter = Adapter(*read_lora(copy, num_layers))
+        except InputError as error:
+            raise InputError(str(error).replace(str(copy), str(path))) from None
         _check_leaves(adapter, str(path))
         return adapter
     try:

@@ -9,7 +9,8 @@ import soundfile
 import soxr
 
 from acestep_jax.errors import InputError
-from acestep_jax.io.files import as_path, check_parent, check_writable, publish_file
+from acestep_jax.io import files
+from acestep_jax.io.files import as_path, publish_file
 
 logger = logging.getLogger(__name__)
 
@@ -121,13 +122,7 @@ def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
         raise InputError(f"{path}: unknown kind of audio file; use one of the suffixes {', '.join(FORMATS)}")
     if not soundfile.check_format(*FORMATS[path.suffix.lower()]):
         raise InputError(f"{path}: the libsndfile at hand cannot write {path.suffix}; use .wav")
-    check_parent(path)
-    check_writable(path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; choose another name")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path}: already exists; remove it, choose another name, or allow it to be overwritten")
-    return path
+    return files.check_output(path, overwrite=overwrite)
 
 
 def write(path: str | Path, audio: np.ndarray, sample_rate: int, *, overwrite: bool = False) -> None:

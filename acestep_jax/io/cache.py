@@ -7,6 +7,7 @@ which ends with its process, lets one process convert while others wait.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import shutil
@@ -75,7 +76,7 @@ def obtain(
         for left in folder.glob(f".{name}-*"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         logger.info("%s: converted to %s, once", about["source"], path)
-        convert(path, {SOURCE: lambda file: _write_source(file, about)})
+        convert(path, {SOURCE: functools.partial(_write_source, about=about)})
     return path
 
 

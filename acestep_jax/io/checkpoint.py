@@ -58,7 +58,7 @@ logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not 
 
 def abstract(name: str, config: NetworkConfig, runtime: Runtime = DEFAULT_RUNTIME) -> nnx.Module:
     """Return the network called `name` with shapes and dtypes in place of arrays; nothing is allocated."""
-    network, _ = FAMILY.networks[name]
+    network, _ = FAMILY.every[name]
     return jax.eval_shape(lambda: network(config, runtime=runtime, rngs=nnx.Rngs(0)))
 
 
@@ -249,14 +249,15 @@ def save_changed(source: str | Path, destination: str | Path, name: str, arrays:
         values(),
         (source / TOKENIZER).read_text(encoding="utf-8"),
         manifest.tokenizer_config,
-        {file.name: functools.partial(_copy, file) for file in extra},
+        {file.name: functools.partial(copy_file, file) for file in extra},
         sampling=manifest.sampling,
         dtypes=manifest.dtypes,
         size=sum(math.prod(s.shape) * s.dtype.itemsize for shapes in stored.values() for s in shapes.values()),
     )
 
 
-def _copy(file: Path, target: Path) -> None:
+def copy_file(file: Path, target: Path) -> None:
+    """Copy a file of a checkpoint, from and to the disk or Cloud Storage."""
     with publish_file(target) as temporary:
         shutil.copyfile(local_copy(file), temporary)
 

@@ -1,10 +1,13 @@
 """From the tensors of a PyTorch checkpoint to ours: in memory, or as a native checkpoint."""
 
+import functools
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
@@ -14,6 +17,7 @@ from acestep_jax.io import checkpoint, rules
 from acestep_jax.io.companions import Fetch
 from acestep_jax.io.files import as_path
 from acestep_jax.io.locate import Located, locate
+from acestep_jax.io.planner_files import is_planner, names_planner, open_planner
 from acestep_jax.io.pretrained import TorchCheckpoint, open_checkpoint
 from acestep_jax.io.safetensors_reader import Tensor
 from acestep_jax.io.safetensors_writer import write_safetensors
@@ -35,7 +39,8 @@ def from_torch(
     """Convert a PyTorch checkpoint to a native one, see `convert`.
 
     Args:
-        source: a folder or file as for `open_checkpoint`, or the id of a repository on the Hugging Face hub.
+        source: a folder or file as for `open_checkpoint`, the folder of a planner, or the id of a repository on the
+            Hugging Face hub.
         destination: the folder to create.
         dtype: what all weights are cast to; None keeps the dtype of each, and folded convolutions are float32.
         vae, text_encoder, variant: see `open_checkpoint`.
@@ -46,8 +51,28 @@ def from_torch(
     if dtype is not None:
         check_dtype(dtype, "--dtype")
     checkpoint.check_new(as_path(destination))
+    if (planner := _planner_folder(source)) is not None:
+        for option, value in (("--vae", vae), ("--text-encoder", text_encoder), ("--variant", variant)):
+            if value is not None:
+                raise InputError(f"{option}: {source} is a planner, which has none; leave the option out")
+        convert(
+            open_planner(planner, None if dtype is None else np.dtype(getattr(ml_dtypes, dtype, dtype))), destination
+        )
+        return
     opened = open_source(source, vae=vae, text_encoder=text_encoder, dtype=dtype, variant=variant)
     convert(opened, destination)
+
+
+def _planner_folder(source: str | Path) -> Path | None:
+    """Return the folder of the planner that a source names; None: it names something else."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder if is_planner(folder) else None
+    if names_planner(str(source)) is None:
+        return None
+    from acestep_jax.io.hub_planner import locate_planner  # whose client takes a fifth of a second to import
+
+    return locate_planner(str(source)).model
 
 
 def open_source(
@@ -115,7 +140,11 @@ def convert(
             arrays(bar),
             opened.tokenizer,
             opened.tokenizer_config,
-            {WEIGHT_NORM: lambda path: _write_weight_norm(path, opened), **(extra_files or {})},
+            {
+                **{name: functools.partial(shutil.copyfile, file) for name, file in opened.extra_files.items()},
+                **({WEIGHT_NORM: lambda path: _write_weight_norm(path, opened)} if opened.weight_norm else {}),
+                **(extra_files or {}),
+            },
             sampling=sampling_of(opened.files),
             size=sum(_bytes(tensor) for tensor in [*every, *opened.weight_norm.values()]),
         )

@@ -70,6 +70,17 @@ def local_folder(cache_dir: str | Path) -> Path:
     return Path(cache_dir).expanduser()
 
 
+def on_this_machine(path: str | Path) -> Path:
+    """Return the path of files of PyTorch; raise InputError if it is in Cloud Storage, where only ours may lie."""
+    path = as_path(path)
+    if is_remote(path):
+        raise InputError(
+            f"{path}: files of PyTorch are read and written on this machine only; copy them with "
+            "`gcloud storage cp -r`, or keep a native checkpoint there"
+        )
+    return path
+
+
 def absolute(path: Path) -> Path:
     """Return a path that does not depend on the working directory."""
     return path if is_remote(path) else path.absolute()
@@ -84,6 +95,22 @@ def check_parent(path: Path) -> None:
     """Raise InputError if the folder that a path should be in does not exist; those of Cloud Storage need not."""
     if not is_remote(path) and not path.absolute().parent.is_dir():
         raise InputError(f"{path}: the folder {path.absolute().parent} does not exist; create it first")
+
+
+def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
+    """Return the path, if a file can be written there.
+
+    Raises:
+        InputError: if the folder does not exist or cannot be written to, or the file exists and may not be overwritten.
+    """
+    path = as_path(path)
+    check_parent(path)
+    check_writable(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; choose another name")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: already exists; remove it, choose another name, or allow it to be overwritten")
+    return path
 
 
 def read_text(path: Path) -> str:
@@ -118,6 +145,21 @@ def local_copy(path: Path) -> Path:
     """Return the file itself or, if it is in Cloud Storage, a copy on the disk, for libraries that read no other. There
     is one of each, until this process ends."""
     return _copy(str(path), *size_and_time(path)) if is_remote(path) else path
+
+
+def local_files(folder: Path, suffixes: tuple[str, ...]) -> Path:
+    """Return the folder itself or, if it is in Cloud Storage, one on the disk with copies of its files that have one of
+    these suffixes; it stays until this process ends."""
+    if not is_remote(folder):
+        return folder
+    copies = Path(tempfile.mkdtemp(dir=_copies())) / folder.name
+    for name in files_below(folder):
+        if name.endswith(suffixes):
+            (copies / name).parent.mkdir(parents=True, exist_ok=True)
+            with (folder / name).open("rb") as source, (copies / name).open("wb") as target:
+                shutil.copyfileobj(source, target)
+    copies.mkdir(parents=True, exist_ok=True)
+    return copies
 
 
 @functools.cache

@@ -81,7 +81,7 @@ def locate(
     Raises:
         InputError: if there is no such model, it may not be read, or it cannot be downloaded whole.
     """
-    hub = _Hub(cache_folder(cache_dir), token, local_files_only)
+    hub = Hub(cache_folder(cache_dir), token, local_files_only)
     id, variant, file = complete(source, variant, revision)
     with hub.one_line_errors(id, revision), incomplete_without_network(snapshot := hub.snapshot(id, revision)):
         found = find_file(snapshot, file) if file else find_parts(snapshot, variant)
@@ -103,6 +103,7 @@ def locate(
     name = Path(found.model).name or id.partition("/")[2]
     return Located(
         model=snapshot.folder / found.model,
+        commit=snapshot.commit,
         vae=folders[VAE],
         text_encoder=folders[TEXT_ENCODER],
         key="-".join([name, *repositories.values()]),
@@ -129,16 +130,35 @@ def locate_adapter(
     Raises:
         InputError: if there is no such adapter, it may not be read, or it cannot be downloaded whole.
     """
-    hub = _Hub(cache_folder(cache_dir), token, local_files_only)
+    hub = Hub(cache_folder(cache_dir), token, local_files_only)
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/(.+\.safetensors))?", source)
     if match is None:
         raise InputError(f"{source}: no such folder or file, and no id of a repository, which is OWNER/NAME")
     id, file = match[1], file or match[2]
-    with hub.one_line_errors(id, revision), incomplete_without_network(snapshot := hub.snapshot(id, revision)):
-        needed = find_adapter(snapshot, file)
-        hub.fetch([(snapshot, needed)])
-    hub.remember(snapshot, revision)
+    snapshot = hub.fetched(id, revision, lambda snapshot: find_adapter(snapshot, file))
     return snapshot.folder / file if file else snapshot.folder
+
+
+def locate_file(
+    id: str, path: str, *, token: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False
+) -> Path:
+    """Download one file of a repository, unless it is in the cache, and return where it is.
+
+    Args:
+        id: of the repository, whose main branch is taken.
+        path: of the file in it.
+        token, cache_dir, local_files_only: see `locate`.
+
+    Raises:
+        InputError: if there is no such file, it may not be read, or it cannot be downloaded.
+    """
+
+    def needed(snapshot: Snapshot) -> list[str]:
+        if path not in snapshot.files:
+            raise InputError(f"{id}: has no {path}")
+        return [path]
+
+    return Hub(cache_folder(cache_dir), token, local_files_only).fetched(id, None, needed).folder / path
 
 
 def push_to_hub(
@@ -223,7 +243,7 @@ def complete(source: str, variant: str | None, revision: str | None) -> tuple[st
     return other, None, None
 
 
-class _Hub:
+class Hub:
     """The hub or, without network, what is in its cache."""
 
     def __init__(self, cache: Path, token: str | None, local_files_only: bool):
@@ -255,6 +275,13 @@ class _Hub:
         if found is None or not is_complete(found):
             raise Unreachable(why(reason)) from reason
         return dataclasses.replace(found, offline=why(reason))
+
+    def fetched(self, id: str, revision: str | None, needed: Callable[[Snapshot], Sequence[str]]) -> Snapshot:
+        """Return the snapshot of a repository, after downloading the files that are needed of it."""
+        with self.one_line_errors(id, revision), incomplete_without_network(snapshot := self.snapshot(id, revision)):
+            self.fetch([(snapshot, needed(snapshot))])
+        self.remember(snapshot, revision)
+        return snapshot
 
     def fetch(self, wanted: Sequence[tuple[Snapshot, Sequence[str]]]) -> None:
         download(wanted, self.cache, self.token)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from acestep_jax.errors import InputError
+from acestep_jax.io.files import on_this_machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Located:
     vae, text_encoder: folders of an original checkpoint that are not in `model`; None: beside it, or in it.
     key: names this content and no other, fit for a file's name: the model's name and the commits of all repositories;
         None: not of the hub, and the files may change.
-    repositories: the commit by repository.
+    repositories: the commit by repository; commit: that of the one with `model`, None: not of the hub.
     """
 
     model: Path
@@ -24,6 +25,7 @@ class Located:
     text_encoder: Path | None = None
     key: str | None = None
     repositories: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    commit: str | None = None
 
     @property
     def is_of_one_variant(self) -> bool:
@@ -42,7 +44,7 @@ def locate(source: str, variant: str | None = None, *, revision: str | None = No
     Raises:
         InputError: if it is nowhere.
     """
-    path = Path(source).expanduser()
+    path = on_this_machine(source).expanduser()
     if path.exists():
         if revision is not None:
             raise InputError(

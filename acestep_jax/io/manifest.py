@@ -91,12 +91,12 @@ def read_manifest(path: str | Path, required: Iterable[str] | None = None) -> Ma
         raise InputError(f"{path / CONFIG}: dtypes: expected a dtype for some of its networks, {what}")
     for name, dtype in dtypes.items():
         check_dtype(dtype, f"{path / CONFIG}: {name}.dtype" if version == 1 else f"{path / CONFIG}: dtypes: {name}")
-    if unknown := sorted(values.keys() - FAMILY.networks.keys()):
+    if unknown := sorted(values.keys() - FAMILY.every.keys()):
         raise InputError(f"{path / CONFIG}: unknown network(s) {', '.join(unknown)}")
     if missing := sorted(required - set(FAMILY.optional) - values.keys()):
         raise InputError(f"{path / CONFIG}: the network(s) {', '.join(missing)} are missing")
     configs = {}
-    for name, (_, config) in FAMILY.networks.items():
+    for name, (_, config) in FAMILY.every.items():
         if name in values:
             if not isinstance(values[name], dict):
                 raise InputError(f"{path / CONFIG}: {name}: expected a JSON object, found {values[name]!r}")

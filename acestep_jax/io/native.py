@@ -1,25 +1,43 @@
 """From any name of a model to a folder in the native format: what `AceStepPipeline.from_pretrained` loads."""
 
+import dataclasses
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from acestep_jax.distributed import alone
 from acestep_jax.errors import InputError
 from acestep_jax.io import cache, conversion, original
 from acestep_jax.io.companions import fetch_companion
 from acestep_jax.io.files import as_path, is_remote
 from acestep_jax.io.locate import locate
 from acestep_jax.io.manifest import CONFIG, FORMAT, FORMAT_VERSION, read_manifest
+from acestep_jax.io.pretrained import TorchCheckpoint
 from acestep_jax.models.config import check_dtype
 
 CONVERSION_VERSION = 1  # to be raised when the same files convert to other arrays
 
 
-def native_folder(
+@dataclasses.dataclass(frozen=True)
+class Native:
+    """A native checkpoint: its folder, and the commit of the repository that it comes from; None: not of the hub."""
+
+    folder: Path
+    commit: str | None = None
+
+
+def native_folder(source: str | Path, variant: str | None = None, **options: Any) -> Path:
+    """Return the folder of a native checkpoint, see `find_native`."""
+    return find_native(source, variant, **options).folder
+
+
+def find_native(
     source: str | Path,
     variant: str | None = None,
     *,
@@ -28,8 +46,10 @@ def native_folder(
     token: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
-) -> Path:
-    """Return the folder of a native checkpoint: `source` itself, or its conversion, which is made once and kept.
+) -> Native:
+    """Return a native checkpoint: `source` itself, or its conversion, which is made once and kept.
+
+    Of several processes with one cache, one converts and the others wait for it.
 
     Args:
         source: a native checkpoint; a PyTorch checkpoint in a folder or file, see `open_checkpoint`; or the id of a
@@ -51,19 +71,19 @@ def native_folder(
                 f"{source}: no checkpoint of acestep-jax here; convert on this machine and copy the result there"
             )
         _check_variant(path, variant)
-        return path
+        return Native(path)
     options: dict[str, Any] = dict(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     place = locate(str(source), variant, revision=revision, **options)
     if is_native(place.model):
         _check_variant(place.model, variant if place.key is None else None)
-        return place.model
+        return Native(place.model, place.commit)
     opened = None
     fetch = functools.partial(fetch_companion, **options)
     open_source = functools.partial(conversion.open_located, place, variant, dtype=dtype, fetch=fetch)
     key = place.key
     if key is None:
         opened = open_source()
-        key = _key_of_files(opened.files)
+        key = key_of_files(opened.files)
     about = {"source": str(source if place.key is not None else place.model.resolve()), "variant": variant, "key": key}
     about |= {"dtype": dtype}
     if place.is_of_one_variant:
@@ -74,12 +94,19 @@ def native_folder(
         model = re.sub(r"(-[0-9a-f]{40})+$", "", place.key)
     words = [model, variant, dtype]
     name = re.sub(r"[^\w.-]+", "-", "-".join(word for word in words if word))
-    return cache.obtain(
-        cache.cache_folder(cache_dir),
-        f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}",
-        about,
-        lambda folder, extra: conversion.convert(opened or open_source(), folder, extra),
-    )
+
+    def convert(folder: Path, extra: dict[str, Any]) -> None:
+        if jax.process_count() > 1:  # Orbax writes with all processes, or in one that knows of no others
+            alone(_convert, open_source, folder, extra)
+        else:
+            conversion.convert(opened or open_source(), folder, extra)
+
+    name = f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    return Native(cache.obtain(cache.cache_folder(cache_dir), name, about, convert), place.commit)
+
+
+def _convert(open_source: Callable[[], TorchCheckpoint], folder: Path, extra: dict[str, Any]) -> None:
+    conversion.convert(open_source(), folder, extra)
 
 
 def is_native(path: Path) -> bool:
@@ -104,7 +131,7 @@ def _check_variant(path: Path, variant: str | None) -> None:
         )
 
 
-def _key_of_files(files: Iterable[Path]) -> str:
+def key_of_files(files: Iterable[Path]) -> str:
     """Return what changes when one of the files is replaced: a hash of their names, sizes and times."""
     found = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return f"files:{hashlib.sha256(json.dumps(found).encode()).hexdigest()}"

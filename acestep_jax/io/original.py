@@ -48,7 +48,7 @@ _SHARED_KEYS = "head_dim rope_theta attention_bias attention_dropout rms_norm_ep
 # Settings of training and of the application, and what transformers records about itself.
 _IGNORED = frozenset(
     "architectures auto_map bos_token_id data_proportion dtype eos_token_id hidden_act initializer_range "
-    "lyric_alignment_layers_config max_position_embeddings model_type num_audio_decoder_hidden_layers pad_token_id "
+    "max_position_embeddings model_type num_audio_decoder_hidden_layers pad_token_id "
     "rope_parameters rope_scaling tie_word_embeddings timbre_fix_frame timestep_mu timestep_sigma torch_dtype "
     "transformers_version use_cache use_sliding_window vocab_size".split()
 )
@@ -125,7 +125,7 @@ def split_config(values: dict[str, Any], source: str) -> dict[str, NetworkConfig
         encoder["layer_types"] = kinds  # the original's encoders read the first entries of the transformer's list
     transformer = own | take(
         *"num_hidden_layers in_channels audio_acoustic_hidden_dim patch_size layer_types".split(),
-        *"is_turbo is_lego_sft model_version".split(),
+        *"is_turbo is_lego_sft model_version lyric_alignment_layers_config".split(),
     )
     if "hidden_size" in encoder and encoder["hidden_size"] != own.get("hidden_size"):
         transformer["encoder_hidden_size"] = encoder["hidden_size"]
@@ -170,6 +170,9 @@ def join_config(configs: dict[str, NetworkConfig]) -> dict[str, Any]:
     del values["encoder_hidden_size"]
     if network.is_lego_sft:
         values["is_lego_sft"] = True
+    if network.lyric_alignment_layers_config is not None:
+        heads = network.lyric_alignment_layers_config
+        values["lyric_alignment_layers_config"] = {str(layer): list(rows) for layer, rows in heads}
     # All or none: where one is there, ACE-Step's own classes read all four.
     if any(encoder[key] != transformer[key] for key in _ENCODER_KEYS):
         values |= {f"encoder_{key}": encoder[key] for key in _ENCODER_KEYS}

@@ -36,15 +36,18 @@ WEIGHT_FILES = ("diffusion_pytorch_model", "model")
 class TorchCheckpoint:
     """Hold a checkpoint as `tensors[network][name]`, with diffusers' names.
 
-    `weight_norm` are the factors that the weights of `vae` are folded from. `files` are all that it was read from.
+    `weight_norm` are the factors that the weights of `vae` are folded from. `files` are all that it was read from,
+    `extra_files` those of them that a native checkpoint takes over as they are, by name. `tokenizer` is the text of
+    `tokenizer.json`; None: it is among these.
     """
 
     configs: dict[str, NetworkConfig]
     tensors: dict[str, dict[str, Tensor]]
     weight_norm: dict[str, Tensor]
-    tokenizer: str
+    tokenizer: str | None
     tokenizer_config: dict[str, Any]
     files: tuple[Path, ...]
+    extra_files: dict[str, Path] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -175,7 +178,7 @@ def _open_original(
             raise InputError(f"{path}: {what}") from None
         raise
     configs = original.split_config(read_json(model / "config.json"), str(model / "config.json"))
-    tensors = original.split_names(_file_tensors(model, dtype), str(model))
+    tensors = original.split_names(file_tensors(model, dtype), str(model))
     tensors["condition_encoder"]["silence_latent"] = _silence_latent(model / SILENCE, dtype)
     for name, folder in zip(("vae", "text_encoder"), folders, strict=True):
         configs[name] = _read_config(name, folder)
@@ -285,11 +288,11 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _network_tensors(folder: Path, network: str, dtype: np.dtype | None) -> dict[str, Tensor]:
-    tensors = _file_tensors(folder, dtype)
+    tensors = file_tensors(folder, dtype)
     return comfyui.text_encoder_names(tensors) if network == "text_encoder" else tensors
 
 
-def _file_tensors(folder: Path, dtype: np.dtype | None) -> dict[str, Tensor]:
+def file_tensors(folder: Path, dtype: np.dtype | None) -> dict[str, Tensor]:
     """Return all tensors of a folder, from one safetensors file or from the shards that an index names."""
     index, file = _weight_files(folder)
     if index is None:

@@ -83,6 +83,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "transformer": ATTENTION_RULES,
     "condition_encoder": (*ATTENTION_RULES, _LINEAR_EMBEDDING),
     "text_encoder": (*ATTENTION_RULES, _TABLE_EMBEDDING),
+    "planner": (*ATTENTION_RULES, _TABLE_EMBEDDING),
     "vae": _AUTOENCODER_RULES,
     "audio_tokenizer": (*ATTENTION_RULES, _LINEAR_EMBEDDING),
     "audio_token_detokenizer": (*ATTENTION_RULES, _LINEAR_EMBEDDING),

@@ -4,7 +4,6 @@ import functools
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from acestep_jax.distributed import on_host
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
 from acestep_jax.io.cache import SOURCE
-from acestep_jax.io.files import as_path, local_copy
+from acestep_jax.io.files import as_path
 from acestep_jax.io.manifest import read_manifest
 from acestep_jax.models.registry import FAMILY
 
@@ -71,7 +70,7 @@ def save_pretrained(
     if source:
         extra[SOURCE] = functools.partial(_write, json.dumps(source, indent=2) + "\n")
     for file in kept.glob("*.safetensors") if kept else ():
-        extra[file.name] = functools.partial(shutil.copyfile, local_copy(file))
+        extra[file.name] = functools.partial(checkpoint.copy_file, file)
     text = kept / checkpoint.TOKENIZER if kept else None
     checkpoint.save(
         folder,

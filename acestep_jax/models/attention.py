@@ -163,6 +163,10 @@ class Attention(nnx.Module):
     def _heads(self, x: jax.Array, time: str | None) -> jax.Array:
         return shard(x.reshape(*x.shape[:2], -1, self.head_dim), "batch", time, "heads", None)
 
+    def queries(self, x: jax.Array, *, time: str | None = None) -> jax.Array:
+        """Project x [B, T, D] to normalised queries [B, T, N, H]. `time`: the name of its axis."""
+        return self.norm_q(self._heads(self.to_q(x), time))
+
     def keys_values(self, context: jax.Array, *, time: str | None = None) -> KeysValues:
         """Project a context [B, S, D]; in cross-attention it is the same at every step. `time`: its axis name."""
         return KeysValues(self.norm_k(self._heads(self.to_k(context), time)), self._heads(self.to_v(context), time))
@@ -178,7 +182,7 @@ class Attention(nnx.Module):
         key_lengths: jax.Array | None = None,  # [B]
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:  # [B, T, D]
-        q = self.norm_q(self._heads(self.to_q(x), "sequence"))
+        q = self.queries(x, time="sequence")
         if context is None:
             context = self.keys_values(x, time="sequence")
         elif not isinstance(context, KeysValues):

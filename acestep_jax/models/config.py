@@ -186,7 +186,11 @@ class AttentionConfig(NetworkConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig(AttentionConfig):
-    """The diffusion transformer. The defaults are the 2B model."""
+    """The diffusion transformer. The defaults are the 2B model.
+
+    lyric_alignment_layers_config: (layer, heads) of the cross-attention that singing is read from, see
+        `models.alignment`; read from a dictionary with text for keys. None: not known.
+    """
 
     num_hidden_layers: int = 24
     in_channels: int = 192  # source latents, chunk mask and noisy latents
@@ -196,15 +200,29 @@ class TransformerConfig(AttentionConfig):
     is_turbo: bool = False
     is_lego_sft: bool = False  # fine-tuned on stems, whose captions have a form of their own
     model_version: str | None = None
+    lyric_alignment_layers_config: tuple[tuple[int, tuple[int, ...]], ...] | None = None
 
     def __post_init__(self):
         super().__post_init__()
         self.windows(self.num_hidden_layers)
+        if (heads := self.lyric_alignment_layers_config) is not None:
+            try:
+                pairs = heads.items() if isinstance(heads, Mapping) else heads
+                found = tuple(sorted((int(layer), tuple(map(int, heads))) for layer, heads in pairs))
+                valid = all(layer >= 0 and heads and min(heads) >= 0 for layer, heads in found)
+            except (TypeError, ValueError):
+                found, valid = None, False
+            if not valid:
+                raise InputError(
+                    "TransformerConfig.lyric_alignment_layers_config: expected lists of heads by layer, found "
+                    f"{self.lyric_alignment_layers_config!r}"
+                )
+            object.__setattr__(self, "lyric_alignment_layers_config", found or None)
 
     def to_hf(self) -> dict[str, Any]:
-        """Return what other networks do; diffusers has no key for `is_lego_sft`."""
+        """Return what other networks do; diffusers has no keys for `is_lego_sft` and the alignment of lyrics."""
         values = super().to_hf()
-        del values["is_lego_sft"]
+        del values["is_lego_sft"], values["lyric_alignment_layers_config"]
         return values
 
     @property
@@ -321,6 +339,61 @@ class TextEncoderConfig(AttentionConfig):
         values = super().to_hf()
         del values["sliding_window"], values["layer_types"]
         return values | {"architectures": ["Qwen3Model"], "model_type": "qwen3", "hidden_act": "silu"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlannerConfig(TextEncoderConfig):
+    """Qwen3 as the 5 Hz language model. The defaults are acestep-5Hz-lm-1.7B's, but for the architecture's, which are
+    the 0.6B's.
+
+    first_code: token of the audio code 0; the tokens before it are text.
+    num_codes: codes of the codebook, 0 to num_codes - 1. The published vocabulary has 65535 tokens for them.
+    eos_token_id: ends a turn.
+    """
+
+    vocab_size: int = 217204
+    first_code: int = 151669
+    num_codes: int = 64000
+    eos_token_id: int = 151645
+    tie_word_embeddings: bool = True
+
+    ignored: ClassVar[frozenset[str]] = TextEncoderConfig.ignored - {"tie_word_embeddings", "eos_token_id"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.tie_word_embeddings:
+            raise InputError(
+                "PlannerConfig.tie_word_embeddings: expected true, found false; all published planners read their "
+                "logits from the embedding"
+            )
+        if self.first_code + self.num_codes > self.vocab_size:
+            raise InputError(
+                f"PlannerConfig.vocab_size: expected at least {self.first_code + self.num_codes}, of which "
+                f"{self.num_codes} are audio codes, found {self.vocab_size}; a plain language model knows no codes, "
+                "take one of acestep-5Hz-lm-0.6B, -1.7B and -4B"
+            )
+        if self.eos_token_id >= self.first_code:
+            raise InputError(
+                f"PlannerConfig.eos_token_id: expected a token before the codes, below {self.first_code}, found "
+                f"{self.eos_token_id}"
+            )
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any], source: str = "config.json") -> Self:
+        # The published files say nothing of the codes; their end of a turn is that of whatever they were made from.
+        if "first_code" not in values:
+            values = {key: value for key, value in values.items() if key != "eos_token_id"}
+        try:
+            return super().from_hf(values, source)
+        except InputError as error:
+            raise InputError(str(error) if str(error).startswith(source) else f"{source}: {error}") from None
+
+    def to_hf(self) -> dict[str, Any]:
+        values = super().to_hf() | {"architectures": ["Qwen3ForCausalLM"]}
+        published = PlannerConfig()
+        if all(values[name] == getattr(published, name) for name in ("first_code", "num_codes", "eos_token_id")):
+            del values["first_code"], values["num_codes"]
+        return values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -101,10 +101,14 @@ class TimestepEmbedding(nnx.Module):
         return temb, self.time_proj(jax.nn.silu(temb)).reshape(t.shape[0], 6, -1)
 
 
+def rotary_frequencies(head_dim: int, theta: float) -> np.ndarray:
+    """Return theta^(-2i / H), [H / 2] float32."""
+    return np.float32(1.0) / np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+
+
 def rotary_embedding(length: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Return cos and sin, each [T, H / 2] float32, of positions 0..T-1 at frequencies theta^(-2i / H)."""
-    frequency = np.float32(1.0) / np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-    phase = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
+    phase = jnp.arange(length, dtype=jnp.float32)[:, None] * rotary_frequencies(head_dim, theta)
     return jnp.cos(phase), jnp.sin(phase)
 
 

@@ -1,11 +1,26 @@
-"""Qwen3 as the text encoder: last hidden states of the prompt, and only embeddings for the lyrics."""
+"""Qwen3 as the text encoder, last hidden states of the prompt, and as the planner, a causal language model.
+
+The planner's tokens are text, then audio codes: `first_code + N` is code N. It reads the next token's logits from the
+embedding, either of text or of codes, for what a plan needs is never both.
+"""
+
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from acestep_jax.models.config import DEFAULT_RUNTIME, Runtime, TextEncoderConfig
-from acestep_jax.models.encoder import Encoder
+from acestep_jax.distributed import shard
+from acestep_jax.models.attention import KeysValues, attention
+from acestep_jax.models.config import DEFAULT_RUNTIME, PlannerConfig, Runtime, TextEncoderConfig
+from acestep_jax.models.encoder import Encoder, EncoderLayer
+from acestep_jax.models.kernels.stack import pick, split
+from acestep_jax.models.kv_cache import KVCache, attend_to_cache, empty_cache
+from acestep_jax.models.layers import apply_rotary, rotary_embedding, rotary_frequencies
+
+Cache = TypeVar("Cache", KVCache, None)
+
+HEAD_MULTIPLE = 128  # rows of the head of codes: what divides over a mesh, and fills tiles
 
 
 class Qwen3Model(Encoder):
@@ -27,3 +42,163 @@ class Qwen3Model(Encoder):
 
     def __call__(self, input_ids: jax.Array) -> jax.Array:  # [B, T] int32 -> [B, T, D]
         return self.encode(self.embed_tokens(input_ids), causal=True)
+
+
+class Qwen3ForCausalLM(Qwen3Model):
+    """The 5 Hz language model of ACE-Step 1.5, with the embedding as its head.
+
+        hidden, cache = model.prefill(prompts, start, model.init_cache(batch, slots))
+        hidden, cache = model.decode(token, position, start, cache, window=window)      # as often as need be
+        logits = model.code_logits(hidden)  or  model.text_logits(hidden)
+
+    Prompts of several songs are padded at their left: the tokens of song b before `start[b]` are padding. So all songs
+    write their next token into one slot, and a token's position is its index less `start`.
+
+    Source: transformers `Qwen3ForCausalLM`.
+    """
+
+    def __init__(self, config: PlannerConfig, *, runtime: Runtime = DEFAULT_RUNTIME, rngs: nnx.Rngs):
+        super().__init__(config, runtime=runtime, rngs=rngs)
+        self.planner = config
+
+    def split(self) -> "Qwen3ForCausalLM":
+        """Return this model, with its weights where decoding reads them fastest: see `models.kernels.stack`. What is
+        split is for use only, not to be saved."""
+        self.layers = split(self.layers)
+        return self
+
+    def init_cache(self, batch: int, slots: int) -> KVCache:
+        """Return an empty cache for `batch` songs of up to `slots` tokens, prompts included."""
+        config = self.planner
+        return empty_cache(config, config.num_hidden_layers, batch, slots, jnp.dtype(self.runtime.dtype))
+
+    def prefill(self, tokens: jax.Array, start: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Read prompts into slots 0 to P - 1 of a cache.
+
+        Args:
+            tokens: [B, P] int32, padded at the left.
+            start: [B] int32, index of the first token that is no padding.
+            cache: of at least P slots.
+
+        Returns:
+            The hidden state of the last token, [B, D], and the cache.
+        """
+        length = tokens.shape[1]
+        rope = rotary_embedding(length, self.config.head_dim, self.config.rope_theta)
+
+        def block(x, layer: EncoderLayer, cache, index):
+            normed, part = layer.input_layernorm(x), layer.self_attn
+            k, v = part.keys_values(normed, time="sequence")
+            k = apply_rotary(k, rope)
+            q = apply_rotary(part.queries(normed, time="sequence"), rope)
+            y = attention(q, k, v, causal=True, kernel=part.kernel, products=part.products)
+            cache = cache.write(KeysValues(_roll(k, start), _roll(v, start)), index, 0)
+            return x + part.to_out(y.reshape(*x.shape[:2], -1)), cache
+
+        # Rotated to begin at 0, rows are padded at the right, where causal attention does not see padding.
+        x = self.embed_tokens(_roll(tokens, -start))
+        x, cache = self._loop(block, x, cache)
+        last = jnp.take_along_axis(x, (length - 1 - start)[:, None, None], axis=1)[:, 0]
+        return self.norm(last), cache
+
+    def decode(
+        self, token: jax.Array, position: jax.Array, start: jax.Array, cache: KVCache, *, window: int
+    ) -> tuple[jax.Array, KVCache]:
+        """Read one more token of each song.
+
+        Args:
+            token: [B] int32.
+            position: scalar int32, the slot that the token is written to; those before it are full.
+            start: see `prefill`.
+            window: static; the slots that are attended to, of which `position` is one. Fewer cost less.
+
+        Returns:
+            The hidden state of the token, [B, D], and the cache.
+        """
+        config = self.planner
+        phase = (position - start).astype(jnp.float32)[:, None] * rotary_frequencies(config.head_dim, config.rope_theta)
+        rope = jnp.cos(phase)[:, None], jnp.sin(phase)[:, None]  # [B, 1, H / 2]
+
+        def block(x, layer: EncoderLayer, cache, index):
+            normed, part = layer.input_layernorm(x), layer.self_attn
+            k, v = part.keys_values(normed)
+            cache = cache.write(KeysValues(_rotate(k, rope), v), index, position)
+            q = _rotate(part.queries(normed), rope)[:, 0]
+            y = attend_to_cache(q, cache.read(index, window, q.dtype), start, position)
+            return x + part.to_out(y.reshape(*x.shape[:2], -1)), cache
+
+        x, cache = self._loop(block, self.embed_tokens(token[:, None]), cache)
+        return self.norm(x)[:, 0], cache
+
+    def hidden_states(self, tokens: jax.Array, start: jax.Array) -> jax.Array:
+        """Return the hidden states [B, T, D] of all tokens [B, T], padded at the left, see `prefill`. What stands at
+        padding has no meaning."""
+        rope = rotary_embedding(tokens.shape[1], self.config.head_dim, self.config.rope_theta)
+
+        def block(x, layer: EncoderLayer, cache, index):
+            return x + layer.self_attn(layer.input_layernorm(x), rope=rope, causal=True), cache
+
+        x, _ = self._loop(block, self.embed_tokens(_roll(tokens, -start)), None)
+        return _roll(self.norm(x), start)
+
+    def text_logits(self, hidden: jax.Array, head: jax.Array | None = None) -> jax.Array:
+        """Return the logits of the tokens that are text, [..., first_code] float32.
+
+        Args:
+            head: `text_head()`, where it is to be computed once, before a loop.
+        """
+        return self._logits(hidden, self.text_head() if head is None else head)
+
+    def text_head(self) -> jax.Array:
+        """Return the rows of the embedding that `text_logits` reads, [first_code, D]."""
+        return self.embed_tokens.embedding[: self.planner.first_code]
+
+    def code_logits(self, hidden: jax.Array, head: jax.Array | None = None) -> jax.Array:
+        """Return the logits of the end of the turn and of the audio codes, [..., padded] float32.
+
+        Column 0 is the end, column 1 + N is code N; what fills the rest to a multiple of 128 is -inf.
+
+        Args:
+            head: `code_head()`, where it is to be computed once, before a loop.
+        """
+        logits = self._logits(hidden, self.code_head() if head is None else head)
+        valid = jnp.arange(logits.shape[-1]) <= self.planner.num_codes
+        return jnp.where(valid, logits, -jnp.inf)
+
+    def code_head(self) -> jax.Array:
+        """Return the rows of the embedding that `code_logits` reads, [padded, D]."""
+        config, table = self.planner, self.embed_tokens.embedding[...]
+        end = table[config.eos_token_id][None]
+        codes = table[config.first_code : config.first_code + config.num_codes]
+        rows = jnp.concatenate([end, codes])
+        return shard(jnp.pad(rows, ((0, -len(rows) % HEAD_MULTIPLE), (0, 0))), "vocab", None)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Return the logits of the whole vocabulary, [..., V] float32."""
+        return self._logits(hidden, self.embed_tokens.embedding[...])
+
+    def _logits(self, hidden: jax.Array, rows: jax.Array) -> jax.Array:
+        rows = rows.astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, rows, preferred_element_type=jnp.float32)
+
+    def _loop(self, block, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Apply all layers, of which `block` is the part with attention. The cache is a carry: XLA updates it in place,
+        where it would write one that is scanned anew."""
+
+        def body(index, carry):
+            x, cache = carry
+            layer = pick(self.layers, index)
+            x, cache = block(x, layer, cache, index)
+            return x + layer.mlp(layer.post_attention_layernorm(x)), cache
+
+        return jax.lax.fori_loop(0, self.planner.num_hidden_layers, body, (x, cache))
+
+
+def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate one token of each song, [B, 1, N, H], by tables of its own, [B, 1, H / 2] each."""
+    return jax.vmap(apply_rotary)(x[:, None], rope)[:, 0]
+
+
+def _roll(x: jax.Array, by: jax.Array) -> jax.Array:
+    """Rotate axis 1 of x [B, T, ...] by so many places to the right as `by` [B] says."""
+    return jax.vmap(lambda row, n: jnp.roll(row, n, axis=0))(x, by)

@@ -18,11 +18,14 @@ from acestep_jax.models.config import (
     AutoencoderConfig,
     ConditionEncoderConfig,
     NetworkConfig,
+    PlannerConfig,
     TextEncoderConfig,
     TransformerConfig,
 )
-from acestep_jax.models.qwen3 import Qwen3Model
+from acestep_jax.models.qwen3 import Qwen3ForCausalLM, Qwen3Model
 from acestep_jax.models.transformer import AceStepTransformer1DModel
+
+PLANNER = "planner"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,7 @@ class Compat:
     keeps_metadata: whether a long caption is cut, so that what comes after it is read; else the end of the text is.
     regions_reach_outwards: whether latent frames that a region only touches belong to it, and the audio changes at the
         exact sample; else both ends are those of the frames that begin at or before them.
+    thinking: whether the planner, where the model has one, writes for text2music, see `Planning`.
     """
 
     defaults: Mapping[str, SamplingDefaults]
@@ -79,6 +83,7 @@ class Compat:
     tells_source_duration: bool
     keeps_metadata: bool
     regions_reach_outwards: bool
+    thinking: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +92,8 @@ class Family:
 
     networks: the module and the config of every network, under the names of diffusers' folders.
     optional: networks that a checkpoint may lack.
+    planner: the module and the config of the language model that plans songs. It has a checkpoint of its own, where it
+        goes by the name of `PLANNER`.
     prompt: what the text encoder reads, a template for `str.format`: instruction, caption, bpm, timesignature, keyscale
         and duration.
     lyrics: what the lyric encoder reads, a template of language and lyrics.
@@ -97,11 +104,17 @@ class Family:
 
     networks: Mapping[str, tuple[Callable[..., nnx.Module], type[NetworkConfig]]]
     optional: tuple[str, ...]
+    planner: tuple[Callable[..., nnx.Module], type[NetworkConfig]]
     prompt: str
     lyrics: str
     compat: Mapping[str, Compat]
     turbo_times: tuple[float, ...]
     shifts: Mapping[str, float]
+
+    @property
+    def every(self) -> Mapping[str, tuple[Callable[..., nnx.Module], type[NetworkConfig]]]:
+        """Return `networks` and `planner`: all that a checkpoint may be of."""
+        return MappingProxyType({**self.networks, PLANNER: self.planner})
 
 
 def _defaults(
@@ -148,6 +161,7 @@ _ACE_STEP = Compat(
     # Upstream cuts the end of the text and the ends of regions; what it loses so is what was asked for.
     keeps_metadata=True,
     regions_reach_outwards=True,
+    thinking=True,
 )
 
 # `AceStepPipeline` of diffusers 0.42, pipelines/ace_step/pipeline_ace_step.py.
@@ -168,6 +182,7 @@ _DIFFUSERS = Compat(
     tells_source_duration=False,
     keeps_metadata=False,
     regions_reach_outwards=False,
+    thinking=False,
 )
 
 # Templates and defaults are those of ACE-Step 1.5's own code, as in diffusers' `AceStepPipeline`.
@@ -183,6 +198,7 @@ ACE_STEP_1_5 = Family(
         }
     ),
     optional=("audio_tokenizer", "audio_token_detokenizer"),
+    planner=(Qwen3ForCausalLM, PlannerConfig),
     prompt=(
         "# Instruction\n{instruction}\n\n"
         "# Caption\n{caption}\n\n"

@@ -56,18 +56,34 @@ class AceStepTransformerBlock(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:  # [B, T, D]
         self_key, cross_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        table = self.scale_shift_table[...].astype(x.dtype) + modulation.astype(x.dtype)  # [B, 6, D]
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(table, 6, axis=1)  # [B, 1, D] each
-
-        h = self.self_attn_norm(x) * (1 + scale) + shift
-        x = x + gate * self.self_attn(h, rope=rope, window=window, key_lengths=lengths, dropout_key=self_key)
+        x = self.self_attend(x, modulation, rope=rope, window=window, lengths=lengths, dropout_key=self_key)
 
         h = self.cross_attn_norm(x)
         x = x + self.cross_attn(h, condition, key_lengths=condition_lengths, dropout_key=cross_key)
 
+        mlp_shift, mlp_scale, mlp_gate = self._modulation(x, modulation)[3:]
         h = self.mlp_norm(x) * (1 + mlp_scale) + mlp_shift
         x = x + mlp_gate * self.mlp(h)
         return shard(x, "batch", "sequence", None)
+
+    def self_attend(
+        self,
+        x: jax.Array,
+        modulation: jax.Array,
+        *,
+        rope: tuple[jax.Array, jax.Array],
+        window: int | None,
+        lengths: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Compute the first of the three lines: what cross-attention then reads. Arguments as in `__call__`."""
+        shift, scale, gate = self._modulation(x, modulation)[:3]
+        h = self.self_attn_norm(x) * (1 + scale) + shift
+        return x + gate * self.self_attn(h, rope=rope, window=window, key_lengths=lengths, dropout_key=dropout_key)
+
+    def _modulation(self, x: jax.Array, modulation: jax.Array) -> list[jax.Array]:  # six of [B, 1, D]
+        table = self.scale_shift_table[...].astype(x.dtype) + modulation.astype(x.dtype)  # [B, 6, D]
+        return jnp.split(table, 6, axis=1)
 
 
 class AceStepTransformer1DModel(nnx.Module):

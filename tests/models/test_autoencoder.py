@@ -117,9 +117,16 @@ def test_tiles_give_what_one_piece_gives(case, tile, frames, extra):
     assert_close(found.std, whole.std, 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("case", "tile"), [("two_blocks", 512), ("two_blocks", 45), ("ace_step", 512), ("ace_step", 21)]
-)
+# In one piece and in tiles.
+PADDED = [
+    ("two_blocks", 512),
+    ("two_blocks", 45),
+    pytest.param("ace_step", 512, marks=pytest.mark.slow),
+    pytest.param("ace_step", 21, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("case", "tile"), PADDED)
 def test_padding_changes_no_song(case, tile):
     """Whatever is in it; and each song is the one that is decoded alone, also where whole windows are padding."""
     _, ours = pair(case)
@@ -131,9 +138,7 @@ def test_padding_changes_no_song(case, tile):
             assert_close(found[i : i + 1, :, : length * ours.hop_length], decode(ours, z[i : i + 1, :length]), 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("case", "tile"), [("two_blocks", 512), ("two_blocks", 45), ("ace_step", 512), ("ace_step", 21)]
-)
+@pytest.mark.parametrize(("case", "tile"), PADDED)
 def test_padding_changes_no_posterior(case, tile):
     """Whatever is in it: of torch's own result for each song alone, also where the last window is padding only. The
     lengths are odd, with what is left of a frame, and one has just a frame."""
@@ -152,8 +157,15 @@ def test_padding_changes_no_posterior(case, tile):
             assert_close(found.std[i : i + 1, :frames], std)
 
 
-@pytest.mark.parametrize("songs", [1, 3, 8])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("padded", "songs"),
+    [
+        (True, 1),
+        (True, 3),
+        (False, 8),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in [(False, 1), (False, 3), (True, 8)]),
+    ],
+)
 def test_decode_is_the_same_on_a_mesh(songs, padded):
     """One song is cut into windows for all devices, three into 24, eight not at all."""
     _, ours = pair("two_blocks")

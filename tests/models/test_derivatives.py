@@ -56,7 +56,16 @@ def case(remat="none", lengths=True):
     return velocity, (network, normal(2, FRAMES, 8), t, t / 3)
 
 
-@pytest.mark.parametrize(("remat", "lengths"), [("none", True), ("none", False), ("dots", True), ("full", True)])
+# "full" with lengths computes all that the slow ones do, and more of it again; `test_vmap_and_linearize` is without.
+@pytest.mark.parametrize(
+    ("remat", "lengths"),
+    [
+        pytest.param("none", True, marks=pytest.mark.slow),
+        pytest.param("none", False, marks=pytest.mark.slow),
+        pytest.param("dots", True, marks=pytest.mark.slow),
+        ("full", True),
+    ],
+)
 def test_forward_mode_is_the_transpose_of_reverse_mode(remat, lengths):
     """<v, J u> both ways, u in each of the parameters, x, t and r on its own."""
     velocity, point = case(remat, lengths)
@@ -64,14 +73,14 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(remat, lengths):
     @jax.jit
     def both(point, tangents, cotangent):
         y, backward = jax.vjp(velocity, *point)
-        return y, [jax.jvp(velocity, point, tangent)[1] for tangent in tangents], backward(cotangent)
+        return y, jax.lax.map(lambda tangent: jax.jvp(velocity, point, tangent)[1], tangents), backward(cotangent)
 
     moved = like(point, seed=10)
     alone = [
         tuple(part if i == n else jax.tree.map(np.zeros_like, part) for i, part in enumerate(moved)) for n in range(4)
     ]
     cotangent = normal(2, FRAMES, 8, seed=3)
-    y, slopes, gradients = both(point, alone, cotangent)
+    y, slopes, gradients = both(point, jax.tree.map(lambda *parts: np.stack(parts), *alone), cotangent)
     assert np.isfinite(y).all()
     for n, slope in enumerate(slopes):
         found, expected = dot(cotangent, slope), dot(gradients[n], moved[n])
@@ -96,7 +105,9 @@ def test_derivatives_in_time_are_those_of_finite_differences(argument):
     assert_close(slope, numeric, 1e-2)
 
 
+@pytest.mark.slow
 def test_jacobians_of_both_modes_agree():
+    """By default `test_forward_mode_is_the_transpose_of_reverse_mode` shows it, of each argument."""
     velocity, (network, x, t, r) = case()
     both = jax.jit(
         lambda t, r: [
@@ -108,6 +119,7 @@ def test_jacobians_of_both_modes_agree():
         assert_close(forward, reverse, 1e-5)
 
 
+@pytest.mark.slow
 def test_vmap_and_linearize():
     velocity, (network, x, t, r) = case(lengths=False)
     xs = np.stack([x, normal(*x.shape, seed=5)])
@@ -120,24 +132,25 @@ def test_vmap_and_linearize():
     assert_close(jax.jit(push)(xs[1]), slope, 1e-5)
 
 
-def test_mean_flow_has_gradients():
+# With the target stopped, the gradient is a part of the one without.
+@pytest.mark.parametrize("stop", [pytest.param(True, marks=pytest.mark.slow, id="stopped"), False])
+def test_mean_flow_has_gradients(stop):
     """Reverse mode over forward mode: of a loss that holds the total derivative of the velocity in time."""
     velocity, (network, x, t, r) = case()
 
-    def loss(network, stop):
+    def loss(network):
         slopes = x, np.ones_like(t), np.zeros_like(r)
         u, total = jax.jvp(functools.partial(velocity, network), (x, t, r), slopes)
         target = x - (t - r)[:, None, None] * total
         return jnp.mean((u - (jax.lax.stop_gradient(target) if stop else target)) ** 2)
 
     direction = like(network, seed=20)
-    for stop in (True, False):
-        gradient = jax.jit(jax.grad(functools.partial(loss, stop=stop)))(network)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
-        if not stop:
-            # Forward over forward, which no transposition takes part in.
-            push = lambda network: jax.jvp(functools.partial(loss, stop=False), (network,), (direction,))[1]  # noqa: E731
-            assert dot(gradient, direction) == pytest.approx(float(jax.jit(push)(network)), rel=1e-4)
+    gradient = jax.jit(jax.grad(loss))(network)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    if not stop:
+        # Forward over forward, which no transposition takes part in.
+        push = lambda network: jax.jvp(loss, (network,), (direction,))[1]  # noqa: E731
+        assert dot(gradient, direction) == pytest.approx(float(jax.jit(push)(network)), rel=1e-4)
 
 
 def heads(t=21, s=21):

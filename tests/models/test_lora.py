@@ -43,7 +43,7 @@ def with_adapter(network, adapter):
     return network
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "dora"])  # which is LoRA and more
 def test_matches_peft_beside_and_within_the_weights(kind):
     theirs = peft_model(**KINDS[kind])
     adapter = torch_adapter(theirs, **KINDS[kind])
@@ -116,7 +116,8 @@ def test_bfloat16_weights_are_rounded_once():
     np.testing.assert_array_equal(one_by_one.linear.kernel[...], linear.kernel[...])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "dora"])  # the one with more leaves
 def test_on_a_mesh(kind):
     """Adapters beside the weights or within them give the same, and the weights stay split as they were."""
     network, adapter = pair()[1], random_adapter(**KINDS[kind])

@@ -1,0 +1,222 @@
+"""`acestep-jax serve`: songs over HTTP."""
+
+import importlib.metadata
+import importlib.util
+import ipaddress
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from acestep_jax.cli.parser import Parser
+from acestep_jax.cli.runtime import add_dtype, start
+from acestep_jax.distributed import MESH_AXES, parse_mesh
+from acestep_jax.errors import InputError
+from acestep_jax.io.adapter import resolve_adapters
+from acestep_jax.io.checkpoint import SMALL_MODEL
+from acestep_jax.io.native import native_folder
+from acestep_jax.loaded import converted_dtype
+
+PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+KEY = "ACESTEP_API_KEY"
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = Parser(
+        description="Make songs over HTTP: the library's own API, that of ACE-Step's application, a chat API in the "
+        "manner of OpenAI's, and that of acestep.cpp. Needs pip install 'acestep-jax[serve]'."
+    )
+    # jsonargparse takes no type for an option that appends.
+    parser.add_argument(
+        "--model",
+        "--checkpoint",
+        dest="checkpoint",
+        metavar="[NAME=]MODEL",
+        action="append",
+        help="Model to offer, as in `acestep-jax generate`, and the name that clients use (repeatable; the first is "
+        "the default; one at a time is in memory). Default: the small model of this package.",
+    )
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        action="append",
+        help="Variant of the models, where there are several (once for all of them, or once for each --model).",
+    )
+    parser.add_argument(
+        "--lora", metavar="NAME=DIR", action="append", help="Adapter that clients may use by its name (repeatable)."
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="Address to listen at. Default: this machine only.")
+    parser.add_argument("--port", type=int, default=8001, metavar="N", help="Port. Default: 8001.")
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"Key that clients must send; @FILE reads it from a file. Default: the variable {KEY}, or none.",
+    )
+    parser.add_argument("--insecure", action="store_true", help="Listen at an address of the network without a key.")
+    parser.add_argument(
+        "--public-host",
+        metavar="NAME",
+        action="append",
+        help="Name that the server is reached by, such as that of a proxy (repeatable).",
+    )
+    parser.add_argument(
+        "--cors",
+        metavar="ORIGIN",
+        action="append",
+        help="Origin of pages on other hosts that may ask, such as http://localhost:5173 (repeatable).",
+    )
+    parser.add_argument(
+        "--data", metavar="DIR", default="acestep-songs", help="Folder of queue and songs. Default: acestep-songs."
+    )
+    parser.add_argument("--keep-gb", type=float, default=20.0, metavar="GB", help="Songs to keep. Default: 20 GB.")
+    parser.add_argument("--max-batch", type=int, default=4, metavar="N", help="Most songs made at once. Default: 4.")
+    parser.add_argument(
+        "--warm", metavar="S,...", help="Durations to compile before /ready, such as 30,60,120. Default: none."
+    )
+    parser.add_argument("--queue", type=int, default=200, metavar="N", help="Most songs that wait. Default: 200.")
+    parser.add_argument(
+        "--queue-minutes", type=float, default=30.0, metavar="N", help="Most minutes of work that wait. Default: 30."
+    )
+    parser.add_argument(
+        "--max-upload-mb", type=int, default=256, metavar="MB", help="Largest body of a request. Default: 256."
+    )
+    parser.add_argument(
+        "--max-duration", type=float, default=600.0, metavar="S", help="Longest song and source. Default: 600."
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="Refuse what would be ignored, such as the planner's options."
+    )
+    parser.add_argument(
+        "--grace", type=float, default=30.0, metavar="S", help="Seconds that SIGTERM leaves songs. Default: 30."
+    )
+    add_dtype(parser)
+    parser.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help=f"Number of devices along each of the axes {', '.join(MESH_AXES)}. Default: one device.",
+    )
+    commands.add_subcommand("serve", parser, help="Make songs over HTTP.")
+
+
+def run(options: Any) -> int:
+    """Serve until a signal; return 1 if the engine has ended by an error.
+
+    Everything that can be checked is checked before anything is loaded.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"serve: {', '.join(missing)} not installed; run pip install 'acestep-jax[serve]'")
+    key = _key(options.api_key)
+    _check_address(options.host, key, options.insecure)
+    warm = _durations(options.warm)
+    for name in ("port", "max_batch", "queue", "max_upload_mb"):
+        if options[name] < (0 if name == "port" else 1):
+            raise InputError(f"--{name.replace('_', '-')}: expected at least 1, found {options[name]}")
+    start()
+
+    from acestep_jax.serve import app as http
+    from acestep_jax.serve.local import LocalEngine
+    from acestep_jax.serve.security import Keys
+    from acestep_jax.serve.service import Service
+    from acestep_jax.serve.store import Store
+    from acestep_jax.serve.submission import Limits
+
+    models = _models(options)
+    adapters = _adapters(options.lora or (), models)
+    store = Store(options.data)
+    tempfile.tempdir = str(store.incoming)  # where uploads are spooled
+    limits = Limits(
+        queue=options.queue,
+        queue_minutes=options.queue_minutes,
+        upload_bytes=options.max_upload_mb * 2**20,
+        duration=options.max_duration,
+        keep_bytes=int(options.keep_gb * 10**9),
+    )
+    engine = LocalEngine(models, adapters=adapters, max_batch=options.max_batch, warm=warm)
+    service = Service(store, engine, limits, strict=options.strict)
+    application = http.create(
+        service,
+        Keys(key, store.secret()),
+        version=importlib.metadata.version("acestep-jax"),
+        hosts=[options.host, *(options.public_host or ())],
+        origins=options.cors or (),
+    )
+    logging.getLogger("acestep_jax.serve").setLevel(logging.INFO)
+    address = f"[{options.host}]" if ":" in options.host else options.host
+    print(f"acestep-jax: http://{address}:{options.port}/docs, songs in {store.folder}", flush=True)
+    return http.serve(application, service, options.host, options.port, grace=options.grace)
+
+
+def _models(options: Any) -> list[Any]:
+    from acestep_jax.serve.models import Model
+
+    given, variants = options.checkpoint or [str(SMALL_MODEL)], options.variant or [None]
+    if len(variants) not in (1, len(given)):
+        raise InputError(f"--variant: expected one or {len(given)}, one for each --model, found {len(variants)}")
+    if len(variants) == 1:
+        variants = variants * len(given)
+    settings = dict(dtype=options.dtype, mesh=parse_mesh(options.mesh))
+    models: list[Any] = []
+    for text, variant in zip(given, variants, strict=True):
+        name, _, source = text.rpartition("=") if not Path(text).exists() else ("", "", text)
+        folder = native_folder(source, variant, dtype=converted_dtype(options.dtype))
+        model = Model(name or "model", folder, options=settings)
+        model.name = name or _name(source, model)
+        if model.name in {other.name for other in models}:
+            raise InputError(f"--model: two are called {model.name}; name them: --model NAME={source}")
+        models.append(model)
+    return models
+
+
+def _name(source: str, model: Any) -> str:
+    """Return the authors' name of a published model, or that of the folder."""
+    if source == str(SMALL_MODEL):
+        return "small"
+    variant = model.configs["transformer"].variant
+    known = ("turbo", "base", "sft", "xl-turbo", "xl-base", "xl-sft")
+    return f"acestep-v15-{variant}" if variant in known else Path(source).stem
+
+
+def _adapters(given: Any, models: list[Any]) -> dict[str, str]:
+    """Return the adapters by name, after reading each for the first model."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals or not name:
+            raise InputError(f"--lora: expected NAME=DIR, found {text!r}")
+        if name in found:
+            raise InputError(f"--lora: two adapters are called {name}")
+        resolve_adapters(folder, 1.0, models[0].configs["transformer"])
+        found[name] = folder
+    return found
+
+
+def _key(given: str | None) -> str | None:
+    key = os.environ.get(KEY) if given is None else given
+    if key and key.startswith("@"):
+        key = Path(key[1:]).read_text(encoding="utf-8-sig").strip()
+    if given is not None and not key:
+        raise InputError("--api-key: is empty; leave it out to serve without a key")
+    return key or None
+
+
+def _check_address(host: str, key: str | None, insecure: bool) -> None:
+    """Raise InputError for an address that others reach, without a key."""
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if not local and key is None and not insecure:
+        raise InputError(
+            f"--host: everyone who reaches {host} could use this server; set a key with --api-key or {KEY}, or say "
+            "--insecure"
+        )
+
+
+def _durations(text: str | None) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise InputError(f"--warm: expected seconds such as 30,60, found {text!r}") from None

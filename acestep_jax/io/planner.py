@@ -1,0 +1,174 @@
+"""From any name of a model to its planner: found beside it or on the hub, converted once, and loaded.
+
+A native checkpoint of a planner is like any other, with one network and the files of the tokenizer as they are
+published. It is a folder of its own; where it lies in the folder of a model's native checkpoint, it is called
+`planner`, and is found by the model's name.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh
+
+from acestep_jax.distributed import alone
+from acestep_jax.errors import InputError
+from acestep_jax.io import cache, checkpoint, conversion
+from acestep_jax.io.files import as_path, is_remote
+from acestep_jax.io.locate import Located
+from acestep_jax.io.manifest import FORMAT_VERSION, pick_dtype, read_manifest
+from acestep_jax.io.native import CONVERSION_VERSION, is_native, key_of_files
+from acestep_jax.io.planner_files import PREFIX, WHERE, choose_planner, is_planner, open_planner
+from acestep_jax.models.config import check_dtype, check_precision
+from acestep_jax.models.qwen3 import Qwen3ForCausalLM
+from acestep_jax.models.registry import PLANNER
+
+
+class LoadedPlanner(NamedTuple):
+    """A planner and the folder with the files of its tokenizer, `vocab.json` and `merges.txt` or `tokenizer.json`."""
+
+    network: Qwen3ForCausalLM
+    folder: Path
+
+
+def load_planner(
+    source: str | Path,
+    size: str | None = None,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    attention: str = "auto",
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> LoadedPlanner:
+    """Load the planner of a model.
+
+    Args:
+        source: what `AceStepPipeline.from_pretrained` takes, of which the planner is looked for; or a planner: a folder
+            of PyTorch or of this library, or the id of a repository such as ACE-Step/acestep-5Hz-lm-0.6B.
+        size: which planner, such as 0.6B or 4B, where there are several; None: 1.7B if there is one.
+        dtype: of weights and computation, one of `config.PRECISIONS`; None: what suits the device.
+        mesh: from `distributed.make_mesh`; None: all on the first device.
+        attention: see `Runtime`.
+        revision, token, cache_dir, local_files_only: see `native_folder`.
+
+    Raises:
+        InputError: if there is no planner, with the places where there is one, or it cannot be read.
+    """
+    if dtype is not None:
+        check_precision(dtype)
+    folder = planner_folder(
+        source, size, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    dtype = dtype or pick_dtype(read_manifest(folder, ()), mesh)
+    loaded = checkpoint.load(folder, dtype=dtype, mesh=mesh, attention=attention, names=[PLANNER])
+    network = loaded[PLANNER]
+    assert isinstance(network, Qwen3ForCausalLM)
+    return LoadedPlanner(network if mesh is not None else network.split(), folder)
+
+
+def planner_folder(
+    source: str | Path,
+    size: str | None = None,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Return the folder of a planner's native checkpoint, which is converted once and kept; see `load_planner`.
+
+    Args:
+        dtype: what weights are converted to, one of `config.DTYPES`; None: as they are.
+    """
+    if dtype is not None:
+        check_dtype(dtype)
+    place = _locate(
+        source, size, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    folder = place.model
+    if is_native(folder):
+        if PLANNER not in read_manifest(folder, ()).configs:
+            raise InputError(f"{folder}: a checkpoint without a planner; {WHERE}")
+        return folder
+    opened = open_planner(folder, None if dtype is None else np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    key = place.key or key_of_files(opened.files)
+
+    def convert(target: Path, extra: dict[str, Any]) -> None:
+        if jax.process_count() > 1:  # Orbax writes with all processes, or in one that knows of no others
+            alone(_convert, folder, dtype, target, extra)
+        else:
+            conversion.convert(opened, target, extra)
+
+    about = {"source": str(source if place.key else folder.resolve()), "variant": None, "key": key, "dtype": dtype}
+    identity = json.dumps([key, folder.name, PLANNER, dtype, FORMAT_VERSION, CONVERSION_VERSION])
+    model = re.sub(r"-[0-9a-f]{40}$", "", key) if place.key else folder.name
+    name = re.sub(r"[^\w.-]+", "-", "-".join(word for word in (model, dtype) if word))
+    return cache.obtain(
+        cache.cache_folder(cache_dir),
+        f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}",
+        about,
+        convert,
+    )
+
+
+def _convert(folder: Path, dtype: str | None, target: Path, extra: dict[str, Any]) -> None:
+    opened = open_planner(folder, None if dtype is None else np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    conversion.convert(opened, target, extra)
+
+
+def _locate(source: str | Path, size: str | None, *, revision: str | None, **options: Any) -> Located:
+    """Return where the planner of a model is, on this machine or, by id, on the hub.
+
+    Raises:
+        InputError: if it is nowhere, with the places where there is one.
+    """
+    path = as_path(source) if is_remote(source) else Path(source).expanduser()
+    if is_remote(source) or path.exists():
+        if revision is not None:
+            raise InputError(
+                f"revision: {revision!r} is of a repository of the hub, but {source} is here; leave it out"
+            )
+        return Located(beside(path, size))
+    text = str(source)
+    if path.is_absolute() or text.startswith((".", "~")) or not text.strip():
+        raise InputError(
+            f"{source}: no such folder; expected a model, a planner, or the id of a hub repository; {WHERE}"
+        )
+    from acestep_jax.io.hub_planner import locate_planner  # whose client takes a fifth of a second to import
+
+    return locate_planner(text, size, revision=revision, **options)
+
+
+def beside(path: Path, size: str | None) -> Path:
+    """Return the folder of the planner that `path` is, holds, or lies beside.
+
+    Raises:
+        InputError: if there is none, or there are several.
+    """
+    if path.is_file():
+        path = path.parent
+    if is_native(path):
+        if PLANNER in read_manifest(path, ()).configs:
+            return path
+    elif is_planner(path):
+        return path
+    if is_native(path / PLANNER) or is_planner(path / PLANNER):
+        return path / PLANNER
+    if not is_remote(path):
+        for place in (path, path.absolute().parent):
+            folders = [folder.name for folder in place.glob(f"{PREFIX}*") if (folder / "config.json").is_file()]
+            if (name := choose_planner(folders, size, str(place))) is not None:
+                return place / name
+    raise InputError(
+        f"{path}: no planner here, as {PLANNER}/ or {PREFIX}* in it or beside it; {WHERE}; put its folder there, or "
+        "name it"
+    )

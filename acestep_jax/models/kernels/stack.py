@@ -1,0 +1,75 @@
+"""Reading one layer's weights, where a loop over layers is bound by reading them: a token of a few songs at a time.
+
+An accelerator reads a layer within the stack of all of them. XLA for CPUs would first copy it out of the stack, which
+doubles the time or more; there, each matrix is an array of its own, and a `switch` over the layers multiplies by it
+where it lies. `split` makes such rows of stacks, and `pick` takes a layer of either.
+"""
+
+import functools
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from acestep_jax.models.kernels.platform import platform
+
+Layer = TypeVar("Layer", bound=nnx.Module)
+
+
+def split(layers: Layer) -> Layer:
+    """Return stacked layers with the matrices of their linear layers as rows, on a CPU; elsewhere, as they are.
+
+    One stack after the other is replaced, so that no more than one of them is in memory twice.
+    """
+    if platform() == "cpu":
+        for linear in _linears(layers):
+            stack = linear.kernel[...]
+            rows: Any = nnx.List([nnx.Param(stack[i]) for i in range(stack.shape[0])])
+            linear.kernel = rows
+    return layers
+
+
+def pick(layers: Layer, index: jax.Array) -> Layer:
+    """Return the layer `index`, which a loop counts, of stacked layers or what `split` made of them."""
+    is_rows = lambda node: isinstance(node, nnx.List)  # noqa: E731
+    layer = jax.tree.map(
+        lambda leaf: nnx.Param(leaf[0][...]) if is_rows(leaf) else _row(leaf, index), layers, is_leaf=is_rows
+    )
+    for linear, whole in zip(_linears(layer), _linears(layers), strict=True):
+        if is_rows(whole.kernel):
+            rows = [row[...] for row in whole.kernel]
+            linear.dot_general = functools.partial(_product, rows, index, whole.dot_general)
+    return layer
+
+
+def _product(rows: list[jax.Array], index: jax.Array, dot_general, x: jax.Array, _: jax.Array, *dimensions, **options):
+    """Compute `dot_general` with the row `index` in place of the matrix that is given."""
+    multiply = lambda row, x: dot_general(x, row.astype(x.dtype), *dimensions, **options)  # noqa: E731
+    return jax.lax.switch(index, [functools.partial(multiply, row) for row in rows], x)
+
+
+def storage_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Return the dtype of an array that a loop reads and writes in parts, of values of `dtype`: on a CPU, the bits of
+    half precision. XLA would widen the whole array to float32 at each write, and before the loop where it is read."""
+    is_half = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 2
+    return jnp.dtype(jnp.uint16) if is_half and platform() == "cpu" else jnp.dtype(dtype)
+
+
+def stored(x: jax.Array) -> jax.Array:
+    """Return values as `storage_dtype` keeps them."""
+    kind = storage_dtype(x.dtype)
+    return x if kind == x.dtype else jax.lax.bitcast_convert_type(x, kind)
+
+
+def restored(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Return the values, of `dtype`, that `stored` was given."""
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+
+
+def _row(stack: jax.Array, index: jax.Array) -> jax.Array:
+    return restored(jax.lax.dynamic_index_in_dim(stored(stack), index, keepdims=False), stack.dtype)
+
+
+def _linears(module: nnx.Module) -> list[nnx.Linear]:
+    return [node for _, node in nnx.iter_modules(module) if isinstance(node, nnx.Linear)]

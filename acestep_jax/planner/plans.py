@@ -1,0 +1,181 @@
+"""Requests to plans: what the planner is told of a request, what it writes, and which of several plans is kept."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from acestep_jax.arguments import is_key
+from acestep_jax.errors import InputError
+from acestep_jax.inputs.collate import new_seed
+from acestep_jax.inputs.fields import UNKNOWN_LANGUAGE
+from acestep_jax.planner.metadata import CODES_PER_SECOND, Known, Metadata
+from acestep_jax.planner.plan import Plan
+from acestep_jax.planner.sampling import LanguageSampling
+from acestep_jax.planner.scores import pmi_score
+from acestep_jax.planner.writer import Planner, Progress
+from acestep_jax.request import MAX_DURATION, MIN_DURATION, Planning, Request
+
+STRIDE = 0x9E3779B1  # between the seeds of candidates, so that those of the songs of a batch differ
+CODES_TOP_P = 0.9  # and of captions; what else is written is drawn from all tokens, as in ACE-Step's application
+
+
+def known_of(request: Request, *, instrumental: bool = False) -> Known:
+    """Return what the user gave, as the planner is told it."""
+    return Known(
+        caption=request.prompt,
+        lyrics=request.lyrics,
+        bpm=request.bpm,
+        keyscale=request.keyscale,
+        timesignature=request.timesignature,
+        duration=request.audio_duration,
+        language=request.vocal_language,
+        instrumental=instrumental,
+    )
+
+
+def sampling_of(planning: Planning, mode: str = "generate") -> LanguageSampling:
+    """Return how the planner samples in a mode, see `Planner.write_metadata`."""
+    top_p = CODES_TOP_P if mode == "generate" else 1.0
+    return LanguageSampling(
+        temperature=planning.lm_temperature,
+        cfg_scale=planning.lm_cfg_scale,
+        top_k=planning.lm_top_k,
+        top_p=top_p if planning.lm_top_p is None else planning.lm_top_p,
+        repetition_penalty=planning.lm_repetition_penalty,
+        negative_prompt=planning.lm_negative_prompt,
+    )
+
+
+def seeds_of(requests: Sequence[Request], planning: Planning, *, joint: bool = False) -> list[int]:
+    """Return the seed of each plan: `lm_seed` + i, or that of the song, or a new one.
+
+    Args:
+        joint: see `new_seed`.
+    """
+    first = new_seed(len(requests), joint=joint) if planning.lm_seed is None else planning.lm_seed
+    own = [None if planning.lm_seed is not None else request.seed for request in requests]
+    return [(first + i) % 2**32 if seed is None else _number(seed) for i, seed in enumerate(own)]
+
+
+def _number(seed: Any) -> int:
+    return int(np.asarray(jax.random.key_data(seed)).ravel()[-1]) if is_key(seed) else int(seed)
+
+
+def write_plans(
+    planner: Planner,
+    requests: Sequence[Request],
+    planning: Planning,
+    *,
+    mode: str = "generate",
+    instrumental: bool = False,
+    codes: bool = True,
+    seeds: Sequence[int] | None = None,
+    joint: bool = False,
+    on_progress: Progress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> list[Plan]:
+    """Return a plan for each request. What a request gives is kept; the planner writes the rest given that.
+
+    Args:
+        mode: "generate": the prompt is a caption, and the lyrics are those of the request; "inspire": the prompt is a
+            wish of which the planner makes a caption and lyrics; "format": it writes both anew.
+        instrumental: whether the song shall have no vocals.
+        codes: whether it writes audio codes, too.
+        seeds: one for each request; None: see `seeds_of`.
+        joint: see `new_seed`.
+        on_progress: called now and then with the tokens of a text, or the codes, that are written, and how many at
+            most will be.
+        should_stop: asked now and then; if it returns true, the work ends.
+
+    Raises:
+        InputError: if a text is too long, or plans without codes are to be compared.
+        Cancelled: if `should_stop` said so.
+    """
+    if (count := planning.best_of) > 1 and not codes:
+        raise InputError(f"best_of: plans are compared by their codes; expected 1 without codes, found {count}")
+    first = seeds_of(requests, planning, joint=joint) if seeds is None else list(seeds)
+    found: list[list[Plan]] = []
+    for i in range(count):  # one at a time: together they would need the memory of a larger batch
+        plans = _write(
+            planner,
+            requests,
+            planning,
+            [(seed + i * STRIDE) % 2**32 for seed in first],
+            mode=mode,
+            instrumental=instrumental,
+            codes=codes,
+            on_progress=on_progress,
+            should_stop=should_stop,
+        )
+        if count > 1:
+            plans = [dataclasses.replace(plan, score=pmi_score(planner, plan)) for plan in plans]
+        found.append(plans)
+    return [max(candidates, key=lambda plan: plan.score or 0.0) for candidates in zip(*found, strict=True)]
+
+
+def _write(
+    planner: Planner,
+    requests: Sequence[Request],
+    planning: Planning,
+    seeds: Sequence[int],
+    *,
+    mode: str,
+    instrumental: bool,
+    codes: bool,
+    **watched: Any,
+) -> list[Plan]:
+    known = [known_of(request, instrumental=instrumental) for request in requests]
+    written = planner.write_metadata(
+        known,
+        mode=mode,
+        seeds=seeds,
+        sampling=sampling_of(planning, mode),
+        rewrite_caption=planning.use_cot_caption is not False,
+        **watched,
+    )
+    plans = [_plan(*values) for values in zip(requests, written, seeds, strict=True)]
+    if not codes:
+        return plans
+    if mode != "generate":  # what it wrote is what is asked for now, as if a user had written it
+        known = [known_of(plan.request()) for plan in plans]
+    rows = planner.write_codes(
+        known, written, seeds=seeds, sampling=sampling_of(planning), attempts=planning.lm_attempts, **watched
+    )
+    return [dataclasses.replace(plan, audio_codes=row) for plan, row in zip(plans, rows, strict=True)]
+
+
+def describe_codes(planner: Planner, codes: Sequence[int] | np.ndarray, planning: Planning) -> Plan:
+    """Return what the planner hears in audio codes: caption, lyrics and metadata.
+
+    Raises:
+        InputError: if there are none, more than the planner reads, or one is out of range.
+    """
+    if len(codes) == 0:
+        raise InputError("audio_codes: expected at least one code, found none")
+    seed = planning.lm_seed or 0
+    known = Known(codes=[int(code) for code in codes])
+    mode = "understand"
+    (written,) = planner.write_metadata([known], mode=mode, seeds=[seed], sampling=sampling_of(planning, mode))
+    plan = _plan(Request(""), written, seed)
+    seconds = len(known.codes) / CODES_PER_SECOND
+    if MIN_DURATION <= seconds <= MAX_DURATION:  # no need to listen for that
+        plan = dataclasses.replace(plan, audio_duration=seconds)
+    return dataclasses.replace(plan, audio_codes=known.codes)
+
+
+def _plan(request: Request, written: Metadata, seed: int) -> Plan:
+    language = written.language
+    return Plan(
+        caption=written.caption or request.prompt,
+        lyrics=written.lyrics,
+        audio_duration=written.duration,
+        vocal_language=None if language == UNKNOWN_LANGUAGE else language,
+        bpm=written.bpm,
+        keyscale=written.keyscale,
+        timesignature=written.timesignature,
+        prompt=request.prompt,
+        lm_seed=seed,
+    )

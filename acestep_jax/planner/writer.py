@@ -1,0 +1,294 @@
+"""The planner: a language model and its tokenizer, from what is known of songs to their metadata and audio codes."""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from acestep_jax.diffusion import noise
+from acestep_jax.distributed import on_host
+from acestep_jax.errors import InputError
+from acestep_jax.inputs import fields
+from acestep_jax.models.qwen3 import Qwen3ForCausalLM
+from acestep_jax.planner import generate, parsing, prompts
+from acestep_jax.planner.grammar import Grammar
+from acestep_jax.planner.loops import Loop, find_loop
+from acestep_jax.planner.metadata import Known, Metadata, count_codes
+from acestep_jax.planner.sampling import Drawing, LanguageSampling
+from acestep_jax.planner.tokenizer import Mark, Pieces, PlannerTokenizer
+from acestep_jax.settings import with_own_settings
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], object]  # steps made, steps at most
+
+PROMPT_BUCKETS = (256, 512, 1024, 2048, 3072)  # tokens
+TEXT_BUCKETS = (768, 1024, 2048, 3072)  # tokens that are written
+CODE_BUCKETS = (256, 512, 768, 1024, 1536, 2048, 3072)
+_TEXT, _CODES = 1, 2  # what a song's key is folded with, for metadata and for audio codes
+
+
+class Planner:
+    """Writes metadata, captions, lyrics and audio codes. What it writes for a song depends on that song and its seed
+    alone, not on the batch, the mesh or the bucket: exactly so in float32, while in bfloat16 rounding, which differs
+    with the shape of a batch, may turn a draw between two tokens that are all but equal.
+
+    Args:
+        model: on the mesh already, if there is one.
+        tokenizer: of the same vocabulary.
+        mesh: that songs are split over.
+
+    Raises:
+        InputError: if model and tokenizer are of different vocabularies.
+    """
+
+    def __init__(self, model: Qwen3ForCausalLM, tokenizer: PlannerTokenizer, mesh: Mesh | None = None):
+        config = model.planner
+        theirs = config.first_code, config.eos_token_id
+        ours = tokenizer.first_code, tokenizer.mark(Mark.END_OF_TURN)
+        if theirs != ours:
+            raise InputError(
+                f"planner: its config has the first audio code at id {theirs[0]} and the end of a turn at {theirs[1]}, "
+                f"its tokenizer at {ours[0]} and {ours[1]}; they are not of one checkpoint"
+            )
+        self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
+
+    @functools.cached_property
+    def grammar(self) -> Grammar:
+        """The grammar of the tokenizer, compiled when it is first needed."""
+        return Grammar(self.tokenizer)
+
+    @with_own_settings
+    def write_metadata(
+        self,
+        known: Sequence[Known],
+        *,
+        mode: str = "generate",
+        seeds: Sequence[int],
+        sampling: LanguageSampling | None = None,
+        rewrite_caption: bool = True,
+        on_progress: Progress | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[Metadata]:
+        """Return the metadata of songs. What the user gave of bpm, keyscale, timesignature, duration and language
+        stays, and what is written is written for it.
+
+        Args:
+            mode: `generate` writes metadata for a caption and lyrics, `inspire` a song for a query, `format` another
+                caption and other lyrics, `understand` what audio codes sound like.
+            seeds: of each song, 0 to 2^32 - 1.
+            sampling: guidance has no part in this.
+            rewrite_caption: in the mode `generate`, whether the caption is written anew; the other modes always do.
+                Without it, nothing is written for a song that has all of bpm, keyscale, timesignature and duration.
+            on_progress: called now and then with the number of steps made, and of steps at most.
+            should_stop: asked now and then.
+
+        Raises:
+            InputError: if the mode is unknown, a prompt is too long, or there is nothing to understand.
+            Cancelled: if `should_stop` said so.
+        """
+        _check_count(known, seeds, "seeds")
+        asked = [prompts.metadata_prompt(mode, song) for song in known]
+        caption = mode != "generate" or rewrite_caption
+        found = [_given(song) for song in known]
+        rows = [i for i, song in enumerate(known) if caption or not _is_complete(song)]
+        if not rows:
+            return found
+        kinds = dict(caption=caption, genres=mode != "generate", lyrics=mode != "generate")
+        most, slots = self.grammar.longest(**kinds), [self._read(asked[i], "caption, lyrics") for i in rows]
+        count = self._padded(len(rows))
+        prompt = _bucket(max(map(len, slots)), PROMPT_BUCKETS)
+        songs = self.grammar.songs([known[rows[min(i, len(rows) - 1)]] for i in range(count)], **kinds)
+        inputs = generate.TextInputs(
+            prompts=_prompts(slots, count, prompt),
+            tables=self.grammar.tables,
+            songs=songs,
+            first=np.array(self.grammar.start, np.int32),
+            targets=np.array([most if i < len(rows) else 0 for i in range(count)], np.int32),
+            keys=_keys([seeds[i] for i in rows], count, _TEXT),
+            drawing=Drawing.of(sampling or LanguageSampling(), count),
+        )
+        texts = self._write(inputs, prompt + _bucket(most, TEXT_BUCKETS), on_progress, should_stop)
+        for i, ids in zip(rows, texts, strict=False):
+            found[i] = _joined(known[i], parsing.parse(self.tokenizer, ids.tolist()), mode, caption)
+        return found
+
+    @with_own_settings
+    def write_codes(
+        self,
+        known: Sequence[Known],
+        metadata: Sequence[Metadata],
+        *,
+        seeds: Sequence[int],
+        sampling: LanguageSampling | None = None,
+        attempts: int = 1,
+        on_progress: Progress | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[np.ndarray]:
+        """Return the audio codes of songs, [ceil(5 * duration)] int32 each; a warning says which repeat themselves.
+
+        Args:
+            known: as for `write_metadata`: the model reads the user's own caption and lyrics.
+            metadata: what the songs are to be; their durations must be known.
+            seeds: of each song, 0 to 2^32 - 1.
+            attempts: how often the codes of a song are drawn at most, while they repeat themselves.
+            on_progress: called now and then with the number of steps made, and of steps at most.
+            should_stop: asked now and then.
+
+        Raises:
+            InputError: if a prompt is too long, or a duration is unknown.
+            Cancelled: if `should_stop` said so.
+        """
+        _check_count(known, seeds, "seeds")
+        _check_count(known, metadata, "metadata")
+        if attempts < 1:
+            raise InputError(f"attempts: expected at least 1, found {attempts}")
+        sampling = sampling or LanguageSampling()
+        targets = []
+        for song in metadata:
+            if song.duration is None:
+                raise InputError("duration: it is not known, so the number of audio codes is not; give a duration")
+            targets.append(count_codes(song.duration))
+        if not targets:
+            return []
+        asked = [
+            self._read(prompts.codes_prompt(song, wanted), "caption, lyrics")
+            for song, wanted in zip(known, metadata, strict=True)
+        ]
+        count = self._padded(len(known))
+        is_guided = sampling.cfg_scale != 1
+        against = prompts.unconditional_codes_prompt(sampling.negative_prompt)
+        rows = [self._read(against, "negative_prompt")] if is_guided else []
+        prompt = _bucket(max(map(len, [*asked, *rows])), PROMPT_BUCKETS)
+        read = [_prompts(part, count, prompt) for part in (asked, rows) if part]
+        slots = prompt + _bucket(max(targets), CODE_BUCKETS)
+        found: list[np.ndarray] = [np.zeros(0, np.int32)] * len(known)
+        pending = list(range(len(known)))
+        for attempt in range(attempts):
+            wanted = np.zeros(count, np.int32)
+            wanted[pending] = [targets[i] for i in pending]
+            inputs = generate.CodeInputs(
+                prompts=generate.Prompts(*(np.concatenate(arrays) for arrays in zip(*read, strict=True))),
+                targets=wanted,
+                keys=_keys(seeds, count, _CODES, attempt),
+                drawing=Drawing.of(sampling, count),
+            )
+            written = self._write(inputs, slots, on_progress, should_stop)
+            for i in pending:
+                found[i] = written[i]
+            loops = {i: loop for i in pending if (loop := find_loop(found[i]))}
+            pending = list(loops)
+            _warn_of_loops(loops, len(known), attempt, attempts)
+            if not pending:
+                break
+        return found
+
+    def _read(self, pieces: Pieces, what: str) -> np.ndarray:
+        """Return the tokens of a prompt; raise InputError, with what makes it long, if it is too long."""
+        ids = self.tokenizer.encode_pieces(pieces)
+        if len(ids) > PROMPT_BUCKETS[-1]:
+            what = "codes" if any(isinstance(piece, tuple) for piece in pieces) else what
+            raise InputError(
+                f"{what}: {len(ids)} tokens with the instruction, but the planner reads at most {PROMPT_BUCKETS[-1]}; "
+                "shorten them"
+            )
+        return ids
+
+    def _padded(self, count: int) -> int:
+        """Return the size of a batch of at least `count` songs that the mesh divides."""
+        size = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return -(-count // size) * size
+
+    def _write(
+        self,
+        inputs: generate.TextInputs | generate.CodeInputs,
+        slots: int,
+        on_progress: Progress | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> list[np.ndarray]:
+        """Return what is written for each row of the batch, [n] int32 each."""
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            if on_progress is None and should_stop is None:
+                tokens, lengths = generate.write(self.model, inputs, slots=slots)
+            else:
+                tokens, lengths = generate.write_in_pieces(
+                    self.model, inputs, slots=slots, on_progress=on_progress, should_stop=should_stop
+                )
+            rows, counts = on_host(tokens), on_host(lengths)
+        return [np.array(row[:count], np.int32) for row, count in zip(rows, counts, strict=True)]
+
+
+def _check_count(known: Sequence[Known], others: Sequence, name: str) -> None:
+    if len(others) != len(known):
+        raise InputError(f"{name}: expected {len(known)}, one for each song, found {len(others)}")
+
+
+def _bucket(size: int, buckets: Sequence[int]) -> int:
+    return next(bucket for bucket in buckets if bucket >= size)
+
+
+def _prompts(ids: Sequence[np.ndarray], count: int, size: int) -> generate.Prompts[np.ndarray]:
+    """Return prompts padded at the left to `size` tokens, and the last one again up to `count` rows."""
+    tokens, start = np.zeros((count, size), np.int32), np.zeros(count, np.int32)
+    for i in range(count):
+        row = ids[min(i, len(ids) - 1)]
+        start[i] = size - len(row)
+        tokens[i, start[i] :] = row
+    return generate.Prompts(tokens, start)
+
+
+def _keys(seeds: Sequence[int], count: int, purpose: int, attempt: int = 0) -> jax.Array:
+    """Return the keys of songs, [count], each from its own seed alone."""
+    found = []
+    for i in range(count):
+        key = jax.random.fold_in(noise.key(seeds[min(i, len(seeds) - 1)]), purpose)
+        found.append(jax.random.fold_in(key, attempt) if attempt else key)
+    return jax.numpy.stack(found)
+
+
+def _is_complete(song: Known) -> bool:
+    return None not in (song.bpm, song.keyscale, song.timesignature, song.duration)
+
+
+def _given(song: Known) -> Metadata:
+    """Return what the user gave."""
+    signature = song.timesignature
+    return Metadata(
+        caption=song.caption,
+        lyrics=song.lyrics,
+        bpm=fields.bpm(song.bpm),
+        keyscale=song.keyscale,
+        timesignature=None if signature is None else str(signature),
+        duration=song.duration,
+        language=song.language,
+    )
+
+
+def _joined(song: Known, written: Metadata, mode: str, caption: bool) -> Metadata:
+    """Return the metadata of a song: the user's values first. Lyrics are the user's, but that `format` rewrites them;
+    the model's, if it wrote any, where there were none."""
+    given = _given(song)
+    lyrics = song.lyrics
+    if mode != "generate" and (mode == "format" or not lyrics.strip()):
+        lyrics = written.lyrics or lyrics
+    return Metadata(
+        caption=written.caption if caption and written.caption else given.caption,
+        lyrics=lyrics,
+        bpm=written.bpm if given.bpm is None else given.bpm,
+        keyscale=given.keyscale or written.keyscale,
+        timesignature=given.timesignature or written.timesignature,
+        duration=written.duration if given.duration is None else given.duration,
+        language=written.language if song.language is None else given.language,
+        genres=written.genres,
+    )
+
+
+def _warn_of_loops(loops: dict[int, Loop], count: int, attempt: int, attempts: int) -> None:
+    for i, loop in loops.items():
+        name = "codes" if count == 1 else f"codes of song {i + 1}"
+        then = "they are drawn again" if attempt + 1 < attempts else "try another seed, or more attempts"
+        logger.warning("%s: %s; %s", name, loop, then)

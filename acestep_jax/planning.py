@@ -1,0 +1,275 @@
+"""A loaded model with a planner: words to a plan, and which requests are planned before they become songs."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, overload
+
+import jax
+from tqdm import tqdm
+
+from acestep_jax.distributed import spans_processes
+from acestep_jax.errors import InputError
+from acestep_jax.inputs import tasks
+from acestep_jax.inputs.keywords import requests_of
+from acestep_jax.inputs.prepare import codebook_size
+from acestep_jax.inputs.settings import compat_of
+from acestep_jax.io.planner_files import WHERE
+from acestep_jax.loaded import LoadedModel
+from acestep_jax.memory import needed_bytes
+from acestep_jax.placement import first_device, memory_limit
+from acestep_jax.planner.plan import Plan
+from acestep_jax.planner.plans import seeds_of, write_plans
+from acestep_jax.planner.tokenizer import PlannerTokenizer
+from acestep_jax.planner.writer import Planner, Progress
+from acestep_jax.request import Planning, Request, Sampling, split
+
+logger = logging.getLogger(__name__)
+
+Wish = str | Request | Plan
+
+
+class PlanningModel(LoadedModel):
+    """A loaded model whose planner, if it has one, is loaded when it is first needed."""
+
+    _planner: Planner | None = None
+    _is_given = False  # whether the user set the planner, so that it cannot be loaded again
+    _is_missing = False  # whether it was looked for in vain
+
+    @property
+    def planner(self) -> Planner:
+        """The planner, which is found and loaded now if it was not yet; see `unload_planner`.
+
+        Raises:
+            InputError: if there is none, or it cannot be downloaded or read.
+        """
+        if self._planner is None:
+            if self.planner_source is None:
+                raise InputError(f"planner: a model that was put together by hand has none; set pipe.planner; {WHERE}")
+            loaded = self.planner_source.load(self.mesh)
+            self._planner = Planner(loaded.network, PlannerTokenizer.from_folder(loaded.folder), self.mesh)
+        return self._planner
+
+    @planner.setter
+    def planner(self, planner: Planner | None) -> None:
+        self._planner, self._is_given = planner, planner is not None
+
+    def unload_planner(self) -> None:
+        """Free the memory of the planner; it is loaded again when it is needed."""
+        self._planner = None
+
+    def _thinks(self, planning: Planning, sampling: Sampling) -> bool:
+        """Return whether requests are planned. By default they are where a planner is found; one that should be with
+        the model but cannot be had is a warning, one that the user named an error."""
+        if planning.thinking is not None:
+            return planning.thinking
+        if not compat_of(sampling).thinking:
+            return False
+        source = self.planner_source
+        if self._planner is None and (source is None or self._is_missing or not source.is_possible):
+            return False
+        try:
+            return self.planner is not None
+        except (InputError, OSError, jax.errors.JaxRuntimeError) as error:
+            # Of several processes on one mesh, all must do the same.
+            if source is None or source.named or spans_processes(self.mesh):
+                raise
+            logger.warning("thinking: songs are made without the planner (%s); thinking=False says no more", error)
+            self._is_missing = True
+            return False
+
+    def _free_if_needed(self) -> None:
+        """Free the planner's memory where the networks of a song need it."""
+        limit = memory_limit(first_device())
+        if limit is None or self._planner is None or self._is_given:
+            return
+        network = self._planner.model
+        mine = sum(leaf.nbytes for leaf in jax.tree.leaves(network))
+        needed = needed_bytes(self.configs, network.runtime.param_dtype, jax.default_backend())
+        if self.placement.offloads or mine + needed > limit * (self.mesh.size if self.mesh is not None else 1):
+            logger.info("planner: dropped, for the song needs its memory")
+            self.unload_planner()
+
+    @overload
+    def plan(self, wish: Wish, **keywords: Any) -> Plan: ...
+    @overload
+    def plan(self, wish: Sequence[Wish], **keywords: Any) -> list[Plan]: ...
+    def plan(
+        self,
+        wish: Wish | Sequence[Wish],
+        *,
+        instrumental: bool = False,
+        codes: bool = True,
+        on_progress: Progress | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        **keywords: Any,
+    ) -> Plan | list[Plan]:
+        """Return a plan: caption, lyrics, metadata and audio codes. What the user gives stays; the planner writes the
+        rest given that.
+
+        Args:
+            wish: a few words, such as "a sad song about the sea", of which the planner makes a caption and lyrics; or
+                a `Request`, or words with `lyrics`, whose lyrics stay; or a plan, which gets new codes; or several,
+                which are one batch.
+            instrumental: whether the song shall have no vocals.
+            codes: whether the planner writes audio codes, too.
+            on_progress: called with the number of codes that are written, and of all.
+            should_stop: asked now and then; if it returns true, the call ends.
+            keywords: fields of `Request` for words, and of `Planning`.
+
+        Raises:
+            InputError: if there is no planner, an argument is unknown or out of range, or a text is too long.
+            Cancelled: if `should_stop` said so.
+        """
+        requested, planning = split_planning(keywords)
+        if instrumental and requested.get("lyrics"):
+            raise InputError("instrumental, lyrics: expected one of them, found both")
+        items = list(wish) if isinstance(wish, list | tuple) else [wish]
+        requests, *_ = requests_of(requested | dict(prompt=items))
+        kinds = {
+            "plans"
+            if isinstance(item, Plan)
+            else "inspire"
+            if isinstance(item, str) and not request.lyrics
+            else "generate"
+            for item, request in zip(items, requests, strict=True)
+        }
+        if len(kinds) > 1:
+            raise InputError("wish: expected words, requests or plans in all of a batch, found several kinds")
+        (mode,) = kinds
+        if mode == "plans":  # their words stay
+            mode, planning = "generate", dataclasses.replace(planning, use_cot_caption=False)
+        with self.on_mesh(), _watched(on_progress) as progress:
+            plans = write_plans(
+                self.planner,
+                requests,
+                planning,
+                mode=mode,
+                instrumental=instrumental,
+                codes=codes,
+                joint=spans_processes(self.mesh),
+                on_progress=progress,
+                should_stop=should_stop,
+            )
+        plans = [
+            dataclasses.replace(plan, prompt=item.prompt) if isinstance(item, Plan) else plan
+            for plan, item in zip(plans, items, strict=True)
+        ]
+        return plans if isinstance(wish, list | tuple) else plans[0]
+
+    def rewrite(self, prompt: str, lyrics: str = "", **keywords: Any) -> Plan:
+        """Return a caption with more detail, lyrics in the model's form, and metadata, without audio codes.
+
+        Args:
+            keywords: fields of `Request` that stay as they are given, and of `Planning`.
+
+        Raises:
+            InputError: see `plan`.
+        """
+        requested, planning = split_planning(keywords)
+        request, joint = Request(prompt, lyrics, **requested), spans_processes(self.mesh)
+        with self.on_mesh(), _watched(None) as progress:
+            return write_plans(
+                self.planner, [request], planning, mode="format", codes=False, joint=joint, on_progress=progress
+            )[0]
+
+    def planned(
+        self,
+        requests: Sequence[Request],
+        planning: Planning,
+        sampling: Sampling,
+        *,
+        finished: Collection[int] = (),
+        seeds: Sequence[int] | None = None,
+        on_progress: Progress | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[tuple[Request, Plan | None]]:
+        """Return each request as it is to be made: with the plan of the planner, or as it is, see `Planning.thinking`.
+
+        A song without a seed gets one here, so that the plan and the noise have the same.
+
+        Args:
+            finished: indices of requests that come of plans, which are planned again only with `thinking=True`.
+            seeds: of the plans, one for each request; None: see `Planning.lm_seed`.
+            on_progress, should_stop: see `plan`.
+
+        Raises:
+            InputError: if a plan is asked for, and there is no planner; or see `plan`.
+            Cancelled: if `should_stop` said so.
+        """
+        made: list[tuple[Request, Plan | None]] = [(request, None) for request in requests]
+        asked = bool(planning.thinking)
+        chosen = [i for i, r in enumerate(requests) if _can_be_planned(r) and (asked or i not in finished)]
+        if asked and len(chosen) < len(requests):
+            logger.warning(
+                "thinking: the planner writes for text2music without audio codes, a source or latents; %d of %d songs "
+                "are made without it",
+                len(requests) - len(chosen),
+                len(requests),
+            )
+        if not chosen or not self._thinks(planning, sampling):
+            return made
+        if self.adapters and planning.use_cot_caption is None:
+            logger.warning(
+                "use_cot_caption: the planner's caption takes the place of the prompt, which adapters may need as it "
+                "is; use_cot_caption=False keeps the prompt"
+            )
+        if not (codes := codebook_size(self.configs) is not None):
+            logger.warning("thinking: this model has no audio tokenizer; the planner writes words alone, no codes")
+        mine, joint = [requests[i] for i in chosen], spans_processes(self.mesh)
+        if any(request.seed is None for request in mine):  # the plan and the noise of a song have one seed
+            fresh = seeds_of(mine, Planning(), joint=joint)
+            mine = [
+                r if r.seed is not None else dataclasses.replace(r, seed=s) for r, s in zip(mine, fresh, strict=True)
+            ]
+        try:
+            with self.on_mesh(), _watched(on_progress) as progress:
+                plans = write_plans(
+                    self.planner,
+                    mine,
+                    planning if codes else dataclasses.replace(planning, best_of=1),
+                    codes=codes,
+                    seeds=None if seeds is None else [seeds[i] for i in chosen],
+                    joint=joint,
+                    on_progress=progress,
+                    should_stop=should_stop,
+                )
+        except InputError as error:
+            if asked:
+                raise
+            logger.warning("thinking: made without the planner (%s)", error)  # which reads less than the transformer
+            return made
+        self._free_if_needed()
+        for i, request, plan in zip(chosen, mine, plans, strict=True):
+            made[i] = plan.request(request), plan
+        return made
+
+
+@contextlib.contextmanager
+def _watched(on_progress: Progress | None) -> Iterator[Progress | None]:
+    """Give what is told of the progress: `on_progress`, or a bar. Several processes must run the same programs, and
+    only one would have a bar, so there is none."""
+    if on_progress is not None or jax.process_count() > 1:
+        yield on_progress
+        return
+    with tqdm(unit="code", desc="planning", disable=None) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        yield None if bar.disable else update
+
+
+def _can_be_planned(request: Request) -> bool:
+    task = tasks.find(request.task_type)
+    has_own = request.audio_codes is not None or request.latents is not None
+    return task.with_codes is not None and not has_own and not request.flow_edit_morph
+
+
+def split_planning(keywords: dict[str, Any]) -> tuple[dict[str, Any], Planning]:
+    requested, planned, sampled = split(keywords)
+    if sampled:
+        raise InputError(f"{next(iter(sampled))}: says how a song is sampled; give it to pipe(plan, ...)")
+    return requested, Planning(**planned)

@@ -1,0 +1,183 @@
+"""Performance of the planner against transformers' own: `python -m benchmarks.planner`.
+
+Both have the same random weights and read the same tokens in one process, with their calls in turn. A step of decoding
+reads all weights and the head of codes once: the floor is the time that these bytes take at the rate at which JAX sums
+a large array in the same run.
+"""
+
+import argparse
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from transformers import Qwen3Config, StaticCache
+from transformers import Qwen3ForCausalLM as TorchQwen3
+
+from acestep_jax.convert.from_torch import from_module
+from acestep_jax.io import checkpoint
+from acestep_jax.models.config import PlannerConfig
+from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS
+from acestep_jax.models.kv_cache import KVCache
+from acestep_jax.models.qwen3 import Qwen3ForCausalLM
+from benchmarks import measure
+from benchmarks.transformer import cast
+
+SIZES = {
+    "tiny": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=16),
+    "0.6B": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16),
+    "1.7B": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16),
+    "4B": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32),
+}
+READ_BYTES = 1 << 29  # of the array that is summed for the bandwidth
+COLUMNS = ("what", "side", "cold", "seconds", "tokens/s", "steps/s", "GB a step", "time / floor", "torch / ours")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.planner", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--size", choices=SIZES, default="0.6B", help="of the planner [0.6B]")
+    add("--layers", type=int, default=0, help="number of layers; 0: all [0]")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and computation [float32]")
+    add("--batch", type=int, default=2, help="rows: a song with guidance has two [2]")
+    add("--prompt", type=int, default=256, help="tokens of a prompt [256]")
+    add("--steps", type=int, default=16, help="tokens that are decoded in a call [16]")
+    add("--window", type=int, default=512, help="slots of the cache that are attended to [512]")
+    add("--torch", nargs="*", choices=("eager", "static"), default=["eager", "static"], help="caches of transformers")
+    add("--runs", type=int, default=3, help="calls of each side after the first [3]")
+    options = parser.parse_args()
+
+    arguments = dict(vocab_size=217204, num_key_value_heads=2 if options.size == "tiny" else 8, head_dim=128)
+    arguments |= SIZES[options.size]
+    if options.layers:
+        arguments["num_hidden_layers"] = options.layers
+    config = PlannerConfig(**arguments)
+    measure.print_header()
+    print(
+        f"{options.size}, {config.num_hidden_layers} layers, {options.batch} rows, {options.dtype}; seconds, median of "
+        f"{options.runs} (lowest - highest)\n"
+    )
+    prefills, decodes = sides(config, options)
+    row = measure.print_table(COLUMNS)
+    timings = measure.alternate(prefills, options.runs)
+    for name, timing in timings.items():
+        rate = f"{options.batch * options.prompt / timing.median:.0f}"
+        row("prefill", name, f"{timing.cold:.1f}", timing, rate, "", "", "", _ratio(timings, name))
+    size = step_bytes(config, options)
+    timings = measure.alternate(decodes | {"sum": _read()}, options.runs)
+    bandwidth = READ_BYTES / timings.pop("sum").median
+    for name, timing in timings.items():
+        rate, floor = options.steps / timing.median, size / bandwidth
+        cells = f"{options.batch * rate:.1f}", f"{rate:.2f}", f"{size / 1e9:.3f}", f"{1 / rate / floor:.2f}"
+        row("decode", name, f"{timing.cold:.1f}", timing, *cells, _ratio(timings, name))
+    print(f"\nA large array is read at {bandwidth / 1e9:.1f} GB/s.")
+
+
+def _ratio(timings: dict[str, measure.Timing], name: str) -> str:
+    return f"{timings[name].median / timings['JAX'].median:.2f}"
+
+
+def sides(config: PlannerConfig, options: argparse.Namespace) -> tuple[dict, dict]:
+    """Return the calls of prefill and of decoding, by side."""
+    prompts = np.random.default_rng(0).integers(0, 151643, (options.batch, options.prompt))
+    # transformers' static cache is not cut back between two calls.
+    slots = max(options.window, options.prompt + options.steps * (options.runs + 2))
+    values = config.to_hf()
+    with torch.device("meta"):
+        theirs = TorchQwen3(Qwen3Config(**values))
+    theirs = theirs.to_empty(device="cpu").eval()
+    theirs.tie_weights()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in theirs.parameters():
+            value.normal_(0.0, 0.02, generator=generator) if value.ndim > 1 else value.fill_(1.0)
+        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
+    ours = cast(from_module("planner", config, theirs), options.dtype)
+    assert isinstance(ours, Qwen3ForCausalLM)
+    ours = ours.split()
+    start = np.zeros(options.batch, np.int32)
+    tokens = jnp.asarray(prompts, jnp.int32)
+
+    def read() -> tuple[jax.Array, KVCache]:
+        return prefill(ours, tokens, start, slots=slots)
+
+    kept = read()
+    head = jax.jit(lambda model: model.code_head())(ours)
+    prefills = {"JAX": lambda: jax.block_until_ready(read())}
+    decodes = {
+        "JAX": lambda: jax.block_until_ready(
+            decode(ours, head, *kept, start, options.prompt, steps=options.steps, window=options.window)
+        )
+    }
+    theirs = theirs.to(getattr(torch, options.dtype))
+    for form in options.torch:
+        prefills[f"torch {form}"], decodes[f"torch {form}"] = _torch_calls(theirs, form, prompts, slots, options.steps)
+    return prefills, decodes
+
+
+def _torch_calls(theirs: TorchQwen3, form: str, prompts: np.ndarray, slots: int, steps: int):
+    ids = torch.from_numpy(prompts)
+    first, count = 151669, 64000
+
+    @torch.inference_mode()
+    def read():
+        cache = StaticCache(config=theirs.config, max_cache_len=slots) if form == "static" else None
+        out = theirs.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        return out.last_hidden_state[:, -1], out.past_key_values
+
+    @torch.inference_mode()
+    def write():
+        hidden, cache = read_once()
+        for _ in range(steps):
+            token = (hidden @ theirs.lm_head.weight[first : first + count].T).argmax(-1) + first
+            at = cache.get_seq_length()
+            out = theirs.model(
+                input_ids=token[:, None], past_key_values=cache, use_cache=True, cache_position=torch.tensor([at])
+            )
+            hidden = out.last_hidden_state[:, -1]
+        if form == "eager":
+            cache.crop(-steps)
+
+    @functools.cache
+    def read_once():
+        return read()
+
+    return read, write
+
+
+@functools.partial(jax.jit, static_argnames="slots", compiler_options=COMPILER_OPTIONS)
+def prefill(model: Qwen3ForCausalLM, tokens: jax.Array, start: jax.Array, *, slots: int) -> tuple[jax.Array, KVCache]:
+    return model.prefill(tokens, start, model.init_cache(tokens.shape[0], slots))
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "window"), compiler_options=COMPILER_OPTIONS)
+def decode(model, head, hidden, cache, start, position, *, steps: int, window: int) -> jax.Array:
+    """Write the most likely code, `steps` times; return the hidden state of the last one."""
+
+    def body(i, carry):
+        hidden, cache = carry
+        token = model.planner.first_code + jnp.argmax(model.code_logits(hidden, head)[:, 1:], -1)
+        return model.decode(token, position + i, start, cache, window=window)
+
+    return jax.lax.fori_loop(0, steps, body, (hidden, cache))[0]
+
+
+def step_bytes(config: PlannerConfig, options: argparse.Namespace) -> int:
+    """Return the bytes that a step must read: weights, head of codes, and the cache up to the mean position."""
+    shapes = checkpoint.leaf_shapes("planner", config)
+    weights = sum(int(np.prod(s.shape)) for name, s in shapes.items() if not name.startswith("embed_tokens"))
+    head = (config.num_codes + 1) * config.hidden_size
+    slots = options.prompt + options.steps // 2
+    cache = 2 * config.num_hidden_layers * options.batch * slots * config.num_key_value_heads * config.head_dim
+    return (weights + head + cache) * jnp.dtype(options.dtype).itemsize
+
+
+def _read():
+    x = jnp.ones(READ_BYTES // 4, jnp.float32).reshape(-1, 4096)
+    total = jax.jit(jnp.sum)
+    return lambda: total(x).block_until_ready()
+
+
+if __name__ == "__main__":
+    main()

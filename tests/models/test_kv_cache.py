@@ -1,0 +1,209 @@
+"""The planner against transformers' Qwen3ForCausalLM; its cache against full forward passes."""
+
+import functools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import Qwen3Config
+from transformers import Qwen3ForCausalLM as TorchQwen3
+
+from acestep_jax.distributed import make_mesh, variable_sharding
+from acestep_jax.errors import InputError
+from acestep_jax.io import checkpoint
+from acestep_jax.models.config import PlannerConfig, Runtime
+from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS
+from tests.parity import assert_close, make_pair
+
+VOCABULARY = dict(first_code=31, num_codes=130, eos_token_id=5)
+SHARED = dict(vocab_size=171, num_hidden_layers=3, tie_word_embeddings=True)
+SIZES = {
+    "0.6B": dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8),
+    "4B": dict(hidden_size=24, intermediate_size=40, num_attention_heads=8, num_key_value_heads=2, head_dim=8),
+}
+SLOTS = 16
+WINDOWS = (8, 12, 16)
+START = np.int32([0, 3])
+TOKENS = np.random.default_rng(0).integers(0, 171, (2, SLOTS)).astype(np.int32)
+PROMPT = 6
+
+prefill = jax.jit(lambda model, *args: model.prefill(*args))
+decode = jax.jit(lambda model, *args, window: model.decode(*args, window=window), static_argnames="window")
+full = jax.jit(lambda model, *args: model.hidden_states(*args))
+text = jax.jit(lambda model, hidden: model.text_logits(hidden))
+codes = jax.jit(lambda model, hidden: model.code_logits(hidden))
+
+
+@functools.cache
+def pair(size):
+    theirs = TorchQwen3(Qwen3Config(**SHARED, **SIZES[size], eos_token_id=5))
+    values = json.loads(theirs.config.to_json_string(use_diff=True))
+    return make_pair("planner", theirs, PlannerConfig.from_hf(values | VOCABULARY))
+
+
+def torch_logits(theirs, row):
+    """All logits of one row, without its padding."""
+    with torch.no_grad():
+        return theirs(torch.from_numpy(row[None].astype(np.int64))).logits[0].numpy()
+
+
+def steps(model, window_of):
+    """Hidden states of every position from the last of the prompt on, through the cache."""
+    hidden, cache = prefill(model, TOKENS[:, :PROMPT], START, model.init_cache(2, SLOTS))
+    found = [hidden]
+    for position in range(PROMPT, SLOTS):
+        hidden, cache = decode(model, TOKENS[:, position], np.int32(position), START, cache, window=window_of(position))
+        found.append(hidden)
+    return np.stack(found, axis=1)
+
+
+def smallest(position):
+    return next(window for window in WINDOWS if position < window)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_logits_match_torch(size):
+    """Of the prompt's last token and, teacher forced, of all tokens; in rows of unequal length, padded at the left."""
+    theirs, ours = pair(size)
+    hidden, _ = prefill(ours, TOKENS, START, ours.init_cache(2, SLOTS))
+    every = full(ours, TOKENS, START)
+    first, count, end = (VOCABULARY[name] for name in ("first_code", "num_codes", "eos_token_id"))
+    for row, start in enumerate(START):
+        expected = torch_logits(theirs, TOKENS[row, start:])
+        wanted = np.concatenate([expected[:, [end]], expected[:, first : first + count]], axis=1)
+        assert_close(text(ours, every)[row, start:], expected[:, :first])
+        assert_close(codes(ours, every)[row, start:, : count + 1], wanted)
+        assert_close(text(ours, hidden)[row], expected[-1, :first])
+        assert_close(codes(ours, hidden)[row, : count + 1], wanted[-1])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_decoding_equals_a_full_forward_pass(size):
+    """At every position, with windows that grow as slots fill up."""
+    _, ours = pair(size)
+    every = full(ours, TOKENS, START)
+    assert_close(steps(ours, smallest), np.asarray(every)[:, PROMPT - 1 :])
+
+
+def test_weights_that_are_split_compute_the_same():
+    """As a CPU reads them: each matrix an array of its own, none of which is copied within the loop."""
+    _, ours = pair("4B")
+    leaves = {name: leaf[...] for name, leaf in checkpoint.leaves(ours).items()}
+    model = checkpoint.assemble(checkpoint.abstract("planner", ours.planner), leaves).split()
+    assert isinstance(model.layers.mlp.up_proj.kernel, nnx.List) and not isinstance(
+        ours.layers.mlp.up_proj.kernel, nnx.List
+    )
+    assert_close(steps(model, smallest), steps(ours, smallest), 1e-6)
+    assert_close(full(model, TOKENS, START), full(ours, TOKENS, START), 1e-6)
+
+
+def test_what_stands_in_padding_and_in_free_slots_does_not_matter():
+    _, ours = pair("0.6B")
+    other = np.where(np.arange(SLOTS) < START[:, None], 7, TOKENS)
+    assert (other != TOKENS).any()
+    run = lambda tokens, cache: prefill(ours, tokens[:, :PROMPT], START, cache)  # noqa: E731
+    hidden, cache = run(TOKENS, ours.init_cache(2, SLOTS))
+    filled = jax.tree.map(lambda x: x + 3, ours.init_cache(2, SLOTS))
+    changed, dirty = run(other, filled)
+    np.testing.assert_array_equal(changed, hidden)
+    args = TOKENS[:, PROMPT], np.int32(PROMPT), START
+    after, _ = decode(ours, *args, cache, window=8)
+    again, _ = decode(ours, *args, dirty, window=8)
+    np.testing.assert_array_equal(again, after)
+
+
+def test_a_wider_window_changes_nothing():
+    _, ours = pair("4B")
+    assert_close(steps(ours, lambda position: SLOTS), steps(ours, smallest), 1e-6)
+
+
+def test_heads_are_rows_of_the_embedding():
+    """Bit for bit: end of turn, codes, and filling that is never chosen; the number of rows is a multiple of 128."""
+    _, ours = pair("0.6B")
+    table = np.asarray(ours.embed_tokens.embedding[...])
+    head = np.asarray(ours.code_head())
+    first, count, end = (VOCABULARY[name] for name in ("first_code", "num_codes", "eos_token_id"))
+    assert head.shape == (256, 32)
+    np.testing.assert_array_equal(head[: count + 1], np.concatenate([table[[end]], table[first : first + count]]))
+    hidden = np.random.default_rng(1).standard_normal((2, 32), np.float32)
+    logits = np.asarray(codes(ours, hidden))
+    assert logits.dtype == np.float32 and np.isneginf(logits[:, count + 1 :]).all()
+    assert np.isfinite(logits[:, : count + 1]).all()
+    assert text(ours, hidden).shape == (2, first)
+
+
+def test_logits_of_bfloat16_weights_are_float32():
+    config = PlannerConfig(**SHARED, **SIZES["0.6B"], **VOCABULARY)
+    model = checkpoint.abstract("planner", config, Runtime.of("bfloat16"))
+    cache = jax.eval_shape(lambda model: model.init_cache(2, SLOTS), model)
+    assert cache.keys.shape == (3, 2, SLOTS, 2, 8) and cache.keys.dtype == jnp.uint16  # its bits, on a CPU
+    hidden, cache = jax.eval_shape(prefill, model, TOKENS, START, cache)
+    assert hidden.dtype == jnp.bfloat16
+    assert jax.eval_shape(text, model, hidden).dtype == jax.eval_shape(codes, model, hidden).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("axes", [dict(data=2, tensor=2, fsdp=2), dict(tensor=8)])
+def test_eight_devices_compute_what_one_does(axes):
+    _, ours = pair("4B")
+    expected = steps(ours, smallest)
+    mesh = make_mesh(**axes)
+    leaves = checkpoint.leaves(ours)
+    placed = {name: jax.device_put(v[...], variable_sharding(v, mesh)) for name, v in leaves.items()}
+    model = checkpoint.assemble(checkpoint.abstract("planner", ours.planner), placed)
+    with jax.set_mesh(mesh):
+        found = steps(model, smallest)
+        assert_close(codes(model, found[:, -1])[:, :131], codes(ours, expected[:, -1])[:, :131])
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tie_word_embeddings": False}, "somewhere.json.*tie_word_embeddings"),
+        ({"vocab_size": 151936}, "somewhere.json.*215669.*found 151936.*acestep-5Hz-lm"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "scaled rotary"),
+    ],
+)
+def test_config_rejects_another_model(changes, message):
+    values = json.loads(Qwen3Config(**SIZES["4B"], vocab_size=217204, tie_word_embeddings=True).to_json_string())
+    assert PlannerConfig.from_hf(values, "somewhere.json").first_code == 151669
+    with pytest.raises(InputError, match=f"(?s){message}"):
+        PlannerConfig.from_hf(values | changes, "somewhere.json")
+
+
+def test_config_goes_to_transformers_and_back():
+    for config in (PlannerConfig(), PlannerConfig(**SHARED, **SIZES["4B"], **VOCABULARY)):
+        again = Qwen3Config(**json.loads(json.dumps(config.to_hf())))
+        assert PlannerConfig.from_hf(json.loads(again.to_json_string())) == config
+    assert "first_code" not in PlannerConfig().to_hf()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_cache_is_updated_in_place(dtype):
+    """In the compiled loop over steps and layers nothing of the cache's size is copied, or converted."""
+    config = PlannerConfig(**SHARED, **SIZES["0.6B"], **VOCABULARY)
+    ours = checkpoint.abstract("planner", config, Runtime.of(dtype))
+
+    @functools.partial(jax.jit, static_argnames="window", compiler_options=COMPILER_OPTIONS)
+    def write(model, tokens, start, *, window):
+        hidden, cache = model.prefill(tokens, start, model.init_cache(2, SLOTS))
+        head = model.code_head()
+
+        def body(i, carry):
+            hidden, cache = carry
+            token = VOCABULARY["first_code"] + jnp.argmax(model.code_logits(hidden, head)[:, 1:], -1)
+            return model.decode(token, PROMPT + i, start, cache, window=window)
+
+        return jax.lax.fori_loop(0, window - PROMPT, body, (hidden, cache))[0]
+
+    text = write.lower(ours, TOKENS[:, :PROMPT], START, window=SLOTS - 4).compile().as_text()
+    whole = rf"= \w+\[3,2,{SLOTS},2,8\]\S* "
+    kind = dict(float32="f32", bfloat16="u16")[dtype]
+    assert len(re.findall(whole.replace(r"\w+", kind) + "dynamic-update-slice", text)) >= 4, "read and decoded"
+    loops = text[: text.index("\nENTRY ")]  # before them, the zeros of keys are copied for values, once
+    assert not re.findall(whole + r"(?:copy|copy-start|transpose|convert|bitcast-convert)\(", loops)

@@ -1,0 +1,115 @@
+"""The compiled loop with a small transformer: what a song's tokens depend on, and what the program copies."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from acestep_jax import make_mesh
+from acestep_jax.distributed import variable_sharding
+from acestep_jax.io import checkpoint
+from acestep_jax.models.config import PlannerConfig, Runtime
+from acestep_jax.models.qwen3 import Qwen3ForCausalLM
+from acestep_jax.planner import generate
+from acestep_jax.planner.metadata import Known, Metadata
+from acestep_jax.planner.tokenizer import Mark
+from acestep_jax.planner.writer import Planner
+from tests.planner import small
+
+pytestmark = pytest.mark.unit
+
+SONGS = [Known(caption="a sad song", lyrics="Rain"), Known(caption="techno " * 60, bpm=128)]
+METADATA = [Metadata("soft", song.lyrics, 90, "C major", "4", 10.3 + i, "en") for i, song in enumerate(SONGS)]
+SEEDS = [3, 4]
+
+
+@pytest.fixture(scope="module")
+def planner():
+    ours = small.tokenizer()
+    config = PlannerConfig(
+        vocab_size=ours.first_code + 48,
+        first_code=ours.first_code,
+        num_codes=small.CODES,
+        eos_token_id=ours.mark(Mark.END_OF_TURN),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    return Planner(Qwen3ForCausalLM(config, runtime=Runtime(), rngs=nnx.Rngs(0)), ours)
+
+
+@pytest.fixture(scope="module")
+def codes(planner):
+    return planner.write_codes(SONGS, METADATA, seeds=SEEDS)
+
+
+def test_alone_and_in_another_bucket(planner, codes):
+    """The first song's prompt fits a smaller bucket than the second's."""
+    for i in range(2):
+        (alone,) = planner.write_codes(SONGS[i : i + 1], METADATA[i : i + 1], seeds=SEEDS[i : i + 1])
+        np.testing.assert_array_equal(alone, codes[i])
+    longer = dataclasses.replace(METADATA[1], duration=60)
+    long = planner.write_codes(SONGS, [METADATA[0], longer], seeds=SEEDS)
+    assert len(long[1]) == 300
+    np.testing.assert_array_equal(long[0], codes[0])
+
+
+def test_on_a_mesh(planner, codes):
+    mesh = make_mesh(data=4, tensor=2)
+    leaves = checkpoint.leaves(planner.model)
+    placed = {name: jax.device_put(leaf[...], variable_sharding(leaf, mesh)) for name, leaf in leaves.items()}
+    model = checkpoint.assemble(checkpoint.abstract("planner", planner.model.planner), placed)
+    for ours, theirs in zip(
+        Planner(model, planner.tokenizer, mesh).write_codes(SONGS, METADATA, seeds=SEEDS), codes, strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_pieces(planner, codes):
+    reports = []
+    again = planner.write_codes(SONGS, METADATA, seeds=SEEDS, on_progress=lambda *now: reports.append(now))
+    np.testing.assert_array_equal(again[0], codes[0])
+    np.testing.assert_array_equal(again[1], codes[1])
+    assert reports == [(32, 57), (57, 57)]
+
+
+def test_windows():
+    assert generate.windows(256, 512) == (512,)
+    assert generate.windows(256, 1280) == (512, 1024, 1280)
+    assert generate.windows(512, 1280) == (1024, 1280)
+    assert generate.windows(3072, 6144) == (4096, 6144)
+    for prompt in (256, 512, 1024, 2048, 3072):
+        for slots in range(prompt + 256, prompt + 3328, 256):
+            found = generate.windows(prompt, slots)
+            assert (
+                found[0] > prompt
+                and found[-1] == slots
+                and all((size - prompt) % generate.PIECE == 0 for size in found)
+            )
+
+
+def test_the_cache_is_not_copied_in_the_loop(planner, monkeypatch):
+    """It is updated where it is: a copy in each step would cost as much as all of the weights."""
+    found = {}
+
+    def compile_only(model, inputs, *, slots):
+        found["text"] = generate.write.lower(model, inputs, slots=slots).compile().as_text()
+        raise StopIteration
+
+    monkeypatch.setattr(planner, "_write", lambda inputs, slots, *_: compile_only(planner.model, inputs, slots=slots))
+    with pytest.raises(StopIteration):
+        planner.write_codes(SONGS[:1], METADATA[:1], seeds=SEEDS[:1])
+    cache = r"f32\[2,2,512,2,8\]"
+    assert re.search(cache, found["text"])
+    names = set(re.findall(r"body=%?([\w.\-]+)", found["text"]))
+    parts = re.split(r"\n\n+", found["text"])
+    bodies = [part for part in parts if part.lstrip().removeprefix("%").split(" ")[0] in names]
+    assert names and len(bodies) == len(names)
+    copies = [line for body in bodies for line in body.splitlines() if re.search(rf"= {cache}\S* copy\(", line)]
+    assert not copies, copies[:2]
