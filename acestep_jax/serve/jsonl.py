@@ -21,7 +21,8 @@ from acestep_jax.inputs.prepare import Job
 from acestep_jax.io import audio
 from acestep_jax.io.files import as_path, check_writable, identity, is_remote, publish_file
 from acestep_jax.pipeline import AceStepPipeline
-from acestep_jax.request import Arguments, Request, Sampling, arguments, split, unknown_name
+from acestep_jax.planner.plan import Plan
+from acestep_jax.request import Arguments, Planning, Request, Sampling, arguments, split, unknown_name
 from acestep_jax.song import Song
 
 logger = logging.getLogger(__name__)
@@ -39,13 +40,16 @@ class Line:
         place: for messages, such as "requests.jsonl:3".
         path: of the sound file; its settings go beside it, with the suffix .json.
         values: all that was requested, as it is kept beside the song.
+        plan: what the planner wrote for it; None: nothing, or not yet.
     """
 
     place: str
     path: Path
     values: dict[str, Any]
     request: Request
+    planning: Planning
     sampling: Sampling
+    plan: Plan | None = None
 
     @property
     def settings_path(self) -> Path:
@@ -55,8 +59,8 @@ class Line:
 def read(path: str | Path, out_dir: str | Path, defaults: dict[str, Any]) -> tuple[list[Line], list[str]]:
     """Return the lines of a file with one JSON object on each, and what is wrong with other lines.
 
-    Keys are the fields of `Request` and `Sampling`, and `name`, of the sound file in `out_dir`: the number of the line
-    by default, .wav without a suffix. Sound files are looked for from the folder of `path`.
+    Keys are the fields of `Request`, `Planning` and `Sampling`, and `name`, of the sound file in `out_dir`: the number
+    of the line by default, .wav without a suffix. Sound files are looked for from the folder of `path`.
 
     Args:
         defaults: values for all lines that do not have their own.
@@ -111,14 +115,14 @@ def _song(line: str, place: str, folder: Path, out_dir: Path, defaults: dict, nu
             values[key] = own[key] if is_remote(own[key]) else str(folder / own[key])
     if "prompt" not in values:
         raise InputError("prompt: missing; describe the music in a few words")
-    requested, sampled = split(values)
-    request, sampling = Request(**requested), Sampling(**sampled)
+    requested, planned, sampled = split(values)
+    request, planning, sampling = Request(**requested), Planning(**planned), Sampling(**sampled)
     suffix = "" if Path(name).suffix.lower() in audio.FORMATS else ".wav"
     path = out_dir / f"{name}{suffix}"
     for source in (request.src_audio, request.reference_audio):
         if isinstance(source, str | Path) and identity(source) == identity(path):
             raise InputError(f"name: {path} is a source or reference of the song itself; give another")
-    return Line(place, path, values, request, sampling)
+    return Line(place, path, values, request, planning, sampling)
 
 
 def _check_name(name: str) -> None:
@@ -181,14 +185,15 @@ def generate(
 
     decisions = [_unfinished(line, about, overwrite) for line in lines]
     groups: dict[tuple[Sampling, int, bool], list[tuple[Line, Job]]] = {}
+    unfinished = []
     for line, error in zip(lines, _agree(decisions) if joint else decisions, strict=True):
-        if error is not None:
+        if error is None:
+            unfinished.append(line)
+        else:
             yield line, error or None
-            continue
-        try:
-            job = pipe.prepare(line.request, line.sampling)
-        except Exception as error:
-            yield line, _message(error)
+    for line, job in _prepared(pipe, unfinished, batch_size):
+        if isinstance(job, str):
+            yield line, job
             continue
         group = line.sampling, job.program_key.frames, job.edited
         groups.setdefault(group, []).append((line, job))
@@ -199,6 +204,45 @@ def generate(
             yield from make(groups.pop(largest))
     for _, members in sorted(groups.items(), key=lambda item: item[0][1]):
         yield from make(members)
+
+
+def _prepared(pipe: AceStepPipeline, lines: Sequence[Line], batch_size: int) -> Iterator[tuple[Line, Job | str]]:
+    """Yield each line with its job, or with what is wrong with it. Successive lines of one `Planning` are planned as
+    one batch."""
+    for (planning, sampling), group in itertools.groupby(lines, key=lambda line: (line.planning, line.sampling)):
+        waiting = list(group)
+        for i in range(0, len(waiting), batch_size):
+            usable = []
+            for line in waiting[i : i + batch_size]:
+                try:
+                    usable.append((line, pipe.prepare(line.request, sampling)))
+                except Exception as error:
+                    yield line, _message(error)
+            if usable:
+                yield from _planned(pipe, usable, planning, sampling)
+
+
+def _planned(
+    pipe: AceStepPipeline, members: list[tuple[Line, Job]], planning: Planning, sampling: Sampling
+) -> Iterator[tuple[Line, Job | str]]:
+    """Yield lines with their jobs as planned; if that fails, plan each on its own."""
+    try:
+        # Each line has the plan that it has alone, whatever else the file holds.
+        seeds = None if planning.lm_seed is None else [planning.lm_seed] * len(members)
+        planned = pipe.planned([job.request for _, job in members], planning, sampling, seeds=seeds)
+        jobs = [
+            job if plan is None else pipe.prepare(request, sampling)
+            for (_, job), (request, plan) in zip(members, planned, strict=True)
+        ]
+    except Exception as error:
+        if len(members) > 1:
+            for member in members:
+                yield from _planned(pipe, [member], planning, sampling)
+        else:
+            yield members[0][0], _message(error)
+        return
+    for (line, _), job, (_, plan) in zip(members, jobs, planned, strict=True):
+        yield dataclasses.replace(line, plan=plan), job
 
 
 def _bytes(job: Job) -> int:
@@ -255,9 +299,12 @@ def _write(line: Line, song: Song, about: dict, overwrite: bool) -> None:
     settings = dict(
         request=line.values,
         seed=song.seed,
+        retake_seed=song.retake_seed,
         seconds=song.audio.shape[1] / song.sample_rate,
         sample_rate=song.sample_rate,
     )
+    if line.plan is not None:
+        settings["plan"] = line.plan.to_dict()
 
     def write_settings() -> None:
         with publish_file(line.settings_path) as temporary:

@@ -7,7 +7,9 @@ import os
 import signal
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -59,7 +61,7 @@ def test_songs_and_settings_failures_and_a_second_run(tiny, tmp_path, capsys, so
         dict(name="take.flac", prompt="drums", audio_duration=10.2, seed=2, lyrics="la"),
         dict(name="cover", prompt="flute", task_type="cover", src_audio=source, seed=3),
         dict(name="gone", prompt="flute", task_type="cover", src_audio="gone.wav"),
-        dict(prompt="long", audio_duration=21, seed=4),
+        dict(prompt="long", audio_duration=21, seed=4, retake_variance=0.5),
     )
     sizes = []
     whole = denoise.denoise
@@ -84,6 +86,8 @@ def test_songs_and_settings_failures_and_a_second_run(tiny, tmp_path, capsys, so
 
     settings = json.loads((tmp_path / "out" / "take.json").read_text())
     assert settings["seed"] == 2 and settings["request"]["prompt"] == "drums" and settings["seconds"] == 10.2
+    assert settings["retake_seed"] is None
+    assert json.loads((tmp_path / "out" / "00007.json").read_text())["retake_seed"] in range(2**32)
     assert settings["request"]["num_inference_steps"] == 1 and settings["checkpoint"] == str(tiny[1])
     pipe = AceStepPipeline.from_checkpoint(tiny[1])
     alone = pipe("drums", lyrics="la", audio_duration=10.2, seed=2, num_inference_steps=1)
@@ -313,6 +317,7 @@ def test_bad_options(tiny, tmp_path, capsys):
     assert cli.main(["generate", "--batch", str(tmp_path / "requests.jsonl"), "--checkpoint", str(tiny[1])]) == 2
     assert cli.main(["generate", "x", "--batch", "y", "--out-dir", "z", "--checkpoint", str(tiny[1])]) == 2
     assert cli.main(["generate", "--checkpoint", str(tiny[1])]) == 2
+    assert cli.main(["generate", "x", "--batch-size", "2", "--checkpoint", str(tiny[1])]) == 2
     assert run(tiny, tmp_path, "--out", "song.wav") == 2
     (tmp_path / "requests.jsonl").write_text("\n\n")
     assert run(tiny, tmp_path) == 2
@@ -320,7 +325,7 @@ def test_bad_options(tiny, tmp_path, capsys):
     assert run(tiny, tmp_path) == 2
     errors = capsys.readouterr().err.splitlines()
     expected = ("--batch-size: expected", "--out-dir: missing", "PROMPT, --batch: expected one", "PROMPT: missing")
-    expected += ("--out: for one song only", "no request", "UTF-8")
+    expected += ("--batch-size: for the songs of --batch only", "--out: for one song only", "no request", "UTF-8")
     for line, message in zip(errors, expected, strict=True):
         assert message in line
 
@@ -408,8 +413,12 @@ def test_sigterm_ends_after_the_batch_in_flight(tiny, tmp_path, monkeypatch, cap
     assert len(names(tmp_path / "out")) == 6 and (tmp_path / "out" / "00001.wav").stat().st_mtime_ns == first
 
 
+@pytest.mark.slow
 def test_two_processes_make_a_share_each(tiny, tmp_path, capsys):
-    """Each with a copy of the model on its two devices, and its own songs; both at once on its devices."""
+    """Each with a copy of the model on its two devices, and its own songs; both at once on its devices.
+
+    By default `test_a_process_makes_its_share` shows which lines a process takes.
+    """
     songs = [dict(name=name, prompt="piano", audio_duration=10, seed=i) for i, name in enumerate("abcd")]
     write_lines(tmp_path / "requests.jsonl", *songs, "{not json")
     places = ["--batch", tmp_path / "requests.jsonl", "--out-dir", tmp_path / "two", "--checkpoint", tiny[1]]
@@ -422,6 +431,19 @@ def test_two_processes_make_a_share_each(tiny, tmp_path, capsys):
     for name in "abcd":
         both = [soundfile.read(tmp_path / folder / f"{name}.wav")[0] for folder in ("two", "out")]
         assert both[0].shape == both[1].shape and np.abs(both[0] - both[1]).max() <= 1e-4
+
+
+def test_a_process_makes_its_share(tmp_path, monkeypatch):
+    """Of processes that share no mesh, each takes every n-th line."""
+    write_lines(tmp_path / "requests.jsonl", *(dict(name=name, prompt="x") for name in "abcd"))
+    songs, _ = jsonl.read(tmp_path / "requests.jsonl", tmp_path, {})
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    shares = []
+    for index in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        without_networks = SimpleNamespace(mesh=None, prepare=lambda *_: 1 / 0)
+        shares.append([song.path.stem for song, _ in jsonl.generate(without_networks, songs, 1, {})])
+    assert shares == [["a", "c"], ["b", "d"]]
 
 
 def test_requests_and_songs_in_cloud_storage(tiny, tmp_path, monkeypatch, source):

@@ -1,0 +1,76 @@
+"""Whether a submission can be made: all of it is checked before it is accepted."""
+
+import math
+import secrets
+from pathlib import Path
+from typing import Any
+
+from acestep_jax.errors import InputError
+from acestep_jax.request import split
+from acestep_jax.serve import sounds
+from acestep_jax.serve.engine import Engine, Work, message_of
+from acestep_jax.serve.store import SongRecord
+from acestep_jax.serve.submission import (
+    MAX_SEED,
+    Limits,
+    Submission,
+    check_values,
+    request_and_sampling,
+    with_fields,
+)
+
+
+def check(submission: Submission, engine: Engine, limits: Limits) -> tuple[list[SongRecord], list[Work]]:
+    """Return the songs of a submission as they are kept, and as the engine makes them.
+
+    Raises:
+        InputError: naming the field that cannot be used.
+    """
+    model = submission.model or next(iter(engine.models))
+    if model not in engine.models:
+        raise InputError(f"model: expected one of {', '.join(engine.models)}, found {model!r:.80}")
+    if not 1 <= len(submission.songs) <= limits.variations:
+        raise InputError(f"variations: expected 1 to {limits.variations}, found {len(submission.songs)}")
+    sounds.check_format(submission.format)
+    _check_adapters(submission, engine)
+    files = {field: (submission.uploads or Path()) / field for field in submission.files}
+    for field, path in files.items():
+        sounds.check_upload(path, field, limits.duration)
+    songs: list[SongRecord] = []
+    works: list[Work] = []
+    for given in submission.songs:
+        check_values(given, limits)
+        values = {name: value for name, value in given.items() if value is not None}
+        if (values.get("retake_variance") or 0) and "retake_seed" not in values:
+            values["retake_seed"] = secrets.randbelow(MAX_SEED)
+        request, sampling = request_and_sampling(values, files)
+        work = Work(request, sampling, model, tuple(sorted(submission.adapters.items())))
+        if works and not _differ(values, submission.songs[0]):
+            first = works[0]
+            work.group, work.kind, work.shape, work.steps = first.group, first.kind, first.shape, first.steps
+        else:
+            try:
+                engine.check(work)
+            except (InputError, OSError) as error:
+                raise InputError(with_fields(message_of(error), files)) from None
+        works.append(work)
+        requested, _, sampled = split(values)
+        songs.append(SongRecord(requested, sampled))
+    return songs, works
+
+
+def _check_adapters(submission: Submission, engine: Engine) -> None:
+    for name, scale in submission.adapters.items():
+        if name not in engine.adapters:
+            known = ", ".join(engine.adapters) or "none, the server was started without --lora"
+            raise InputError(f"adapters: unknown adapter {str(name)[:80]!r}; expected one of {known}")
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise InputError(f"adapters: expected a finite number as the scale of {name}, found {scale!r:.80}")
+
+
+def _differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether two songs differ in more than their seeds."""
+    seeds = ("seed", "retake_seed")
+    return {k: v for k, v in one.items() if k not in seeds} != {
+        k: v for k, v in other.items() if k not in seeds and v is not None
+    }

@@ -1,0 +1,200 @@
+"""The application: all protocols on one port, health, errors in each protocol's shape, and the process around it."""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+
+from acestep_jax.errors import InputError
+from acestep_jax.io.files import DISK_FULL
+from acestep_jax.serve import authors, chat, cpp, native, uploads
+from acestep_jax.serve.engine import BatchReport
+from acestep_jax.serve.envelope import envelope
+from acestep_jax.serve.errors import error_body
+from acestep_jax.serve.metrics import CONTENT_TYPE, Metrics
+from acestep_jax.serve.security import COOKIE, LINK_SECONDS, Guard, Keys
+from acestep_jax.serve.service import Busy, Closing, Service
+
+logger = logging.getLogger(__name__)
+
+MAX_KEY = 4096  # bytes
+
+STATIC = Path(__file__).parent / "static"  # of the page, where there is one
+DESCRIPTION = "Songs from text, by ACE-Step 1.5 in JAX."
+
+
+def create(
+    service: Service,
+    keys: Keys,
+    *,
+    version: str,
+    hosts: Collection[str] = (),
+    origins: Collection[str] = (),
+    metrics: Metrics | None = None,
+    static: Path | None = STATIC,
+) -> FastAPI:
+    """Return the application around a service.
+
+    Args:
+        hosts, origins: see `security.Guard`.
+        static: the folder of the page; it is served at / if it exists.
+    """
+    metrics = metrics or Metrics()
+    app = FastAPI(title="acestep-jax", version=version, description=DESCRIPTION, redirect_slashes=False)
+    app.add_middleware(
+        Guard,
+        keys=keys,
+        hosts=hosts,
+        origins=origins,
+        max_bytes=service.limits.upload_bytes + 2**20,
+        late_keys=authors.LATE_KEYS,
+    )
+    _add_errors(app)
+    metrics.watch(service)
+
+    def report(report: BatchReport) -> None:
+        config = service.engine.models[report.works[0].model].configs["vae"]
+        frames = sum(work.shape.frames for work in report.works)
+        metrics.batch(report, frames * config.hop_length / config.sampling_rate)
+
+    service.on_report = report
+
+    @app.get("/health", tags=["server"], summary="Whether the server lives")
+    async def health(response: Response) -> dict[str, Any]:
+        """In the shapes of the authors' server and of acestep.cpp's."""
+        response.status_code = 500 if service.dead else 200
+        model = next(iter(service.engine.models))
+        about = dict(
+            status="error" if service.dead else "ok",
+            service="ACE-Step API",
+            version="1.0",
+            models_initialized=service.engine.ready,
+            llm_initialized=False,
+            loaded_model=model,
+            loaded_lm_model=None,
+        )
+        return envelope(about) | dict(status=about["status"])
+
+    @app.get("/ready", tags=["server"], summary="Whether songs are made")
+    async def ready(response: Response) -> dict[str, Any]:
+        is_ready = service.engine.ready and not service.closing
+        response.status_code = 500 if service.dead else 200 if is_ready else 503
+        return dict(ready=is_ready)
+
+    @app.get("/metrics", tags=["server"], summary="Figures for Prometheus")
+    def figures() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+    @app.post("/v1/session", tags=["server"], summary="Trade the key for a cookie", status_code=204)
+    async def session(request: Request) -> Response:
+        given = await uploads.read_bytes(request, MAX_KEY)
+        if not keys.accepts(given.decode("utf-8", "replace").strip()):
+            raise HTTPException(401, "Invalid API key")
+        response = Response(status_code=204)
+        response.set_cookie(COOKIE, keys.session(), max_age=LINK_SECONDS, httponly=True, samesite="strict")
+        return response
+
+    app.include_router(native.router(service, keys))
+    app.include_router(authors.router(service, keys))
+    app.include_router(chat.router(service, keys))
+    app.include_router(cpp.router(service, version))
+    if static is not None and static.is_dir():
+        app.mount("/static", StaticFiles(directory=static), name="static")
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Answer errors in the shape of the protocol that a path belongs to."""
+
+    @app.exception_handler(InputError)
+    async def input_error(request: Request, error: InputError) -> Response:
+        return answer(request, 400, str(error))
+
+    @app.exception_handler(Busy)
+    async def busy(request: Request, error: Busy) -> Response:
+        return answer(request, 429, str(error), {"retry-after": str(error.retry_after)})
+
+    @app.exception_handler(Closing)
+    async def closing(request: Request, error: Closing) -> Response:
+        return answer(request, 503, str(error), {"retry-after": str(chat.RETRY_SECONDS)})
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        return answer(request, error.status_code, str(error.detail), error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return answer(request, 422, f"{first['loc'][-1]}: {first['msg']}")
+
+    @app.exception_handler(OSError)
+    async def disk(request: Request, error: OSError) -> Response:
+        logger.error("%s: a file could not be read or written", request.scope["path"], exc_info=error)
+        full = error.errno in DISK_FULL
+        return answer(
+            request, 507 if full else 503, "the disk is full" if full else "a file is not there now; try again"
+        )
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> Response:
+        return answer(request, 500, "internal error; the server's log has the details")
+
+
+def answer(request: Request, status: int, detail: str, headers: Any = None) -> Response:
+    """Return an error in the shape of the protocol that the path belongs to."""
+    return JSONResponse(error_body(request.scope["path"], status, detail), status, headers=headers)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server with this one's end: SIGTERM lets the songs under way finish, a second signal ends at once."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, grace: float):
+        super().__init__(config)
+        self.service, self.grace = service, grace
+        self._signals = 0
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            os._exit(128 + sig)  # nothing is lost: what is kept is kept whole, and the rest is made after a restart
+        name = signal.Signals(sig).name
+        logger.info("%s: no new work; songs under way get %g s, those that wait stay", name, self.grace)
+        threading.Thread(target=self._end, name="end").start()
+
+    def _end(self) -> None:
+        self.service.close(self.grace)
+        self.should_exit = True
+
+    def end_dead(self) -> None:
+        """End because the engine has died."""
+        self.should_exit = True
+
+
+def serve(app: FastAPI, service: Service, host: str, port: int, *, grace: float, log_level: str = "warning") -> int:
+    """Serve until a signal; return the exit status: 1 if the engine has died.
+
+    Raises:
+        InputError: if the address cannot be used.
+    """
+    config = uvicorn.Config(app, host=host, port=port, log_level=log_level, timeout_graceful_shutdown=5, workers=1)
+    server = Server(config, service, grace)
+    service.on_death = server.end_dead
+    try:
+        sock = config.bind_socket()
+    except SystemExit:
+        raise InputError(f"--host, --port: {host}:{port} cannot be used; is another server running there?") from None
+    service.start()
+    sockets: Sequence[Any] = [sock]
+    server.run(sockets=list(sockets))
+    service.close(0)
+    return 1 if service.dead else 0

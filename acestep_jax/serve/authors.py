@@ -1,0 +1,329 @@
+"""The REST API of ACE-Step's own application: submit, poll, fetch. Its clients work unchanged."""
+
+import json
+import random
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote
+
+from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi.responses import FileResponse, JSONResponse
+from starlette.concurrency import run_in_threadpool
+
+from acestep_jax.errors import InputError
+from acestep_jax.serve import authors_request, sounds, uploads
+from acestep_jax.serve.envelope import envelope
+from acestep_jax.serve.lenient import Fields
+from acestep_jax.serve.native import ID, SONG, client_of, link_song
+from acestep_jax.serve.security import Keys
+from acestep_jax.serve.service import Service
+from acestep_jax.serve.store import Record
+
+LATE_KEYS = ("/release_task", "/query_result", "/create_random_sample", "/format_input", "/cancel_task")
+FILE = re.compile(r"(?P<id>[0-9a-f-]{36})/(?P<index>\d{1,4})(?P<suffix>\.[a-z0-9.]{2,8})")
+SUFFIXES = {form.suffix: name for name, form in sounds.FORMATS.items()}
+CODES = {"queued": 0, "running": 0, "done": 1, "failed": 2, "cancelled": 2}
+
+
+class Authors:
+    """What this API keeps for all its clients, as the authors' server does: the model and the adapters in use."""
+
+    def __init__(self, service: Service, keys: Keys):
+        self.service, self.keys = service, keys
+        self.model = next(iter(service.engine.models))
+        self.scales: dict[str, float] = {}
+        self.use_lora = True
+
+    def result(self, record: Record) -> list[dict[str, Any]]:
+        """Return the `result` of a task."""
+        part, stage, _, _ = self.service.progress(record)
+        common: dict[str, Any] = dict(wave="", create_time=int(record.created), env="development")
+        if record.status != "done":
+            one = dict(file="", status=CODES[record.status], progress=round(part, 4), stage=stage) | common
+            if record.status in ("queued", "running"):
+                one["stage"] = record.status if stage == "queued" else stage
+            else:
+                one |= dict(progress=0.0, stage=record.status, error=record.error or "cancelled")
+            return [one]
+        seeds = ",".join(str(song.seed) for song in record.songs)
+        return [self._song(record, i, seeds) | common for i, song in enumerate(record.songs) if song.status == "done"]
+
+    def _song(self, record: Record, index: int, seeds: str) -> dict[str, Any]:
+        song, form = record.songs[index], sounds.FORMATS[record.format]
+        path = self.service.store.song_path(record, index, form.suffix)
+        took = (record.finished or record.created) - (record.started or record.created)
+        about = [f"{song.seconds:g} s of audio, {took:.1f} s for the request", *record.notes]
+        return dict(
+            file=self.keys.link(f"/v1/audio?path={quote(str(path), safe='')}"),
+            status=1,
+            prompt=song.request.get("prompt", ""),
+            lyrics=song.request.get("lyrics", ""),
+            metas=record.extra.get("asked", {}),
+            generation_info="\n".join(about),
+            seed_value=seeds,
+            lm_model="",
+            dit_model=record.model,
+            progress=1.0,
+            stage="succeeded",
+        )
+
+    def find_file(self, path: str) -> tuple[Record, int, str] | None:
+        """Return the record, the song and the format that a path of `/v1/audio` means; None if it is outside of the
+        songs. The text is compared, and no file of that name is opened."""
+        root = str(self.service.store.songs)
+        for prefix in (f"{root}/", "songs/", ""):
+            found = FILE.fullmatch(path.removeprefix(prefix)) if path.startswith(prefix) else None
+            if found and ID.fullmatch(found["id"]) and found["suffix"] in SUFFIXES:
+                record = self.service.records.get(found["id"])
+                if record is None:
+                    raise HTTPException(404, "Audio file not found")
+                return record, int(found["index"]), SUFFIXES[found["suffix"]]
+        return None
+
+    def link_path(self, body: uploads.Body, field: str, path: str) -> None:
+        """Give a song of this server to a field, if the path is one that it has told; else raise InputError."""
+        if field in body.files:
+            return
+        query = parse_qs(path.partition("?")[2]).get("path", [""])[0] if "/v1/audio?" in path else ""
+        found = self.find_file(query or unquote(path))
+        if found is not None:
+            path = f"/v1/songs/{found[0].id}/{found[1]}.flac"
+        elif not SONG.fullmatch(path):
+            authors_request.check_path(path)
+        link_song(self.service, body, field, path)
+
+    def check_token(self, request: Request, values: dict[str, Any]) -> None:
+        """Raise HTTPException 401 unless the key came in the header, or in the body as early versions have it."""
+        if getattr(request.state, "authorised", False):  # by its headers, see `Guard`
+            return
+        token = values.get("ai_token")
+        if token is None:
+            raise HTTPException(401, "Missing ai_token or Authorization header")
+        if not self.keys.accepts(str(token)):
+            raise HTTPException(401, "Invalid ai_token")
+
+    async def body(self, request: Request, files: Mapping[str, str] | None = None) -> uploads.Body:
+        """Return a body whose key is right. `files`: the sound files that it may hold, by the names of their parts."""
+        body = await uploads.read(request, self.service.store, files or {})
+        try:
+            if not isinstance(body.raw, dict):
+                raise HTTPException(400, "Request body must be a JSON object")
+            self.check_token(request, body.values)
+        except BaseException:
+            body.discard()
+            raise
+        return body
+
+
+def router(service: Service, keys: Keys) -> APIRouter:
+    """Return the routes."""
+    routes, api = APIRouter(tags=["ACE-Step's API"]), Authors(service, keys)
+
+    @routes.post("/release_task", summary="Submit")
+    async def release_task(request: Request) -> Response:
+        service.check_room(client_of(request))
+        body = await api.body(request, authors_request.UPLOADS)
+        try:
+            found, paths, ignored = authors_request.submission(
+                body.values, models=service.engine.models, default_model=api.model, strict=service.strict
+            )
+            for field, path in paths.items():
+                await run_in_threadpool(api.link_path, body, field, path)
+        except authors_request.Refused as error:
+            body.discard()
+            return JSONResponse(envelope(None, 501, str(error)) | dict(detail=str(error)), 501)
+        except BaseException:
+            body.discard()
+            raise
+        found.uploads, found.files, found.client = body.uploads, body.files, client_of(request)
+        found.adapters = dict(api.scales) if api.use_lora else {}
+        _leave_out_uploads(found, body)
+        record = await run_in_threadpool(service.accept, found)
+        data = dict(task_id=record.id, status="queued", queue_position=max(1, service.position(record)))
+        headers = {"x-acestep-ignored": ", ".join(ignored)} if ignored else {}
+        return JSONResponse(envelope(data), headers=headers)
+
+    @routes.post("/query_result", summary="Poll")
+    async def query_result(request: Request) -> dict[str, Any]:
+        values = (await api.body(request)).values
+        ids = values.get("task_id_list", [])
+        if isinstance(ids, str):
+            ids = uploads.parse_json(ids) if ids.strip().startswith("[") else [ids]
+        if not isinstance(ids, list) or len(ids) > 1000:
+            raise InputError("task_id_list: expected an array of at most 1000 ids")
+        return envelope([_task(api, str(task_id)) for task_id in ids])
+
+    @routes.post("/cancel_task", summary="Cancel")
+    async def cancel_task(request: Request) -> dict[str, Any]:
+        task_id = str((await api.body(request)).values.get("task_id", ""))
+        record = service.records.get(task_id)
+        if record is None:
+            raise HTTPException(404, "there is no task of that id")
+        await run_in_threadpool(service.cancel, record)
+        return envelope(dict(task_id=task_id, status="cancelled" if record.status == "cancelled" else record.status))
+
+    @routes.get("/v1/audio", summary="Fetch")
+    @routes.head("/v1/audio", include_in_schema=False)
+    async def audio(path: str) -> Response:
+        found = api.find_file(path)
+        if found is None:
+            raise HTTPException(403, "Access denied: path outside allowed directory")
+        record, index, name = found
+        file = await run_in_threadpool(service.sound, record, index, name)
+        if file is None:
+            raise HTTPException(404, "Audio file not found")
+        return FileResponse(file, media_type=sounds.FORMATS[name].media_type)
+
+    @routes.get("/v1/stats", summary="Counts")
+    async def stats() -> dict[str, Any]:
+        found = service.counts()
+        ended = [r.finished - r.started for r in list(service.records.values())[-50:] if r.finished and r.started]
+        jobs = dict(
+            total=sum(found.values()),
+            queued=found["queued"],
+            running=found["running"],
+            succeeded=found["done"],
+            failed=found["failed"] + found["cancelled"],
+        )
+        mean = sum(ended) / len(ended) if ended else 5.0
+        return envelope(
+            dict(jobs=jobs, queue_size=service.waiting(), queue_maxsize=service.limits.queue, avg_job_seconds=mean)
+        )
+
+    @routes.get("/v1/model_inventory", summary="Models")
+    async def inventory() -> dict[str, Any]:
+        models = [
+            dict(name=name, is_default=name == api.model, is_loaded=name == api.model, supported_task_types=model.tasks)
+            for name, model in service.engine.models.items()
+        ]
+        return envelope(
+            dict(
+                models=models,
+                default_model=api.model,
+                lm_models=[],
+                loaded_lm_model=None,
+                llm_initialized=False,
+            )
+        )
+
+    @routes.post("/v1/init", summary="Choose the model")
+    async def init(request: Request) -> dict[str, Any]:
+        """Make a model of the server the default of this API; it is loaded when a song needs it."""
+        values = (await api.body(request)).values
+        name = values.get("model") or api.model
+        if name not in service.engine.models:
+            return envelope(None, 400, f"unknown model; expected one of {', '.join(service.engine.models)}")
+        if Fields(values).flag("init_llm"):
+            return envelope(None, 501, "there is no language model here")
+        api.model = name
+        models = [dict(name=one, is_default=one == name) for one in service.engine.models]
+        return envelope(
+            dict(
+                message=f"{name} is the default",
+                slot=1,
+                loaded_model=name,
+                loaded_lm_model=None,
+                models=models,
+                lm_models=[],
+                llm_initialized=False,
+            )
+        )
+
+    @routes.post("/create_random_sample", summary="An example request")
+    async def random_sample(request: Request) -> dict[str, Any]:
+        await api.body(request)
+        example = random.choice(authors_request.EXAMPLES)
+        rest = dict(lyrics="[Instrumental]", time_signature="4", duration=60, vocal_language="en")
+        return envelope(dict(example) | rest)
+
+    @routes.post("/format_input", summary="Not here")
+    async def format_input(request: Request) -> dict[str, Any]:
+        await api.body(request)
+        return envelope(None, 501, "format_input needs the 5 Hz language model, which this server does not have")
+
+    @routes.post("/v1/transcribe", summary="Not here")
+    async def transcribe() -> Response:
+        raise HTTPException(501, "transcription is not part of this server")
+
+    _add_lora(routes, api)
+    return routes
+
+
+def _add_lora(routes: APIRouter, api: Authors) -> None:
+    """Add the routes of adapters, which are those of --lora, by name."""
+
+    @routes.post("/v1/lora/load", summary="Use an adapter")
+    async def load(request: Request) -> dict[str, Any]:
+        values = (await api.body(request)).values
+        name = str(values.get("adapter_name") or values.get("lora_path") or "")
+        path = str(values.get("lora_path") or name)
+        name = path if path in api.service.engine.adapters else name
+        if name not in api.service.engine.adapters:
+            known = ", ".join(api.service.engine.adapters) or "none"
+            raise HTTPException(400, f"lora_path: paths are not opened; name an adapter of the server: {known}")
+        api.scales[name] = 1.0
+        return envelope(dict(message=f"{name} is used", lora_path=path, adapter_name=name))
+
+    @routes.post("/v1/lora/unload", summary="Use no adapter")
+    async def unload(request: Request) -> dict[str, Any]:
+        await api.body(request)
+        api.scales.clear()
+        return envelope(dict(message="no adapter is used"))
+
+    @routes.post("/v1/lora/toggle", summary="Switch adapters on and off")
+    async def toggle(request: Request) -> dict[str, Any]:
+        api.use_lora = Fields((await api.body(request)).values).flag("use_lora")
+        return envelope(dict(message=f"adapters are {'on' if api.use_lora else 'off'}", use_lora=api.use_lora))
+
+    @routes.post("/v1/lora/scale", summary="Scale adapters")
+    async def scale(request: Request) -> dict[str, Any]:
+        fields = Fields((await api.body(request)).values)
+        value, name = fields.number("scale"), fields.text("adapter_name")
+        if value is None or not 0 <= value <= 2:
+            return envelope(None, 400, "scale: expected 0 to 2")
+        names = [name] if name else list(api.scales)
+        if not names or any(one not in api.scales for one in names):
+            return envelope(None, 400, "no such adapter is loaded")
+        api.scales |= dict.fromkeys(names, value)
+        return envelope(dict(message=f"scale {value:g}", scale=value, adapter_name=name or names[0]))
+
+    @routes.get("/v1/lora/status", summary="Adapters in use")
+    async def status() -> dict[str, Any]:
+        first = next(iter(api.scales), None)
+        return envelope(
+            dict(
+                lora_loaded=bool(api.scales),
+                use_lora=bool(api.scales) and api.use_lora,
+                lora_scale=api.scales.get(first, 1.0) if first else 1.0,
+                adapter_type="lora" if first else None,
+                scales=dict(api.scales),
+                active_adapter=first,
+                adapters=list(api.scales),
+                synthetic_default_mode=False,
+            )
+        )
+
+
+def _task(api: Authors, task_id: str) -> dict[str, Any]:
+    """Return the answer to a poll. An id that was never here reads as one that still waits, as at the authors'."""
+    record = api.service.records.get(task_id)
+    if record is None:
+        if task_id in api.service.store.removed:
+            gone = [dict(file="", wave="", status=2, progress=0.0, stage="failed", error="expired")]
+            return dict(task_id=task_id, status=2, result=json.dumps(gone), progress_text="expired")
+        return dict(task_id=task_id, status=0, result="[]", progress_text="")
+    _, stage, step, steps = api.service.progress(record)
+    text = f"{stage} {step}/{steps}" if stage == "denoising" else stage
+    result = json.dumps(api.result(record), ensure_ascii=False)
+    return dict(task_id=task_id, status=CODES[record.status], result=result, progress_text=text)
+
+
+def _leave_out_uploads(found: Any, body: uploads.Body) -> None:
+    """Leave out a source that the task does not take: clients of this API keep sending it."""
+    task = found.songs[0].get("task_type", "text2music")
+    if task == "text2music" and "src_audio" in body.files:
+        body.files.remove("src_audio")
+        assert body.uploads is not None
+        (body.uploads / "src_audio").unlink()
+        found.notes.append("src_audio: text2music takes none; ignored")

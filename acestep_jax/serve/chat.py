@@ -1,0 +1,282 @@
+"""The chat API in the manner of OpenRouter that ACE-Step's application has, and a music endpoint in that of OpenAI."""
+
+import base64
+import json
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from acestep_jax.errors import InputError
+from acestep_jax.serve import chat_request, sounds, uploads
+from acestep_jax.serve.authors_request import Refused
+from acestep_jax.serve.lenient import INSTRUMENTAL, Fields
+from acestep_jax.serve.native import client_of
+from acestep_jax.serve.security import Keys
+from acestep_jax.serve.service import Service
+from acestep_jax.serve.store import Record
+from acestep_jax.serve.submission import Submission, variations
+from acestep_jax.serve.waiting import changes, ended
+
+TIMEOUT = 600.0  # seconds that a client waits which does not stream
+RETRY_SECONDS = 30  # after which a stopping server may be there again
+BEAT = 2.0  # seconds between signs of life of a stream
+PIECE = 64 * 2**10 // 4 * 3  # bytes of sound that are 64 kB of base64
+MAX_JSON = 64 * 2**20  # bytes of a body with sound in base64
+
+
+def router(service: Service, keys: Keys) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter(tags=["chat and music"])
+
+    @routes.get("/v1/models", summary="Models")
+    async def models() -> dict[str, Any]:
+        return _models(service)
+
+    @routes.get("/api/v1/models", include_in_schema=False)
+    async def models_alone() -> dict[str, Any]:
+        return _models(service)
+
+    @routes.post("/v1/chat/completions", summary="Songs as a chat answer")
+    async def completions(request: Request) -> Response:
+        service.check_room(client_of(request))
+        body = await uploads.read(request, service.store, {}, max_json=MAX_JSON)
+        if not isinstance(body.raw, dict):
+            raise InputError("expected a JSON object with messages")
+        try:
+            found, ignored = await run_in_threadpool(
+                chat_request.submission, service.store, body, models=service.engine.models, strict=service.strict
+            )
+        except Refused as error:
+            body.discard()
+            raise HTTPException(501, str(error)) from None
+        except BaseException:
+            body.discard()
+            raise
+        found.client = client_of(request)
+        record = await run_in_threadpool(service.accept, found)
+        headers = {"x-acestep-ignored": ", ".join(ignored)} if ignored else {}
+        shape = Answer(service, record, openai=_wants_openai(body.values))
+        if Fields(body.values).flag("stream"):
+            headers |= {"cache-control": "no-cache", "x-accel-buffering": "no"}
+            return StreamingResponse(shape.stream(), media_type="text/event-stream", headers=headers)
+        await _finish(service, record, request)
+        return JSONResponse(await run_in_threadpool(shape.whole), headers=headers)
+
+    @routes.post("/v1/audio/music/generations", summary="Songs, in the manner of OpenAI's images")
+    async def generations(request: Request) -> Response:
+        service.check_room(client_of(request))
+        body = await uploads.read(request, service.store, {})
+        if not isinstance(body.raw, dict):
+            raise InputError("expected a JSON object with a prompt")
+        fields = Fields(body.values)
+        form = fields.text("format", default="mp3")
+        response = fields.text("response_format", default="url")
+        if response in chat_request.FORMATS:  # as OpenAI's speech has it
+            form, response = response, "bytes"
+        if response not in ("url", "b64_json", "bytes"):
+            raise InputError(f"response_format: expected url, b64_json or a sound format, found {response!r:.80}")
+        record = await run_in_threadpool(service.accept, _music(service, fields, form, client_of(request)))
+        await _finish(service, record, request)
+        first = service.sound(record, 0, record.format) if record.songs[0].status == "done" else None
+        if response == "bytes" or request.headers.get("accept", "").startswith("audio/"):
+            if first is None:
+                raise HTTPException(500, record.error or "failed")
+            data = await run_in_threadpool(first.read_bytes)
+            return Response(data, media_type=sounds.FORMATS[record.format].media_type)
+        data = []
+        for i, song in enumerate(record.songs):
+            path = await run_in_threadpool(service.sound, record, i, record.format)
+            if path is None:
+                continue
+            one: dict[str, Any] = dict(seed=song.seed, duration=song.seconds)
+            if response == "b64_json":
+                one["b64_json"] = await run_in_threadpool(_base64, path)
+            else:
+                one["url"] = str(request.base_url).rstrip("/") + keys.link(f"/v1/songs/{record.id}/{i}.{record.format}")
+            data.append(one)
+        return JSONResponse(dict(created=int(record.created), data=data))
+
+    return routes
+
+
+class Answer:
+    """The answer to a chat completion: whole, or in pieces.
+
+    Args:
+        openai: whether audio has the shape of OpenAI's, `message.audio.data`, or that of the authors.
+    """
+
+    def __init__(self, service: Service, record: Record, *, openai: bool):
+        self.service, self.record, self.openai = service, record, openai
+        self.common = dict(id=f"chatcmpl-{record.id}", created=int(record.created), model=f"acestep/{record.model}")
+
+    def whole(self) -> dict[str, Any]:
+        """Return all of it."""
+        message: dict[str, Any] = dict(role="assistant", content=self.content())
+        if self.openai:
+            path = self._first()
+            message["audio"] = dict(
+                id=f"audio-{self.record.id}",
+                data=_base64(path),
+                expires_at=int(time.time()) + 3600,
+                transcript=self.record.songs[0].request.get("lyrics", ""),
+            )
+        else:
+            message["audio"] = self._audio()
+        choice = dict(index=0, message=message, finish_reason="stop")
+        usage = dict(prompt_tokens=0, completion_tokens=0, total_tokens=0)
+        return dict(object="chat.completion", choices=[choice], usage=usage) | self.common
+
+    async def stream(self) -> AsyncIterator[str]:
+        """Yield it as server-sent events, with a sign of life every two seconds; a client that goes cancels."""
+        try:
+            yield self._chunk(dict(role="assistant", content="Generating music"))
+            told = time.monotonic()
+            async for _ in changes(self.service, self.record, BEAT):
+                if not self.record.final and time.monotonic() - told >= BEAT:
+                    yield self._chunk(dict(content="."))
+                    told = time.monotonic()
+            if self.record.status != "done":
+                stopping = _stopping(self.record) if self.service.closing and not self.record.final else None
+                reason = stopping or self.record.error or self.record.status
+                yield self._chunk(dict(content=f"Error: {reason}"), "error")
+            else:
+                yield self._chunk(dict(content=self.content()))
+                if self.openai:
+                    data = await run_in_threadpool(self._first().read_bytes)
+                    for start in range(0, len(data), PIECE):
+                        piece = base64.b64encode(data[start : start + PIECE]).decode()
+                        yield self._chunk(dict(audio=dict(id=f"audio-{self.record.id}", data=piece)))
+                else:
+                    yield self._chunk(dict(audio=await run_in_threadpool(self._audio)))
+                yield self._chunk({}, "stop")
+            yield "data: [DONE]\n\n"
+        finally:
+            if not self.service.closing:  # else the song is made, now or after the restart
+                self.service.cancel(self.record)
+
+    def content(self) -> str:
+        """Return the text: what the song is."""
+        request, song = self.record.songs[0].request, self.record.songs[0]
+        lines = ["## Metadata"]
+        for title, value in (
+            ("Caption", request.get("prompt")),
+            ("BPM", request.get("bpm")),
+            ("Duration", f"{song.seconds:g}s" if song.seconds else None),
+            ("Key", request.get("keyscale")),
+            ("Time Signature", request.get("timesignature")),
+        ):
+            if value:
+                lines.append(f"**{title}:** {value}")
+        if (words := request.get("lyrics")) and words != INSTRUMENTAL:
+            lines += ["", "## Lyrics", words]
+        return "\n".join([*lines, *(f"\n{note}" for note in self.record.notes)])
+
+    def _paths(self) -> list[Path]:
+        found = [self.service.sound(self.record, i, self.record.format) for i in range(len(self.record.songs))]
+        return [path for path in found if path is not None]
+
+    def _first(self) -> Path:
+        for path in self._paths():
+            return path
+        raise HTTPException(404, "the song has been deleted")
+
+    def _audio(self) -> list[dict[str, Any]]:
+        media = sounds.FORMATS[self.record.format].media_type
+        urls = (f"data:{media};base64,{_base64(path)}" for path in self._paths())
+        return [dict(type="audio_url", audio_url=dict(url=url)) for url in urls]
+
+    def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> str:
+        choice = dict(index=0, delta=delta, finish_reason=reason)
+        values = dict(object="chat.completion.chunk", choices=[choice]) | self.common
+        return f"data: {json.dumps(values, ensure_ascii=False)}\n\n"
+
+
+def _stopping(record: Record) -> str:
+    return f"the server is stopping; the song will be at /v1/songs/{record.id}"
+
+
+async def _finish(service: Service, record: Record, request: Request) -> None:
+    """Wait for a record; raise HTTPException if it fails, or takes too long. A client that goes cancels."""
+
+    async def connected() -> bool:
+        return not await request.is_disconnected()
+
+    try:
+        is_there = await ended(service, record, TIMEOUT, connected)
+    except BaseException:
+        if not service.closing:
+            service.cancel(record)
+        raise
+    if not is_there and service.closing:
+        raise HTTPException(503, _stopping(record), {"retry-after": str(RETRY_SECONDS)})
+    if not is_there:
+        await run_in_threadpool(service.cancel, record)
+        raise HTTPException(504, "the song was not finished in time; stream, or submit it with POST /v1/songs")
+    if record.status != "done":
+        raise HTTPException(500, record.error or record.status)
+
+
+def _music(service: Service, fields: Fields, form: str, client: str) -> Submission:
+    """Return what the music endpoint asks for."""
+    prompt = fields.text("prompt", "input")
+    if not prompt:
+        raise InputError("prompt: missing; describe the music in a few words")
+    model = fields.text("model").rpartition("/")[2]
+    notes = []
+    if model not in service.engine.models:
+        if model:
+            notes.append(f"model: {model[:80]} is unknown here; the default was used")
+        model = next(iter(service.engine.models))
+    seconds = fields.number("duration", "audio_length")
+    values: dict[str, Any] = dict(
+        prompt=prompt,
+        lyrics=fields.text("lyrics") or INSTRUMENTAL,
+        audio_duration=seconds or chat_request.DEFAULT_SECONDS,
+        seed=fields.whole("seed"),
+        num_inference_steps=fields.whole("num_inference_steps"),
+        guidance_scale=fields.number("guidance_scale"),
+    )
+    count = min(chat_request.MAX_SONGS, max(1, fields.whole("n") or 1))
+    values = {name: value for name, value in values.items() if value is not None}
+    return Submission(
+        songs=variations(values, count),
+        api="music",
+        model=model,
+        format=sounds.check_format(form),
+        notes=notes,
+        client=client,
+    )
+
+
+def _wants_openai(values: dict[str, Any]) -> bool:
+    modalities = values.get("modalities")
+    return isinstance(values.get("audio"), dict) and isinstance(modalities, list) and "audio" in modalities
+
+
+def _models(service: Service) -> dict[str, Any]:
+    free = dict.fromkeys(("prompt", "completion", "request", "image"), "0")
+    data = [
+        dict(
+            id=f"acestep/{name}",
+            name=name,
+            created=0,
+            input_modalities=["text", "audio"],
+            output_modalities=["audio", "text"],
+            context_length=4096,
+            max_output_length=300,
+            pricing=free,
+            description=f"ACE-Step 1.5, {', '.join(model.tasks)}",
+        )
+        for name, model in service.engine.models.items()
+    ]
+    return dict(object="list", data=data)
+
+
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()

@@ -1,0 +1,280 @@
+"""The protocol of acestep.cpp's server: `/synth`, `/job`, `/props`. What needs its language model is completed or
+refused; `/lm` and then `/synth` works."""
+
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from acestep_jax.errors import InputError
+from acestep_jax.inputs import tasks
+from acestep_jax.inputs.tasks import codes_to_text
+from acestep_jax.serve import sounds, uploads
+from acestep_jax.serve.authors_request import songs
+from acestep_jax.serve.lenient import INSTRUMENTAL, NO_PROMPT, Fields, for_task, lyrics, put_tracks, times, tracks
+from acestep_jax.serve.native import client_of
+from acestep_jax.serve.service import Service
+from acestep_jax.serve.store import Record
+from acestep_jax.serve.submission import Submission
+
+BOUNDARY = "ace-batch-boundary"
+BLOCK = 2**20
+UPLOADS = {"audio": "src_audio", "ref_audio": "reference_audio"}
+LATENTS = ("src_latents", "ref_latents")
+MAX_BATCH = 9
+KEPT = 32  # results of /lm
+STATES = {"queued": "running", "running": "running", "done": "done", "failed": "failed", "cancelled": "cancelled"}
+FORMATS = {"mp3": "mp3", "wav16": "wav", "wav24": "wav24", "wav32": "wav32", "wav": "wav", "flac": "flac"}
+SOLVERS = {"euler": "euler", "sde": "sde"}
+DEFAULT: dict[str, Any] = dict(
+    caption="",
+    lyrics="",
+    bpm=0,
+    duration=0,
+    keyscale="",
+    timesignature="",
+    vocal_language="",
+    seed=-1,
+    lm_batch_size=1,
+    synth_batch_size=1,
+    audio_codes="",
+    inference_steps=0,
+    guidance_scale=0,
+    shift=0,
+    audio_cover_strength=1,
+    cover_noise_strength=0,
+    repainting_start=0,
+    repainting_end=-1,
+    task_type=tasks.DEFAULT,
+    track="",
+    solver="euler",
+    custom_timesteps="",
+    output_format="mp3",
+    adapter="",
+    adapter_scale=1,
+    latent_shift=0,
+    latent_rescale=1,
+)
+
+
+class Cpp:
+    """The jobs of this protocol: songs are records of the service, results of /lm are kept here."""
+
+    def __init__(self, service: Service):
+        self.service = service
+        self.completed: dict[str, list[dict[str, Any]]] = {}
+
+    def record(self, job_id: str) -> Record | None:
+        """Return the record of a job; its id is the beginning of the record's."""
+        if len(job_id) != 16:
+            return None
+        full = f"{job_id[:8]}-{job_id[8:12]}-{job_id[12:]}-"
+        return next((one for name, one in list(self.service.records.items()) if name.startswith(full)), None)
+
+    def complete(self, body: uploads.Body) -> str:
+        """Keep requests with their defaults, as the language model would complete them; return the id of the job."""
+        job_id = secrets.token_hex(8)
+        found = [DEFAULT | one | dict(lyrics=one.get("lyrics") or INSTRUMENTAL) for one in _requests(body)]
+        count = Fields(found[0]).whole("lm_batch_size") or 1
+        if len(found) == 1:
+            found = found * min(MAX_BATCH, max(1, count))
+        self.completed[job_id] = found
+        while len(self.completed) > KEPT:
+            del self.completed[next(iter(self.completed))]
+        return job_id
+
+    def submission(self, body: uploads.Body, client: str) -> Submission:
+        """Return what /synth asks for.
+
+        Raises:
+            InputError: if a value cannot be used.
+        """
+        found = _requests(body)
+        first = Fields(found[0])
+        notes: list[str] = []
+        for name in ("synth_model", "vae", "lm_model"):
+            if (text := first.text(name)) and text not in self.service.engine.models and name != "synth_model":
+                notes.append(f"{name}: {text[:80]} is not here; ignored")
+        model = first.text("synth_model") or next(iter(self.service.engine.models))
+        if model not in self.service.engine.models:
+            raise InputError(
+                f"synth_model: expected one of {', '.join(self.service.engine.models)}, found {model!r:.80}"
+            )
+        made: list[dict[str, Any]] = []
+        for one in found:
+            fields = Fields(one)
+            count = min(MAX_BATCH, max(1, fields.whole("synth_batch_size") or 1))
+            seed = fields.whole("seed")
+            song = _song(fields, body, turbo=self.service.engine.models[model].turbo)
+            made += songs(song, count, [seed] if seed is not None and seed >= 0 else [])
+        if self.service.strict and notes:
+            raise InputError(notes[0])
+        form = first.text("output_format", default="mp3")
+        if form not in FORMATS:
+            raise InputError(f"output_format: expected one of {', '.join(FORMATS)}, found {form!r:.80}")
+        scale = first.number("adapter_scale")
+        adapter = first.text("adapter")
+        return Submission(
+            songs=made,
+            api="cpp",
+            model=model,
+            adapters={adapter: 1.0 if scale is None else scale} if adapter else {},
+            format=FORMATS[form],
+            notes=notes,
+            uploads=body.uploads,
+            files=body.files,
+            client=client,
+        )
+
+    def parts(self, record: Record) -> Iterator[bytes]:
+        """Yield the result of /synth: the sound of each song, then its latents, as parts of one body."""
+        form = sounds.FORMATS[record.format]
+        for i, song in enumerate(record.songs):
+            if song.status != "done":
+                continue
+            sound = self.service.sound(record, i, record.format)
+            if sound is None:
+                continue
+            latents = self.service.store.song_path(record, i, ".latents")
+            heads = (
+                f"Content-Type: {form.media_type}",
+                'Content-Type: application/octet-stream\r\nContent-Disposition: form-data; name="latent"',
+            )
+            for head, path in zip(heads, (sound, latents), strict=True):
+                yield f"--{BOUNDARY}\r\n{head}\r\n\r\n".encode()
+                with path.open("rb") as file:
+                    while block := file.read(BLOCK):
+                        yield block
+                yield b"\r\n"
+        yield f"--{BOUNDARY}--\r\n".encode()
+
+
+def router(service: Service, version: str) -> APIRouter:
+    """Return the routes."""
+    routes, api = APIRouter(tags=["acestep.cpp's API"]), Cpp(service)
+
+    @routes.post("/synth", summary="Submit")
+    async def synth(request: Request) -> dict[str, str]:
+        service.check_room(client_of(request))
+        body = await uploads.read(request, service.store, UPLOADS | {name: name for name in LATENTS})
+        try:
+            if latents := [name for name in LATENTS if name in body.files]:
+                raise HTTPException(501, f"{latents[0]}: latents are not read; upload the audio")
+            found = api.submission(body, client_of(request))
+        except BaseException:
+            body.discard()
+            raise
+        record = await run_in_threadpool(service.accept, found)
+        return dict(id=record.id.replace("-", "")[:16])
+
+    @routes.post("/lm", summary="Complete requests, with their defaults")
+    async def complete(request: Request) -> dict[str, str]:
+        body = await uploads.read(request, service.store, {})
+        return dict(id=api.complete(body))
+
+    @routes.post("/understand", summary="Not here")
+    async def understand() -> Response:
+        raise HTTPException(501, "no language model is loaded")
+
+    @routes.post("/vae", summary="Not here")
+    async def vae() -> Response:
+        raise HTTPException(501, "the autoencoder alone is not offered; GET /v1/songs/ID/0.latents has those of a song")
+
+    @routes.get("/job", summary="Poll, or fetch with result=1")
+    async def job(id: str, result: int = 0) -> Response:
+        if id in api.completed:
+            found = api.completed[id]
+            return JSONResponse(found if result else dict(status="done"))
+        record = api.record(id)
+        if record is None:
+            raise HTTPException(404, "Job not found")
+        if not result:
+            return JSONResponse(dict(status=STATES[record.status]))
+        if record.status == "failed":
+            raise HTTPException(500, record.error or "failed")
+        if record.status != "done":
+            raise HTTPException(404, "Result not ready")
+        return StreamingResponse(api.parts(record), media_type=f"multipart/mixed; boundary={BOUNDARY}")
+
+    @routes.post("/job", summary="Cancel with cancel=1")
+    async def cancel(id: str, cancel: int = 0) -> dict[str, str]:
+        if id in api.completed:
+            return dict(status="done")
+        record = api.record(id)
+        if record is None:
+            raise HTTPException(404, "Job not found")
+        if cancel:
+            await run_in_threadpool(service.cancel, record)
+        return dict(status=STATES[record.status])
+
+    @routes.get("/props", summary="Models and defaults")
+    async def props() -> dict[str, Any]:
+        names = list(service.engine.models)
+        return dict(
+            version=version,
+            models=dict(lm=[], embedding=names, dit=names, vae=names),
+            adapters=list(service.engine.adapters),
+            cli=dict(max_batch=MAX_BATCH),
+            default=DEFAULT,
+            presets=dict(
+                turbo=dict(inference_steps=8, guidance_scale=1, shift=3),
+                sft=dict(inference_steps=50, guidance_scale=1, shift=1),
+            ),
+        )
+
+    return routes
+
+
+def _requests(body: uploads.Body) -> list[dict[str, Any]]:
+    """Return the requests of a body: an object, an array of them, or either in the field `request`."""
+    found = body.raw
+    if body.kind == "form":
+        found = uploads.parse_json(body.values.get("request", "null"))
+    found = found if isinstance(found, list) else [found]
+    if not found or len(found) > MAX_BATCH or not all(isinstance(one, dict) for one in found):
+        raise InputError(f'request: expected an object such as {{"caption": "lofi piano"}}, or up to {MAX_BATCH}')
+    return found
+
+
+def _song(fields: Fields, body: uploads.Body, *, turbo: bool) -> dict[str, Any]:
+    """Return the fields of `Request` and `Sampling`; 0 and "" stand for what the model has."""
+    task = fields.text("task_type") or tasks.DEFAULT
+    song: dict[str, Any] = dict(
+        prompt=fields.text("caption").strip() or NO_PROMPT,
+        lyrics=lyrics(fields.text("lyrics")),
+        task_type=task,
+        vocal_language=fields.text("vocal_language") or None,
+        keyscale=fields.text("keyscale") or None,
+        timesignature=fields.text("timesignature") or None,
+        bpm=fields.whole("bpm") or None,
+        audio_duration=fields.number("duration") or None,
+        num_inference_steps=fields.whole("inference_steps") or None,
+        shift=fields.number("shift") or None,
+        audio_cover_strength=fields.number("audio_cover_strength"),
+        cover_noise_strength=fields.number("cover_noise_strength"),
+        timesteps=times(fields.text("custom_timesteps")),
+        latent_shift=fields.number("latent_shift"),
+        latent_rescale=fields.number("latent_rescale"),
+    )
+    if not turbo:
+        song["guidance_scale"] = fields.number("guidance_scale") or None
+    solver = fields.text("solver", default="euler")
+    if solver not in SOLVERS:
+        raise InputError(f"solver: expected one of {', '.join(SOLVERS)}, found {solver!r:.80}")
+    song["solver"] = SOLVERS[solver]
+    found = tasks.find(task)
+    if found.has_regions:
+        song["repainting_start"] = fields.number("repainting_start") or 0.0
+        end = fields.number("repainting_end")
+        song["repainting_end"] = -1.0 if end is None else end
+    if found.max_tracks:
+        put_tracks(song, tracks(fields.get("track")))
+    if codes := fields.text("audio_codes").strip():
+        try:
+            song["audio_codes"] = codes if "<|" in codes else codes_to_text([int(part) for part in codes.split(",")])
+        except ValueError:
+            raise InputError("audio_codes: expected numbers with commas between them") from None
+    return for_task({name: value for name, value in song.items() if value is not None})

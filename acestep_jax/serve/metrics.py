@@ -1,0 +1,75 @@
+"""Figures for Prometheus."""
+
+from collections.abc import Iterator
+
+import jax
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from acestep_jax.serve.engine import BatchReport
+from acestep_jax.serve.service import Service
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+class Metrics:
+    """The figures of one server, beside those that are asked of it when they are read."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        sizes = (1, 2, 4, 8, 16)
+        self.songs = Counter("acestep_songs_made", "Songs made.", registry=self.registry)
+        self.seconds = Counter("acestep_audio_seconds", "Seconds of audio made.", registry=self.registry)
+        self.size = Histogram("acestep_batch_size", "Places of the batches.", buckets=sizes, registry=self.registry)
+        self.filled = Histogram("acestep_batch_songs", "Songs in the batches.", buckets=sizes, registry=self.registry)
+        self.time = Histogram(
+            "acestep_batch_seconds",
+            "Seconds of the batches, by whether their program ran for the first time.",
+            ["first"],
+            buckets=(0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1800),
+            registry=self.registry,
+        )
+        self.compiled = Counter(
+            "acestep_compilations", "Programs compiled, or read from the disk.", registry=self.registry
+        )
+        self.compile_time = Counter("acestep_compile_seconds", "Seconds of that.", registry=self.registry)
+        jax.monitoring.register_event_duration_secs_listener(self._event)
+
+    def batch(self, report: BatchReport, seconds: float) -> None:
+        """Count a batch of songs that are `seconds` long together."""
+        self.songs.inc(len(report.works))
+        self.seconds.inc(seconds)
+        self.size.observe(report.program.size)
+        self.filled.observe(len(report.works))
+        self.time.labels(str(report.first).lower()).observe(report.seconds)
+
+    def watch(self, service: Service) -> None:
+        """Ask a service for what it knows whenever the figures are read."""
+        self.registry.register(_State(service))  # type: ignore[arg-type]
+
+    def text(self) -> bytes:
+        """Return the figures in Prometheus' format."""
+        return generate_latest(self.registry)
+
+    def _event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == _COMPILED:
+            self.compiled.inc()
+            self.compile_time.inc(duration_secs)
+
+
+class _State:
+    def __init__(self, service: Service):
+        self.service = service
+
+    def collect(self) -> Iterator[Metric]:
+        records = GaugeMetricFamily("acestep_records", "Requests by state.", labels=["status"])
+        for status, count in self.service.counts().items():
+            records.add_metric([status], count)
+        yield records
+        yield GaugeMetricFamily("acestep_songs_waiting", "Songs that wait.", self.service.waiting())
+        yield GaugeMetricFamily("acestep_ready", "Whether songs are made.", int(self.service.engine.ready))
+        memory = GaugeMetricFamily("acestep_device_bytes", "Memory in use, by device.", labels=["device"])
+        for device in jax.local_devices():
+            memory.add_metric([str(device)], (device.memory_stats() or {}).get("bytes_in_use", 0))
+        yield memory

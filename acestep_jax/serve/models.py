@@ -1,0 +1,79 @@
+"""A model that the server offers: what is known of it without its weights, and how these are loaded."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from acestep_jax.inputs import tasks
+from acestep_jax.inputs.collate import check_sampling, sampling_schedule
+from acestep_jax.inputs.prepare import Job, prepare
+from acestep_jax.inputs.settings import defaults_of, settled
+from acestep_jax.io import checkpoint
+from acestep_jax.models.registry import SamplingDefaults
+from acestep_jax.pipeline import AceStepPipeline
+from acestep_jax.request import Request, Sampling
+
+
+class Model:
+    """A native checkpoint under the name that clients use.
+
+    Args:
+        load: returns the pipeline with its weights; None: `AceStepPipeline.from_pretrained(folder, **options)`.
+        options: of `from_pretrained`, such as dtype and mesh.
+
+    Raises:
+        InputError: if there is no checkpoint in the folder.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: str | Path,
+        *,
+        load: Callable[[], Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ):
+        self.name, self.folder = name, str(folder)
+        manifest = checkpoint.read_manifest(self.folder)
+        self.configs: Mapping[str, Any] = manifest.configs
+        self._sampling = manifest.sampling
+        self._tokenizer = checkpoint.load_tokenizer(self.folder)
+        self.load = load or functools.partial(AceStepPipeline.from_pretrained, self.folder, **(options or {}))
+
+    @property
+    def turbo(self) -> bool:
+        """Whether guidance is distilled into the weights."""
+        return self.configs["transformer"].turbo
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        """What `Sampling` leaves open."""
+        return defaults_of(Sampling(), self.configs["transformer"], self._sampling)
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz."""
+        return self.configs["vae"].sampling_rate
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that it was trained for."""
+        has_codes = self.configs.keys() >= {"audio_tokenizer", "audio_token_detokenizer"}
+        return [
+            name
+            for name, task in tasks.TASKS.items()
+            if (task.turbo or not self.turbo) and (has_codes or not task.tokenized)
+        ]
+
+    def prepare(self, request: Request, sampling: Sampling) -> Job:
+        """Read the files of a request and check all of it, see `inputs.prepare`."""
+        return prepare(request, self.configs, self._tokenizer, sampling, self._sampling)
+
+    def steps(self, job: Job, sampling: Sampling) -> int:
+        """Return how many steps a song takes; raise InputError if its sampling does not suit it."""
+        check_sampling([job], sampling)
+        config = self.configs["transformer"]
+        full = settled(sampling, config, defaults_of(sampling, config, self._sampling))
+        times, _, _ = sampling_schedule(full, turbo=config.turbo)
+        return len(times) - 1

@@ -1,0 +1,263 @@
+"""The server's own protocol: `/v1/songs`."""
+
+import json
+import re
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Query, Request, Response
+from fastapi.responses import FileResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from acestep_jax.errors import InputError
+from acestep_jax.serve import schema, sounds, uploads
+from acestep_jax.serve.security import Keys
+from acestep_jax.serve.service import Service
+from acestep_jax.serve.store import FILE_FIELDS, Record
+from acestep_jax.serve.submission import FIELDS, Submission, shown, variations, without_planning
+from acestep_jax.serve.waiting import changes
+
+ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+SONG = re.compile(r"(?:https?://[^/]+)?/v1/songs/(?P<id>[0-9a-f-]{36})/(?P<index>\d{1,4})(?:\.\w+)?(?:\?.*)?")
+FILE = re.compile(r"(?P<index>\d{1,4})\.(?P<suffix>[a-z0-9]{2,8})")
+COMMENT_SECONDS = 15.0  # between signs of life of a stream
+REFRESH_SECONDS = 2.0  # after which a place in the queue is told again
+UPLOADS = {name: name for name in FILE_FIELDS}
+
+
+def find(service: Service, record_id: str) -> Record:
+    """Return a record; raise HTTPException 404 if there is none. The id is looked up, and no path is made of it."""
+    record = service.records.get(record_id) if ID.fullmatch(record_id) else None
+    if record is None:
+        raise HTTPException(404, "there is no song of that id")
+    return record
+
+
+def client_of(request: Request) -> str:
+    """Return the address of a client."""
+    return request.client.host if request.client else "127.0.0.1"
+
+
+def link_song(service: Service, body: uploads.Body, field: str, value: str) -> None:
+    """Give a finished song of this server, named by its link, to a field; raise InputError for any other text."""
+    found = SONG.fullmatch(value)
+    record = service.records.get(found["id"]) if found else None
+    if found is None or record is None:
+        raise InputError(
+            f"{field}: paths are not opened; upload the file as multipart/form-data, or give {schema.SONG_LINK}"
+        )
+    body.uploads = body.uploads or service.store.new_folder()
+    service.use_song(body.uploads, field, record, int(found["index"]))
+    body.files.append(field)
+
+
+def submission_of(service: Service, body: uploads.Body, client: str) -> Submission:
+    """Return what a body of this protocol asks for.
+
+    Raises:
+        InputError: naming the field that cannot be used.
+    """
+    values = body.raw
+    if body.kind == "form":
+        others = body.values.keys() - {"request"}
+        if "request" not in body.values or others:
+            name = min(others, default="request")
+            raise InputError(f"{name}: expected a field request with JSON, and uploads {' and '.join(FILE_FIELDS)}")
+        values = uploads.parse_json(body.values["request"])
+    if not isinstance(values, dict):
+        raise InputError('expected a JSON object such as {"prompt": "lofi piano"}')
+    values, notes = without_planning(values, strict=service.strict)
+    count, form = values.pop("variations", 1), values.pop("format", "flac")
+    model, adapters = values.pop("model", None), values.pop("adapters", None) or {}
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= service.limits.variations:
+        raise InputError(f"variations: expected 1 to {service.limits.variations}, found {shown(count)}")
+    if model is not None and not isinstance(model, str):
+        raise InputError(f"model: expected a text, found {shown(model)}")
+    if not isinstance(adapters, dict):
+        raise InputError(f"adapters: expected an object of scales by name, found {shown(adapters)}")
+    for field in FILE_FIELDS:
+        value = values.pop(field, None)
+        if value is None:
+            continue
+        if field in body.files or not isinstance(value, str):
+            raise InputError(f"{field}: expected an upload or the link of a song, found {shown(value)}")
+        link_song(service, body, field, value)
+    return Submission(
+        songs=variations(values, count),
+        api="native",
+        model=model,
+        adapters=adapters,
+        format=sounds.check_format(form),
+        notes=notes,
+        uploads=body.uploads,
+        files=body.files,
+        client=client,
+    )
+
+
+def view(service: Service, keys: Keys, record: Record) -> dict[str, Any]:
+    """Return a record as clients see it."""
+    part, stage, step, steps = service.progress(record)
+    eta = service.eta(record)
+    songs = []
+    for i, song in enumerate(record.songs):
+        values: dict[str, Any] = dict(index=i, status=song.status, seed=song.seed, seconds=song.seconds)
+        if song.status == "done":
+            base = f"/v1/songs/{record.id}/{i}"
+            values["audio"] = keys.link(f"{base}.{record.format}")
+            values["latents"] = keys.link(f"{base}.latents")
+        if song.error:
+            values["error"] = song.error
+        songs.append(values)
+    first = record.songs[0]
+    return dict(
+        id=record.id,
+        status=record.status,
+        position=service.position(record),
+        eta_seconds=None if eta is None else round(eta, 1),
+        progress=round(part, 4),
+        stage=stage,
+        step=step,
+        steps=steps,
+        created=record.created,
+        started=record.started,
+        finished=record.finished,
+        model=record.model,
+        adapters=record.adapters,
+        format=record.format,
+        notes=record.notes,
+        error=record.error,
+        request=first.request | first.sampling,
+        uploads=record.files,
+        songs=songs,
+    )
+
+
+def router(service: Service, keys: Keys) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter(tags=["songs"])
+
+    @routes.post(
+        "/v1/songs", status_code=202, openapi_extra=dict(requestBody=schema.request_body()), summary="Request songs"
+    )
+    async def submit(request: Request, response: Response) -> dict[str, Any]:
+        """Accept songs to make. Fields are those of `Request` and `Sampling`; an unknown one is an error."""
+        service.check_room(client_of(request))
+        body = await uploads.read(request, service.store, UPLOADS)
+        try:
+            submission = submission_of(service, body, client_of(request))
+        except BaseException:
+            body.discard()
+            raise
+        record = await run_in_threadpool(service.accept, submission)
+        response.headers["location"] = f"/v1/songs/{record.id}"
+        return view(service, keys, record)
+
+    @routes.get("/v1/songs", summary="History, newest first")
+    def history(
+        limit: int = Query(20, ge=1, le=200, description="Most records to return."),
+        before: str | None = Query(None, max_length=64, description="Only records older than the one of this id."),
+    ) -> dict[str, Any]:
+        records = service.history(limit, before)
+        more = records[-1].id if len(records) == limit else None
+        return dict(songs=[view(service, keys, record) for record in records], before=more)
+
+    @routes.get("/v1/songs/{record_id}", summary="One record")
+    async def get(record_id: str) -> dict[str, Any]:
+        return view(service, keys, find(service, record_id))
+
+    @routes.post("/v1/songs/{record_id}/cancel", summary="Stop what is not finished")
+    async def cancel(record_id: str) -> dict[str, Any]:
+        record = find(service, record_id)
+        await run_in_threadpool(service.cancel, record)
+        return view(service, keys, record)
+
+    @routes.delete("/v1/songs/{record_id}", summary="Cancel a record, or remove a finished one")
+    async def delete(record_id: str) -> dict[str, Any]:
+        record = find(service, record_id)
+        was_final = record.final
+        await run_in_threadpool(service.delete if was_final else service.cancel, record)
+        return dict(id=record.id, status="removed" if was_final else record.status)
+
+    @routes.get("/v1/songs/{record_id}/events", summary="Progress as server-sent events")
+    async def events(record_id: str, request: Request) -> StreamingResponse:
+        """Events queued, running, done, failed and cancelled, each with the record. Last-Event-ID is heeded."""
+        record = find(service, record_id)
+        last = request.headers.get("last-event-id", "")
+        stream = _events(service, keys, record, last)
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+
+    @routes.get("/v1/songs/{record_id}/{name}", summary="The sound, latents or settings of a song")
+    @routes.head("/v1/songs/{record_id}/{name}", include_in_schema=False)
+    async def file(record_id: str, name: str, download: bool = False) -> Response:
+        """Return song I as I.flac, .wav, .mp3, .ogg, .opus, .wav24 or .wav32, with ranges; as I.latents, float32
+        [frames, channels]; or its settings as I.json."""
+        record = find(service, record_id)
+        found = FILE.fullmatch(name)
+        index = int(found["index"]) if found else -1
+        if found is None or index >= len(record.songs):
+            raise HTTPException(404, "there is no such file")
+        suffix = found["suffix"]
+        if suffix == "json":
+            song = record.songs[index]
+            about = dict(model=record.model, adapters=record.adapters, seconds=song.seconds)
+            text = json.dumps(song.request | song.sampling | about, ensure_ascii=False, indent=2)
+            return Response(text, media_type="application/json")
+        if suffix == "latents":
+            path = service.store.song_path(record, index, ".latents")
+            found_path = path if record.songs[index].status == "done" and path.exists() else None
+            media = "application/octet-stream"
+        elif suffix in sounds.FORMATS:
+            found_path = await run_in_threadpool(service.sound, record, index, suffix)
+            media = sounds.FORMATS[suffix].media_type
+        else:
+            raise HTTPException(
+                404, f"unknown kind of file; expected one of {', '.join(sounds.FORMATS)}, latents, json"
+            )
+        if found_path is None:
+            raise HTTPException(404, "this song is not finished")
+        options: dict[str, Any] = dict(filename=f"{record.id}-{found_path.name}") if download else {}
+        return FileResponse(found_path, media_type=media, **options)
+
+    @routes.get("/v1/server", summary="Models, adapters and limits")
+    async def about() -> dict[str, Any]:
+        limits = service.limits
+        return dict(
+            models=[
+                dict(name=name, turbo=model.turbo, tasks=model.tasks, sample_rate=model.sample_rate)
+                for name, model in service.engine.models.items()
+            ],
+            adapters=list(service.engine.adapters),
+            planner=False,
+            formats=list(sounds.NAMES),
+            fields=list(FIELDS),
+            limits=dict(
+                duration=limits.duration,
+                variations=limits.variations,
+                prompt=limits.prompt,
+                lyrics=limits.lyrics,
+                upload_bytes=limits.upload_bytes,
+                queue=limits.queue,
+            ),
+        )
+
+    return routes
+
+
+async def _events(service: Service, keys: Keys, record: Record, last: str) -> AsyncIterator[str]:
+    sent, told, place = last, time.monotonic(), None
+    async for _ in changes(service, record, REFRESH_SECONDS):
+        values = view(service, keys, record)
+        now, event_id = time.monotonic(), str(record.version)
+        if event_id != sent or values["position"] != place and place is not None:
+            text = json.dumps(values, ensure_ascii=False)
+            yield f"id: {event_id}\nevent: {record.status}\ndata: {text}\n\n"
+            sent, told = event_id, now
+        elif now - told >= COMMENT_SECONDS:
+            yield ": waiting\n\n"
+            told = now
+        place = values["position"]
+    if not record.final:
+        yield ": closing\n\n"

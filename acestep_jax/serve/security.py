@@ -1,0 +1,239 @@
+"""Who may ask: the key, hosts and origins, signed links, and bodies that are too large or too slow.
+
+A server of one's own machine is reached by every page that the browser has open. So requests must name this host
+(against DNS rebinding), and those that change something must not come from another origin.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import json
+import re
+import time
+from collections.abc import Collection, Iterable
+from urllib.parse import parse_qs
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from acestep_jax.serve.errors import error_body
+
+COOKIE = "acestep-session"
+LINK_SECONDS = 24 * 3600
+BODY_SECONDS = 60.0  # between two pieces of a body
+OPEN = ("/health", "/ready", "/docs", "/openapi.json", "/v1/session")  # without a key
+OPEN_FOLDERS = ("/static/",)
+READING = ("GET", "HEAD", "OPTIONS")
+LATE_KINDS = ("", "application/json", "application/x-www-form-urlencoded")  # uploads need the key first
+HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([\w.-]+))(?::\d{1,5})?", re.ASCII)
+ALLOWED = "authorization, content-type, range, last-event-id, x-api-key"
+EXPOSED = "content-range, content-length, retry-after, x-acestep-ignored"
+
+
+class Keys:
+    """The server's key, and what is derived from it: cookies of the page and links to sound that anyone may follow.
+
+    Args:
+        key: None: everyone may ask.
+        secret: what links and cookies are signed with.
+    """
+
+    def __init__(self, key: str | None, secret: bytes):
+        self.key = key
+        self._secret = secret + (key or "").encode()
+
+    def accepts(self, given: str | None) -> bool:
+        """Return whether that is the key, in a time that does not depend on where it differs."""
+        if self.key is None:
+            return True
+        return given is not None and hmac.compare_digest(given.encode(), self.key.encode())
+
+    def session(self) -> str:
+        """Return the value of a cookie that stands for the key, for a day."""
+        until = int(time.time()) + LINK_SECONDS
+        return f"{until}.{self._signature('session', until)}"
+
+    def knows_session(self, value: str | None) -> bool:
+        """Return whether a cookie is one of `session`, and not too old."""
+        until, _, signature = (value or "").partition(".")
+        return self._is_signed("session", until, signature)
+
+    def link(self, path: str) -> str:
+        """Return a path with a signature that is valid for a day, or as it is if there is no key."""
+        if self.key is None:
+            return path
+        until = int(time.time()) + LINK_SECONDS
+        return f"{path}{'&' if '?' in path else '?'}exp={until}&sig={self._signature(path, until)}"
+
+    def knows_link(self, path: str, query: str) -> bool:
+        """Return whether a path is one of `link`, and not too old."""
+        rest, _, last = query.partition("exp=")
+        values = parse_qs("exp=" + last)
+        signed = path + (f"?{rest.rstrip('&')}" if rest.rstrip("&") else "")
+        return self._is_signed(signed, *(values.get(name, [""])[0] for name in ("exp", "sig")))
+
+    def _signature(self, subject: str, until: int) -> str:
+        return hmac.new(self._secret, f"{subject}\n{until}".encode(), hashlib.sha256).hexdigest()
+
+    def _is_signed(self, subject: str, until: str, signature: str) -> bool:
+        if not (until.isascii() and until.isdigit() and len(until) < 12) or int(until) < time.time():
+            return False
+        return hmac.compare_digest(self._signature(subject, int(until)).encode(), signature.encode())
+
+
+def given_key(request: Request) -> str | None:
+    """Return the key that a request carries in its headers: a bearer token, the bare key, or X-API-Key."""
+    value = request.headers.get("authorization") or request.headers.get("x-api-key")
+    if value is None:
+        return None
+    scheme, _, rest = value.partition(" ")
+    return rest.strip() if scheme.lower() == "bearer" and rest else value.strip()
+
+
+class Guard:
+    """The middleware that all requests pass.
+
+    Args:
+        hosts: names that the server is called by, besides its addresses and localhost.
+        origins: of pages on other hosts that may ask.
+        max_bytes: of a body.
+        late_keys: paths that take the key in the body and check it themselves.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: Keys,
+        hosts: Collection[str] = (),
+        origins: Collection[str] = (),
+        max_bytes: int,
+        late_keys: Collection[str] = (),
+    ):
+        self.app, self.keys, self.max_bytes = app, keys, max_bytes
+        self.hosts = {"localhost", *(host.lower() for host in hosts)}
+        self.origins = {origin.rstrip("/").lower() for origin in origins}
+        self.late_keys = frozenset(late_keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+        origin = request.headers.get("origin")
+        allowed = origin is not None and origin.lower() in self.origins
+        headers = _cors(origin) if allowed and origin is not None else []
+        if problem := self._problem(request, origin, allowed):
+            status, text = problem
+            await _answer(send, status, error_body(scope["path"], status, text), headers)
+            return
+        if request.method == "OPTIONS" and "access-control-request-method" in request.headers:
+            status = 204 if allowed else 403
+            await _answer(send, status, None if allowed else {"detail": "origin not allowed"}, headers)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *headers, (b"x-content-type-options", b"nosniff")]
+            await send(message)
+
+        await self.app(scope, self._limited(receive), send_with_headers)
+
+    def _problem(self, request: Request, origin: str | None, allowed: bool) -> tuple[int, str] | None:
+        """Return the status and the text of a refusal."""
+        if not self._is_own(request.headers.get("host", "")):
+            return 421, "Host: this server is not called that; start it with --public-host NAME"
+        if origin is not None and not allowed and request.method not in READING:
+            if origin.lower().partition("://")[2] != request.headers.get("host", "").lower():
+                return 403, "Origin: pages of other hosts may not do this; start the server with --cors ORIGIN"
+        length = request.headers.get("content-length", "")
+        if length and not (length.isascii() and length.isdigit()):
+            return 400, "Content-Length: expected a number"
+        if length and (len(length) > 15 or int(length) > self.max_bytes):
+            return 413, f"the body is larger than {self.max_bytes // 2**20} MB"
+        if self.keys.key is None or self._is_open(request):
+            request.scope.setdefault("state", {})["authorised"] = True
+            return None
+        key = given_key(request)
+        if key is None:
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if request.scope["path"] in self.late_keys and kind in LATE_KINDS:
+                return None
+            return 401, "Missing Authorization header"
+        if not self.keys.accepts(key):
+            return 401, "Invalid API key"
+        request.scope.setdefault("state", {})["authorised"] = True
+        return None
+
+    def _is_open(self, request: Request) -> bool:
+        path = request.scope["path"]  # not that of the URL, which some versions of Starlette make of the Host header
+        if path == "/" or path in OPEN or path.startswith(OPEN_FOLDERS) or request.method == "OPTIONS":
+            return True
+        if request.method in ("GET", "HEAD") and self.keys.knows_link(
+            _raw_path(request), request.scope["query_string"].decode("latin-1")
+        ):
+            return True
+        return self.keys.knows_session(request.cookies.get(COOKIE))
+
+    def _is_own(self, host: str) -> bool:
+        """Return whether a Host header names this server: an address cannot be another name's, a name must be known."""
+        found = HOST.fullmatch(host)
+        if found is None:
+            return False
+        name = found[1] or found[2]
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return name.lower() in self.hosts
+        return True
+
+    def _limited(self, receive: Receive) -> Receive:
+        """Return `receive` as it ends by 413 for a body that is too large, and 408 for one that does not come."""
+        count, whole = 0, False
+
+        async def limited() -> Message:
+            nonlocal count, whole
+            if whole:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), BODY_SECONDS)
+            except TimeoutError:
+                raise HTTPException(408, "the body did not come") from None
+            if message["type"] == "http.request":
+                count += len(message.get("body", b""))
+                whole = not message.get("more_body", False)
+                if count > self.max_bytes:
+                    raise HTTPException(413, f"the body is larger than {self.max_bytes // 2**20} MB")
+            return message
+
+        return limited
+
+
+def _raw_path(request: Request) -> str:
+    return request.scope.get("raw_path", request.scope["path"].encode()).decode("latin-1").partition("?")[0]
+
+
+def _cors(origin: str) -> list[tuple[bytes, bytes]]:
+    values = {
+        "access-control-allow-origin": origin,
+        "access-control-allow-methods": "GET, POST, DELETE, OPTIONS",
+        "access-control-allow-headers": ALLOWED,
+        "access-control-expose-headers": EXPOSED,
+        "vary": "Origin",
+    }
+    return [(name.encode(), value.encode("latin-1", "replace")) for name, value in values.items()]
+
+
+async def _answer(send: Send, status: int, body: object, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    encoded = b"" if body is None else json.dumps(body).encode()
+    own = [(b"content-length", str(len(encoded)).encode())]
+    if body is not None:
+        own.append((b"content-type", b"application/json"))
+    if status == 401:
+        own.append((b"www-authenticate", b"Bearer"))
+    if status == 413:
+        own.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
+    await send({"type": "http.response.body", "body": encoded})

@@ -1,0 +1,236 @@
+"""What the server keeps, in one folder: requests, their uploads and their results.
+
+    DATA/songs/<id>/request.json    what was accepted, with its seeds
+    DATA/songs/<id>/src_audio       an upload, under the name of its field
+    DATA/songs/<id>/0.flac          a song, and 0.latents beside it; other formats are made when they are asked for
+    DATA/songs/<id>/result.json     how it ended
+    DATA/incoming/                  uploads that are not accepted yet
+
+Every file appears whole or not at all, and `result.json` last: a request without one is queued, also after `kill -9`.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from acestep_jax.io.files import publish_file
+
+logger = logging.getLogger(__name__)
+
+FINAL = ("done", "failed", "cancelled")
+FILE_FIELDS = ("src_audio", "reference_audio")
+
+
+@dataclasses.dataclass
+class SongRecord:
+    """One song of a record: the fields of `Request` and `Sampling` that were given, with its seed, and its state."""
+
+    request: dict[str, Any]
+    sampling: dict[str, Any]
+    status: str = "queued"
+    error: str | None = None
+    seconds: float | None = None
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of the noise."""
+        return self.request.get("seed")
+
+
+@dataclasses.dataclass
+class Record:
+    """One submission: songs that were requested together.
+
+    Attributes:
+        created, started, finished: seconds since 1970.
+        api: the protocol that it came by.
+        format: the sound file that the client wants, see `serve.sounds`.
+        notes: what of the request was ignored or replaced, in sentences.
+        extra: what only its protocol knows.
+        files: the fields that have an upload.
+        status: "queued", "running", "done", "failed" or "cancelled".
+        version: increases with every change, for those who watch.
+    """
+
+    id: str
+    created: float
+    api: str
+    model: str
+    adapters: dict[str, float]
+    songs: list[SongRecord]
+    format: str = "flac"
+    notes: list[str] = dataclasses.field(default_factory=list)
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    files: list[str] = dataclasses.field(default_factory=list)
+    status: str = "queued"
+    started: float | None = None
+    finished: float | None = None
+    version: int = 1
+
+    @property
+    def final(self) -> bool:
+        """Whether it has ended."""
+        return self.status in FINAL
+
+    @property
+    def error(self) -> str | None:
+        """What went wrong with the first song that failed."""
+        return next((song.error for song in self.songs if song.error), None)
+
+
+class Store:
+    """The folder of the server. One process owns it.
+
+    Raises:
+        OSError: if the folder cannot be written, or another server uses it.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).expanduser().absolute()
+        self.songs, self.incoming = self.folder / "songs", self.folder / "incoming"
+        for path in (self.songs, self.incoming):
+            path.mkdir(parents=True, exist_ok=True)
+        self._owner = _lock(self.folder / "lock")
+        for path in self.incoming.iterdir():
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        self._removed = self.folder / "removed"
+        self._writing = threading.Lock()
+        self.removed = set(self._removed.read_text().split()) if self._removed.exists() else set()
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        self._owner.release()
+
+    def secret(self) -> bytes:
+        """Return the key that links are signed with; it is made once, and nobody else may read it."""
+        path = self.folder / "secret"
+        if not path.exists():
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "w") as file:
+                file.write(secrets.token_hex(32))
+        return bytes.fromhex(path.read_text().strip())
+
+    def new_folder(self) -> Path:
+        """Return a new folder for the uploads of a request."""
+        return Path(tempfile.mkdtemp(dir=self.incoming))
+
+    def new_id(self) -> str:
+        """Return the id of a new record."""
+        return str(uuid.uuid4())
+
+    def folder_of(self, record: Record) -> Path:
+        """Return the folder of a record."""
+        return self.songs / record.id
+
+    def song_path(self, record: Record, index: int, suffix: str = ".flac") -> Path:
+        """Return the file of a song."""
+        return self.folder_of(record) / f"{index}{suffix}"
+
+    def upload_path(self, record: Record, field: str) -> Path:
+        """Return the file of an upload."""
+        return self.folder_of(record) / field
+
+    def accept(self, record: Record, uploads: Path | None) -> None:
+        """Keep a new record with the folder of its uploads: from here on it survives the process."""
+        folder = uploads or self.new_folder()
+        values = dataclasses.asdict(record)
+        for name in ("status", "started", "finished", "version"):
+            values.pop(name)
+        values["songs"] = [dict(request=song.request, sampling=song.sampling) for song in record.songs]
+        _write_json(folder / "request.json", values)
+        folder.chmod(0o755)
+        os.rename(folder, self.folder_of(record))
+        _sync(self.songs)
+
+    def finish(self, record: Record) -> None:
+        """Keep how a record ended."""
+        values = dict(
+            status=record.status,
+            started=record.started,
+            finished=record.finished,
+            songs=[dict(status=song.status, error=song.error, seconds=song.seconds) for song in record.songs],
+        )
+        _write_json(self.folder_of(record) / "result.json", values)
+
+    def remove(self, record: Record) -> None:
+        """Delete a record with its files, and remember that it was there."""
+        gone = self.incoming / f"gone-{record.id}"
+        try:
+            os.rename(self.folder_of(record), gone)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(gone, ignore_errors=True)
+        with self._writing:
+            self.removed.add(record.id)
+            with self._removed.open("a") as file:
+                file.write(record.id + "\n")
+
+    def load(self) -> Iterator[Record]:
+        """Yield the records of earlier processes, oldest first; what cannot be read is left alone, with a warning."""
+        found = []
+        for folder in self.songs.iterdir():
+            try:
+                found.append(self._read(folder))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                logger.warning("%s: not a record that can be read (%s); left alone", folder, error)
+        yield from sorted(found, key=lambda record: record.created)
+
+    def size(self, record: Record) -> int:
+        """Return the bytes of a record's files."""
+        with os.scandir(self.folder_of(record)) as files:
+            return sum(file.stat().st_size for file in files)
+
+    def _read(self, folder: Path) -> Record:
+        values = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+        songs = [SongRecord(**song) for song in values.pop("songs")]
+        record = Record(songs=songs, **values)
+        if record.id != folder.name:
+            raise ValueError(f"it is called {record.id}")
+        result = folder / "result.json"
+        if result.exists():
+            ended: Mapping[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+            record.status, record.started, record.finished = ended["status"], ended["started"], ended["finished"]
+            for song, values in zip(record.songs, ended["songs"], strict=True):
+                song.status, song.error, song.seconds = values["status"], values["error"], values["seconds"]
+        return record
+
+
+def now() -> float:
+    """Return the seconds since 1970."""
+    return time.time()
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    with publish_file(path) as temporary:
+        temporary.write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def _lock(path: Path) -> Any:
+    """Hold the folder for this process; raise OSError if another one has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OSError(f"{path.parent}: another server uses this folder; give each its own with --data") from None
+    return lock
+
+
+def _sync(folder: Path) -> None:
+    """Make a new name in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,173 @@
+"""From what a client sent to songs that can be made: the limits of the server, seeds, and the fields of `Request` and
+`Sampling`, from which the protocols are derived."""
+
+import dataclasses
+import math
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from acestep_jax.arguments import arguments, unknown_name
+from acestep_jax.errors import InputError
+from acestep_jax.request import Planning, Request, Sampling, split
+
+MAX_SEED = 2**32 - 1
+# Fields that clients do not get: the lengths of texts are limited here, in characters.
+HIDDEN = ("max_text_length", "max_lyric_length")
+FIELDS = {
+    name: (field, about)
+    for name, (field, about) in (arguments(Request) | arguments(Sampling)).items()
+    if about.json and name not in HIDDEN
+}
+PLANNING = arguments(Planning)  # the planner does not run here: its fields are accepted, and the answer says so
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the server accepts.
+
+    Attributes:
+        queue: songs that wait.
+        queue_minutes: estimated minutes of work that waits.
+        per_client: songs of one address that wait; addresses of this machine are not limited.
+        upload_bytes: of the body of a request.
+        duration: seconds of a song, a source or a reference.
+        variations: songs of one request.
+        prompt, lyrics: characters.
+        steps: of sampling; other counts that multiply the work are limited alike.
+        keep_bytes: of the songs that are kept; the oldest go first.
+    """
+
+    queue: int = 200
+    queue_minutes: float = 30.0
+    per_client: int = 16
+    upload_bytes: int = 256 * 2**20
+    duration: float = 600.0
+    variations: int = 9
+    prompt: int = 4096
+    lyrics: int = 16384
+    steps: int = 200
+    keep_bytes: int = 20 * 10**9
+
+
+@dataclasses.dataclass
+class Submission:
+    """What a client wants, in whatever protocol it came.
+
+    Attributes:
+        songs: for each song, the fields of `Request` and `Sampling` that were given.
+        model: None: the first of the server.
+        uploads: a folder of `Store.new_folder` with a file for each field of `files`.
+        client: the address, for limits.
+    """
+
+    songs: list[dict[str, Any]]
+    api: str
+    model: str | None = None
+    adapters: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    format: str = "flac"
+    notes: list[str] = dataclasses.field(default_factory=list)
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    uploads: Path | None = None
+    files: list[str] = dataclasses.field(default_factory=list)
+    client: str = "127.0.0.1"
+
+
+def variations(values: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """Return the fields of `count` songs that differ in their seeds: s, s + 1, ...; a new s where none was given.
+
+    Raises:
+        InputError: if a seed is out of range.
+    """
+    seed = values.get("seed")
+    if seed is None:
+        seed = secrets.randbelow(MAX_SEED - count)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED - (count - 1):
+        raise InputError(f"seed: expected a whole number from 0 to 2^32 - {count}, found {shown(seed)}")
+    return [dict(values) | dict(seed=seed + i) for i in range(count)]
+
+
+def without_planning(values: Mapping[str, Any], *, strict: bool) -> tuple[dict[str, Any], list[str]]:
+    """Return the values without those of `Planning`, and a note for each of these that asks for something.
+
+    Raises:
+        InputError: if `strict` and there is one.
+    """
+    asked = [name for name, value in values.items() if name in PLANNING and value not in (None, False)]
+    if strict and asked:
+        raise InputError(f"{asked[0]}: the planner does not run here, and the server was started with --strict")
+    kept = {name: value for name, value in values.items() if name not in PLANNING}
+    return kept, [f"{name}: the planner does not run here; ignored" for name in asked]
+
+
+def check_values(values: Mapping[str, Any], limits: Limits) -> None:
+    """Raise InputError for an unknown name, or a value that is beyond what the server accepts."""
+    for name, value in values.items():
+        if name not in FIELDS:
+            raise InputError(unknown_name(str(name), FIELDS, "field"))
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str):
+                check_text_length(name, text, limits.prompt if "lyrics" not in name else limits.lyrics)
+        if isinstance(value, list | tuple) and len(value) > limits.steps:
+            raise InputError(f"{name}: expected at most {limits.steps} values, found {len(value)}")
+    for name in ("num_inference_steps", "flow_edit_n_avg"):
+        value = values.get(name)
+        if isinstance(value, int) and value > limits.steps:
+            raise InputError(f"{name}: expected at most {limits.steps}, found {shown(value)}")
+    duration = values.get("audio_duration")
+    if isinstance(duration, int | float) and duration > limits.duration:
+        raise InputError(f"audio_duration: expected at most {limits.duration:g} s, found {shown(duration)}")
+
+
+def check_text_length(name: str, text: str, most: int) -> None:
+    """Raise InputError unless a text is one, of at most so many characters. Codes are numbers, and not limited."""
+    if name != "audio_codes" and len(text) > most:
+        raise InputError(f"{name}: expected at most {most} characters, found {len(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name}: not text that can be written as UTF-8") from None
+
+
+def request_and_sampling(values: Mapping[str, Any], files: Mapping[str, Path]) -> tuple[Request, Sampling]:
+    """Return what a song is, and how it is sampled.
+
+    Args:
+        files: of the fields that have one.
+
+    Raises:
+        InputError: if a value cannot be used.
+    """
+    if "prompt" not in values:
+        raise InputError("prompt: missing; describe the music in a few words")
+    requested, _, sampled = split(values)
+    requested: dict[str, Any] = requested | {name: str(path) for name, path in files.items()}
+    try:
+        return Request(**requested), Sampling(**sampled)
+    except (TypeError, OverflowError) as error:
+        raise InputError(f"a value is not what its field takes ({error})") from None
+
+
+def with_fields(message: str, files: Mapping[str, Path]) -> str:
+    """Return a message with the names of fields in place of the server's paths, which are not the client's business."""
+    for name, path in files.items():
+        message = message.replace(str(path), name)
+    return message
+
+
+def field_of(message: str) -> str | None:
+    """Return the field that a message is about: what it begins with."""
+    subject, colon, _ = message.partition(":")
+    first = subject.split(",")[0].strip()
+    return first if colon and first.isidentifier() else None
+
+
+def shown(value: Any) -> str:
+    """Return a value for messages; what is long is cut."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**30:
+        return "a number of more than 30 digits"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "no finite number"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
