@@ -7,7 +7,8 @@ from acestep_jax.errors import InputError
 from acestep_jax.models.config import TransformerConfig
 from acestep_jax.models.transformer import AceStepTransformer1DModel
 from acestep_jax.pipeline import AceStepPipeline
-from acestep_jax.request import Request, Sampling
+from acestep_jax.planner.plan import Plan
+from acestep_jax.request import Planning, Request, Sampling
 from acestep_jax.song import AudioPipelineOutput, Song
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "AceStepTransformer1DModel",
     "AudioPipelineOutput",
     "InputError",
+    "Plan",
+    "Planning",
     "Request",
     "Sampling",
     "Song",

@@ -8,7 +8,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ class Argument:
         default: what the default None means, for help texts.
         from_file: whether `@FILE` on the command line stands for the text in that file.
         json: whether the value can be written in JSON.
+        reader: checks a value that was given and brings it into form, in place of a check of its type and range.
     """
 
     help: str
@@ -45,6 +46,7 @@ class Argument:
     default: str | None = None
     from_file: bool = False
     json: bool = True
+    reader: Callable[[Any], Any] | None = None
 
 
 def argument(default: Any = dataclasses.MISSING, *, help: str, meaning: str | None = None, **about: Any) -> Any:
@@ -99,7 +101,8 @@ def is_key(seed: Any) -> bool:
 
 
 def check_fields(values: Any) -> None:
-    """Check every field against its type, range and choices; sequences of numbers or texts become tuples.
+    """Bring every field into form, and check it against its type, range and choices; sequences of numbers or texts
+    become tuples.
 
     Raises:
         InputError: naming the field, what was expected and what was found.
@@ -107,6 +110,9 @@ def check_fields(values: Any) -> None:
     for name, (field, about) in arguments(type(values)).items():
         value = getattr(values, name)
         if value is None and types.NoneType in typing.get_args(field.type):
+            continue
+        if about.reader is not None:
+            object.__setattr__(values, name, about.reader(value))
             continue
         kinds = value_types(field.type)
         if isinstance(value, np.ndarray) and repeatable(field.type):
@@ -205,6 +211,8 @@ def table(kind: type) -> str:
             default = "required" if field.default is dataclasses.MISSING else _written(field.default)
         help, _, _ = describe(name, kind).partition(" Default: ")
         option = flag(name, about)
+        if option and value_types(field.type) == {bool} and field.type is not bool:
+            option = f"{option}`, `--no-{option[2:]}"
         cells = [f"`{name}`", f"`{option}`" if option else "", " or ".join(kinds), default, help.replace("|", "\\|")]
         rows.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
     return "\n".join(rows) + "\n"

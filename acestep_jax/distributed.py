@@ -9,8 +9,12 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -23,6 +27,8 @@ from jax.sharding import PartitionSpec as P
 from acestep_jax.errors import InputError, Preempted
 
 logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
@@ -164,6 +170,41 @@ def join_processes(text: str) -> None:
 def on_host(x: jax.Array) -> np.ndarray:
     """Return all of an array, also of one that is spread over several processes."""
     return np.asarray(x) if x.is_fully_addressable else np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+_ALONE = """
+import os, pickle, sys
+answer = os.fdopen(os.dup(1), "wb")
+os.dup2(2, 1)  # what libraries print is no part of the answer
+function, arguments = pickle.load(sys.stdin.buffer)
+try:
+    result = True, function(*arguments)
+except Exception as error:
+    result = False, error
+with answer:
+    pickle.dump(result, answer)
+"""
+
+
+def alone(function: Callable[..., R], *arguments: Any) -> R:
+    """Return what a function returns in a process of its own, which knows of no others and computes on the CPU: for
+    libraries that wait for all processes of a cluster, in work that only one of them does.
+
+    Args:
+        function, arguments: what can be pickled, as the result and what it raises.
+    """
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", _ALONE],
+        input=pickle.dumps((function, arguments)),
+        stdout=subprocess.PIPE,
+        env=environment,
+        check=True,
+    )
+    succeeded, result = pickle.loads(done.stdout)
+    if not succeeded:
+        raise result
+    return result
 
 
 # What processes with different shares of the work tell each other goes through JAX's key-value store, to which there is

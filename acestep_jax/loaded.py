@@ -19,6 +19,7 @@ from acestep_jax.io.adapter import Adapter, LoadedAdapters, scales_by_name
 from acestep_jax.io.files import as_path
 from acestep_jax.io.manifest import pick_dtype
 from acestep_jax.io.native import native_folder
+from acestep_jax.io.planner_source import PlannerSource
 from acestep_jax.memory import needed_bytes
 from acestep_jax.models.audio_tokenizer import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer
 from acestep_jax.models.autoencoder import AutoencoderOobleck
@@ -68,6 +69,7 @@ class LoadedModel:
         self.placement = placement or Placement()
         self.sampling_defaults = dict(sampling_defaults or {})
         self.loaded_from: Path | None = None  # the native checkpoint, if there is one
+        self.planner_source: PlannerSource | None = None
 
     @classmethod
     @with_own_settings
@@ -84,6 +86,7 @@ class LoadedModel:
         local_files_only: bool = False,
         networks: Sequence[str] | None = None,
         offload: bool | None = None,
+        planner: str | Path | None = None,
         **unknown: Any,
     ) -> Self:
         """Load a model, after downloading and converting it if need be; both are done once.
@@ -104,21 +107,16 @@ class LoadedModel:
             networks: names of the networks to load; None: all.
             offload: whether networks stay in the host's memory but for those in use; None: if the device has too little
                 memory for all of them and a song of ten minutes. Not with a mesh.
+            planner: the language model that plans songs: a folder, or the id of a repository such as
+                "ACE-Step/acestep-5Hz-lm-0.6B"; None: the one that is with the model. It is loaded when it is needed.
 
         Raises:
             InputError: if the model cannot be found, downloaded or read, or an argument is unknown.
         """
         for name in unknown:
             raise InputError(unknown_name(name, inspect.signature(cls.from_pretrained).parameters.keys() - {"unknown"}))
-        path = native_folder(
-            source,
-            variant,
-            dtype=converted_dtype(dtype),
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
+        hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        path = native_folder(source, variant, dtype=converted_dtype(dtype), **hub)
         manifest = checkpoint.read_manifest(path, None if networks is None else networks)
         dtype = pick_dtype(manifest, mesh) if dtype is None else dtype
         configs = {name: c for name, c in manifest.configs.items() if networks is None or name in networks}
@@ -131,6 +129,7 @@ class LoadedModel:
         tokenizer = checkpoint.load_tokenizer(path) if "text_encoder" in loaded else None
         pipe = cls(**loaded, tokenizer=tokenizer, mesh=mesh, sampling_defaults=manifest.sampling, placement=placement)
         pipe.loaded_from = path
+        pipe.planner_source = PlannerSource.of(planner, source, path, dtype=dtype, **hub)
         return pipe
 
     from_checkpoint = from_pretrained

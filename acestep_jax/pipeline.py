@@ -3,8 +3,10 @@
 The keyword names are those of diffusers' `AceStepPipeline`.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -13,32 +15,37 @@ from tqdm import tqdm
 from acestep_jax.diffusion import denoise
 from acestep_jax.diffusion.denoise import StepCallback
 from acestep_jax.diffusion.solvers import STOCHASTIC
-from acestep_jax.distributed import on_host
+from acestep_jax.distributed import on_host, spans_processes
 from acestep_jax.errors import InputError
-from acestep_jax.inputs import programs, sources, tasks
+from acestep_jax.inputs import ineffective, programs, sources, tasks
 from acestep_jax.inputs.buckets import BUCKETS
 from acestep_jax.inputs.collate import (
     check_sampling,
     collate,
+    draw_retake_seeds,
     draw_seeds,
     initial_noise,
     sampling_schedule,
     warn_of_padding,
 )
-from acestep_jax.inputs.keywords import requests_and_sampling, takes
+from acestep_jax.inputs.keywords import requests_of, takes
 from acestep_jax.inputs.loop import loop_inputs
 from acestep_jax.inputs.prepare import Job, check_length, codebook_size, load_audio, prepare
 from acestep_jax.inputs.prompt import PAD
 from acestep_jax.inputs.settings import compat_of, defaults_of, settled
 from acestep_jax.inputs.torch_arguments import from_torch
 from acestep_jax.io import audio
-from acestep_jax.loaded import LoadedModel
-from acestep_jax.request import Arguments, Audio, Request, Sampling
+from acestep_jax.planner import timestamps
+from acestep_jax.planner.plan import Plan
+from acestep_jax.planner.plans import describe_codes
+from acestep_jax.planner.timestamps import Timestamps
+from acestep_jax.planning import PlanningModel, split_planning
+from acestep_jax.request import MAX_DURATION, MIN_DURATION, Arguments, Audio, Request, Sampling
 from acestep_jax.settings import with_own_settings
 from acestep_jax.song import AudioPipelineOutput, Song
 
 
-class AceStepPipeline(LoadedModel):
+class AceStepPipeline(PlanningModel):
     """A loaded model that makes songs. Text encoding, denoising and decoding are a compiled program each.
 
     `Job.program_key` names the programs that a song needs. A new batch size, number of steps or program key
@@ -55,7 +62,7 @@ class AceStepPipeline(LoadedModel):
         callback_on_step_end: StepCallback | None = None,
         **keywords: Any,
     ) -> AudioPipelineOutput:
-        """Generate a song for each prompt, or for each `Request`.
+        """Generate a song for each prompt, each `Request` or each `Plan`.
 
         Args:
             {arguments}
@@ -69,17 +76,26 @@ class AceStepPipeline(LoadedModel):
         of one seed s has the seed s + i. The same seed gives the same song, alone or in any batch.
 
         Returns:
-            The songs. Each has a peak of -1 dBFS, but for repainted ones: outside of the regions these are their
-            source, sample for sample.
+            The songs. Each has a peak of -1 dBFS, but for repaint, and for lego in regions: these are their source
+            outside of the regions, sample for sample, and have its level.
 
         Raises:
             InputError: if an argument is unknown, out of range, of the wrong shape, or not accepted by the task.
             OSError: if a sound file cannot be read.
         """
-        requests, values = requests_and_sampling(from_torch(keywords, generator))
-        sampling = Sampling(**values)
-        jobs = [self.prepare(request, sampling) for request in requests]
-        return AudioPipelineOutput(self.run(jobs, sampling, output_type=output_type, on_step=callback_on_step_end))
+        requests, planning, sampling = requests_of(from_torch(keywords, generator))
+        jobs = [self.prepare(request, sampling) for request in requests]  # what is wrong is found before it is planned
+        prompts = keywords["prompt"] if isinstance(keywords["prompt"], list | tuple) else [keywords["prompt"]]
+        finished = [i for i, prompt in enumerate(prompts) if isinstance(prompt, Plan)]
+        planned = self.planned(requests, planning, sampling, finished=finished)
+        jobs = [
+            job if plan is None else self.prepare(request, sampling)
+            for job, (request, plan) in zip(jobs, planned, strict=True)
+        ]
+        songs = self.run(jobs, sampling, output_type=output_type, on_step=callback_on_step_end)
+        return AudioPipelineOutput(
+            [dataclasses.replace(song, plan=plan) for song, (_, plan) in zip(songs, planned, strict=True)]
+        )
 
     def prepare(
         self,
@@ -128,12 +144,14 @@ class AceStepPipeline(LoadedModel):
         check_sampling(jobs, sampling)
         transformer = self.need("transformer")
         config = transformer.config
-        sampling = settled(sampling, config, defaults_of(sampling, config, self.sampling_defaults))
+        given, sampling = sampling, settled(sampling, config, defaults_of(sampling, config, self.sampling_defaults))
+        ineffective.warn_of_sampling(ineffective.Batch(jobs, given, sampling, config.turbo))
         schedule = times, _, scale = sampling_schedule(sampling, turbo=config.turbo)
-        steps, count = len(times) - 1, len(jobs)
+        steps, count, joint = len(times) - 1, len(jobs), spans_processes(self.mesh)
         # One song is replicated over the mesh; several are filled up with copies of the last one.
         multiple = 1 if self.mesh is None or count == 1 else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        jobs = [*jobs, *[jobs[-1]] * (-count % multiple)]
+        retake_seeds, copies = draw_retake_seeds(jobs, joint=joint), -count % multiple
+        jobs = [*jobs, *[jobs[-1]] * copies]
         pad = None
         if sampling.attend_to_padding:
             pad = self.need("tokenizer").token_to_id(PAD) or 0
@@ -141,7 +159,7 @@ class AceStepPipeline(LoadedModel):
         batch = collate(jobs, pad=pad)
         edited, sampled = jobs[0].edited, sampling.posterior == "sample"
         draws_noise = sampling.solver in STOCHASTIC or edited or sampled
-        seeds, keys = draw_seeds(jobs, needed=draws_noise)
+        seeds, keys = draw_seeds(jobs, needed=draws_noise, joint=joint)
         dtype = transformer.runtime.dtype
         drawn = initial_noise(
             jobs,
@@ -151,6 +169,7 @@ class AceStepPipeline(LoadedModel):
             frames=batch.frames,
             channels=config.audio_acoustic_hidden_dim,
             dtype=dtype,
+            retake_seeds=[*retake_seeds, *[retake_seeds[-1]] * copies],
         )
         method = denoise.Method(
             solver=sampling.solver,
@@ -211,6 +230,7 @@ class AceStepPipeline(LoadedModel):
                 latents=latents[i].copy(),
                 sample_rate=self.sample_rate,
                 seed=seeds[i],
+                retake_seed=retake_seeds[i],
             )
             for i, job in enumerate(jobs[:count])
         ]
@@ -225,14 +245,74 @@ class AceStepPipeline(LoadedModel):
             InputError: if there is no audio tokenizer, or the song cannot be read.
         """
         self._check_tokenizer()
+        with self.on_mesh(), self.placement.stage(self.networks) as networks:
+            latents = self._latents_of(networks, song)
+            padded = np.zeros((1, BUCKETS.frames_of(len(latents)), latents.shape[1]), np.float32)
+            padded[0, : len(latents)] = latents
+            return sources.tokenize(networks, padded, [len(latents)])[0]
+
+    def _latents_of(self, networks: Mapping[str, Any], song: Audio) -> np.ndarray:
+        """Return the latents of a song, [frames, C]."""
         vae = self.need("vae")
         wave = load_audio(song, "song", vae.config)
         wave = np.pad(wave, ((0, 0), (0, -wave.shape[1] % vae.hop_length)))
         frames = wave.shape[1] // vae.hop_length
+        latents = sources.encode_audio(networks["vae"], [wave], BUCKETS.frames_of(frames))
+        audio.check_finite(latents, "song", "of the latents, after encoding,")
+        return latents[0, :frames]
+
+    def describe(self, song: Audio | Sequence[int], **keywords: Any) -> Plan:
+        """Return what the planner hears in a song: caption, lyrics, tempo, key, language, and the song's audio codes.
+
+        Args:
+            song: a sound file, an array [channels, samples], or audio codes.
+            keywords: fields of `Planning`.
+
+        Raises:
+            InputError: if there is no planner or no audio tokenizer, or the song cannot be read.
+            OSError: if there is no such file.
+        """
+        requested, planning = split_planning(keywords)
+        if requested:
+            raise InputError(f"{next(iter(requested))}: what is heard is described; leave it out")
+        codes = song if isinstance(song, list | tuple) else self.song_to_codes(cast(Audio, song))
+        with self.on_mesh():
+            return describe_codes(self.planner, np.asarray(codes), planning)
+
+    def timestamps(
+        self,
+        song: Song | Audio,
+        request: Request | Plan,
+        sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+    ) -> Timestamps:
+        """Return when each line of the lyrics is sung, and how well the song fits its lyrics.
+
+        Args:
+            song: what a pipeline made, a sound file, or an array [channels, samples].
+            request: what it was made from, `song.plan` included, or a caption and the lyrics of any song.
+            sampling: how it was made.
+
+        Raises:
+            InputError: if the request has no lyrics, the song another length, or the heads of this model's attention
+                that follow lyrics are not known, as of XL models.
+            OSError: if there is no such file.
+        """
+        request = request.request() if isinstance(request, Plan) else request
+        steps = settled(sampling, None, self.defaults).num_inference_steps
+        assert steps is not None
         with self.on_mesh(), self.placement.stage(self.networks) as networks:
-            latents = sources.encode_audio(networks["vae"], [wave], BUCKETS.frames_of(frames))
-            audio.check_finite(latents, "song", "of the latents, after encoding,")
-            return sources.tokenize(networks, latents, [frames])[0]
+            latents = song.latents if isinstance(song, Song) else self._latents_of(networks, song)
+            if request.audio_codes is None and request.src_audio is None:
+                seconds, rate = len(latents) / self.latents_per_second, self.latents_per_second
+                if not MIN_DURATION <= seconds <= MAX_DURATION:
+                    raise InputError(
+                        f"song: expected {MIN_DURATION:g} to {MAX_DURATION:g} s of music, found {seconds:g} s"
+                    )
+                if math.ceil(seconds * rate) > len(latents):  # by rounding
+                    seconds = math.nextafter(seconds, 0)
+                request = dataclasses.replace(request, audio_duration=seconds)
+            job = self.prepare(request, sampling)
+            return timestamps.align(networks, self.need("tokenizer"), job, latents, steps=steps)
 
     def codes_to_song(self, text: str) -> np.ndarray:
         """Return the audio [channels, samples] float32 that codes as text stand for, with a peak of -1 dBFS.

@@ -1,8 +1,9 @@
-"""What can be requested: `Request` for one song, `Sampling` for how a batch of songs is sampled.
+"""What can be requested: `Request` for one song, `Planning` for what the planner writes of it before, `Sampling` for
+how a batch of songs is sampled.
 
 This is the only place where an argument is written down: its name, type, default, help, unit and range. The keywords of
 `AceStepPipeline.__call__`, the options of the command line, the keys of a JSONL line and the documentation's tables are
-derived from the fields of these two dataclasses, see `acestep_jax.arguments`.
+derived from the fields of these dataclasses, see `acestep_jax.arguments`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from acestep_jax.diffusion.guidance import GUIDANCE
 from acestep_jax.diffusion.noise import gpu_threads
 from acestep_jax.diffusion.solvers import SOLVERS
 from acestep_jax.errors import InputError
+from acestep_jax.inputs import fields
 from acestep_jax.models.registry import FAMILY
 
 MIN_DURATION, MAX_DURATION = 10.0, 600.0  # seconds
@@ -71,20 +73,34 @@ class Request:
         flag="language",
         metavar="CODE",
         meaning=_by_compat("vocal_language"),
+        reader=fields.vocal_language,
     )
     _: KW_ONLY
-    bpm: int | None = argument(
-        None, help="Tempo.", unit="beats per minute", minimum=30, maximum=300, meaning="chosen by the model"
+    bpm: str | float | None = argument(
+        None,
+        help="Tempo, such as 128; it is rounded.",
+        unit="beats per minute",
+        minimum=fields.MIN_BPM,
+        maximum=fields.MAX_BPM,
+        metavar="N",
+        meaning="chosen by the model",
+        reader=fields.bpm,
     )
     keyscale: str | None = argument(
-        None, help='Key and mode, such as "F# minor".', flag="key", metavar="KEY", meaning="chosen by the model"
-    )
-    timesignature: str | int | None = argument(
         None,
-        help="Beats in a bar: 2, 3, 4 or 6.",
+        help='Key and mode, such as "F# minor".',
+        flag="key",
+        metavar="KEY",
+        meaning="chosen by the model",
+        reader=fields.keyscale,
+    )
+    timesignature: str | float | None = argument(
+        None,
+        help="Beats in a bar: 2, 3, 4 or 6, also as a fraction such as 6/8.",
         flag="time-signature",
         metavar="N",
         meaning="chosen by the model",
+        reader=fields.timesignature,
     )
     instruction: str | None = argument(
         None, help="Instruction to the model in place of the task's own.", metavar="TEXT", meaning="that of the task"
@@ -166,7 +182,7 @@ class Request:
         help="Seed of a second noise that retake_variance mixes into the first one, for variations of a song.",
         minimum=0,
         maximum=2**32 - 1,
-        meaning="a new one, which a warning tells",
+        meaning="a new one, which is reported",
     )
     retake_variance: float = argument(
         0.0,
@@ -377,20 +393,86 @@ class Sampling:
             raise InputError(f"flow_edit_n_min, flow_edit_n_max: expected min <= max, found {first:g} and {last:g}")
 
 
-@dataclass(frozen=True)
-class Arguments(Sampling, Request):
-    """The keywords of `AceStepPipeline.__call__`: the fields of `Request` and `Sampling`; positional ones first."""
+@dataclass(frozen=True, kw_only=True)
+class Planning:
+    """Whether the planner, a language model, writes what a request leaves open, and how it is sampled.
 
-
-def split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the values of fields of `Request`, and those of `Sampling`.
+    Names are those of ACE-Step's own application.
 
     Raises:
-        InputError: if a name is a field of neither; the message suggests what to use.
+        InputError: if a value is of the wrong type or out of range.
     """
-    known = arguments(Request), arguments(Sampling)
+
+    thinking: bool | None = argument(
+        None,
+        help="Whether the planner writes caption, metadata and audio codes for text2music before the song is made.",
+        flag="think",
+        meaning="true where the model has a planner; false with compat=diffusers",
+    )
+    use_cot_caption: bool | None = argument(
+        None,
+        help="Whether the planner's caption takes the place of the prompt; false suits adapters and exact prompts.",
+        flag="cot-caption",
+        meaning="true",
+    )
+    lm_seed: int | None = argument(
+        None,
+        help="Seed of the plan; song i of a batch gets this one + i. The same seed gives the same plan.",
+        minimum=0,
+        maximum=2**32 - 1,
+        meaning="that of the song",
+    )
+    lm_temperature: float = argument(
+        0.85, help="Temperature of the planner; 0 takes the likeliest token.", minimum=0, maximum=10
+    )
+    lm_cfg_scale: float = argument(2.0, help="Guidance scale of the audio codes; 1 turns it off.", minimum=1)
+    lm_top_k: int = argument(0, help="Number of likeliest tokens to sample from; 0: all.", minimum=0)
+    lm_top_p: float | None = argument(
+        None,
+        help="Probability of the likeliest tokens to sample from; 1: all.",
+        minimum=0,
+        maximum=1,
+        meaning="0.9; 1 for what is written of a wish, rewritten or described",
+    )
+    lm_repetition_penalty: float = argument(
+        1.0, help="What makes tokens that were sampled before less likely; 1: nothing.", minimum=1, maximum=10
+    )
+    lm_negative_prompt: str = argument(
+        "", help="Text that guidance leads the audio codes away from.", metavar="TEXT", meaning="none"
+    )
+    lm_attempts: int = argument(
+        1, help="How often codes are sampled at most, while they get stuck in a loop.", minimum=1, maximum=10
+    )
+    best_of: int = argument(
+        1,
+        help="Number of plans to write for each song, each with its own seed; the one that fits its text best is kept.",
+        minimum=1,
+        maximum=16,
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.lm_top_p == 0:
+            raise InputError("lm_top_p: expected a number above 0, found 0; lm_temperature=0 takes the likeliest token")
+
+
+KINDS = (Request, Planning, Sampling)
+
+
+@dataclass(frozen=True)
+class Arguments(Sampling, Planning, Request):
+    """The keywords of `AceStepPipeline.__call__`: the fields of all `KINDS`; positional ones first."""
+
+
+def split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return the values of fields of `Request`, of `Planning` and of `Sampling`.
+
+    Raises:
+        InputError: if a name is a field of none; the message suggests what to use.
+    """
+    known = [arguments(kind) for kind in KINDS]
     for name in values:
-        if name not in known[0] and name not in known[1]:
-            raise InputError(unknown_name(name, [*known[0], *known[1]]))
-    requested, sampled = ({name: values[name] for name in values if name in names} for names in known)
-    return requested, sampled
+        if not any(name in names for names in known):
+            raise InputError(unknown_name(name, [name for names in known for name in names]))
+    requested, planned, sampled = ({name: values[name] for name in values if name in names} for names in known)
+    return requested, planned, sampled

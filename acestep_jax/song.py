@@ -10,6 +10,7 @@ import numpy as np
 from acestep_jax.errors import InputError
 from acestep_jax.io import audio
 from acestep_jax.io.files import as_path
+from acestep_jax.planner.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +22,16 @@ class Song:
         latents: [frames, C] float32.
         sample_rate: Hz.
         seed: the seed that makes it again; None where noise or a key was given.
+        retake_seed: that of the second noise, which makes a variation again; None if it has none.
+        plan: what the planner wrote for it; None: nothing.
     """
 
     audio: np.ndarray | None
     latents: np.ndarray
     sample_rate: int
     seed: int | None
+    retake_seed: int | None = None
+    plan: Plan | None = None
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the song as WAV, FLAC, OGG or MP3, by suffix, atomically. Of several processes, let one save.
@@ -69,6 +74,11 @@ class AudioPipelineOutput(Sequence[Song]):
     def seed(self) -> int | None:
         """The seed of the only song."""
         return self._only.seed
+
+    @property
+    def retake_seed(self) -> int | None:
+        """The seed of the second noise of the only song; see `Song.retake_seed`."""
+        return self._only.retake_seed
 
     @property
     def audios(self) -> np.ndarray | None:

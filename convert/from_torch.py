@@ -5,9 +5,11 @@ from flax import nnx
 
 from acestep_jax.io.conversion import build, from_torch
 from acestep_jax.io.original import attention_name
+from acestep_jax.io.planner_files import planner_names
 from acestep_jax.io.pretrained import fold_weight_norm
 from acestep_jax.io.safetensors_reader import Tensor
 from acestep_jax.models.config import DEFAULT_RUNTIME, NetworkConfig, Runtime
+from acestep_jax.models.registry import PLANNER
 
 __all__ = ["from_module", "from_torch"]
 
@@ -19,6 +21,8 @@ def from_module(
     tensors = {key: _tensor(value) for key, value in module.state_dict().items()}
     if network == "text_encoder":
         tensors = {attention_name(key): tensor for key, tensor in tensors.items()}
+    if network == PLANNER:
+        tensors = planner_names(tensors)
     if network == "vae":
         tensors = fold_weight_norm(tensors, None)
     return build(network, config, tensors, runtime)

@@ -27,6 +27,7 @@ from acestep_jax.io.adapter import CONFIG, Adapter, check_adapter, load_adapter,
 from acestep_jax.io.adapter_names import linear_layers
 from acestep_jax.io.adapter_reader import DIFFUSERS_WEIGHTS
 from acestep_jax.io.adapter_settings import DIFFUSERS_KEY, PEFT_CONFIG, PEFT_WEIGHTS
+from acestep_jax.io.files import as_path, on_this_machine
 from acestep_jax.models.config import TransformerConfig
 
 LAYOUTS = ("peft", "diffusers", "comfyui")
@@ -44,9 +45,9 @@ def lora_from_torch(source: str | Path, destination: str | Path, *, model: str |
     Raises:
         InputError: see `load_adapter`; also if `destination` exists. Nothing is written in these cases.
     """
-    destination = Path(destination)
+    destination = as_path(destination)
     checkpoint.check_new(destination)
-    if (Path(source) / CONFIG).is_file():
+    if (as_path(source) / CONFIG).is_file():
         raise InputError(f"{source}: is an acestep-jax adapter already; use it with acestep-jax generate --lora")
     if model is None:
         adapter = load_adapter(source)
@@ -73,7 +74,7 @@ def lora_to_torch(source: str | Path, destination: str | Path, *, layout: str) -
     """
     if layout not in LAYOUTS:
         raise InputError(f"--layout: expected {', '.join(LAYOUTS)}, found {layout!r}")
-    source, destination = Path(source), Path(destination)
+    source, destination = as_path(source), on_this_machine(destination)
     checkpoint.check_new(destination)
     if not (source / CONFIG).is_file():
         raise InputError(f"{source}: expected {CONFIG} of an acestep-jax adapter, found none")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from acestep_jax.io import checkpoint
 from acestep_jax.io.adapter import Adapter, merge_adapters, resolve_adapters
+from acestep_jax.io.files import as_path
 from acestep_jax.models.config import TransformerConfig
 from acestep_jax.models.transformer import AceStepTransformer1DModel
 
@@ -29,7 +30,7 @@ def merge_lora(
         InputError: if `source` is not a native checkpoint, `destination` exists, a scale is not a finite number, or an
             adapter is for another model. Nothing is written then.
     """
-    checkpoint.check_new(Path(destination))
+    checkpoint.check_new(as_path(destination))
     config = checkpoint.read_manifest(source).configs["transformer"]
     assert isinstance(config, TransformerConfig)
     adapters, scales = resolve_adapters(adapters, scales, config)

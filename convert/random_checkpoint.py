@@ -16,9 +16,10 @@ from diffusers.pipelines.ace_step.modeling_ace_step import (
 from diffusers.pipelines.ace_step.pipeline_ace_step import AceStepPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 from acestep_jax.io.checkpoint import publish
+from acestep_jax.io.files import on_this_machine
 
 _ATTENTION = dict(
     hidden_size=64,
@@ -75,7 +76,7 @@ def write_random_checkpoint(
     Raises:
         InputError: if `destination` exists.
     """
-    with publish(Path(destination)) as folder:
+    with publish(on_this_machine(destination)) as folder:
         pipeline = random_pipeline(SIZES[size], variant=variant, seed=seed)
         if dtype != "float32":
             pipeline.to(getattr(torch, dtype))
@@ -138,7 +139,7 @@ def randomise(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             value.copy_(1.0 + 0.2 * normal(value))
         elif last in ("scale_shift_table", "special_token", "special_tokens", "null_condition_emb"):
             value.copy_(0.5 * normal(value))
-        elif "embed_tokens" in name and isinstance(network, Qwen3Model):
+        elif "embed_tokens" in name and isinstance(network, Qwen3Model | Qwen3ForCausalLM):
             value.copy_(normal(value))
         else:
             value.copy_(normal(value) / value[0].numel() ** 0.5)

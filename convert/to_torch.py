@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from tqdm import tqdm
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint, original, rules
 from acestep_jax.io.conversion import WEIGHT_NORM
+from acestep_jax.io.files import as_path, local_copy, on_this_machine
+from acestep_jax.io.planner_files import tokenizer_files
 from acestep_jax.io.pretrained import fold, weight_norm
 from acestep_jax.io.safetensors_writer import write_safetensors
 from acestep_jax.models.config import ConditionEncoderConfig, NetworkConfig
-from acestep_jax.models.registry import FAMILY
+from acestep_jax.models.registry import FAMILY, PLANNER
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +51,10 @@ def to_torch(source: str | Path, destination: str | Path, *, layout: str) -> Non
     written as stored; a checkpoint that came from PyTorch with its dtype unchanged is restored bit for bit.
 
     Args:
-        source: the folder of a native checkpoint.
+        source: the folder of a native checkpoint, of a model or of a planner.
         destination: the folder to create.
-        layout: one of `LAYOUTS`.
+        layout: one of `LAYOUTS`; of a planner "original" only, which makes `destination` such a folder as
+            acestep-5Hz-lm-1.7B.
 
     Raises:
         InputError: if `source` is not a native checkpoint, `destination` exists, or a network that the original layout
@@ -58,8 +62,13 @@ def to_torch(source: str | Path, destination: str | Path, *, layout: str) -> Non
     """
     if layout not in LAYOUTS:
         raise InputError(f"--layout: expected {' or '.join(LAYOUTS)}, found {layout!r}")
-    source = Path(source)
-    checkpoint.check_new(Path(destination))
+    source, destination = as_path(source), on_this_machine(destination)
+    checkpoint.check_new(destination)
+    if set((manifest := checkpoint.read_manifest(source, ())).configs) == {PLANNER}:
+        if layout != "original":
+            raise InputError("--layout: a planner has no folder in the layout of diffusers; use original")
+        _write_planner(source, destination, manifest)
+        return
     manifest = checkpoint.read_manifest(source)
     checkpoint.load_tokenizer(source)
     if layout == "original" and (missing := [n for n in FAMILY.optional if n not in manifest.configs]):
@@ -130,6 +139,7 @@ def _stored_factors(source: Path) -> dict[str, Callable[[], np.ndarray]]:
     file = source / WEIGHT_NORM
     if not file.is_file():
         return {}
+    file = local_copy(file)
 
     def read(name: str) -> np.ndarray:
         with safe_open(file, framework="np") as reader:
@@ -200,6 +210,20 @@ def _write_original(folder: Path, source: Path, manifest: checkpoint.Manifest, e
         _write_network(folder / target, name, manifest.configs[name], entries[name])
     _write_tokenizer(folder / original.TEXT_ENCODER, source, manifest)
     _write_vocabulary(folder / original.TEXT_ENCODER, source)
+
+
+def _write_planner(source: Path, destination: Path, manifest: checkpoint.Manifest) -> None:
+    """Write a planner as the folder that ACE-Step publishes, with the files of its tokenizer as they are."""
+    stored = checkpoint.network_leaves(source, manifest)
+    with tqdm(total=len(stored[PLANNER]), unit="tensor", disable=None) as bar:
+        entries = _entries(source, PLANNER, stored[PLANNER], _Reader(source, stored, bar))
+        size = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype, _ in entries)
+        with checkpoint.publish(destination, size) as folder:
+            _write_json(folder / "config.json", manifest.configs[PLANNER].to_hf())
+            named = [(original.original_name(PLANNER, n), shape, dtype, read) for n, shape, dtype, read in entries]
+            write_safetensors(folder / "model.safetensors", named)
+            for file in tokenizer_files(source):
+                shutil.copyfile(file, folder / file.name)
 
 
 def _write_network(folder: Path, name: str, config: NetworkConfig, entries: list[Entry]) -> None:

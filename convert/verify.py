@@ -96,6 +96,7 @@ def rows(opened: TorchCheckpoint) -> Iterator[Row]:
     def normal(*shape: int) -> np.ndarray:
         return random.standard_normal(shape, dtype=np.float32)
 
+    assert opened.tokenizer is not None
     tokenizer = Tokenizer.from_str(opened.tokenizer)
     text = tokenizer.encode(prompt_text("warm lofi piano with vinyl crackle", audio_duration=30, bpm=80)).ids
     lyrics = tokenizer.encode(lyric_text("[verse]\nsoft notes in the morning light", "en")).ids

@@ -12,7 +12,7 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 FROM python:3.12.11-slim-bookworm
 ARG EXTRA=cuda12
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
-    pip install --no-cache-dir "acestep-jax[$EXTRA] @ file://$(echo /wheels/acestep_jax-*.whl)" \
+    pip install --no-cache-dir "acestep-jax[$EXTRA,serve] @ file://$(echo /wheels/acestep_jax-*.whl)" \
     && useradd --create-home --uid 1000 music \
     && install -d -m 1777 /cache /work
 # Downloads of the hub, converted weights and compiled programs: a volume here keeps them between runs.

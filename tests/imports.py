@@ -31,6 +31,7 @@ def missing_packages(path: Path) -> list[str]:
     return sorted(name for name in packages(path) if importlib.util.find_spec(name) is None)
 
 
+@functools.cache
 def _imported_modules(path):
     """Return the names of all modules that a file imports at its top; `from a import b` may name the module a.b."""
     names = []
@@ -42,6 +43,7 @@ def _imported_modules(path):
     return names
 
 
+@functools.cache
 def _file(module):
     """Return the file of a module of ours, or None where the name is that of something in a module."""
     parts = module.split(".")

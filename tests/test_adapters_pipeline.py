@@ -114,7 +114,9 @@ def test_another_transformer_has_no_adapters(pipe, folders):
     assert pipe.adapters == {} and pipe.transformer is plain
 
 
+@pytest.mark.slow
 def test_on_a_mesh(tiny, pipe, folders):
+    """By default `tests/models/test_adapters.py` shows it of the network."""
     pipe.load_lora(folders, [1.0, 0.5])
     pipe.set_adapters({"bass": 0.3, "drums": 0.7})
     one = song(pipe)

@@ -227,7 +227,10 @@ def transformer():
     return model, run, run(model)
 
 
-@pytest.mark.parametrize("axes", TRANSFORMER_MESHES, ids=str)
+# Those of one or two axes are parts of those of three.
+@pytest.mark.parametrize(
+    "axes", [pytest.param(axes, marks=[pytest.mark.slow] * (len(axes) < 3)) for axes in TRANSFORMER_MESHES], ids=str
+)
 def test_transformer_is_the_same_on_a_mesh(axes):
     """With padding of latents and condition; also that parameters really are split, and the result too."""
     model, run, expected = transformer()

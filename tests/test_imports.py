@@ -18,18 +18,20 @@ models
 io
 memory placement
 diffusion
-arguments
+arguments inputs.fields
 request
 inputs
+planner
 song
 loaded
+planning
 pipeline
 convert train serve
 cli
 __main__ convert.__main__ train.__main__""".split("\n")
 LEVEL = {part: level for level, line in enumerate(ORDER) for part in line.split()}
 # What a request may contain is known without reading a file.
-ONLY = {"request": {"errors", "settings", "arguments", "models", "diffusion"}}
+ONLY = {"request": {"errors", "settings", "arguments", "inputs.fields", "models", "diffusion"}}
 TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate"}
 
 
@@ -82,3 +84,13 @@ def test_imports_follow_the_order(module):
 @pytest.mark.parametrize("module", [name for name in MODULES if part_of(name) not in ("convert", "convert.__main__")])
 def test_only_conversion_needs_torch(module):
     assert not {name.split(".")[0] for name in imported(MODULES[module])} & TORCH
+
+
+# What the extra `serve` brings, and the modules that speak HTTP.
+WEB = {"fastapi", "starlette", "uvicorn", "multipart", "python_multipart", "prometheus_client"}
+HTTP = {f"acestep_jax.serve.{name}" for name in "app native authors chat cpp security uploads metrics".split()}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name not in HTTP])
+def test_only_http_needs_the_web(module):
+    assert not {name.split(".")[0] for name in imported(MODULES[module])} & WEB

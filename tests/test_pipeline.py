@@ -18,7 +18,7 @@ from acestep_jax.diffusion.schedule import schedule
 from acestep_jax.diffusion.solvers import SOLVERS
 from acestep_jax.errors import Cancelled
 from acestep_jax.inputs import programs
-from acestep_jax.inputs.keywords import requests_and_sampling
+from acestep_jax.inputs.keywords import requests_of
 from acestep_jax.io import checkpoint
 from acestep_jax.io.adapter import Adapter, save_adapter
 from acestep_jax.models.config import LoRAConfig
@@ -76,7 +76,10 @@ GUIDED = {
 }
 
 
-@pytest.mark.parametrize("case", GUIDED)
+# "timesteps" is guided at all steps, too; where guidance acts is data, see `tests/inputs/test_buckets.py`.
+@pytest.mark.parametrize(
+    "case", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("all_steps", "interval")), "timesteps"]
+)
 def test_guidance_matches_diffusers(tiny_base, base_pipe, case):
     noise = normal(1, FRAMES, CHANNELS)
     arguments = SONG | dict(num_inference_steps=10, guidance_scale=5.0, shift=2.0) | GUIDED[case]
@@ -88,8 +91,12 @@ def test_guidance_matches_diffusers(tiny_base, base_pipe, case):
         assert relative_error(everywhere[0], reference[0]) > 0.01
 
 
+@pytest.mark.slow
 def test_batch_matches_diffusers(tiny, pipe):
-    """Prompts of one length, so that diffusers has no padding to attend to."""
+    """Prompts of one length, so that diffusers has no padding to attend to.
+
+    By default `test_a_ragged_batch_matches_diffusers` of the tasks shows it.
+    """
     noise = normal(2, FRAMES, CHANNELS)
     prompts, arguments = ["slow jazz", "fast funk"], SONG | dict(lyrics=["one", "two"])
     reference = torch_song(tiny[0], prompts, noise, guidance_scale=1.0, **arguments)
@@ -113,8 +120,12 @@ def test_defaults_are_the_variants(pipe, base_pipe, monkeypatch):
     assert base_guided == "apg" and base_scale == 7.0
 
 
+@pytest.mark.slow
 def test_same_seed_alone_or_in_a_batch(pipe):
-    """Other prompts of other lengths in the batch change nothing; song i of seed s has seed s + i."""
+    """Other prompts of other lengths in the batch change nothing; song i of seed s has seed s + i.
+
+    By default `test_songs_at_once_are_the_songs` of the tasks shows it.
+    """
     alone = pipe("piano", seed=8, **SONG)
     prompts = ["a very long prompt, of several instruments and many moods, that needs more padding" * 2, "piano"]
     lyrics = ["", SONG["lyrics"]]
@@ -128,22 +139,27 @@ def test_same_seed_alone_or_in_a_batch(pipe):
     "axes", [dict(data=2, tensor=2, sequence=2), pytest.param(dict(fsdp=4, tensor=2), marks=pytest.mark.slow)]
 )
 def test_same_seed_on_one_device_or_eight(tiny_base, base_pipe, axes):
-    """Guided, with a number of tokens that divides by the mesh and an audio that is decoded in tiles."""
+    """Guided, with a number of tokens that divides by the mesh and an audio that is decoded in tiles.
+
+    Three songs, to which the mesh adds a fourth, and which alone are returned.
+    """
+    prompts = ["piano", "drums", "bass"]
     arguments = SONG | dict(audio_duration=20.8, num_inference_steps=2)
-    one = base_pipe(["piano", "drums"], seed=3, **arguments)
+    one = base_pipe(prompts, seed=3, **arguments)
     mesh = make_mesh(**axes)
     sharded = AceStepPipeline.from_checkpoint(tiny_base[1], mesh=mesh)
     kernel = sharded.transformer.layers.mlp.up_proj.kernel[...]
     assert kernel.sharding.mesh == mesh and len(kernel.sharding.device_set) == 8
-    eight = sharded(["piano", "drums"], seed=3, **arguments)
+    eight = sharded(prompts, seed=3, **arguments)
+    assert len(eight) == 3 and eight.seeds == (3, 4, 5)
     assert_close(eight.audios, one.audios)
     given = jax.device_put(one.latents, jax.devices()[1])  # committed to a device of its own
-    assert sharded(["piano", "drums"], latents=given, output_type="latent", **arguments).latents.shape == (2, 520, 8)
+    assert sharded(prompts, latents=given, output_type="latent", **arguments).latents.shape == (3, 520, 8)
 
 
 def test_seeds_and_keys():
     def noise(prompt, frames=5, seed=None):
-        requests, _ = requests_and_sampling(dict(prompt=list(prompt), seed=seed))
+        requests, *_ = requests_of(dict(prompt=list(prompt), seed=seed))
         seeds, _, x = drawn([request.seed for request in requests], frames)
         return tuple(seeds), x[:, :frames]
 
@@ -207,7 +223,14 @@ PIECES = {
 }
 
 
-@pytest.mark.parametrize("case", PIECES)
+# Other loops carry no more from step to step than "corrected", with heun and APG's momentum, and ab3 do. Noise by step
+# and editing are in `tests/diffusion`, step by step.
+PIECES_BY_DEFAULT = ("corrected", "solver ab3")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case not in PIECES_BY_DEFAULT)) for case in PIECES]
+)
 def test_the_loop_in_pieces_is_the_loop(base_pipe, case):
     """Watched, it runs a step at a time, from programs that call nothing back; the song is the same."""
     source = dict(src_audio=0.1 * normal(2, 4 * 48_000)) if "task_type" in PIECES[case] else dict(audio_duration=10)
@@ -248,6 +271,7 @@ def test_one_program_for_all_prompts_and_strengths(base_pipe):
     assert (denoise.denoise._cache_size(), programs.encode._cache_size()) == before
 
 
+@pytest.mark.slow
 def test_bfloat16(tiny):
     pipe = AceStepPipeline.from_checkpoint(tiny[1], dtype="bfloat16")
     assert pipe.transformer.layers.mlp.up_proj.kernel.dtype == jnp.bfloat16
@@ -311,8 +335,12 @@ def test_bad_input(pipe, message):
         pipe(**dict(prompt="piano", audio_duration=10.0) | BAD[message])
 
 
+@pytest.mark.slow
 def test_batches_are_filled_up_for_the_mesh(tiny, pipe):
-    """Three songs on a mesh with data=8, which are the songs without."""
+    """Three songs on a mesh with data=8, which are the songs without.
+
+    By default `test_same_seed_on_one_device_or_eight` shows it, on data=2.
+    """
     sharded = AceStepPipeline.from_pretrained(tiny[1], mesh=make_mesh(data=8))
     arguments = SONG | dict(num_inference_steps=2, seed=5)
     found = sharded(["a", "b", "c"], **arguments)
@@ -344,8 +372,12 @@ def with_loras(pipe, *arguments):
     return adapted("piano", seed=0, output_type="latent", **SONG).latents
 
 
+@pytest.mark.slow
 def test_adapters(pipe, tmp_path):
-    """From folders, each with its strength: two at once are one of both ranks together; without strength, none."""
+    """From folders, each with its strength: two at once are one of both ranks together; without strength, none.
+
+    By default `tests/test_adapters_pipeline.py` shows it against merged weights.
+    """
     one, two = (random_adapter(pipe.transformer.config, ATTENTION, seed=i) for i in (1, 2))
     for name, adapter in (("one", one), ("two", two)):
         save_adapter(tmp_path / name, adapter)

@@ -9,7 +9,7 @@ import pytest
 
 from acestep_jax import AceStepPipeline, InputError, Request, Sampling, make_mesh, placement
 
-pytestmark = pytest.mark.unit
+unit = pytest.mark.unit
 
 SAMPLING = Sampling(num_inference_steps=1)
 REQUEST = Request("a song", audio_duration=10.0, seed=3)
@@ -60,13 +60,16 @@ def test_the_same_song_in_less_memory(whole, offloaded, monkeypatch):
     assert {d for leaf in jax.tree.leaves(offloaded.networks) for d in leaf.devices()} == {jax.devices()[0]}
 
 
+@pytest.mark.slow
 def test_codes(whole, offloaded):
+    """By default `test_the_same_song_in_less_memory` shows it of a song, whose stages take the same way."""
     codes = "".join(f"<|audio_code_{i}|>" for i in range(50))
     audio = offloaded.codes_to_song(codes)
     np.testing.assert_array_equal(audio, whole.codes_to_song(codes))
     np.testing.assert_array_equal(offloaded.song_to_codes(audio), whole.song_to_codes(audio))
 
 
+@unit
 def test_networks_are_copied_when_they_are_asked_for():
     host, device = jax.devices()[:2]
     networks = {"a": {"x": jax.device_put(np.ones(3), host)}, "b": {"y": jax.device_put(np.ones(4), device)}}
@@ -82,6 +85,7 @@ def test_networks_are_copied_when_they_are_asked_for():
         assert placed["a"] is networks["a"]
 
 
+@unit
 def test_choice(monkeypatch, caplog):
     limited = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 10_000_000_000})
     monkeypatch.setattr(placement, "first_device", lambda: limited)
@@ -94,6 +98,7 @@ def test_choice(monkeypatch, caplog):
     assert not placement.choose(10**15, None, None).offloads  # a CPU's memory is the host's
 
 
+@unit
 def test_refusals(monkeypatch):
     mesh = make_mesh(data=8)
     with pytest.raises(InputError, match="offload: for one device only"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import subprocess
 import sys
 import textwrap
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 
 from acestep_jax import InputError, Request, Sampling
-from acestep_jax.arguments import arguments, describe, unknown_name
-from acestep_jax.inputs.keywords import requests_and_sampling
+from acestep_jax.arguments import arguments, describe, flag, unknown_name
+from acestep_jax.inputs.keywords import requests_of
+from acestep_jax.request import KINDS
 
 pytestmark = pytest.mark.unit
 
@@ -35,7 +37,7 @@ def test_a_new_field_is_found_everywhere(tmp_path):
                 text = super().get_data(path)
                 if not path.endswith("request.py"):
                     return text
-                marker = b"    bpm: int"
+                marker = b"    bpm: "
                 assert text.count(marker) == 1
                 return text.replace(marker, {NEW_FIELD!r}.encode() + marker)
 
@@ -84,7 +86,7 @@ def test_a_new_field_is_found_everywhere(tmp_path):
 
 
 def test_every_field_is_described():
-    for kind in (Request, Sampling):
+    for kind in KINDS:
         for name, (_, about) in arguments(kind).items():
             assert about.help[0].isupper() and about.help.endswith("."), name
             assert describe(name, kind).startswith(about.help)
@@ -101,9 +103,12 @@ def test_values_of_other_kinds_are_taken():
 
 BAD = {
     "bpm: expected 30 to 300 beats per minute, found 301": dict(bpm=301),
-    "bpm: expected a whole number, found 90.5": dict(bpm=90.5),
+    "bpm: expected 30 to 300 beats per minute, found True": dict(bpm=True),
     "seed: expected a whole number, found True": dict(seed=True),
-    "timesignature: expected a text, found 1.5": dict(timesignature=1.5),
+    "timesignature: expected one of 2, 3, 4, 6, or a fraction such as 4/4, found 1.5": dict(timesignature=1.5),
+    "keyscale: expected a text, found 5": dict(keyscale=5),
+    "vocal_language: expected a text, found 5": dict(vocal_language=5),
+    "max_lyric_length: expected a whole number, found 90.5": dict(max_lyric_length=90.5),
     "repainting_end: expected a number, found 'end'": dict(repainting_end=[1, "end"]),
     "max_lyric_length: expected at least 1, found 0": dict(max_lyric_length=0),
 }
@@ -116,6 +121,36 @@ def test_bad_values(message):
     assert str(error.value) == message
 
 
+READ = {
+    "bpm": {"128": 128, 128.0: 128, "128 bpm": 128, "90.5": 90, np.float32(127.6): 128, "auto": None},
+    "keyscale": {"f♯ minor": "F# minor", "Am": "A minor", "N/A": None},
+    "timesignature": {4.0: "4", 3: "3", "6/8": "6", "": None},
+    "vocal_language": {"English": "en", "zh-Hant": "zh", "auto": "unknown"},
+}
+# test_fields.py has what training data make of the same values.
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_field_has_one_reader(tmp_path, name):
+    """In Python, for one song and for several; in JSONL; and on the command line."""
+    from acestep_jax.cli import parser
+    from acestep_jax.cli.parser import read_fields
+    from acestep_jax.serve import jsonl
+
+    option = flag(name, arguments(Request)[name][1])
+    expected = list(READ[name].values())
+    assert [getattr(Request("x", **{name: value}), name) for value in READ[name]] == expected
+    songs, *_ = requests_of({"prompt": ["x"] * len(expected), name: list(READ[name])})
+    assert [getattr(song, name) for song in songs] == expected
+    plain = [float(value) if isinstance(value, np.floating) else value for value in READ[name]]
+    (tmp_path / "songs.jsonl").write_text("\n".join(json.dumps({"prompt": "x", name: value}) for value in plain))
+    lines, errors = jsonl.read(tmp_path / "songs.jsonl", tmp_path, {})
+    assert [getattr(line.request, name) for line in lines] == expected and not errors
+    for value, read in READ[name].items():
+        options = parser().parse_args(["generate", "x", f"{option}={value}"]).generate
+        assert getattr(Request(**read_fields(options, Request)), name) == read
+
+
 def test_unknown_names():
     """The nearest name, what diffusers' names are called here, or the list."""
     assert unknown_name("audio_durations", ["audio_duration", "bpm"]) == (
@@ -126,13 +161,13 @@ def test_unknown_names():
 
 
 def test_keywords_become_requests():
-    requests, sampling = requests_and_sampling(
+    requests, _, sampling = requests_of(
         dict(prompt=["a", "b"], lyrics=["x", "y"], bpm=[90, 91], seed=7, solver="heun", repainting_start=[1.0, 2.0])
     )
     assert [(r.prompt, r.lyrics, r.bpm, r.seed) for r in requests] == [("a", "x", 90, 7), ("b", "y", 91, 8)]
-    assert all(r.repainting_start == (1.0, 2.0) for r in requests) and sampling == dict(solver="heun")
+    assert all(r.repainting_start == (1.0, 2.0) for r in requests) and sampling == Sampling(solver="heun")
     own = Request("c", seed=3)
-    assert requests_and_sampling(dict(prompt=[own, "d"]))[0] == [own, Request("d")]
+    assert requests_of(dict(prompt=[own, "d"]))[0] == [own, Request("d")]
     for values, message in (
         (dict(), "prompt: missing"),
         (dict(prompt=[]), "the list is empty"),
@@ -141,7 +176,7 @@ def test_keywords_become_requests():
         (dict(prompt=[own], bpm=90), "bpm: prompt 0 is a Request, which has its own"),
     ):
         with pytest.raises(InputError, match=message):
-            requests_and_sampling(values)
+            requests_of(values)
 
 
 def test_requests_are_values():

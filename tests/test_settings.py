@@ -6,13 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import soundfile
 from safetensors.numpy import load_file
 
 from acestep_jax import AceStepPipeline, Request, Sampling
 from acestep_jax.diffusion import noise
+from acestep_jax.io import checkpoint
 from acestep_jax.settings import own_settings
+from acestep_jax.train import autoencoder
+from acestep_jax.train.data_folder import read_records
 from acestep_jax.train.finetune import fit
-from tests.training import settings, write_songs
+from acestep_jax.train.preprocess import preprocess
+from tests.parity import normal
+from tests.training import autoencoder_settings, settings, write_songs
 
 SETTINGS = {
     "rbg": dict(jax_default_prng_impl="rbg"),
@@ -50,7 +56,14 @@ def expected(tiny):
     return songs(tiny[1])
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+# "all" is three of the others at once; one at a time tells which.
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] * (SETTINGS[case].items() < SETTINGS["all"].items()))
+        for case in SETTINGS
+    ],
+)
 def test_songs_are_equal_bit_for_bit(tiny, expected, case):
     with process_wide(SETTINGS[case]):
         found = songs(tiny[1])
@@ -93,10 +106,66 @@ def _weights(native, data, out):
     return load_file(fit(settings(data, native, out, **small)) / "adapter.safetensors")
 
 
-@pytest.mark.parametrize("case", ["rbg", "64 bits", "not partitionable"])
+# All three at once by default; one at a time tells which.
+@pytest.mark.parametrize(
+    "case", ["all", *(pytest.param(case, marks=pytest.mark.slow) for case in ("rbg", "64 bits", "not partitionable"))]
+)
 def test_training_is_equal_bit_for_bit(tiny, data, trained, tmp_path, case):
     with process_wide(SETTINGS[case]):
         found = _weights(tiny[1], data, tmp_path / "run")
     assert found.keys() == trained.keys()
     for name, value in trained.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+# What draws or computes outside of a song and of the transformer's training.
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """Two files of two seconds, with captions."""
+    folder = tmp_path_factory.mktemp("sounds")
+    for i in range(2):
+        soundfile.write(folder / f"{i}.wav", 0.1 * normal(2 * 48_000, 2, seed=i), 48_000)
+        (folder / f"{i}.caption.txt").write_text(f"song {i}")
+    return folder
+
+
+def _preprocessed(sounds, native, folder):
+    index = preprocess(sounds, folder, checkpoint=native)
+    return index, [list(read_records(folder / song.shard, [song.row])) for song in index.songs]
+
+
+def _autoencoder(sounds, out):
+    folder = autoencoder.fit(autoencoder_settings(sounds, out, steps=2, save_every=2))
+    (network,) = checkpoint.load(folder, names=["vae"]).values()
+    return {name: np.asarray(variable[...]) for name, variable in checkpoint.leaves(network).items()}
+
+
+@pytest.fixture(scope="module")
+def preprocessed(tiny, sounds, tmp_path_factory):
+    return _preprocessed(sounds, tiny[1], tmp_path_factory.mktemp("data") / "data")
+
+
+@pytest.fixture(scope="module")
+def trained_autoencoder(sounds, tmp_path_factory):
+    return _autoencoder(sounds, tmp_path_factory.mktemp("run") / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["rbg", "64 bits", "not partitionable"])
+def test_preprocessing_is_equal_bit_for_bit(tiny, sounds, preprocessed, tmp_path, case):
+    with process_wide(SETTINGS[case]):
+        index, records = _preprocessed(sounds, tiny[1], tmp_path / "data")
+    assert index == preprocessed[0]
+    jax.tree.map(np.testing.assert_array_equal, records, preprocessed[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["rbg", "64 bits", "not partitionable"])
+def test_training_of_an_autoencoder_is_equal_bit_for_bit(sounds, trained_autoencoder, tmp_path, case):
+    with process_wide(SETTINGS[case]):
+        found = _autoencoder(sounds, tmp_path / "run")
+    assert found.keys() == trained_autoencoder.keys()
+    for name, value in trained_autoencoder.items():
         np.testing.assert_array_equal(found[name], value)

@@ -8,12 +8,31 @@ import acestep_jax.train.__main__
 from acestep_jax.io import checkpoint
 from acestep_jax.models.config import LoRAConfig
 from acestep_jax.train import data_folder
-from acestep_jax.train.config import TASKS, DataConfig, ObjectiveConfig, OptimizerConfig, ReportConfig, TrainConfig
+from acestep_jax.train.config import (
+    TASKS,
+    AdamConfig,
+    AutoencoderTrainConfig,
+    DataConfig,
+    ObjectiveConfig,
+    OobleckConfig,
+    OptimizerConfig,
+    ReconstructionConfig,
+    ReportConfig,
+    TrainConfig,
+)
 from acestep_jax.train.data_folder import Index, Song, crop_durations, text_key
 from acestep_jax.train.objective import Batch
 from tests.parity import normal
 
 CHANNELS, TEXT_DIM, RATE = 8, 32, 25.0
+TINY_AUTOENCODER = OobleckConfig(
+    latent_channels=6,
+    patch_size=4,
+    downsampling_ratios=(10,),
+    channel_multiples=(2,),
+    encoder_channels=6,
+    decoder_channels=8,
+)
 
 
 def write_songs(folder, native, seconds=(12, 9, 15, 7, 11), crop_seconds=(8.0, 10.0)):
@@ -64,6 +83,22 @@ def write_songs(folder, native, seconds=(12, 9, 15, 7, 11), crop_seconds=(8.0, 1
     )
     data_folder.write_index(folder, index)
     return index
+
+
+def autoencoder_settings(data, out, **changes):
+    """Return the settings of a run of a tiny autoencoder."""
+    values = dict(
+        steps=40,
+        save_every=10,
+        log_every=1,
+        batch_size=2,
+        crop_seconds=0.05,
+        validation_fraction=0.2,
+        model=TINY_AUTOENCODER,
+        loss=ReconstructionConfig(windows=(256, 64)),
+        optimizer=AdamConfig(learning_rate=1e-2, warmup_steps=1, ema_decay=0.5),
+    )
+    return AutoencoderTrainConfig(data=str(data), out=str(out), **values | changes)
 
 
 def settings(data, native, out, **changes):

@@ -144,7 +144,10 @@ class TrainConfig:
 
     Args:
         data: Folder of training data, as written by `acestep-jax train preprocess`.
-        checkpoint: Native or PyTorch checkpoint to start from, or the id of a repository on the Hugging Face hub.
+        checkpoint: Native or PyTorch checkpoint to start from, or the id of a repository on the Hugging Face hub. A run
+            of an id resumes on any machine: its folder keeps the id and the revision, not where they are stored.
+        variant: Model to take where there are several, such as turbo, base, sft or xl-turbo.
+        revision: Branch, tag or commit of the repository. By default the one that the run began with, or the newest.
         out: Folder of the run. If it holds a run, that is resumed from its last checkpoint.
         method: What is trained. lora: adapters on frozen weights; full: all weights of the transformer.
         steps: Number of optimizer steps.
@@ -165,6 +168,8 @@ class TrainConfig:
 
     data: str
     checkpoint: str
+    variant: str | None = None
+    revision: str | None = None
     out: str
     method: Literal["lora", "full"] = "lora"
     steps: int = 2000

@@ -46,7 +46,8 @@ class Song:
 
     source: path of the audio file relative to its folder, with "/" between its parts.
     sha256, size, mtime_ns: of that file, by which it is recognised.
-    text_sha256: of all that the texts of the record were made from, including the crop durations.
+    text_sha256: of all that the texts of the record were made from, including the crop durations and, where a prompt
+        is too long, the rule by which it is cut.
     seconds: duration of the audio; frames: number of latent frames.
     caption, lyrics, language, bpm, keyscale, timesignature: as used; None: unknown.
     repeat: how often the song occurs in an epoch.

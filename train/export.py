@@ -9,7 +9,7 @@ from acestep_jax.train import config_file
 from acestep_jax.train.autoencoder import AutoencoderTraining
 from acestep_jax.train.checkpoints import Checkpoints
 from acestep_jax.train.config import AutoencoderTrainConfig
-from acestep_jax.train.finetune import FineTuning
+from acestep_jax.train.finetune import FineTuning, located
 from acestep_jax.train.run import CHECKPOINTS, CONFIG
 
 
@@ -41,5 +41,7 @@ def export(run: str | Path, destination: str | Path, *, step: int | None = None,
     if isinstance(config, AutoencoderTrainConfig):
         AutoencoderTraining.write_result(destination, config, weights, notes)
     else:
+        if config.method == "full":  # the networks that were not trained come from there
+            config, _ = located(config)
         FineTuning.write_result(destination, config, weights, notes)
     return step

@@ -1,6 +1,7 @@
 """`acestep-jax train fit`: from a data folder and a checkpoint to an adapter or a fine-tuned checkpoint."""
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,24 +15,25 @@ from jax.sharding import Mesh
 
 from acestep_jax import AceStepPipeline
 from acestep_jax.diffusion import noise
-from acestep_jax.distributed import parse_mesh, variable_sharding
+from acestep_jax.distributed import all_succeed, parse_mesh, variable_sharding
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
 from acestep_jax.inputs.programs import REFERENCE_FRAMES
 from acestep_jax.io import checkpoint
 from acestep_jax.io.adapter import Adapter, save_adapter
 from acestep_jax.io.files import as_path
+from acestep_jax.io.native import find_native
 from acestep_jax.models.lora import add_lora
 from acestep_jax.models.registry import FAMILY
 from acestep_jax.settings import with_own_settings
-from acestep_jax.train import dataset
+from acestep_jax.train import config_file, dataset
 from acestep_jax.train import step as steps
 from acestep_jax.train.config import TASKS, TrainConfig
 from acestep_jax.train.data_folder import fingerprint, read_index, text_sha256
 from acestep_jax.train.loop import Data, Trainer, train
 from acestep_jax.train.objective import Batch, Frozen, freeze
 from acestep_jax.train.report import Panel, Report
-from acestep_jax.train.run import check_folder
+from acestep_jax.train.run import CONFIG, check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +51,11 @@ def fit(config: TrainConfig) -> Path:
     """
     mesh = parse_mesh(config.mesh)
     _check_batch(config, mesh)
+    warn_of_settings(config)
     check_folder(as_path(config.out), config)
     index = read_index(config.data)
+    with all_succeed():
+        config, requested = located(config)
     if (found := fingerprint(config.checkpoint)) != index.checkpoint:
         raise InputError(
             f"{config.data}: was made with another autoencoder or text encoder ({index.checkpoint[:12]}) than those of "
@@ -59,6 +64,7 @@ def fit(config: TrainConfig) -> Path:
     songs, held_out = dataset.split(index, config.examples.validation_fraction)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         trainer = FineTuning(config, mesh)
+        trainer.requested = requested
         silence = np.asarray(trainer.silence(max(index.crop_seconds) * index.latents_per_second))
         size, accumulation = config.examples.batch_size, config.optimizer.accumulation
         rows = steps.rows_of_process(mesh, size)
@@ -81,6 +87,41 @@ def fit(config: TrainConfig) -> Path:
         }
         rate = index.latents_per_second
         return train(trainer, Data(batches, validation if held_out else None, made_from, rate))
+
+
+def warn_of_settings(config: TrainConfig) -> None:
+    """Warn of each setting that was given, so that it differs from its default, and has no effect beside another."""
+    plain = TrainConfig(data=config.data, checkpoint=config.checkpoint, out=config.out)
+    rules = (
+        (("lora.",), config.method == "lora", "method=lora"),
+        (("objective.timestep_",), config.objective.timesteps != "turbo", "objective.timesteps other than turbo"),
+        (("report.sample_every", "report.sample_seconds"), config.report.sample_prompts, "report.sample_prompts"),
+        (("report.validate_every",), config.examples.validation_fraction, "examples.validation_fraction above 0"),
+    )
+    for name in config_file.differences(plain, config):
+        for names, acts, needs in rules:
+            if name.startswith(names) and not acts:
+                logger.warning("%s: has no effect here; it needs %s", name, needs)
+
+
+def located(config: TrainConfig) -> tuple[TrainConfig, TrainConfig]:
+    """Return the settings with the folder of the native checkpoint, which is downloaded and converted if need be; and
+    as the folder of the run keeps them, with the commit of a repository.
+
+    Raises:
+        InputError: see `find_native`.
+    """
+    file = as_path(config.out) / CONFIG
+    if config.revision is None and file.is_file():
+        before = config_file.read(file)
+        if isinstance(before, TrainConfig) and (before.checkpoint, before.variant) == (
+            config.checkpoint,
+            config.variant,
+        ):
+            config = dataclasses.replace(config, revision=before.revision)
+    found = find_native(config.checkpoint, config.variant, revision=config.revision)
+    requested = dataclasses.replace(config, revision=found.commit)
+    return dataclasses.replace(requested, checkpoint=str(found.folder)), requested
 
 
 class FineTuning(Trainer):

@@ -40,6 +40,7 @@ class Data(NamedTuple):
 class Trainer:
     """The network, the state and the compiled step of a run. Subclasses say what differs between kinds of training.
 
+    config: the settings, with the checkpoint's folder on this machine; requested: as the run's folder keeps them.
     fixed: what the step takes between state and batch.
     notes: what JSON can hold, stored with each checkpoint.
     panels: of `loss.png`.
@@ -50,7 +51,7 @@ class Trainer:
     saves_validated = False
 
     def __init__(self, config: Config, network: nnx.Module, kind: type[nnx.Variable], mesh: Mesh | None = None):
-        self.config, self.mesh = config, mesh
+        self.config, self.requested, self.mesh = config, config, mesh
         self.model, params = steps.Model.take_apart(network, kind, mesh)
         self.optimizer = steps.make_optimizer(config.optimizer, config.steps)
         self.shardings = steps.state_shardings(self.model, params, self.optimizer, config.optimizer)
@@ -111,7 +112,7 @@ def train(trainer: Trainer, data: Data) -> Path:
         Preempted: after SIGTERM, with a checkpoint of the last step.
     """
     config = trainer.config
-    with run.opened(as_path(config.out), config) as folder:
+    with run.opened(as_path(config.out), trainer.requested) as folder:
         saved = Checkpoints(folder / run.CHECKPOINTS, config.keep)
         first = saved.steps[-1] if saved.steps else 0
         if first:

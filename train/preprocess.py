@@ -23,7 +23,7 @@ from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
 from acestep_jax.inputs.buckets import BUCKETS
 from acestep_jax.inputs.collate import pad_tokens
-from acestep_jax.inputs.prompt import lyric_text, prompt_text, tokenize
+from acestep_jax.inputs.prompt import CUT_RULE, lyric_text, prompt_text, tokenize
 from acestep_jax.inputs.settings import defaults_of
 from acestep_jax.io import audio
 from acestep_jax.io import checkpoint as checkpoints
@@ -192,7 +192,9 @@ def _encode(
             if values.pop("fallback"):
                 done.fallbacks.append(source)
             values |= dict(source=source, sha256=sha256, size=size, mtime_ns=mtime_ns, seconds=seconds)
-            values |= dict(text_sha256=data_folder.text_sha256([prompts, words]))
+            # Where nothing is cut, how it would be does not matter, and what was made before there was a rule stays.
+            rule = [CUT_RULE] if encoder.cuts(prompts) else []
+            values |= dict(text_sha256=data_folder.text_sha256([prompts, words, *rule]))
             known = old.find(sha256, source, values["text_sha256"])
             if known is not None and known.text_sha256 == values["text_sha256"]:
                 if of_part:
@@ -247,6 +249,12 @@ class _Encoder:
         padding = BUCKETS.frames_of(-(-samples // hop)) * hop - samples
         mean, std = _posterior(vae, np.pad(sound, ((0, 0), (0, padding)))[None], np.array([samples], np.int32))
         return np.asarray(mean)[0, : samples // hop], np.asarray(std)[0, : samples // hop]
+
+    def cuts(self, prompts: dict[str, str]) -> bool:
+        """Return whether a prompt has more tokens than are read."""
+        # A token is a byte or more of UTF-8, but for the one at the end that the tokenizer adds.
+        long = [text for text in map(str, prompts.values()) if len(text.encode()) >= MAX_PROMPT_TOKENS]
+        return any(len(encoding.ids) > MAX_PROMPT_TOKENS for encoding in self._tokenizer.encode_batch(long))
 
     def texts(self, source: str, prompts: dict[str, str], words: str) -> dict[str, np.ndarray]:
         """Return the arrays of a record other than the posterior. Warn of texts that are too long, naming `source`."""

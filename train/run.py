@@ -19,11 +19,13 @@ from acestep_jax.train.config import Config
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
 
 # The settings that a resumed run may change: none that the weights depend on, except the length of the schedule. The
-# checkpoint may have moved, such as with a cache; what it holds is compared by itself.
+# checkpoint may have moved, or be called by another name; what it holds is compared by itself.
 CHANGEABLE = (
     "steps",
     "out",
     "checkpoint",
+    "variant",
+    "revision",
     "save_every",
     "log_every",
     "keep",

@@ -193,17 +193,26 @@ def blend_weights(jobs: Sequence[Job], frames: int, width: int) -> np.ndarray:
     return rows
 
 
-def draw_seeds(jobs: Sequence[Job], *, needed: bool) -> tuple[list[int | None], jax.Array]:
+def new_seed(count: int, *, joint: bool = False) -> int:
+    """Return the first of `count` successive seeds that nobody gave.
+
+    Args:
+        joint: whether all processes make the same songs, and so need the same seeds; then all must call this.
+    """
+    seed = secrets.randbelow(2**32 - count)
+    return int(multihost_utils.broadcast_one_to_all(np.uint32(seed))) if joint else seed
+
+
+def draw_seeds(jobs: Sequence[Job], *, needed: bool, joint: bool = False) -> tuple[list[int | None], jax.Array]:
     """Return the seeds, with new ones for songs that have none, and the keys of all [B].
 
     A seed is None where a key was given, or noise.
 
     Args:
         needed: whether keys are used besides for the initial noise.
+        joint: see `new_seed`.
     """
-    fresh = secrets.randbelow(2**32 - len(jobs))
-    if jax.process_count() > 1:
-        fresh = int(multihost_utils.broadcast_one_to_all(np.uint32(fresh)))
+    fresh = new_seed(len(jobs), joint=joint)
     seeds: list[int | None] = []
     keys = []
     for i, job in enumerate(jobs):
@@ -219,6 +228,16 @@ def draw_seeds(jobs: Sequence[Job], *, needed: bool) -> tuple[list[int | None], 
     return seeds, jnp.stack(keys)
 
 
+def draw_retake_seeds(jobs: Sequence[Job], *, joint: bool = False) -> list[int | None]:
+    """Return the seed of the second noise of each song, with new ones for those that have none; None for a song without
+    a second noise. `joint`: see `new_seed`."""
+    if not any(job.request.retake_variance for job in jobs):
+        return [None] * len(jobs)
+    fresh = new_seed(len(jobs), joint=joint)
+    seeds = [fresh + i if job.request.retake_seed is None else job.request.retake_seed for i, job in enumerate(jobs)]
+    return [seed if job.request.retake_variance else None for seed, job in zip(seeds, jobs, strict=True)]
+
+
 def initial_noise(
     jobs: Sequence[Job],
     seeds: Sequence[int | None],
@@ -228,6 +247,7 @@ def initial_noise(
     frames: int,
     channels: int,
     dtype: str,
+    retake_seeds: Sequence[int | None] | None = None,
 ) -> np.ndarray:
     """Return [B, frames, channels] float32 on the host, from where it may go to any device, mesh or process.
 
@@ -236,12 +256,13 @@ def initial_noise(
     Args:
         kind: see `Sampling.noise`.
         dtype: of the network, in which PyTorch draws.
+        retake_seeds: see `draw_retake_seeds`; None: no song has a second noise.
 
     Raises:
         InputError: if a song's own noise has another shape, or PyTorch's noise is requested for a key.
     """
     drawn = np.array(noise.normal(keys, (frames, channels)))
-    for row, job, seed in zip(drawn, jobs, seeds, strict=True):
+    for row, job, seed, retake in zip(drawn, jobs, seeds, retake_seeds or [None] * len(jobs), strict=True):
         size = (job.frames, channels)
         if job.request.latents is not None:
             own = np.asarray(job.request.latents, np.float32)
@@ -255,23 +276,17 @@ def initial_noise(
             raise InputError("noise: PyTorch's is drawn from numbers; give a number as the seed, not a key")
         else:
             own = _torch_noise(seed, size, kind, dtype)
-        if job.request.retake_variance:
+        if retake is not None:
             angle = job.request.retake_variance * math.pi / 2
-            own = np.float32(math.cos(angle)) * own + np.float32(math.sin(angle)) * _retake(job, kind, size, dtype)
+            own = np.float32(math.cos(angle)) * own + np.float32(math.sin(angle)) * _retake(retake, kind, size, dtype)
         row[: job.frames] = own
         if kind != "jax" or job.request.latents is not None:
             row[job.frames :] = 0
     return drawn
 
 
-def _retake(job: Job, kind: str, size: tuple[int, int], dtype: str) -> np.ndarray:
+def _retake(seed: int, kind: str, size: tuple[int, int], dtype: str) -> np.ndarray:
     """Return the noise of `Request.retake_seed`, which is that of a song with this seed."""
-    seed = job.request.retake_seed
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-        if jax.process_count() > 1:
-            seed = int(multihost_utils.broadcast_one_to_all(np.uint32(seed)))
-        logger.warning("retake_seed: none was given; %d makes the song again", seed)
     if kind != "jax":
         return _torch_noise(seed, size, kind, dtype)
     return np.array(noise.normal(noise.key(seed)[None], size))[0]

@@ -5,7 +5,7 @@ Source: ACE-Step 1.5's `acestep/constants.py` (VALID_LANGUAGES, VALID_KEYSCALES,
 
 import re
 
-from acestep_jax.errors import InputError
+from acestep_jax.errors import InputError, check_text
 
 MIN_BPM, MAX_BPM = 30, 300
 TIME_SIGNATURES = ("2", "3", "4", "6")
@@ -56,7 +56,10 @@ def keyscale(value: str | None) -> str | None:
     Raises:
         InputError: if it is no key.
     """
-    if value is None or says_nothing(value):
+    if value is None:
+        return None
+    check_text("keyscale", value)
+    if says_nothing(value):
         return None
     text = re.sub(r"(?i)major|maj|minor|min|sharp|flat", lambda match: match[0].lower(), value.strip())
     found = _KEY.fullmatch(text)
@@ -94,6 +97,7 @@ def vocal_language(value: str) -> str:
     Raises:
         InputError: if it is no language that the model was trained on.
     """
+    check_text("vocal_language", value)
     text = value.strip().lower()
     if says_nothing(text):
         return UNKNOWN_LANGUAGE

@@ -1,10 +1,11 @@
 """From the keywords of `AceStepPipeline.__call__` to a request for each song."""
 
+import dataclasses
 import functools
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 
 from acestep_jax.arguments import arguments, describe, is_key, repeatable
 from acestep_jax.errors import InputError
-from acestep_jax.request import Request, split
+from acestep_jax.request import Planning, Request, Sampling, split
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,11 +50,18 @@ def takes(kind: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[Conca
     return decorate
 
 
-def requests_and_sampling(keywords: Mapping[str, Any]) -> tuple[list[Request], dict[str, Any]]:
-    """Return a request for each prompt, and the values of `Sampling`.
+@runtime_checkable
+class Planned(Protocol):
+    """What a request can be made from, such as a plan."""
 
-    A `Request` in place of a prompt stays as it is. Every value may be a list with one for each prompt, but for those
-    of fields that take several values themselves.
+    def request(self) -> Request: ...
+
+
+def requests_of(keywords: Mapping[str, Any]) -> tuple[list[Request], Planning, Sampling]:
+    """Return a request for each prompt, how it is planned and how it is sampled.
+
+    A `Request` in place of a prompt stays as it is; of a plan, what is given takes the place of what it says. Every
+    value may be a list with one for each prompt, but for those of fields that take several values themselves.
 
     Args:
         keywords: fields of `Arguments`. Song i of one seed s gets the seed s + i; `latents` is [B, frames, C].
@@ -62,7 +70,7 @@ def requests_and_sampling(keywords: Mapping[str, Any]) -> tuple[list[Request], d
         InputError: if a name is unknown, there is no prompt, a list is of another length, a seed is not one, or a
             `Request` comes with further values of its own fields.
     """
-    values, sampling = split(keywords)
+    values, planned, sampled = split(keywords)
     if "prompt" not in values:
         raise InputError("prompt: missing; describe the music in a few words")
     prompt = values.pop("prompt")
@@ -83,12 +91,15 @@ def requests_and_sampling(keywords: Mapping[str, Any]) -> tuple[list[Request], d
     requests = []
     for i, item in enumerate(prompts):
         own = {name: column[i] for name, column in columns.items()}
-        if not isinstance(item, Request):
-            item = Request(item, **own)
+        if isinstance(item, Planned) and callable(item.request):
+            given = {k: v for k, v in own.items() if v is not None and not np.array_equal(v, defaults[k])}
+            item = dataclasses.replace(item.request(), **given)
+        elif not isinstance(item, Request):
+            item = Request(cast(str, item), **own)
         elif given := [k for k, v in own.items() if v is not None and not np.array_equal(v, defaults[k])]:
             raise InputError(f"{given[0]}: prompt {i} is a Request, which has its own; set it there")
         requests.append(item)
-    return requests, sampling
+    return requests, Planning(**planned), Sampling(**sampled)
 
 
 def _seed_of_each(seed: Any, count: int) -> list[Any]:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
 from acestep_jax.inputs.buckets import BUCKETS
+from acestep_jax.inputs.ineffective import warn_of_request
 from acestep_jax.inputs.prompt import lyric_text, prompt_text, stems_caption, tokenize
 from acestep_jax.inputs.settings import compat_of, defaults_of, settled
 from acestep_jax.io import audio
@@ -136,6 +137,7 @@ def prepare(
     check_accepted(request, task_type, task)
     _check_edit(request, configs)
     _check_source(request, task_type, task, configs)
+    warn_of_request(request)
 
     hop, rate = vae.hop_length, vae.sampling_rate / vae.hop_length
     source, codes, source_samples, regions = None, None, (0, 0), ()
@@ -152,8 +154,11 @@ def prepare(
             size = codebook_size(configs)
             assert size is not None  # see `_check_source`
             codes = tasks.codes_from_text(request.audio_codes, size)
-            frames = len(codes) * configs["audio_tokenizer"].pool_window_size
+            window = configs["audio_tokenizer"].pool_window_size
+            frames = len(codes) * window
             check_length(frames / rate, "audio_codes")
+            if request.audio_duration is not None and 0 < frames - math.ceil(request.audio_duration * rate) < window:
+                frames = math.ceil(request.audio_duration * rate)  # the last code lasts longer than the song
         else:
             seconds = request.audio_duration or own.audio_duration
             frames = math.ceil(seconds * rate)
@@ -228,9 +233,10 @@ def check_accepted(values: Request | Sampling, task_type: str, task: tasks.Task)
             continue
         if not isinstance(given, np.ndarray) and given == field.default:
             continue
+        edit = field.name == "src_audio" and "flow_edit_morph" in task.accepts
         raise InputError(
             f"{field.name}: the task {task_type} does not take it; leave it out, or set task_type to "
-            f"{' or '.join(accepting)}"
+            f"{' or '.join(accepting)}{', or edit it by flow with flow_edit_morph=True' if edit else ''}"
         )
 
 

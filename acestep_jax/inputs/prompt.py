@@ -16,6 +16,9 @@ from acestep_jax.models.registry import FAMILY
 logger = logging.getLogger(__name__)
 
 PAD = "<|endoftext|>"
+# Which way prompts that are too long are cut; to be raised when it changes, so that training data of such are made
+# again. 1, before there was a number, cut the end of the text.
+CUT_RULE = 2
 _METADATA = ("bpm", "timesignature", "keyscale", "duration")
 
 
@@ -48,9 +51,9 @@ def prompt_text(
     prompt: str,
     *,
     audio_duration: float,
-    bpm: int | None = None,
+    bpm: str | float | None = None,
     keyscale: str | None = None,
-    timesignature: str | int | None = None,
+    timesignature: str | float | None = None,
     instruction: str | None = None,
 ) -> Prompt:
     """Return the text that the text encoder reads.

@@ -142,9 +142,10 @@ def detokenize(networks: Networks, codes: Sequence[np.ndarray], frames: int) -> 
 
 
 def check_songs(jobs: Sequence[Job], seeds: Sequence[int | None], values: Sequence[np.ndarray], what: str) -> None:
-    """Raise InputError, naming the song, if what was made of one is not finite. `what`: see `audio.check_finite`."""
-    for job, seed, own in zip(jobs, seeds, values, strict=False):
-        name = f"song {job.request.prompt[:40]!r}"
+    """Raise InputError, naming the song and its index in a batch, if what was made of one is not finite. `what`: see
+    `audio.check_finite`."""
+    for i, (job, seed, own) in enumerate(zip(jobs, seeds, values, strict=False)):
+        name = f"{'song' if len(jobs) == 1 else f'songs[{i}]'} {job.request.prompt[:40]!r}"
         audio.check_finite(own, name if seed is None else f"{name}, seed {seed}", what)
 
 

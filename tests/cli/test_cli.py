@@ -41,14 +41,25 @@ def test_generate(tiny, tmp_path, capsys):
 
     assert generate(tiny, "--out", tmp_path / "c.wav", *options) == 0
     seed = capsys.readouterr().out.split()[-1]
-    again = [*options, "--overwrite", "--seed", seed, "--mesh", "data=2,tensor=4"]
+    again = [*options, "--overwrite", "--seed", seed]
     c = soundfile.read(tmp_path / "c.wav")[0]
     assert generate(tiny, "--out", tmp_path / "c.wav", *again) == 0
     assert np.abs(soundfile.read(tmp_path / "c.wav")[0] - c).max() < 1e-4
 
 
+@pytest.mark.slow
+def test_generate_on_a_mesh(tiny, tmp_path):
+    """By default `tests/test_distributed_processes.py` shows it, of two processes."""
+    for name, mesh in (("one", []), ("eight", ["--mesh", "data=2,tensor=4"])):
+        assert generate(tiny, "--out", tmp_path / f"{name}.wav", "--seed", 5, "--steps", 2, *mesh) == 0
+    one, eight = (soundfile.read(tmp_path / f"{name}.wav")[0] for name in ("one", "eight"))
+    assert np.abs(one - eight).max() < 1e-4
+
+
+@pytest.mark.slow
 def test_adapters(tiny, tmp_path):
-    """They change the song, unless their scale is zero; one scale is for all, several are one for each."""
+    """They change the song, unless their scale is zero; one scale is for all, several are one for each. By default
+    `tests/test_adapters_pipeline.py` shows it without the command."""
     config = checkpoint.read_manifest(tiny[1]).configs["transformer"]
     for i, name in enumerate("ab"):
         save_adapter(tmp_path / name, random_adapter(config, ATTENTION, alpha=i + 1.0, seed=i))
@@ -97,7 +108,8 @@ ERRORS = {
     "two scales": (["--lora", "x", "--lora-scale", "1", "--lora-scale", "2"], "--lora-scale: "),
     "infinite scale": (["--lora", "x", "--lora-scale", "inf"], "--lora-scale: expected a finite number"),
     "unknown option": (["--duraton", "10"], "--duraton: unknown option; did you mean --duration?"),
-    "not a number": (["--bpm", "fast"], "--bpm: expected a whole number, found 'fast'"),
+    "not a whole number": (["--steps", "1.5"], "--steps: expected a whole number, found '1.5'"),
+    "not a number": (["--bpm", "fast"], "--bpm: expected 30 to 300 beats per minute, found 'fast'"),
     "not for the task": (["--start", "1"], "--start: the task text2music does not take it"),
     "lyrics file": (["--lyrics", "@{tmp}/absent.txt"], "absent.txt"),
 }
@@ -130,6 +142,7 @@ def test_installed_command(tiny, tmp_path):
     assert done.stderr == "acestep-jax: PROMPT: it is empty; describe the music in a few words\n"
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept(tiny, tmp_path):
     """The second run finds all programs of the first on disk."""
     environment = os.environ | {

@@ -19,6 +19,10 @@ from acestep_jax.convert.to_torch import to_torch
 from acestep_jax.io import checkpoint
 from acestep_jax.io.adapter import load_adapter, merge_adapters, save_adapter
 from acestep_jax.io.checkpoint import load
+from acestep_jax.io.conversion import from_torch
+from acestep_jax.io.files import as_path, upload
+from acestep_jax.io.native import native_folder
+from tests import cloud
 from tests.adapters import (
     ATTENTION,
     CONFIG,
@@ -399,3 +403,41 @@ def test_merge_lora(tiny, tmp_path, capsys):
 def linear_modules(state):
     prefix, suffix = "transformer/", ".weight"
     return [n.removeprefix(prefix).removesuffix(suffix) for n in state if n.startswith(prefix) and n.endswith(suffix)]
+
+
+@pytest.mark.parametrize("layout", ["peft", "diffusers", "comfyui"])
+def test_adapters_of_pytorch_in_cloud_storage(tmp_path, monkeypatch, layout):
+    """Are read and converted there; what is wrong with one is said of its own path, and none is written there."""
+    cloud.use(monkeypatch)
+    adapter, name = random_adapter(), "adapter.safetensors" if layout == "comfyui" else "adapter"
+    save_adapter(tmp_path / "ours", adapter)
+    lora_to_torch(tmp_path / "ours", tmp_path / name, layout=layout)
+    written = [tmp_path / name] if layout == "comfyui" else sorted((tmp_path / name).iterdir())
+    for file in written:
+        upload(file, as_path("gs://music") / file.relative_to(tmp_path).as_posix())
+    lora_from_torch(f"gs://music/{name}", "gs://music/ours")
+    for source in (f"gs://music/{name}", "gs://music/ours"):
+        found = load_adapter(source)
+        assert found.leaves.keys() == adapter.leaves.keys() and found.config.scaling == adapter.config.scaling
+        assert all(np.array_equal(value, adapter.leaves[leaf]) for leaf, value in found.leaves.items())
+    with pytest.raises(InputError, match="gs://music/torch: files of PyTorch are read and written on this machine"):
+        lora_to_torch("gs://music/ours", "gs://music/torch", layout=layout)
+    weights = next(file for file in written if file.suffix == ".safetensors")
+    place = as_path("gs://music") / weights.relative_to(tmp_path).as_posix()
+    place.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(InputError, match=f"^{place}: "):
+        load_adapter(f"gs://music/{name}")
+
+
+def test_checkpoints_of_pytorch_in_cloud_storage(tiny, tmp_path, monkeypatch):
+    """Those of PyTorch are refused, with what to do, before anything is written."""
+    bucket = cloud.use(monkeypatch)
+    for attempt in (
+        lambda: to_torch(tiny[1], "gs://music/torch", layout="diffusers"),
+        lambda: from_torch("gs://music/torch", tmp_path / "native"),
+        lambda: from_torch("gs://music/torch", "gs://music/native"),
+        lambda: native_folder("gs://music/torch"),
+    ):
+        with pytest.raises(InputError, match="gs://music/torch: (files of PyTorch|no checkpoint of acestep-jax here)"):
+            attempt()
+    assert not bucket and not (tmp_path / "native").exists()

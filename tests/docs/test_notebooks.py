@@ -57,11 +57,8 @@ def test_all_are_here():
     assert execute.names() == sorted(REDUCED)
 
 
-# Two take nearly two minutes each.
-LONG = ("03_lora_finetune", "05_tpu_and_sharding")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in REDUCED])
+@pytest.mark.slow  # one to two minutes each; `.ci/run` runs the first
+@pytest.mark.parametrize("name", REDUCED)
 def test_runs(name, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ["ACESTEP_TEST_CACHE"])
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")

@@ -134,7 +134,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * ("untrained" in case)) for case in WRONG]
+)
 def test_what_is_no_song_keeps_to_no_request(small, case):
     """So that the test before can fail."""
     key, _, _ = adherence(WRONG[case](small))
@@ -158,7 +160,9 @@ def test_tokenizer_ends_and_restores_texts(tokenizer):
         assert tokenizer.decode(encoding.ids) == text
 
 
+@pytest.mark.slow
 def test_text_encoder_learns(tokenizer):
+    """What it has learned in the package is in `test_songs_keep_to_their_requests`."""
     config = TextEncoderConfig(
         vocab_size=TEXT_ENCODER.vocab_size,
         hidden_size=32,
@@ -194,6 +198,7 @@ def test_numbers_between_the_tempi_are_read_as_the_nearest(tokenizer):
     np.testing.assert_array_equal(found[[*others, *kept]], table[[*others, *kept]])
 
 
+@pytest.mark.slow
 def test_start_and_pack(tmp_path, tokenizer, capsys):
     save(tmp_path / "vae", AutoencoderOobleck(VAE, rngs=nnx.Rngs(0)), "vae")
     save(tmp_path / "text", Qwen3Model(TEXT_ENCODER, rngs=nnx.Rngs(1)), "text_encoder", tokenizer)

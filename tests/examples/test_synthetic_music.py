@@ -226,6 +226,7 @@ def test_score_against_other_requests():
     assert prompt_adherence.score(check, heard, requests) == (2 / 3, 1 / 6)
 
 
+@pytest.mark.slow
 def test_prompt_adherence_asks_the_model(monkeypatch, capsys):
     """With the composer in the model's place, which knows the songs by their captions."""
     seeds = {

@@ -35,7 +35,7 @@ def test_sizes_of_buckets():
     assert len(set(sizes.tolist())) == 31
 
 
-@pytest.mark.parametrize("seconds", [10.5, 13.0])
+@pytest.mark.parametrize("seconds", [10.5, pytest.param(13.0, marks=pytest.mark.slow)])
 def test_a_song_in_its_bucket_is_the_song_without(pipe, monkeypatch, seconds):
     """Padded by 249 frames of 512, so that whole windows and blocks of attention are padding, and by 187; and so are
     the lyrics and the prompt."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from acestep_jax import Request
-from acestep_jax.inputs.collate import blend_weights, draw_seeds, initial_noise
+from acestep_jax.inputs.collate import blend_weights, draw_retake_seeds, draw_seeds, initial_noise
 from tests.noise import drawn
 
 pytestmark = pytest.mark.unit
@@ -42,7 +42,8 @@ def test_blend_of_several_regions():
 def retaken(**values):
     jobs = [SimpleNamespace(request=Request("x", seed=3, **values), frames=40)]
     seeds, keys = draw_seeds(jobs, needed=False)
-    return initial_noise(jobs, seeds, keys, "jax", frames=64, channels=8, dtype="float32")[:, :40]
+    size = dict(frames=64, channels=8, dtype="float32")
+    return initial_noise(jobs, seeds, keys, "jax", **size, retake_seeds=draw_retake_seeds(jobs))[:, :40]
 
 
 def test_retake_mixes_a_second_noise():
@@ -55,11 +56,18 @@ def test_retake_mixes_a_second_noise():
         np.testing.assert_allclose(retaken(retake_seed=8, retake_variance=variance), expected, atol=1e-6)
 
 
-def test_retake_without_a_seed_tells_it(caplog):
-    found = retaken(retake_variance=0.5)
-    (record,) = [record for record in caplog.records if record.name.startswith("acestep_jax")]
-    np.testing.assert_array_equal(retaken(retake_variance=0.5, retake_seed=record.args[0]), found)
-    assert not np.array_equal(found, retaken())
+def test_retake_seeds():
+    """New ones, all different, where there is a second noise and none was given."""
+
+    def drawn(*values):
+        return draw_retake_seeds([SimpleNamespace(request=Request("x", **value)) for value in values])
+
+    part = dict(retake_variance=0.5)
+    assert drawn({}, dict(retake_seed=3)) == [None, None]
+    none, given, *fresh = drawn({}, part | dict(retake_seed=0), part, part)
+    assert (none, given) == (None, 0)
+    assert all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in fresh)
+    assert len({*fresh, *drawn(part, part)}) == 4
 
 
 def test_retake_of_given_noise():

@@ -39,7 +39,11 @@ def first_step(pipe, **arguments):
     return seen[0]
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "ab2", "sde", "sde_linear"])
+# The solvers differ in how often they evaluate and whether they add noise; by default one of each kind.
+@pytest.mark.parametrize(
+    "solver",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("euler", "heun", "ab2", "sde_linear")), "sde"],
+)
 def test_dcw_corrects_every_solver(pipe, solver):
     """By what a single step from the noise predicts of the end."""
     x0 = pipe("x", num_inference_steps=1, **SONG).latents
@@ -54,7 +58,12 @@ def test_dcw_corrects_every_solver(pipe, solver):
 
 @pytest.mark.parametrize(
     "solver, guidance, further",
-    [("heun", "adg", "adg"), ("heun", "apg", "cfg"), ("ab3", "adg", "adg"), ("ab3", "apg", "cfg")],
+    [
+        pytest.param("heun", "adg", "adg", marks=pytest.mark.slow),
+        pytest.param("heun", "apg", "cfg", marks=pytest.mark.slow),
+        pytest.param("ab3", "adg", "adg", marks=pytest.mark.slow),
+        ("ab3", "apg", "cfg"),
+    ],
 )
 def test_further_evaluations_are_guided(pipe, solver, guidance, further):
     """As requested; APG's momentum moves once in a step, so its further evaluation is plain CFG. Each velocity comes of
@@ -88,12 +97,28 @@ def test_latents_are_rescaled_and_shifted(pipe):
     assert_close(found, 0.5 * plain + 0.1, 1e-6)
 
 
+@pytest.mark.slow
 def test_chunk_masks(pipe):
-    """Auto is 2 everywhere: where all is generated it differs from 1, and in regions from 1 and 0."""
+    """Auto is 2 everywhere: where all is generated it differs from 1, and in regions from 1 and 0.
+
+    By default cases 17, 19 and 25 of `tests/test_golden.py` show it.
+    """
     for task in (dict(task_type="complete"), dict(task_type="repaint", repainting_start=2, repainting_end=5)):
         explicit = pipe("x", **SOURCE, **task).latents
         np.testing.assert_array_equal(pipe("x", chunk_mask_mode="explicit", **SOURCE, **task).latents, explicit)
         assert relative_error(pipe("x", chunk_mask_mode="auto", **SOURCE, **task).latents, explicit) > 1e-3
+
+
+def test_variations_are_made_again(pipe):
+    """With the seed of the second noise, which each song of a batch has of its own, and alone."""
+    arguments = SONG | dict(num_inference_steps=1)
+    plain = pipe("x", **arguments)
+    first, second = pipe(["x", "x"], retake_variance=0.3, **arguments | dict(seed=[3, 3]))
+    assert plain.retake_seed is None and first.retake_seed != second.retake_seed
+    again = pipe("x", retake_variance=0.3, retake_seed=second.retake_seed, **arguments)
+    assert again.retake_seed == second.retake_seed
+    assert_close(again.latents[0], second.latents, 1e-5)
+    assert min(relative_error(one.latents, plain.latents[0]) for one in (first, second)) > 1e-2
 
 
 # Regions
@@ -143,10 +168,34 @@ def test_covers_without_the_tokenizer(pipe):
     assert_close(without("x", task_type="cover-nofsq", **SOURCE).latents, found, 1e-6)
 
 
+@pytest.mark.slow
+def test_covers_switch_between_the_steps_of_heun(pipe):
+    """The second evaluation of a step is the cover's, too, though it is made at the time at which the cover ends."""
+    cover = SOURCE | dict(task_type="cover-nofsq", solver="heun")
+    seen = {}
+    songs = {
+        strength: pipe(
+            "x",
+            audio_cover_strength=strength,
+            callback_on_step_end=lambda i, t, x, s=strength: seen.setdefault(s, []).append(x),
+            **cover,
+        ).latents
+        for strength in (0.5, 1.0)
+    }
+    assert_close(seen[0.5][0], seen[1.0][0], 1e-6)
+    # The second of two steps with a shift of 3.
+    rest = pipe("x", timesteps=[0.75], latents=seen[0.5][0], solver="heun", **SONG).latents
+    assert_close(songs[0.5], rest, 1e-5)
+    assert relative_error(songs[0.5], songs[1.0]) > 1e-3
+
+
 EDIT = dict(flow_edit_morph=True, flow_edit_source_caption="piano", flow_edit_source_lyrics="la")
 
 
-@pytest.mark.parametrize("task", ["text2music", "cover", "cover-nofsq"])
+# The task changes the context alone; cover's has the most parts.
+@pytest.mark.parametrize(
+    "task", [*(pytest.param(t, marks=pytest.mark.slow) for t in ("text2music", "cover-nofsq")), "cover"]
+)
 def test_editing_towards_the_same_text_leaves_the_source(pipe, task):
     latents = sources.encode_audio(pipe.vae, [WAVE], FRAMES)
     arguments = SOURCE | EDIT | dict(task_type=task, guidance_scale=3.0)
@@ -154,6 +203,7 @@ def test_editing_towards_the_same_text_leaves_the_source(pipe, task):
     assert relative_error(pipe("brass", lyrics="oh", **arguments).latents, latents) > 1e-3
 
 
+@pytest.mark.slow
 def test_edits_that_end_before_they_begin_are_text_to_music(pipe):
     """From the noise of the first step, with the whole source at t = 0 in it: nothing of it is left at t = 1."""
     window = dict(flow_edit_n_max=0.0)

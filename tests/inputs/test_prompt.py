@@ -1,8 +1,6 @@
 """Prompt and lyric strings and their tokens, against diffusers and transformers."""
 
-import base64
 import logging
-from importlib import resources
 
 import numpy as np
 import pytest
@@ -11,29 +9,20 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from acestep_jax import InputError, Request
 from acestep_jax.inputs.collate import pad_tokens
 from acestep_jax.inputs.prompt import lyric_text, prompt_text, tokenize
+from tests.qwen import SPLIT, real_vocabulary
 
 pytestmark = pytest.mark.unit
-
-# The pre-tokenisation of Qwen's tokenizers.
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @pytest.fixture(scope="module")
 def qwen():
     """A tokenizer with Qwen's real vocabulary, which ends every text as that of Qwen3-Embedding does."""
     pytest.importorskip("dashscope")
-    text = resources.files("dashscope").joinpath("resources/qwen.tiktoken").read_text()
-    ranks = [base64.b64decode(line.split()[0]) for line in text.splitlines() if line]
-    alphabet = _byte_symbols()
-    symbols = ["".join(alphabet[byte] for byte in token) for token in ranks]
-    rank = {token: i for i, token in enumerate(ranks)}
-    merges = [pair for token in ranks if len(token) > 1 and (pair := _merge(token, rank, alphabet))]
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=merges))
+    vocabulary, merges = real_vocabulary()
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -45,25 +34,6 @@ def qwen():
     )
     assert end == 151643
     return tokenizer
-
-
-def _byte_symbols():
-    """GPT-2's printable stand-in for each byte."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-def _merge(token, rank, alphabet):
-    """The pair of parts that byte-pair encoding joins last to make `token`."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        ranks = [rank.get(parts[i] + parts[i + 1], 10**9) for i in range(len(parts) - 1)]
-        i = int(np.argmin(ranks))
-        if ranks[i] >= rank[token]:
-            return None
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return tuple("".join(alphabet[byte] for byte in part) for part in parts)
 
 
 CASES = [

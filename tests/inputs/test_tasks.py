@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from acestep_jax import AceStepPipeline, InputError, Request, Sampling
+from acestep_jax import AceStepPipeline, InputError, Request
 from acestep_jax.diffusion import denoise
 from acestep_jax.diffusion.guidance import GUIDANCE, Guided
 from acestep_jax.diffusion.schedule import schedule
@@ -17,7 +17,9 @@ from acestep_jax.diffusion.solvers import integrate
 from acestep_jax.inputs import programs, sources, tasks
 from acestep_jax.inputs.buckets import BUCKETS
 from acestep_jax.inputs.collate import pad_tokens
+from acestep_jax.inputs.keywords import requests_of
 from acestep_jax.io import audio
+from acestep_jax.request import KINDS
 from tests.noise import drawn
 from tests.parity import DIFFUSERS, assert_close, normal, relative_error
 
@@ -78,18 +80,43 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize("case", TASKS)
+def caption_of(pipe, tokens=220, **arguments):
+    """Return a caption with which the whole prompt has so many tokens: where padding counts, texts have no buckets, and
+    each length would be a program of its own."""
+    (request,), _, sampling = requests_of(dict(prompt="soft rock") | arguments)
+    missing = tokens - len(pipe.prepare(request, sampling).prompt_ids)
+    assert missing >= 0
+    return "soft rock" + "!" * missing
+
+
+# Their programs and texts are those of others: of extract, repaint, lego in a window and reference.
+SLOW_TASKS = ("extract, no name", "repaint to the end", "lego", "long reference")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW_TASKS)) for case in TASKS]
+)
 def test_tasks_match_diffusers(pipe, theirs, case):
     """The same noise, in float32; guided, so that the branch without condition has the right context."""
     noise = normal(1, 100 if {"src_audio", "audio_codes"} & TASKS[case].keys() else 300, CHANNELS)
     arguments = PARTS | dict(guidance_scale=3.0, shift=1.0, audio_duration=12.0) | TASKS[case]
-    expected = torch_latents(theirs, "soft rock", noise, **arguments)
-    found = pipe("soft rock", latents=noise, output_type="latent", **DIFFUSERS, **arguments)
+    caption = caption_of(pipe, **DIFFUSERS, **arguments)
+    expected = torch_latents(theirs, caption, noise, **arguments)
+    found = pipe(caption, latents=noise, output_type="latent", **DIFFUSERS, **arguments)
     assert_close(found.latents, expected, 1e-4)
     given = np.pad(noise, ((0, 0), (0, 300 - noise.shape[1]), (0, 0)))
     text = PARTS | DIFFUSERS | dict(audio_duration=12.0, guidance_scale=3.0)
-    text = pipe("soft rock", latents=given, output_type="latent", **text)
+    text = pipe(caption_of(pipe, **text), latents=given, output_type="latent", **text)
     assert relative_error(found.latents, text.latents[:, : noise.shape[1]]) > 1e-3
+
+
+def test_long_references_are_cut(pipe):
+    """Ten seconds each from the front, from one third on and from the back."""
+    whole = song(31.0, seed=4)
+    job = pipe.prepare(Request("x", reference_audio=whole))
+    third = whole.shape[1] // 3
+    parts = whole[:, : 10 * RATE], whole[:, third : third + 10 * RATE], whole[:, -10 * RATE :]
+    np.testing.assert_array_equal(job.reference, np.concatenate(parts, axis=1))
 
 
 def test_a_ragged_batch_matches_diffusers(pipe, theirs, caplog):
@@ -110,8 +137,12 @@ def test_a_ragged_batch_matches_diffusers(pipe, theirs, caplog):
     assert f"differ by {window + 1} tokens, more than the window of {window}" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_weak_cover_pads_its_two_texts_apart(pipe, theirs):
-    """As diffusers does, where padding counts: the texts of a cover and of text to music differ by a few tokens."""
+    """As diffusers does, where padding counts: the texts of a cover and of text to music differ by a few tokens.
+
+    By default the ragged batch and the blended cover show the padding of one text, and two texts.
+    """
     noise = normal(2, 100, CHANNELS)
     source, prompts = song(4.0), ["short", "a prompt that is much longer"]
     arguments = PARTS | dict(lyrics=["x", "x"], task_type="cover", audio_cover_strength=0.5, guidance_scale=1.0)
@@ -120,7 +151,10 @@ def test_a_weak_cover_pads_its_two_texts_apart(pipe, theirs):
     assert_close(pipe(prompts, latents=noise, src_audio=source, **arguments, **ours).latents, expected, 1e-4)
 
 
-def test_eight_songs_at_once_are_eight_songs(pipe):
+# Of the kinds below, by default one of each way that songs of a batch differ: a weak cover with a reference (two texts,
+# another context), regions (injection), codes, and text alone.
+@pytest.mark.parametrize("chosen", [pytest.param(range(8), marks=pytest.mark.slow, id="eight"), (0, 3, 4, 6)])
+def test_songs_at_once_are_the_songs(pipe, chosen):
     """Each with its own prompt, lyrics, seed, length, task and reference."""
     kinds = [
         {},
@@ -133,7 +167,7 @@ def test_eight_songs_at_once_are_eight_songs(pipe):
         dict(task_type="complete", src_audio=song(1.52, 6), complete_track_classes=("bass",)),
     ]
     requests = []
-    for i in range(8):
+    for i in chosen:
         kind = kinds[i]
         length = {} if "src_audio" in kind or "audio_codes" in kind else dict(audio_duration=10 + 0.015 * i)
         # All in one bucket of text, so that songs alone share programs.
@@ -142,7 +176,7 @@ def test_eight_songs_at_once_are_eight_songs(pipe):
         )
     sampling = dict(num_inference_steps=2, guidance_scale=2.0, repaint_injection_ratio=0.5)
     batch = pipe(requests, **sampling)
-    assert len(set(batch.samples)) > 5 and batch.seeds == tuple(range(100, 108))
+    assert len(set(batch.samples)) >= len(chosen) - 2 and batch.seeds == tuple(100 + i for i in chosen)
     for i, request in enumerate(requests):
         alone = pipe(request, **sampling)
         assert alone.samples == batch.samples[i : i + 1] and alone.frames == batch.frames[i : i + 1]
@@ -239,6 +273,18 @@ def test_extent(starts, ends, left, frames, regions):
     assert mask.shape == (frames,) and mask.sum() == sum(end - start for start, end in regions)
 
 
+@pytest.mark.unit
+def test_hundredths_in_front_of_a_song():
+    """The song is longer by whole latent frames, the first of them all new, and the region ends at the requested sample
+    of the source, which begins where the added frames end."""
+    for hundredths in range(1, 101):
+        found = tasks.extent([-hundredths / 100], [1.0], 300, 25.0, 600.0)
+        left = -(-hundredths // 4)
+        assert (found.left, found.frames, found.regions) == (left, 300 + left, ((0, left + 25),))
+        ((start, end),) = found.seconds
+        assert start == 0 and round(end * RATE) - left * 1920 == RATE
+
+
 def test_injection_puts_back_what_is_kept(pipe):
     """After the last step as well with a ratio of 1: outside of the region, the latents are the source's."""
     source = song(10.24)
@@ -265,24 +311,24 @@ def test_injection_puts_back_what_is_kept(pipe):
 # Covers
 
 
+@pytest.mark.slow
 def test_weak_covers_turn_to_text_to_music(pipe):
     """Half of four steps with the source, then those of text to music from where they got: run in two parts."""
     source = song(10.24)
     arguments = dict(task_type="cover", src_audio=source, num_inference_steps=4, shift=1.0, guidance_scale=2.0)
+    arguments |= dict(guidance="cfg", output_type="latent")
     seen = []
     keep = lambda i, t, x: seen.append(x)  # noqa: E731
-    pipe("x", seed=0, output_type="latent", callback_on_step_end=keep, **arguments)
-    switched = pipe("x", seed=0, output_type="latent", audio_cover_strength=0.5, guidance="cfg", **arguments)
-    first = pipe("x", seed=0, output_type="latent", guidance="cfg", callback_on_step_end=keep, **arguments)
-    middle = seen[5]
-    rest = dict(guidance_scale=2.0, guidance="cfg", audio_duration=10.24, timesteps=[0.5, 0.25])
-    second = pipe("x", latents=middle, output_type="latent", **rest)
+    switched = pipe("x", seed=0, audio_cover_strength=0.5, **arguments)
+    first = pipe("x", seed=0, callback_on_step_end=keep, **arguments)
+    middle = seen[1]
+    text = dict(audio_duration=10.24, guidance_scale=2.0, guidance="cfg", output_type="latent")
+    second = pipe("x", latents=middle, timesteps=[0.5, 0.25], **text)
     assert_close(switched.latents, second.latents)
     assert relative_error(switched.latents, first.latents) > 1e-3
     # None of the steps is text to music alone; nearly all of them is the cover.
-    none = pipe("x", seed=0, output_type="latent", audio_cover_strength=0.0, **arguments)
-    text = dict(audio_duration=10.24, num_inference_steps=4, shift=1.0, guidance_scale=2.0)
-    assert_close(none.latents, pipe("x", seed=0, output_type="latent", **text).latents)
+    none = pipe("x", seed=0, audio_cover_strength=0.0, **arguments)
+    assert_close(none.latents, pipe("x", seed=0, num_inference_steps=4, shift=1.0, **text).latents)
 
 
 def test_covers_start_from_their_source(pipe):
@@ -394,7 +440,7 @@ BAD = {
     "audio_duration: expected a number, found 'abc'": dict(audio_duration="abc"),
     "prompt: expected a text, found 5": dict(prompt=5),
     "lyrics: expected a text, found None": dict(lyrics=None),
-    "bpm: expected a whole number, found '120'": dict(bpm="120"),
+    "bpm: expected 30 to 300 beats per minute, found '12O'": dict(bpm="12O"),
     "audio_codes: expected a text, found 5": dict(audio_codes=5),
     "num_inference_steps: expected a whole number, found 8.0": dict(num_inference_steps=8.0),
     "guidance_scale: expected a number, found '7'": dict(guidance_scale="7"),
@@ -428,7 +474,10 @@ BAD = {
     ),
     "src_audio: holds NaN": REPAINT | dict(src_audio=np.full((2, RATE), np.nan, np.float32)),
     "src_audio: the task repaint needs a source; give a file or an array": dict(task_type="repaint"),
-    "src_audio: the task text2music does not take it": dict(src_audio=song(2.0)),
+    "src_audio: the task text2music does not take it; leave it out, or set task_type to repaint or cover or "
+    "cover-nofsq or extract or lego or complete, or edit it by flow with flow_edit_morph=True": dict(
+        src_audio=song(2.0)
+    ),
     r"reference_audio: expected an array .* found shape \[3, 48000\]": dict(reference_audio=np.ones((3, RATE))),
     "audio_codes: expected codes from 0 to 63999, found 64000": dict(audio_codes="<|audio_code_64000|>"),
     "audio_codes: expected codes from 0 to 63999, found -1": dict(audio_codes="<|audio_code_-1|>"),
@@ -494,7 +543,7 @@ def test_a_request_has_its_own_settings(pipe):
         pipe(Request("x"), lyrics="la")
     with pytest.raises(InputError, match="bpm: prompt 1 is a Request"):
         pipe(["y", Request("x")], bpm=90)
-    fields = {field.name for kind in (Request, Sampling) for field in dataclasses.fields(kind)}
+    fields = {field.name for kind in KINDS for field in dataclasses.fields(kind)}
     assert fields < set(inspect.signature(AceStepPipeline.__call__).parameters)
 
 
@@ -514,6 +563,8 @@ def test_noise_of_torch(pipe):
         drawn([0], 641, **half)
 
 
+# By default sde is in `tests/test_golden.py`, ab3 in `test_further_evaluations_are_guided`.
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["ab3", "sde"])
 def test_solvers_in_the_pipeline(pipe, solver):
     """Against the solver with the network itself, called at every step on its own."""
@@ -546,7 +597,8 @@ def test_noisy_solvers_make_a_song_again(pipe):
     assert relative_error(other.latents, first.latents) > 1e-3
 
 
-@pytest.mark.parametrize("guidance", ["adg", "cfg"])
+# ADG is in `tests/test_golden.py`, by default too.
+@pytest.mark.parametrize("guidance", [pytest.param("adg", marks=pytest.mark.slow), "cfg"])
 def test_guidance_rules_in_the_pipeline(pipe, guidance):
     """One step from pure noise, against the rule on the two velocities."""
     arguments = dict(audio_duration=10.24, output_type="latent", num_inference_steps=1, seed=3)

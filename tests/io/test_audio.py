@@ -10,7 +10,7 @@ import soundfile
 from acestep_jax import InputError
 from acestep_jax.io import audio
 
-pytestmark = pytest.mark.unit
+unit = pytest.mark.unit
 
 SECONDS, RATE = 3, 48000
 
@@ -22,6 +22,7 @@ def stereo():
     return np.stack([0.8 * np.sin(2 * np.pi * 440 * t), 0.4 * np.sin(2 * np.pi * 880 * t)]).astype(np.float32)
 
 
+@unit
 @pytest.mark.parametrize(
     "suffix, limit", [(".wav", 1e-4), (".flac", 1e-6), (".ogg", 0.05), (".mp3", 0.05), (".WAV", 1e-4)]
 )
@@ -42,6 +43,7 @@ def test_minutes_of_vorbis(tmp_path):
     assert soundfile.info(tmp_path / "long.ogg").frames == 120 * RATE
 
 
+@unit
 @pytest.mark.parametrize(
     "name, message",
     [
@@ -56,6 +58,7 @@ def test_bad_paths(tmp_path, stereo, name, message):
     assert not list(tmp_path.iterdir())
 
 
+@unit
 def test_nothing_is_overwritten_unasked(tmp_path, stereo):
     path = tmp_path / "song.wav"
     path.write_text("mine")
@@ -79,6 +82,7 @@ def test_full_disk_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@unit
 def test_a_wav_keeps_what_exceeds_full_scale(tmp_path, stereo, caplog):
     """As 32-bit floating point, bit for bit, and it is said; a song that stays within is written as before."""
     loud = 2 * stereo
@@ -92,6 +96,7 @@ def test_a_wav_keeps_what_exceeds_full_scale(tmp_path, stereo, caplog):
     assert soundfile.info(tmp_path / "full.wav").subtype == "PCM_16" and not caplog.text
 
 
+@unit
 @pytest.mark.parametrize("suffix", [".flac", ".ogg", ".mp3"])
 def test_clipping_is_counted_and_said(tmp_path, stereo, suffix, caplog):
     audio.write(tmp_path / f"loud{suffix}", 2 * stereo, RATE)
@@ -99,6 +104,7 @@ def test_clipping_is_counted_and_said(tmp_path, stereo, suffix, caplog):
     assert f"{over} of {stereo.size} samples exceed full scale, up to 1.60, and are clipped; a .wav" in caplog.text
 
 
+@unit
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_not_written(tmp_path, stereo, value):
     stereo[1, 5:8] = value
@@ -111,6 +117,7 @@ def sine(rate, hertz=1000.0, seconds=1.0):
     return 0.5 * np.sin(2 * np.pi * hertz * np.arange(int(rate * seconds)) / rate)
 
 
+@unit
 @pytest.mark.parametrize(
     "name, kind, limit",
     [
@@ -133,6 +140,7 @@ def test_read_every_kind(tmp_path, name, kind, limit):
     assert np.abs(found[:, inner] - np.stack([left, right])[:, inner]).max() <= limit
 
 
+@unit
 @pytest.mark.parametrize("rate", [8000, 32000, 44100, 96000])
 def test_read_resamples(tmp_path, rate):
     """A tone is the same tone at another rate, in time and level."""
@@ -144,11 +152,13 @@ def test_read_resamples(tmp_path, rate):
     assert np.array_equal(found[0], found[1])
 
 
+@unit
 def test_read_removes_what_is_above_the_new_rate(tmp_path):
     soundfile.write(tmp_path / "song.wav", sine(96000, 30000.0), 96000, subtype="FLOAT")
     assert np.abs(audio.read(tmp_path / "song.wav", RATE)[:, RATE // 8 : -RATE // 8]).max() <= 1e-4
 
 
+@unit
 def test_read_keeps_what_is_too_loud(tmp_path):
     soundfile.write(tmp_path / "song.wav", 4 * sine(RATE), RATE, subtype="FLOAT")
     assert np.abs(audio.read(tmp_path / "song.wav", RATE)).max() == pytest.approx(2.0)
@@ -176,6 +186,7 @@ UNREADABLE = {
 }
 
 
+@unit
 @pytest.mark.parametrize("case", UNREADABLE)
 def test_unreadable(tmp_path, stereo, case):
     name, make, message = UNREADABLE[case]
@@ -190,6 +201,7 @@ def test_unreadable(tmp_path, stereo, case):
     assert str(error.value).startswith(f"{path}: ")
 
 
+@unit
 def test_absent(tmp_path):
     with pytest.raises(FileNotFoundError, match="song.wav"):
         audio.read(tmp_path / "song.wav", RATE)

@@ -11,10 +11,12 @@ import pytest
 
 from acestep_jax.errors import InputError
 from acestep_jax.io import download
+from acestep_jax.io.companions import fetch_companion
 from acestep_jax.io.hub import VARIANTS, locate
+from acestep_jax.io.original import MODEL_PREFIX, TEXT_ENCODER
 from acestep_jax.io.original import REPOSITORY as UNIFIED
 
-pytestmark = pytest.mark.unit
+unit = pytest.mark.unit
 
 WEIGHTS = b"\1\2\3\4" * 10_000
 
@@ -75,6 +77,7 @@ def names(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
+@unit
 @pytest.mark.parametrize(
     ("source", "variant", "repository", "model", "files"),
     [
@@ -111,6 +114,7 @@ def test_names_are_completed_and_only_needed_files_come(official, source, varian
     assert not set(found.key) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
+@unit
 def test_second_start_downloads_nothing_and_works_without_network(official):
     first = locate("xl-turbo")
     official.downloads.clear()
@@ -119,6 +123,7 @@ def test_second_start_downloads_nothing_and_works_without_network(official):
     assert locate("xl-turbo") == first and not official.downloads
 
 
+@unit
 def test_offline_mode_of_the_hub_is_respected(official, monkeypatch):
     from huggingface_hub import constants
 
@@ -130,6 +135,7 @@ def test_offline_mode_of_the_hub_is_respected(official, monkeypatch):
         locate("sft")
 
 
+@unit
 def test_new_commit_is_downloaded_and_shares_equal_files(official, tmp_path):
     first = locate("base")
     changed = write(tmp_path / "base", "config.json", salt=b"new")
@@ -141,6 +147,7 @@ def test_new_commit_is_downloaded_and_shares_equal_files(official, tmp_path):
     assert locate("base", revision=official.repositories[VARIANTS["base"]].commit) == second
 
 
+@unit
 def test_one_file_of_a_repository(official, tmp_path):
     folder = write(tmp_path / "comfy", "split/vae.safetensors", "checkpoints/ace_turbo_aio.safetensors", "a.gguf")
     official.add("Comfy-Org/files", folder)
@@ -155,6 +162,7 @@ def test_one_file_of_a_repository(official, tmp_path):
         locate("Comfy-Org/files")
 
 
+@unit
 def test_mirror_with_several_models(official, tmp_path):
     folders = [f"acestep-v15-{variant}/{name}" for variant in ("turbo", "base") for name in MODEL]
     official.add("someone/mirror", write(tmp_path / "mirror", *folders, *REST))
@@ -165,6 +173,7 @@ def test_mirror_with_several_models(official, tmp_path):
         locate("someone/mirror", "bass")
 
 
+@unit
 @pytest.mark.parametrize(
     ("source", "options", "words"),
     [
@@ -205,6 +214,7 @@ def test_bad_names_and_repositories_are_one_line(official, tmp_path, source, opt
     assert not [path for path in official.cache.glob("models--someone*/**/*.partial")]
 
 
+@unit
 def test_token_opens_private_and_gated_repositories(official, tmp_path, monkeypatch):
     official.add("someone/private", write(tmp_path / "private", *UNIFIED_FILES), private=True, gated=True)
     assert locate("someone/private", token="hf_right").vae.is_dir()
@@ -213,6 +223,7 @@ def test_token_opens_private_and_gated_repositories(official, tmp_path, monkeypa
     assert locate("someone/private").vae.is_dir()
 
 
+@unit
 def test_no_network_says_what_is_in_the_cache(official):
     locate("base")
     official.close()
@@ -226,6 +237,7 @@ def test_no_network_says_what_is_in_the_cache(official):
         locate("base", local_files_only=True)
 
 
+@unit
 def test_hub_that_is_down_counts_as_no_network(official):
     first = locate("base")
     official.broken = True
@@ -234,6 +246,7 @@ def test_hub_that_is_down_counts_as_no_network(official):
         locate("sft")
 
 
+@unit
 def test_download_that_is_cut_ten_times_resumes(official):
     """Each connection breaks off at a random byte; no byte that arrived is asked for again."""
     official.cuts = 10
@@ -245,6 +258,7 @@ def test_download_that_is_cut_ten_times_resumes(official):
     assert len(official.downloads) == 10 + 3 + 6 and any(start > 0 for start in starts)
 
 
+@unit
 def test_interrupted_process_is_resumed_by_the_next(official, monkeypatch):
     """Ten processes in a row that are ended at a random byte, and one that is not."""
     monkeypatch.setattr(download, "ATTEMPTS", 0)  # the first failure, with bytes or without, ends the call
@@ -266,6 +280,7 @@ def test_interrupted_process_is_resumed_by_the_next(official, monkeypatch):
     assert (locate("base").model / "model.safetensors").read_bytes().startswith(b"basemodel")
 
 
+@unit
 def test_wrong_bytes_are_an_error_and_not_kept(official):
     official.change = lambda name, data: data[:-1] + b"!" if name == "model.safetensors" else data
     with pytest.raises(
@@ -283,6 +298,7 @@ def test_wrong_bytes_are_an_error_and_not_kept(official):
     assert (locate("base").model / "model.safetensors").is_file()
 
 
+@unit
 def test_what_an_earlier_process_left_damaged_is_downloaded_anew(official):
     served = official.repositories[VARIANTS["base"]]
     digest = served.files["model.safetensors"]["lfs"]["sha256"]
@@ -293,6 +309,7 @@ def test_what_an_earlier_process_left_damaged_is_downloaded_anew(official):
     assert (found.model / "model.safetensors").read_bytes() == (served.folder / "model.safetensors").read_bytes()
 
 
+@unit
 def test_half_deleted_cache_is_repaired(official):
     found = locate("base")
     blob = (found.model / "model.safetensors").resolve()
@@ -308,6 +325,7 @@ def test_half_deleted_cache_is_repaired(official):
         locate("base")
 
 
+@unit
 def test_disk_without_room_is_refused_before_the_download(official, monkeypatch):
     usage = shutil.disk_usage(official.cache.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
@@ -316,6 +334,7 @@ def test_disk_without_room_is_refused_before_the_download(official, monkeypatch)
     assert not official.downloads
 
 
+@unit
 def test_disk_that_fills_during_the_download(official, monkeypatch):
     """What arrived is kept, nothing that is not whole has a name, and the same call resumes."""
     link = download._link
@@ -331,6 +350,7 @@ def test_disk_that_fills_during_the_download(official, monkeypatch):
     assert (locate("base").model / "model.safetensors").is_file()
 
 
+@unit
 def test_cache_that_other_programs_filled_is_used(official):
     """huggingface_hub's own download and this one find each other's files."""
     from huggingface_hub import snapshot_download
@@ -353,6 +373,7 @@ def test_environment_variables_of_the_hub_are_those_of_huggingface_hub(official,
     assert made.stdout.startswith(str(tmp_path / "home" / "hub" / "models--someone--private"))
 
 
+@unit
 def test_table_of_names_is_that_of_the_application():
     """SUBMODEL_REGISTRY of acestep/model_downloader.py, without its planners, and MAIN_MODEL_REPO."""
     assert VARIANTS["turbo"] == UNIFIED == "ACE-Step/Ace-Step1.5"
@@ -366,3 +387,18 @@ def test_table_of_names_is_that_of_the_application():
         "xl-sft": "ACE-Step/acestep-v15-xl-sft",
         "xl-turbo": "ACE-Step/acestep-v15-xl-turbo",
     }
+
+
+def test_small_files_that_comfyui_lacks(official):
+    """Come by the same way as models: once, alone, also where the network ends midway, and later without it."""
+    path = f"{TEXT_ENCODER}/tokenizer.json"
+    assert fetch_companion(path).read_bytes() == (official.repositories[UNIFIED].folder / path).read_bytes()
+    assert official.downloads == [(path, 0)]
+    official.broken = True
+    assert fetch_companion(path).name == "tokenizer.json" and official.downloads == [(path, 0)]
+    assert fetch_companion(path, local_files_only=True).is_file()
+    with pytest.raises(InputError, match=f"{UNIFIED}: not whole in the cache, and .* cannot be reached"):
+        fetch_companion(f"{MODEL_PREFIX}turbo/silence_latent.pt")
+    official.broken = False
+    with pytest.raises(InputError, match=f"^{UNIFIED}: has no absent.json"):
+        fetch_companion("absent.json")

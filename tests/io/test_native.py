@@ -138,9 +138,9 @@ WITHOUT_TORCH = """
     from acestep_jax.cli import main
     for source in sys.argv[3:]:
         pipe = AceStepPipeline.from_pretrained(source, "turbo", cache_dir=sys.argv[1] + "/cache")
-        song = pipe("piano", audio_duration=10.0, num_inference_steps=1, seed=3)
-        numpy.save(sys.argv[1] + "/song.npy", song.audios)
-        assert song.audios.std() > 0.01
+    song = pipe("piano", audio_duration=10.0, num_inference_steps=1, seed=3)
+    numpy.save(sys.argv[1] + "/song.npy", song.audios)
+    assert song.audios.std() > 0.01
     assert main(["convert", "from-torch", sys.argv[3], sys.argv[1] + "/made"]) == 0
     assert not {"torch", "diffusers", "transformers"} & set(sys.modules)
     assert not any(name.startswith("acestep_jax.convert.") for name in sys.modules)
@@ -148,7 +148,10 @@ WITHOUT_TORCH = """
 
 
 def test_without_torch_to_a_song(tiny, published, comfyui, tmp_path):
-    """The original layout, diffusers' and a file of ComfyUI, to a song; `convert from-torch` needs no torch either."""
+    """The original layout and a file of ComfyUI load, diffusers' to a song; `convert from-torch` needs no torch either.
+
+    That all three are the same arrays is in `test_the_result_is_that_of_from_torch`.
+    """
     command = [sys.executable, "-c", textwrap.dedent(WITHOUT_TORCH), tmp_path, "", published, comfyui, tiny[0]]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)

@@ -13,7 +13,7 @@ from acestep_jax.io.hub import locate
 from acestep_jax.io.manifest import read_manifest
 from acestep_jax.models.config import LoRAConfig
 
-pytestmark = pytest.mark.unit
+unit = pytest.mark.unit
 
 LAYER = "layers.self_attn.to_q"
 
@@ -72,6 +72,7 @@ def test_saved_model_is_the_one_in_memory(pipe, tmp_path):
     assert found.tokenizer.encode("a b").ids == checkpoint.load_tokenizer(tmp_path / "again").encode("a b").ids
 
 
+@unit
 def test_existing_folder_and_missing_networks_are_refused(pipe, loaded, tmp_path):
     with pytest.raises(InputError, match="already exists"):
         pipe.save_pretrained(tmp_path)
@@ -83,6 +84,7 @@ def test_existing_folder_and_missing_networks_are_refused(pipe, loaded, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@unit
 def test_adapters_must_be_off(pipe, loaded, adapter, tmp_path):
     pipe.load_lora_weights(adapter, "mine")
     with pytest.raises(InputError, match="adapters: mine would be lost.*unload_lora.*merge-lora"):
@@ -93,6 +95,7 @@ def test_adapters_must_be_off(pipe, loaded, adapter, tmp_path):
     assert_same(AceStepPipeline.from_pretrained(tmp_path / "copy"), loaded)
 
 
+@unit
 def test_names_of_diffusers_for_adapters(pipe, adapter):
     base = pipe.transformer
     pipe.load_lora_weights(str(adapter))
@@ -117,6 +120,7 @@ def test_names_of_diffusers_for_adapters(pipe, adapter):
     assert pipe.transformer is base
 
 
+@unit
 def test_adapter_of_the_hub(pipe, adapter, hub):
     hub.add("someone/style-lora", adapter)
     pipe.load_lora_weights("someone/style-lora")
@@ -147,6 +151,7 @@ def test_upload_and_download_again(pipe, loaded, hub, tmp_path):
     assert locate("me/copy") == found
 
 
+@unit
 @pytest.mark.parametrize(
     ("id", "token", "words"),
     [
@@ -160,12 +165,14 @@ def test_refused_uploads(pipe, hub, id, token, words):
     assert "\n" not in str(error.value) and not hub.commits
 
 
+@unit
 def test_upload_without_network(pipe, hub):
     hub.close()
     with pytest.raises(InputError, match="cannot be reached"):
         pipe.push_to_hub("me/copy", token="hf_right")
 
 
+@unit
 def test_model_card_says_what_it_was_made_from(pipe, tmp_path):
     """What `source.json` of the checkpoint says; it stays with copies of copies."""
     source = {

@@ -19,6 +19,7 @@ import pytest
 import soundfile
 import torch
 from diffusers import AceStepTransformer1DModel as TorchTransformer
+from huggingface_hub import constants
 from safetensors.numpy import load_file
 
 from acestep_jax import AceStepPipeline, InputError
@@ -30,8 +31,9 @@ from acestep_jax.models.registry import FAMILY
 from acestep_jax.train import config_file
 from acestep_jax.train.checkpoints import Checkpoints
 from acestep_jax.train.config import TrainConfig
+from acestep_jax.train.export import export
 from acestep_jax.train.finetune import FineTuning as Trainer
-from acestep_jax.train.finetune import fit
+from acestep_jax.train.finetune import fit, located, warn_of_settings
 from acestep_jax.train.run import DivergedError
 from tests.folders import tensors
 from tests.parity import as_torch, assert_close, normal, relative_error
@@ -39,8 +41,8 @@ from tests.processes import ends, free_port, start, terminate_when, together
 from tests.training import error_of, run_command, settings, write_songs
 
 # Without what is not tested: three networks and a program less to compile.
-SMALL = dict(examples__validation_fraction=0.0, examples__cover=0.0)
-ENDLESS = dict(lora__dropout=0.1, optimizer__ema_decay=0.9)
+ENDLESS = dict(lora__dropout=0.1, optimizer__ema_decay=0.9, examples__cover=0.0)
+SMALL = ENDLESS | dict(examples__validation_fraction=0.0)  # the same step, which then is compiled once
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,55 @@ def data(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "songs"
     write_songs(folder, tiny[1])
     return folder
+
+
+INEFFECTIVE = [
+    (dict(method="full", lora__rank=8, lora__alpha=8.0), ["lora.rank", "lora.alpha"]),
+    (dict(method="lora", lora__rank=8), []),
+    (dict(objective__timesteps="turbo", objective__timestep_mu=0.0), ["objective.timestep_mu"]),
+    (dict(objective__timestep_mu=0.0), []),
+    (dict(report__sample_every=5, report__sample_seconds=20.0), ["report.sample_every", "report.sample_seconds"]),
+    (dict(report__sample_every=5, report__sample_prompts=("x",)), []),
+    (dict(report__validate_every=5, examples__validation_fraction=0.0), ["report.validate_every"]),
+    (dict(report__validate_every=5, examples__validation_fraction=0.1), []),
+]
+
+
+@pytest.mark.parametrize("given, named", INEFFECTIVE)
+def test_settings_without_effect_warn(given, named, caplog):
+    sections = {}
+    for name, value in given.items():
+        section, _, field = name.partition("__")
+        sections.setdefault(section, {}).update({field: value} if field else {})
+    plain = TrainConfig(data="d", checkpoint="c", out="o")
+    values = {
+        name: dataclasses.replace(getattr(plain, name), **fields) if fields else given[name]
+        for name, fields in sections.items()
+    }
+    warn_of_settings(dataclasses.replace(plain, **values))
+    assert [message.partition(":")[0] for message in caplog.messages] == named
+
+
+@pytest.mark.slow
+def test_a_run_of_a_hub_id_resumes_elsewhere(tiny, data, tmp_path, hub, monkeypatch):
+    """Its folder keeps the id and the commit, not the cache; what it did not train is found on another machine, too."""
+    repository = hub.add("someone/native", tiny[1])
+    first = settings(data, "someone/native", tmp_path / "run", method="full", steps=2, save_every=2, **SMALL)
+    fit(first)
+    kept = config_file.read(tmp_path / "run" / "config.yaml")
+    assert kept == dataclasses.replace(first, revision=repository.commit)
+    assert str(hub.cache) not in (tmp_path / "run" / "config.yaml").read_text()
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another"))
+    repository.revisions.discard("main")  # which is another commit now
+    found, again = located(dataclasses.replace(first, steps=3))
+    assert found.checkpoint.startswith(str(tmp_path / "another")) and again.revision == repository.commit
+    export(tmp_path / "run", tmp_path / "exported")
+    assert sorted(checkpoint.read_manifest(tmp_path / "exported").configs) == sorted(
+        checkpoint.read_manifest(tiny[1]).configs
+    )
+    with pytest.raises(InputError, match="revision: someone/native has no 'main'"):
+        located(dataclasses.replace(first, out=str(tmp_path / "other"), revision="main"))
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +202,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_bit_for_bit(finished, tiny, data, tmp_path, monkeypatch, caplog):
     """Stopped in step 5, after the checkpoint of step 4; then finished with other numbers of workers and reports."""
     out = tmp_path / "run"
@@ -306,8 +358,12 @@ def test_sigterm_of_one_process_stops_both_at_one_step(tiny, data, tmp_path):
 
 
 def test_full_fine_tuning_goes_back_to_torch(tiny, data, tmp_path):
-    """`model/` is a whole checkpoint: the transformer is another, everything else the same, and diffusers runs it."""
-    result = fit(settings(data, tiny[1], tmp_path / "run", method="full", steps=2, **SMALL, examples__crop_seconds=()))
+    """`model/` is a whole checkpoint: the transformer is another, everything else the same, and diffusers runs it.
+
+    This run learns covers as well.
+    """
+    whole = dict(method="full", steps=2, examples__crop_seconds=(), examples__validation_fraction=0.0)
+    result = fit(settings(data, tiny[1], tmp_path / "run", **whole))
     assert result == tmp_path / "run" / "model"
     to_torch(result, tmp_path / "torch", layout="diffusers")
     found, expected = tensors(tmp_path / "torch"), tensors(tiny[0])
@@ -326,8 +382,12 @@ def test_full_fine_tuning_goes_back_to_torch(tiny, data, tmp_path):
     assert relative_error(before(*inputs), expected) > 1e-3
 
 
+@pytest.mark.slow
 def test_no_other_program_than_the_compiled_one(tiny, data, tmp_path):
-    """A batch of another shape or dtype is an error, not a compilation."""
+    """A batch of another shape or dtype is an error, not a compilation.
+
+    By default `test_a_stopped_run_resumes_bit_for_bit` counts the compilations of a run.
+    """
     config = settings(data, tiny[1], tmp_path / "run", **SMALL)
     trainer = Trainer(config, None)
     from tests.training import random_batch

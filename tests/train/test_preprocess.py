@@ -158,7 +158,9 @@ def test_texts_are_those_of_the_pipeline(tiny, tmp_path):
     assert len({hidden.tobytes() for hidden in seen.values()}) == 6
 
 
+@pytest.mark.slow
 def test_bfloat16(tiny, tmp_path):
+    """By default `tests/models` and `tests/io/test_checkpoint.py` show the networks in bfloat16."""
     folder = tmp_path / "audio"
     write_song(folder, "a.wav")
     index = run(tiny, folder, dtype="bfloat16")
@@ -227,6 +229,19 @@ def test_new_crops_encode_only_the_text(tiny, songs, work):
     long = next(song for song in index.songs if song.source == "long.wav")
     texts = {key for key in record_of(songs, long) if key.startswith("text.")}
     assert texts == {text_key(task, d) for task in TASKS for d in crop_durations(3.2, (1.0, 2.0))}
+
+
+def test_another_cut_of_long_prompts_encodes_these(tiny, songs, work, monkeypatch):
+    """Songs whose prompts are read whole stay."""
+    (songs / "a.caption.txt").write_text("piano and " * 200)
+    first = {song.source: song for song in run(tiny, songs).songs}
+    assert run(tiny, songs).songs == tuple(first.values())
+    work.clear()
+    monkeypatch.setattr(preprocess, "CUT_RULE", preprocess.CUT_RULE + 1)
+    found = {song.source: song for song in run(tiny, songs).songs}
+    assert work == dict(_hidden_states=1)
+    changed = [name for name in found if found[name].text_sha256 != first[name].text_sha256]
+    assert changed == ["a.wav"]
 
 
 def test_a_new_repeat_encodes_nothing(tiny, songs, work):
@@ -436,8 +451,12 @@ def test_interruption_is_a_message(tiny, songs, monkeypatch, capsys):
     assert "interrupted; the same command resumes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_data_of_one(tiny, songs, tmp_path):
-    """Bit for bit, also where a song cannot be used, one has new texts, and one was there before."""
+    """Bit for bit, also where a song cannot be used, one has new texts, and one was there before.
+
+    By default one process shows all of this, killed and resumed; two processes meet in `test_distributed_processes.py`.
+    """
     (songs / "broken.wav").write_text("not music")
     run(tiny, songs)
     for name in ("alone", "shared"):
@@ -475,6 +494,29 @@ def test_songs_and_data_in_cloud_storage(tiny, songs, work, monkeypatch):
     assert preprocess.preprocess("gs://music/songs", "gs://music/data", checkpoint=tiny[1]) == index and not work
     records_of = dataset.Records(as_path("gs://music/data"), index.songs)
     assert records_of[1][1]["lyric_ids"].size == index.songs[1].lyric_tokens
+
+
+@pytest.mark.slow
+def test_two_processes_share_cloud_storage(tiny, songs, tmp_path):
+    """Songs and data: both read and write there at once, as one process does in a folder."""
+    local = run(tiny, songs)
+    (tmp_path / "buckets").mkdir()
+    bucket = cloud.Objects(tmp_path / "buckets")
+    for name in files_below(songs):
+        shutil.copyfile(songs / name, bucket._file(f"/music/songs/{name}"))
+    words = [tmp_path / "buckets", "train", "preprocess", "gs://music/songs", "gs://music/data"]
+    for expected in ("4 songs (4 encoded)", "nothing to do"):
+        made = together(*words, "--checkpoint", tiny[1], code=cloud.SHARED_COMMAND, devices=1)
+        assert [status for status, *_ in made] == [0, 0], made
+        assert expected in made[0][1]
+    assert {name for name in bucket if "/data/" in name} == {f"/music/data/{name}" for name in listing(songs)}
+    (shard,) = {song.shard for song in local.songs}
+    (tmp_path / shard).write_bytes(bucket[f"/music/data/{shard}"].getvalue())
+    rows = [song.row for song in local.songs]
+    for ours, theirs in zip(*(read_records(f / shard, rows) for f in (tmp_path, songs.parent / "data")), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():  # in other buckets, which round differently
+            assert_close(ours[name], value, 1e-5)
 
 
 def test_sigterm_ends_after_the_song_in_flight(tiny, songs, work, monkeypatch, capsys):

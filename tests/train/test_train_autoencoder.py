@@ -25,32 +25,11 @@ from acestep_jax.train.config import AdamConfig, AutoencoderTrainConfig, Oobleck
 from acestep_jax.train.crops import Songs, read_songs
 from acestep_jax.train.run import DivergedError
 from tests.parity import assert_close, normal
+from tests.training import TINY_AUTOENCODER as MODEL
+from tests.training import autoencoder_settings as run_settings
 from tests.training import error_of, run_command
 
-MODEL = OobleckConfig(
-    latent_channels=6,
-    patch_size=4,
-    downsampling_ratios=(10,),
-    channel_multiples=(2,),
-    encoder_channels=6,
-    decoder_channels=8,
-)
 RATE = 48000
-
-
-def run_settings(data, out, **changes):
-    values = dict(
-        steps=40,
-        save_every=10,
-        log_every=1,
-        batch_size=2,
-        crop_seconds=0.05,
-        validation_fraction=0.2,
-        model=MODEL,
-        loss=ReconstructionConfig(windows=(256, 64)),
-        optimizer=AdamConfig(learning_rate=1e-2, warmup_steps=1, ema_decay=0.5),
-    )
-    return AutoencoderTrainConfig(data=str(data), out=str(out), **values | changes)
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +178,7 @@ def test_result_reconstructs_as_the_run_did(run, songs):
     assert_close(same_sound, sound)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_bit_for_bit(run, songs, tmp_path):
     """As if it had been killed after its third checkpoint; its folder may have moved."""
     config, folder = run
