@@ -246,20 +246,18 @@ class AceStepPipeline(PlanningModel):
         """
         self._check_tokenizer()
         with self.on_mesh(), self.placement.stage(self.networks) as networks:
-            latents = self._latents_of(networks, song)
-            padded = np.zeros((1, BUCKETS.frames_of(len(latents)), latents.shape[1]), np.float32)
-            padded[0, : len(latents)] = latents
-            return sources.tokenize(networks, padded, [len(latents)])[0]
+            latents, frames = self._latents_of(networks, song)
+            return sources.tokenize(networks, latents, [frames])[0]
 
-    def _latents_of(self, networks: Mapping[str, Any], song: Audio) -> np.ndarray:
-        """Return the latents of a song, [frames, C]."""
+    def _latents_of(self, networks: Mapping[str, Any], song: Audio) -> tuple[np.ndarray, int]:
+        """Return the latents of a song, [1, bucket, C], zero where they are padding, and how many frames it has."""
         vae = self.need("vae")
         wave = load_audio(song, "song", vae.config)
         wave = np.pad(wave, ((0, 0), (0, -wave.shape[1] % vae.hop_length)))
         frames = wave.shape[1] // vae.hop_length
         latents = sources.encode_audio(networks["vae"], [wave], BUCKETS.frames_of(frames))
         audio.check_finite(latents, "song", "of the latents, after encoding,")
-        return latents[0, :frames]
+        return latents, frames
 
     def describe(self, song: Audio | Sequence[int], **keywords: Any) -> Plan:
         """Return what the planner hears in a song: caption, lyrics, tempo, key, language, and the song's audio codes.
@@ -301,7 +299,11 @@ class AceStepPipeline(PlanningModel):
         steps = settled(sampling, None, self.defaults).num_inference_steps
         assert steps is not None
         with self.on_mesh(), self.placement.stage(self.networks) as networks:
-            latents = song.latents if isinstance(song, Song) else self._latents_of(networks, song)
+            if isinstance(song, Song):
+                latents = song.latents
+            else:
+                padded, frames = self._latents_of(networks, song)
+                latents = padded[0, :frames]
             if request.audio_codes is None and request.src_audio is None:
                 seconds, rate = len(latents) / self.latents_per_second, self.latents_per_second
                 if not MIN_DURATION <= seconds <= MAX_DURATION:

@@ -127,25 +127,18 @@ class PlanningModel(LoadedModel):
             raise InputError("instrumental, lyrics: expected one of them, found both")
         items = list(wish) if isinstance(wish, list | tuple) else [wish]
         requests, *_ = requests_of(requested | dict(prompt=items))
-        kinds = {
-            "plans"
-            if isinstance(item, Plan)
-            else "inspire"
-            if isinstance(item, str) and not request.lyrics
-            else "generate"
-            for item, request in zip(items, requests, strict=True)
-        }
-        if len(kinds) > 1:
+        are_plans = [isinstance(item, Plan) for item in items]
+        are_wishes = [isinstance(i, str) and not r.lyrics for i, r in zip(items, requests, strict=True)]
+        if any(len(set(each)) > 1 for each in (are_plans, are_wishes)):
             raise InputError("wish: expected words, requests or plans in all of a batch, found several kinds")
-        (mode,) = kinds
-        if mode == "plans":  # their words stay
-            mode, planning = "generate", dataclasses.replace(planning, use_cot_caption=False)
+        if are_plans[0]:  # their words stay
+            planning = dataclasses.replace(planning, use_cot_caption=False)
         with self.on_mesh(), _watched(on_progress) as progress:
             plans = write_plans(
                 self.planner,
                 requests,
                 planning,
-                mode=mode,
+                mode="inspire" if are_wishes[0] else "generate",
                 instrumental=instrumental,
                 codes=codes,
                 joint=spans_processes(self.mesh),
@@ -269,6 +262,11 @@ def _can_be_planned(request: Request) -> bool:
 
 
 def split_planning(keywords: dict[str, Any]) -> tuple[dict[str, Any], Planning]:
+    """Return the values of fields of `Request`, and the `Planning` of the others.
+
+    Raises:
+        InputError: if a name is a field of neither.
+    """
     requested, planned, sampled = split(keywords)
     if sampled:
         raise InputError(f"{next(iter(sampled))}: says how a song is sampled; give it to pipe(plan, ...)")

@@ -108,10 +108,10 @@ def run_one(options: Any, given: dict[str, Any]) -> None:
     pipe = load(options, path, parse_mesh(options.mesh))
     finished = [0] if options.plan is not None else []
     ((request, plan),) = pipe.planned([request], planning, sampling, finished=finished)
-    if plan is not None and writes:
-        print(f"{plan.describe()}\n", flush=True)
     if plan is not None:
         job = pipe.prepare(request, sampling)
+        if writes:
+            print(f"{plan.describe()}\n", flush=True)
     (song,) = pipe.run([job], sampling)
     if writes:
         song.save(out, overwrite=options.overwrite)

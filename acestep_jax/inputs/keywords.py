@@ -91,13 +91,13 @@ def requests_of(keywords: Mapping[str, Any]) -> tuple[list[Request], Planning, S
     requests = []
     for i, item in enumerate(prompts):
         own = {name: column[i] for name, column in columns.items()}
+        given = {k: v for k, v in own.items() if v is not None and not np.array_equal(v, defaults[k])}
         if isinstance(item, Planned) and callable(item.request):
-            given = {k: v for k, v in own.items() if v is not None and not np.array_equal(v, defaults[k])}
             item = dataclasses.replace(item.request(), **given)
         elif not isinstance(item, Request):
             item = Request(cast(str, item), **own)
-        elif given := [k for k, v in own.items() if v is not None and not np.array_equal(v, defaults[k])]:
-            raise InputError(f"{given[0]}: prompt {i} is a Request, which has its own; set it there")
+        elif given:
+            raise InputError(f"{next(iter(given))}: prompt {i} is a Request, which has its own; set it there")
         requests.append(item)
     return requests, Planning(**planned), Sampling(**sampled)
 

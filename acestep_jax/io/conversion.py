@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
@@ -55,9 +54,7 @@ def from_torch(
         for option, value in (("--vae", vae), ("--text-encoder", text_encoder), ("--variant", variant)):
             if value is not None:
                 raise InputError(f"{option}: {source} is a planner, which has none; leave the option out")
-        convert(
-            open_planner(planner, None if dtype is None else np.dtype(getattr(ml_dtypes, dtype, dtype))), destination
-        )
+        convert(open_planner(planner, dtype), destination)
         return
     opened = open_source(source, vae=vae, text_encoder=text_encoder, dtype=dtype, variant=variant)
     convert(opened, destination)

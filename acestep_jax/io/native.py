@@ -16,7 +16,7 @@ from acestep_jax.errors import InputError
 from acestep_jax.io import cache, conversion, original
 from acestep_jax.io.companions import fetch_companion
 from acestep_jax.io.files import as_path, is_remote
-from acestep_jax.io.locate import locate
+from acestep_jax.io.locate import Located, locate
 from acestep_jax.io.manifest import CONFIG, FORMAT, FORMAT_VERSION, read_manifest
 from acestep_jax.io.pretrained import TorchCheckpoint
 from acestep_jax.models.config import check_dtype
@@ -84,16 +84,42 @@ def find_native(
     if key is None:
         opened = open_source()
         key = key_of_files(opened.files)
-    about = {"source": str(source if place.key is not None else place.model.resolve()), "variant": variant, "key": key}
-    about |= {"dtype": dtype}
+    about = {
+        "source": str(source if place.key is not None else place.model.resolve()),
+        "variant": variant,
+        "key": key,
+        "dtype": dtype,
+    }
     if place.is_of_one_variant:
         variant = None
+    return Native(converted(place, open_source, about, variant, opened=opened, cache_dir=cache_dir), place.commit)
+
+
+def converted(
+    place: Located,
+    open_source: Callable[[], TorchCheckpoint],
+    about: dict[str, Any],
+    variant: str | None = None,
+    *,
+    opened: TorchCheckpoint | None,
+    cache_dir: str | Path | None,
+) -> Path:
+    """Return the folder of a conversion, which is made once, by one of all processes, and kept.
+
+    Args:
+        place: of the PyTorch checkpoint.
+        open_source: opens it; another process may be asked to.
+        about: what `source.json` says of it, with the keys "key" and "dtype".
+        variant: which of its models is converted; None: the only one.
+        opened: the checkpoint, if this process has opened it already.
+        cache_dir: see `find_native`.
+    """
+    key, dtype = about["key"], about["dtype"]
     identity = json.dumps([key, place.model.name, variant, dtype, FORMAT_VERSION, CONVERSION_VERSION])
     model = place.model.stem if place.model.is_file() else place.model.name
     if place.key is not None:
         model = re.sub(r"(-[0-9a-f]{40})+$", "", place.key)
-    words = [model, variant, dtype]
-    name = re.sub(r"[^\w.-]+", "-", "-".join(word for word in words if word))
+    name = re.sub(r"[^\w.-]+", "-", "-".join(word for word in (model, variant, dtype) if word))
 
     def convert(folder: Path, extra: dict[str, Any]) -> None:
         if jax.process_count() > 1:  # Orbax writes with all processes, or in one that knows of no others
@@ -102,7 +128,7 @@ def find_native(
             conversion.convert(opened or open_source(), folder, extra)
 
     name = f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-    return Native(cache.obtain(cache.cache_folder(cache_dir), name, about, convert), place.commit)
+    return cache.obtain(cache.cache_folder(cache_dir), name, about, convert)
 
 
 def _convert(open_source: Callable[[], TorchCheckpoint], folder: Path, extra: dict[str, Any]) -> None:

@@ -5,24 +5,18 @@ published. It is a folder of its own; where it lies in the folder of a model's n
 `planner`, and is found by the model's name.
 """
 
-import hashlib
-import json
-import re
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import ml_dtypes
-import numpy as np
 from jax.sharding import Mesh
 
-from acestep_jax.distributed import alone
 from acestep_jax.errors import InputError
-from acestep_jax.io import cache, checkpoint, conversion
+from acestep_jax.io import checkpoint
 from acestep_jax.io.files import as_path, is_remote
 from acestep_jax.io.locate import Located
-from acestep_jax.io.manifest import FORMAT_VERSION, pick_dtype, read_manifest
-from acestep_jax.io.native import CONVERSION_VERSION, is_native, key_of_files
+from acestep_jax.io.manifest import pick_dtype, read_manifest
+from acestep_jax.io.native import converted, is_native, key_of_files
 from acestep_jax.io.planner_files import PREFIX, WHERE, choose_planner, is_planner, open_planner
 from acestep_jax.models.config import check_dtype, check_precision
 from acestep_jax.models.qwen3 import Qwen3ForCausalLM
@@ -99,30 +93,11 @@ def planner_folder(
         if PLANNER not in read_manifest(folder, ()).configs:
             raise InputError(f"{folder}: a checkpoint without a planner; {WHERE}")
         return folder
-    opened = open_planner(folder, None if dtype is None else np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    open_source = functools.partial(open_planner, folder, dtype)
+    opened = open_source()
     key = place.key or key_of_files(opened.files)
-
-    def convert(target: Path, extra: dict[str, Any]) -> None:
-        if jax.process_count() > 1:  # Orbax writes with all processes, or in one that knows of no others
-            alone(_convert, folder, dtype, target, extra)
-        else:
-            conversion.convert(opened, target, extra)
-
     about = {"source": str(source if place.key else folder.resolve()), "variant": None, "key": key, "dtype": dtype}
-    identity = json.dumps([key, folder.name, PLANNER, dtype, FORMAT_VERSION, CONVERSION_VERSION])
-    model = re.sub(r"-[0-9a-f]{40}$", "", key) if place.key else folder.name
-    name = re.sub(r"[^\w.-]+", "-", "-".join(word for word in (model, dtype) if word))
-    return cache.obtain(
-        cache.cache_folder(cache_dir),
-        f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}",
-        about,
-        convert,
-    )
-
-
-def _convert(folder: Path, dtype: str | None, target: Path, extra: dict[str, Any]) -> None:
-    opened = open_planner(folder, None if dtype is None else np.dtype(getattr(ml_dtypes, dtype, dtype)))
-    conversion.convert(opened, target, extra)
+    return converted(place, open_source, about, opened=opened, cache_dir=cache_dir)
 
 
 def _locate(source: str | Path, size: str | None, *, revision: str | None, **options: Any) -> Located:

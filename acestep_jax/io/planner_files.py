@@ -13,7 +13,7 @@ import numpy as np
 
 from acestep_jax.errors import InputError, nearest
 from acestep_jax.io.original import MOST_TOKENS, attention_name
-from acestep_jax.io.pretrained import TorchCheckpoint, file_tensors, read_json
+from acestep_jax.io.pretrained import TorchCheckpoint, cast_to, file_tensors, read_json
 from acestep_jax.io.safetensors_reader import Tensor
 from acestep_jax.models.config import PlannerConfig
 from acestep_jax.models.registry import PLANNER
@@ -99,11 +99,11 @@ def _bits(x: np.ndarray) -> np.ndarray:
     return x.view(f"u{x.dtype.itemsize}")
 
 
-def open_planner(folder: Path, dtype: np.dtype | None) -> TorchCheckpoint:
+def open_planner(folder: Path, dtype: str | None) -> TorchCheckpoint:
     """Open the folder of a planner; read its config and the headers of its weight files.
 
     Args:
-        dtype: that every tensor is cast to as it is read; None keeps its own.
+        dtype: that every tensor is cast to as it is read, one of `config.DTYPES`; None keeps its own.
 
     Raises:
         InputError: if it is no planner, or a part of it is missing, damaged or unknown.
@@ -112,7 +112,7 @@ def open_planner(folder: Path, dtype: np.dtype | None) -> TorchCheckpoint:
     config = PlannerConfig.from_hf(read_json(file), str(file))
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder}: no weights; expected model.safetensors, or its index and shards")
-    tensors = planner_names(file_tensors(folder, dtype), str(folder))
+    tensors = planner_names(file_tensors(folder, cast_to(dtype)), str(folder))
     tokenizer = tokenizer_files(folder)
     files = {tensor.file for tensor in tensors.values() if tensor.file} | {file, *tokenizer}
     return TorchCheckpoint(

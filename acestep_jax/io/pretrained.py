@@ -60,6 +60,11 @@ class _Parts:
     files: list[Path]
 
 
+def cast_to(dtype: str | None) -> np.dtype | None:
+    """Return the dtype of NumPy that tensors are cast to, of one of `config.DTYPES`; None: to none."""
+    return None if dtype is None else np.dtype(getattr(ml_dtypes, dtype, dtype))
+
+
 def open_checkpoint(
     source: str | Path,
     *,
@@ -83,7 +88,7 @@ def open_checkpoint(
         InputError: if `source` is not a checkpoint, or a part of it is missing, damaged or unknown.
     """
     path = Path(source)
-    kind = None if dtype is None else np.dtype(getattr(ml_dtypes, dtype, dtype))
+    kind = cast_to(dtype)
     if not path.exists():
         raise InputError(f"{path}: no such folder; expected a PyTorch checkpoint or the id of a hub repository")
     if path.is_file() and (what := describe(path)) is not None:

@@ -55,9 +55,10 @@ def seeds_of(requests: Sequence[Request], planning: Planning, *, joint: bool = F
     Args:
         joint: see `new_seed`.
     """
-    first = new_seed(len(requests), joint=joint) if planning.lm_seed is None else planning.lm_seed
-    own = [None if planning.lm_seed is not None else request.seed for request in requests]
-    return [(first + i) % 2**32 if seed is None else _number(seed) for i, seed in enumerate(own)]
+    if planning.lm_seed is not None:
+        return [(planning.lm_seed + i) % 2**32 for i in range(len(requests))]
+    first = new_seed(len(requests), joint=joint)
+    return [first + i if r.seed is None else _number(r.seed) for i, r in enumerate(requests)]
 
 
 def _number(seed: Any) -> int:

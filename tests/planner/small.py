@@ -84,8 +84,22 @@ def _dataclass(*static):
     return register
 
 
+class _Model:
+    """What the stand-ins share: a small vocabulary, and heads that nothing gathers."""
+
+    @property
+    def planner(self):
+        return config()
+
+    def text_head(self):
+        return None
+
+    def code_head(self):
+        return None
+
+
 @_dataclass()
-class Recurrent:
+class Recurrent(_Model):
     """A recurrent network with the interface of `Qwen3ForCausalLM`: its state is its cache."""
 
     embedding: jax.Array  # [V, D]
@@ -102,16 +116,6 @@ class Recurrent:
             return rng.standard_normal(shape, dtype=np.float32)
 
         return cls(normal(ids + CODES, size), normal(size, size) / 3, normal(size, ids), normal(size, CODES))
-
-    @property
-    def planner(self):
-        return config()
-
-    def text_head(self):
-        return None
-
-    def code_head(self):
-        return None
 
     def init_cache(self, batch, slots):
         return jnp.zeros((batch, self.kernel.shape[0])), jnp.zeros((batch, slots), jnp.int32)
@@ -141,7 +145,7 @@ class Recurrent:
 
 
 @_dataclass()
-class Scripted:
+class Scripted(_Model):
     """A model that wants to write a given text, [B, n] ids, whatever it reads; one text for each row of the batch."""
 
     script: jax.Array
@@ -154,16 +158,6 @@ class Scripted:
         for row, ids in zip(script, rows, strict=True):
             row[: len(ids)] = ids
         return cls(script)
-
-    @property
-    def planner(self):
-        return config()
-
-    def text_head(self):
-        return None
-
-    def code_head(self):
-        return None
 
     def init_cache(self, batch, slots):
         return jnp.zeros((batch, 1), jnp.int32)
