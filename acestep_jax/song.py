@@ -40,10 +40,14 @@ class Song:
             InputError: if there is no audio, or see `audio.check_output`.
             OSError: if the file cannot be written.
         """
+        audio.write(path, self._sound(), self.sample_rate, overwrite=overwrite)
+        return as_path(path)
+
+    def _sound(self) -> np.ndarray:
+        """Return the audio; raise InputError if there is none."""
         if self.audio is None:
             raise InputError('song.save: output_type="latent" gave no audio to save; use output_type="np"')
-        audio.write(path, self.audio, self.sample_rate, overwrite=overwrite)
-        return as_path(path)
+        return self.audio
 
 
 class AudioPipelineOutput(Sequence[Song]):
@@ -116,7 +120,8 @@ class AudioPipelineOutput(Sequence[Song]):
         """Write every song, see `Song.save`. A batch becomes `song-0.wav`, `song-1.wav`, ..."""
         path = as_path(path)
         paths = [path] if len(self) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(self))]
-        for target in paths:  # all of them, before the first is written
+        for song, target in zip(self, paths, strict=True):  # all of them, before the first is written
+            song._sound()
             audio.check_output(target, overwrite=overwrite)
         return [song.save(target, overwrite=overwrite) for song, target in zip(self, paths, strict=True)]
 
