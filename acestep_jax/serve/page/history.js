@@ -1,0 +1,227 @@
+// The songs that were made and that are being made, newest first, and what can be done with each.
+import * as api from "./api.js";
+import { createCard } from "./card.js";
+import { announce, byId, toast } from "./dom.js";
+import { follower, oldest, vanished } from "./order.js";
+import * as player from "./player.js";
+import * as storage from "./storage.js";
+import { progressText } from "./time.js";
+
+const FINAL = ["done", "failed", "cancelled"];
+const PAGE = 20;
+const POLL = 3000; // ms, for what is not watched: browsers allow six connections to a server in all
+const RETRY = 4000;
+
+/**
+ * Return the history: {start, add}.
+ *
+ * `actions` are what a card's buttons do with a song, see card.js; `reachable(yes)` is told whether the server answers.
+ */
+export function createHistory(options, actions, reachable) {
+  const list = byId("songs");
+  const cards = new Map(); // id -> card, in no order: the page has it
+  const favourites = new Set(storage.read("favourites", []));
+  const removed = new Set(); // ids, which an answer that was on its way may still name
+  let stopWatching = null;
+  let watched = null;
+
+  const own = {
+    ...actions,
+    isFavourite: (key) => favourites.has(key),
+    setFavourite(key, yes) {
+      if (yes) favourites.add(key);
+      else favourites.delete(key);
+      storage.write("favourites", [...favourites]);
+      filter();
+    },
+    async cancel(record) {
+      await attempt(async () => show(await api.cancel(record.id)));
+    },
+    async remove(record) {
+      await attempt(async () => {
+        await api.remove(record.id);
+        removed.add(record.id);
+        drop(record.id);
+        toast("Removed.");
+      });
+    },
+  };
+
+  async function attempt(act) {
+    try {
+      await act();
+    } catch (error) {
+      toast(`That did not work: ${error.message}`);
+    }
+  }
+
+  function drop(id) {
+    player.forget(id);
+    const card = cards.get(id);
+    if (!card) return;
+    const hadFocus = card.element.contains(document.activeElement);
+    const next = card.element.nextElementSibling ?? card.element.previousElementSibling ?? byId("songs-title");
+    card.element.remove();
+    cards.delete(id);
+    filter();
+    if (hadFocus) next.focus();
+  }
+
+  /** Show a record as the server has it now: a new card, or the one that is there. */
+  function show(record) {
+    let card = cards.get(record.id);
+    const earlier = card?.record.status;
+    if (card) card.update(record);
+    else {
+      card = createCard(record, options, own);
+      const next = follower(record, records());
+      list.insertBefore(card.element, next ? cards.get(next.id).element : null);
+      cards.set(record.id, card);
+      filter();
+    }
+    if (earlier && earlier !== record.status) tell(record, card);
+    watch();
+    return card;
+  }
+
+  function records() {
+    return [...cards.values()].map((card) => card.record);
+  }
+
+  function tell(record, card) {
+    const words = { running: "is being made", done: "is ready", failed: "failed", cancelled: "was cancelled" };
+    announce(`${card.title()} ${words[record.status] ?? record.status}`);
+    if (record.status === "done") document.title = document.hidden ? `✓ ${card.title()}` : "acestep-jax";
+  }
+
+  /** Watch the record that is made, or is next; the others are asked for every few seconds. */
+  function watch() {
+    if (document.hidden) return;
+    const open = records().filter((record) => !FINAL.includes(record.status));
+    const next =
+      open.find((record) => record.status === "running") ?? open.sort((one, other) => one.created - other.created)[0];
+    if (watched === (next?.id ?? null)) return;
+    stopWatching?.();
+    stopWatching = null;
+    watched = next?.id ?? null;
+    if (!next) return;
+    stopWatching = api.watch(next.id, show, () => {
+      if (watched === next.id) watched = null;
+      setTimeout(watch, 500);
+    });
+  }
+
+  async function poll() {
+    let pause = POLL;
+    try {
+      const open = records().some((record) => !FINAL.includes(record.status));
+      if (!document.hidden && (open || lost)) await refresh();
+      answered();
+    } catch (error) {
+      if (error instanceof api.Unreachable) failed();
+      pause = RETRY;
+    }
+    setTimeout(poll, pause);
+  }
+
+  let lost = false;
+  function failed() {
+    if (!lost) announce("The server does not answer. The page tries again.");
+    lost = true;
+    reachable(false);
+  }
+  function answered() {
+    if (lost) announce("The server answers again.");
+    lost = false;
+    reachable(true);
+  }
+
+  /** Ask for the newest records: also those that other pages and clients have requested. */
+  async function refresh() {
+    const asked = records();
+    const { songs } = await api.history(PAGE);
+    for (const record of songs) if (!removed.has(record.id)) show(record);
+    for (const id of vanished(asked, songs, PAGE)) drop(id);
+    return songs;
+  }
+
+  async function more() {
+    const page = await olderThan(oldest(records()));
+    for (const record of page.songs) if (!removed.has(record.id)) show(record);
+    byId("older").hidden = page.before === null;
+    filter();
+  }
+
+  /** Return the next page. A record that the server has no more, since others remove some, too, is no mark to go by. */
+  async function olderThan(mark) {
+    try {
+      return await api.history(PAGE, mark?.id);
+    } catch (error) {
+      if (!mark || error.status !== 400) throw error;
+      drop(mark.id);
+      return olderThan(oldest(records()));
+    }
+  }
+
+  function filter() {
+    const words = byId("search").value.trim().toLowerCase();
+    const starred = byId("only-favourites").checked;
+    let visible = 0;
+    for (const card of cards.values()) {
+      const fits =
+        card.text().includes(words) &&
+        (!starred || card.record.songs.some((_, i) => favourites.has(`${card.record.id}/${i}`)));
+      card.element.hidden = !fits;
+      visible += fits;
+    }
+    byId("empty").hidden = cards.size > 0;
+    byId("nothing-found").hidden = cards.size === 0 || visible > 0;
+    byId("songs-tools").hidden = cards.size === 0;
+  }
+
+  /** Count down between two reports of the server. */
+  function tick() {
+    for (const card of cards.values()) {
+      if (!FINAL.includes(card.record.status))
+        card.setProgress(progressText(card.record, (performance.now() - card.heard) / 1000));
+    }
+  }
+
+  byId("search").addEventListener("input", filter);
+  byId("only-favourites").addEventListener("change", filter);
+  byId("older").addEventListener("click", () => attempt(more));
+  player.onChange((now) => {
+    for (const card of cards.values()) card.played(now);
+  });
+  document.addEventListener("visibilitychange", () => {
+    if (document.hidden) {
+      stopWatching?.();
+      stopWatching = watched = null;
+    } else {
+      document.title = "acestep-jax";
+      refresh().then(answered, () => {});
+    }
+  });
+
+  return {
+    /** Show the newest page, and keep it up to date. */
+    async start() {
+      try {
+        await more();
+        answered();
+      } finally {
+        setInterval(tick, 1000);
+        setTimeout(poll, POLL);
+        filter();
+      }
+    },
+    /** Show a record that was just requested. */
+    add(record) {
+      const card = show(record);
+      card.element.scrollIntoView({ block: "nearest" });
+    },
+    redraw() {
+      for (const card of cards.values()) card.redraw();
+    },
+  };
+}
