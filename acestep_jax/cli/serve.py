@@ -3,20 +3,30 @@
 import importlib.metadata
 import importlib.util
 import ipaddress
+import json
 import logging
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from acestep_jax.cli.engines import add_engine, check_engine, ended, follow, open_engine, open_models, start_devices
 from acestep_jax.cli.parser import Parser
-from acestep_jax.cli.runtime import add_dtype, start
-from acestep_jax.distributed import MESH_AXES, parse_mesh
+from acestep_jax.cli.runtime import add_dtype
+from acestep_jax.distributed import MESH_AXES, all_succeed
 from acestep_jax.errors import InputError
+from acestep_jax.io import cache
 from acestep_jax.io.adapter import resolve_adapters
-from acestep_jax.io.checkpoint import SMALL_MODEL
+from acestep_jax.io.checkpoint import SMALL_MODEL, quantization_of
+from acestep_jax.io.manifest import read_manifest
 from acestep_jax.io.native import native_folder
+from acestep_jax.io.planner import planner_folder
+from acestep_jax.io.planner_files import DEFAULT_SIZE, PREFIX
+from acestep_jax.io.planner_source import PlannerSource
 from acestep_jax.loaded import converted_dtype
+from acestep_jax.models.config import split_dtype
 
 PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 KEY = "ACESTEP_API_KEY"
@@ -45,6 +55,12 @@ def add(commands: Any) -> None:
         help="Variant of the models, where there are several (once for all of them, or once for each --model).",
     )
     parser.add_argument(
+        "--planner",
+        metavar="MODEL",
+        help="Planner of all models: a folder, or the id of a repository such as ACE-Step/acestep-5Hz-lm-0.6B; none: "
+        "songs are made without. Default: the one that is with each model.",
+    )
+    parser.add_argument(
         "--lora", metavar="NAME=DIR", action="append", help="Adapter that clients may use by its name (repeatable)."
     )
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen at. Default: this machine only.")
@@ -70,6 +86,12 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--data", metavar="DIR", default="acestep-songs", help="Folder of queue and songs. Default: acestep-songs."
     )
+    parser.add_argument(
+        "--inputs",
+        metavar="DIR",
+        help="Folder whose sound files clients may use as sources and references by their paths. Default: none; they "
+        "upload.",
+    )
     parser.add_argument("--keep-gb", type=float, default=20.0, metavar="GB", help="Songs to keep. Default: 20 GB.")
     parser.add_argument("--max-batch", type=int, default=4, metavar="N", help="Most songs made at once. Default: 4.")
     parser.add_argument(
@@ -86,7 +108,10 @@ def add(commands: Any) -> None:
         "--max-duration", type=float, default=600.0, metavar="S", help="Longest song and source. Default: 600."
     )
     parser.add_argument(
-        "--strict", action="store_true", help="Refuse what would be ignored, such as the planner's options."
+        "--strict",
+        action="store_true",
+        help="Refuse fields that would be ignored. What is replaced, as an unknown model of an API that allows any, is "
+        "noted in the answer all the same.",
     )
     parser.add_argument(
         "--grace", type=float, default=30.0, metavar="S", help="Seconds that SIGTERM leaves songs. Default: 30."
@@ -97,6 +122,7 @@ def add(commands: Any) -> None:
         metavar="AXIS=N,...",
         help=f"Number of devices along each of the axes {', '.join(MESH_AXES)}. Default: one device.",
     )
+    add_engine(parser)
     commands.add_subcommand("serve", parser, help="Make songs over HTTP.")
 
 
@@ -114,18 +140,22 @@ def run(options: Any) -> int:
     for name in ("port", "max_batch", "queue", "max_upload_mb"):
         if options[name] < (0 if name == "port" else 1):
             raise InputError(f"--{name.replace('_', '-')}: expected at least 1, found {options[name]}")
-    start()
+    check_engine(options)
+    start_devices(options)
 
     from acestep_jax.serve import app as http
-    from acestep_jax.serve.local import LocalEngine
+    from acestep_jax.serve.inputs import Inputs
     from acestep_jax.serve.security import Keys
     from acestep_jax.serve.service import Service
     from acestep_jax.serve.store import Store
     from acestep_jax.serve.submission import Limits
 
-    models = _models(options)
-    adapters = _adapters(options.lora or (), models)
-    store = Store(options.data)
+    models, adapters = open_models(options, _offer)
+    if jax.process_index() > 0:
+        return follow(options, models, adapters)
+    with all_succeed():
+        inputs = None if options.inputs is None else Inputs(options.inputs)
+        store = Store(options.data)
     tempfile.tempdir = str(store.incoming)  # where uploads are spooled
     limits = Limits(
         queue=options.queue,
@@ -134,8 +164,8 @@ def run(options: Any) -> int:
         duration=options.max_duration,
         keep_bytes=int(options.keep_gb * 10**9),
     )
-    engine = LocalEngine(models, adapters=adapters, max_batch=options.max_batch, warm=warm)
-    service = Service(store, engine, limits, strict=options.strict)
+    engine = open_engine(options, models, adapters, _offer, max_batch=options.max_batch, warm=warm)
+    service = Service(store, engine, limits, strict=options.strict, inputs=inputs)
     application = http.create(
         service,
         Keys(key, store.secret()),
@@ -145,11 +175,18 @@ def run(options: Any) -> int:
     )
     logging.getLogger("acestep_jax.serve").setLevel(logging.INFO)
     address = f"[{options.host}]" if ":" in options.host else options.host
-    print(f"acestep-jax: http://{address}:{options.port}/docs, songs in {store.folder}", flush=True)
-    return http.serve(application, service, options.host, options.port, grace=options.grace)
+    print(f"acestep-jax: http://{address}:{options.port}, its API at /docs, songs in {store.folder}", flush=True)
+    with ended(engine):
+        return http.serve(application, service, options.host, options.port, grace=options.grace)
 
 
-def _models(options: Any) -> list[Any]:
+def _offer(options: Any, mesh: Any) -> tuple[list[Any], dict[str, str]]:
+    """Return the models and the adapters that the options name."""
+    models = _models(options, mesh)
+    return models, _adapters(options.lora or (), models)
+
+
+def _models(options: Any, mesh: Any) -> list[Any]:
     from acestep_jax.serve.models import Model
 
     given, variants = options.checkpoint or [str(SMALL_MODEL)], options.variant or [None]
@@ -157,17 +194,52 @@ def _models(options: Any) -> list[Any]:
         raise InputError(f"--variant: expected one or {len(given)}, one for each --model, found {len(variants)}")
     if len(variants) == 1:
         variants = variants * len(given)
-    settings = dict(dtype=options.dtype, mesh=parse_mesh(options.mesh))
+    settings = dict(dtype=options.dtype, mesh=mesh)
     models: list[Any] = []
     for text, variant in zip(given, variants, strict=True):
         name, _, source = text.rpartition("=") if not Path(text).exists() else ("", "", text)
         folder = native_folder(source, variant, dtype=converted_dtype(options.dtype))
-        model = Model(name or "model", folder, options=settings)
+        manifest = read_manifest(folder)
+        for network in manifest.configs:
+            quantization_of(Path(folder), manifest, network, split_dtype(options.dtype)[1])
+        planner = _planner(options.planner, source, Path(folder), options.dtype)
+        model = Model(name or "model", folder, options=settings | dict(planner=planner), planner=_planner_name(planner))
         model.name = name or _name(source, model)
         if model.name in {other.name for other in models}:
             raise InputError(f"--model: two are called {model.name}; name them: --model NAME={source}")
         models.append(model)
     return models
+
+
+def _planner(given: str | None, source: str, folder: Path, dtype: str | None) -> str | None:
+    """Return the folder of a model's planner, which is downloaded and converted now if need be; None: it has none.
+
+    Raises:
+        InputError: if one was named, and cannot be had.
+    """
+    if given == "none":
+        return None
+    found = PlannerSource.of(given, source, folder, dtype=dtype)
+    if not found.is_possible:
+        return None
+    try:
+        return str(planner_folder(found.source, dtype=converted_dtype(dtype)))
+    except (InputError, OSError) as error:
+        if found.named:
+            raise
+        print(f"acestep-jax: songs are made without the planner ({error}); --planner none says no more", flush=True)
+        return None
+
+
+def _planner_name(folder: str | None) -> str | None:
+    """Return the authors' name of a planner, or that of its folder."""
+    if folder is None:
+        return None
+    about = Path(folder) / cache.SOURCE
+    if about.is_file():
+        source = Path(str(json.loads(about.read_text(encoding="utf-8"))["source"])).name
+        return source if source.startswith(PREFIX) else f"{PREFIX}{DEFAULT_SIZE}"
+    return Path(folder).name
 
 
 def _name(source: str, model: Any) -> str:
@@ -199,6 +271,8 @@ def _key(given: str | None) -> str | None:
         key = Path(key[1:]).read_text(encoding="utf-8-sig").strip()
     if given is not None and not key:
         raise InputError("--api-key: is empty; leave it out to serve without a key")
+    if key and not (key.isascii() and key.isprintable() and " " not in key):
+        raise InputError("--api-key: expected ASCII without spaces, which every client can send in a header")
     return key or None
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from acestep_jax.errors import InputError
-from acestep_jax.request import split
+from acestep_jax.inputs.settings import compat_of
+from acestep_jax.planning import can_be_planned
+from acestep_jax.request import Request, Sampling, split
 from acestep_jax.serve import sounds
 from acestep_jax.serve.engine import Engine, Work, message_of
 from acestep_jax.serve.store import SongRecord
@@ -18,6 +20,7 @@ from acestep_jax.serve.submission import (
     request_and_sampling,
     with_fields,
 )
+from acestep_jax.serve.thinking import Thought
 
 
 def check(submission: Submission, engine: Engine, limits: Limits) -> tuple[list[SongRecord], list[Work]]:
@@ -38,13 +41,19 @@ def check(submission: Submission, engine: Engine, limits: Limits) -> tuple[list[
         sounds.check_upload(path, field, limits.duration)
     songs: list[SongRecord] = []
     works: list[Work] = []
-    for given in submission.songs:
+    given_plan = None if submission.plan is None else submission.plan.to_dict()
+    for i, given in enumerate(submission.songs):
         check_values(given, limits)
         values = {name: value for name, value in given.items() if value is not None}
         if (values.get("retake_variance") or 0) and "retake_seed" not in values:
             values["retake_seed"] = secrets.randbelow(MAX_SEED)
         request, sampling = request_and_sampling(values, files)
-        work = Work(request, sampling, model, tuple(sorted(submission.adapters.items())))
+        thought = _thought(submission, request, sampling, i)
+        if thought is not None:
+            thought = thought.within(limits.duration)
+        elif request.audio_duration is None and "src_audio" not in files and request.audio_codes is None:
+            _check_open(engine.models[model].seconds(sampling), limits)
+        work = Work(request, sampling, model, tuple(sorted(submission.adapters.items())), thought=thought)
         if works and not _differ(values, submission.songs[0]):
             first = works[0]
             work.group, work.kind, work.shape, work.steps = first.group, first.kind, first.shape, first.steps
@@ -55,8 +64,29 @@ def check(submission: Submission, engine: Engine, limits: Limits) -> tuple[list[
                 raise InputError(with_fields(message_of(error), files)) from None
         works.append(work)
         requested, _, sampled = split(values)
-        songs.append(SongRecord(requested, sampled))
+        songs.append(SongRecord(requested, sampled, None if thought is None else thought.to_dict(), given_plan))
     return songs, works
+
+
+def _thought(submission: Submission, request: Request, sampling: Sampling, i: int) -> Thought | None:
+    """Return what the planner is asked for song i; None: nothing, as of a cover."""
+    thought = submission.thought
+    if thought is None:
+        return None
+    if not can_be_planned(request):
+        note = "thinking: the planner writes for text2music without a source; made without it"
+        if thought.required and note not in submission.notes:
+            submission.notes.append(note)
+        return None
+    return thought.of_song(i) if thought.required or compat_of(sampling).thinking else None
+
+
+def _check_open(seconds: float, limits: Limits) -> None:
+    """Raise InputError if a song whose duration is left open would be too long."""
+    if seconds > limits.duration:
+        raise InputError(
+            f"audio_duration: missing, and would be {seconds:g} s; this server makes at most {limits.duration:g} s"
+        )
 
 
 def _check_adapters(submission: Submission, engine: Engine) -> None:

@@ -12,24 +12,22 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from acestep_jax.errors import InputError
 from acestep_jax.io.files import DISK_FULL
-from acestep_jax.serve import authors, chat, cpp, native, uploads
+from acestep_jax.serve import authors, chat, cpp, native, page, plans, uploads
 from acestep_jax.serve.engine import BatchReport
 from acestep_jax.serve.envelope import envelope
 from acestep_jax.serve.errors import error_body
 from acestep_jax.serve.metrics import CONTENT_TYPE, Metrics
 from acestep_jax.serve.security import COOKIE, LINK_SECONDS, Guard, Keys
 from acestep_jax.serve.service import Busy, Closing, Service
+from acestep_jax.serve.waiting import RETRY_SECONDS
 
 logger = logging.getLogger(__name__)
 
 MAX_KEY = 4096  # bytes
-
-STATIC = Path(__file__).parent / "static"  # of the page, where there is one
 DESCRIPTION = "Songs from text, by ACE-Step 1.5 in JAX."
 
 
@@ -41,13 +39,13 @@ def create(
     hosts: Collection[str] = (),
     origins: Collection[str] = (),
     metrics: Metrics | None = None,
-    static: Path | None = STATIC,
+    static: Path | None = page.FOLDER,
 ) -> FastAPI:
     """Return the application around a service.
 
     Args:
         hosts, origins: see `security.Guard`.
-        static: the folder of the page; it is served at / if it exists.
+        static: the folder of the page; None: no page is served.
     """
     metrics = metrics or Metrics()
     app = FastAPI(title="acestep-jax", version=version, description=DESCRIPTION, redirect_slashes=False)
@@ -63,6 +61,9 @@ def create(
     metrics.watch(service)
 
     def report(report: BatchReport) -> None:
+        if report.plans:
+            metrics.plans.inc(len(report.works))
+            return
         config = service.engine.models[report.works[0].model].configs["vae"]
         frames = sum(work.shape.frames for work in report.works)
         metrics.batch(report, frames * config.hop_length / config.sampling_rate)
@@ -79,9 +80,9 @@ def create(
             service="ACE-Step API",
             version="1.0",
             models_initialized=service.engine.ready,
-            llm_initialized=False,
+            llm_initialized=service.planner_of() is not None,
             loaded_model=model,
-            loaded_lm_model=None,
+            loaded_lm_model=service.planner_of(),
         )
         return envelope(about) | dict(status=about["status"])
 
@@ -105,11 +106,11 @@ def create(
         return response
 
     app.include_router(native.router(service, keys))
+    app.include_router(plans.router(service))
     app.include_router(authors.router(service, keys))
     app.include_router(chat.router(service, keys))
     app.include_router(cpp.router(service, version))
-    if static is not None and static.is_dir():
-        app.mount("/static", StaticFiles(directory=static), name="static")
+    app.include_router(page.router(service, static))
     return app
 
 
@@ -126,7 +127,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Closing)
     async def closing(request: Request, error: Closing) -> Response:
-        return answer(request, 503, str(error), {"retry-after": str(chat.RETRY_SECONDS)})
+        return answer(request, 503, str(error), {"retry-after": str(RETRY_SECONDS)})
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
@@ -140,10 +141,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(OSError)
     async def disk(request: Request, error: OSError) -> Response:
         logger.error("%s: a file could not be read or written", request.scope["path"], exc_info=error)
-        full = error.errno in DISK_FULL
-        return answer(
-            request, 507 if full else 503, "the disk is full" if full else "a file is not there now; try again"
-        )
+        if error.errno in DISK_FULL:
+            return answer(request, 507, "the disk is full")
+        later = {"retry-after": str(RETRY_SECONDS)}
+        return answer(request, 503, "a file cannot be read or written now; try again", later)
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:

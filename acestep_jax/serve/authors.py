@@ -12,13 +12,18 @@ from fastapi.responses import FileResponse, JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from acestep_jax.errors import InputError
-from acestep_jax.serve import authors_request, sounds, uploads
+from acestep_jax.planner.plan import Plan
+from acestep_jax.serve import asking, authors_request, sounds, uploads
+from acestep_jax.serve import authors_analysis as analysis
 from acestep_jax.serve.envelope import envelope
+from acestep_jax.serve.errands import Errand
 from acestep_jax.serve.lenient import Fields
 from acestep_jax.serve.native import ID, SONG, client_of, link_song
+from acestep_jax.serve.plans import finished
 from acestep_jax.serve.security import Keys
 from acestep_jax.serve.service import Service
 from acestep_jax.serve.store import Record
+from acestep_jax.serve.thinking import LISTENING
 
 LATE_KEYS = ("/release_task", "/query_result", "/create_random_sample", "/format_input", "/cancel_task")
 FILE = re.compile(r"(?P<id>[0-9a-f-]{36})/(?P<index>\d{1,4})(?P<suffix>\.[a-z0-9.]{2,8})")
@@ -54,19 +59,25 @@ class Authors:
         path = self.service.store.song_path(record, index, form.suffix)
         took = (record.finished or record.created) - (record.started or record.created)
         about = [f"{song.seconds:g} s of audio, {took:.1f} s for the request", *record.notes]
+        plan, metas = None if song.plan is None else Plan.from_dict(song.plan), record.extra.get("asked", {})
         return dict(
             file=self.keys.link(f"/v1/audio?path={quote(str(path), safe='')}"),
             status=1,
-            prompt=song.request.get("prompt", ""),
-            lyrics=song.request.get("lyrics", ""),
-            metas=record.extra.get("asked", {}),
+            prompt=song.request.get("prompt", "") if plan is None else plan.caption,
+            lyrics=song.request.get("lyrics", "") if plan is None else plan.lyrics,
+            metas=metas if plan is None else asking.in_metas(metas, plan),
             generation_info="\n".join(about),
             seed_value=seeds,
-            lm_model="",
+            lm_model="" if plan is None else self.service.planner_of(record.model) or "",
             dit_model=record.model,
             progress=1.0,
             stage="succeeded",
         )
+
+    def planners(self) -> list[dict[str, Any]]:
+        """Return the planners that there are."""
+        names = dict.fromkeys(model.planner for model in self.service.engine.models.values() if model.planner)
+        return [dict(name=name, is_loaded=name == self.service.planner_of(self.model)) for name in names]
 
     def find_file(self, path: str) -> tuple[Record, int, str] | None:
         """Return the record, the song and the format that a path of `/v1/audio` means; None if it is outside of the
@@ -89,9 +100,22 @@ class Authors:
         found = self.find_file(query or unquote(path))
         if found is not None:
             path = f"/v1/songs/{found[0].id}/{found[1]}.flac"
-        elif not SONG.fullmatch(path):
+        elif not SONG.fullmatch(path) and self.service.inputs is None:
             authors_request.check_path(path)
         link_song(self.service, body, field, path)
+
+    def ask(self, mode: str, body: uploads.Body, client: str) -> Errand:
+        """Begin an analysis, see `authors_analysis`."""
+        try:
+            fields = Fields(body.values)
+            for field, aliases in authors_request.PATHS.items():
+                if mode in LISTENING and field == "src_audio" and (path := fields.text(*aliases)):
+                    self.link_path(body, field, path)
+            work = analysis.work(self.service, self.model, mode, fields, body)
+        except BaseException:
+            body.discard()
+            raise
+        return self.service.ask([work], client, body.uploads, dict(mode=mode))
 
     def check_token(self, request: Request, values: dict[str, Any]) -> None:
         """Raise HTTPException 401 unless the key came in the header, or in the body as early versions have it."""
@@ -124,6 +148,13 @@ def router(service: Service, keys: Keys) -> APIRouter:
     async def release_task(request: Request) -> Response:
         service.check_room(client_of(request))
         body = await api.body(request, authors_request.UPLOADS)
+        if mode := analysis.mode_of(Fields(body.values)):
+            try:
+                errand = await run_in_threadpool(api.ask, mode, body, client_of(request))
+            except HTTPException as error:
+                detail = str(error.detail)
+                return JSONResponse(envelope(None, error.status_code, detail) | dict(detail=detail), error.status_code)
+            return JSONResponse(envelope(dict(task_id=errand.id, status="queued", queue_position=1)))
         try:
             found, paths, ignored = authors_request.submission(
                 body.values, models=service.engine.models, default_model=api.model, strict=service.strict
@@ -145,19 +176,22 @@ def router(service: Service, keys: Keys) -> APIRouter:
         return JSONResponse(envelope(data), headers=headers)
 
     @routes.post("/query_result", summary="Poll")
-    async def query_result(request: Request) -> dict[str, Any]:
+    async def query_result(request: Request) -> Response:
         values = (await api.body(request)).values
         ids = values.get("task_id_list", [])
         if isinstance(ids, str):
             ids = uploads.parse_json(ids) if ids.strip().startswith("[") else [ids]
         if not isinstance(ids, list) or len(ids) > 1000:
             raise InputError("task_id_list: expected an array of at most 1000 ids")
-        return envelope([_task(api, str(task_id)) for task_id in ids])
+        return JSONResponse(envelope([_task(api, str(task_id)) for task_id in ids]))
 
     @routes.post("/cancel_task", summary="Cancel")
     async def cancel_task(request: Request) -> dict[str, Any]:
         task_id = str((await api.body(request)).values.get("task_id", ""))
         record = service.records.get(task_id)
+        if record is None and (errand := service.errands.all.get(task_id)) is not None:
+            service.errands.cancel(errand)
+            return envelope(dict(task_id=task_id, status=errand.status))
         if record is None:
             raise HTTPException(404, "there is no task of that id")
         await run_in_threadpool(service.cancel, record)
@@ -201,9 +235,9 @@ def router(service: Service, keys: Keys) -> APIRouter:
             dict(
                 models=models,
                 default_model=api.model,
-                lm_models=[],
-                loaded_lm_model=None,
-                llm_initialized=False,
+                lm_models=api.planners(),
+                loaded_lm_model=service.planner_of(api.model),
+                llm_initialized=service.planner_of(api.model) is not None,
             )
         )
 
@@ -214,8 +248,8 @@ def router(service: Service, keys: Keys) -> APIRouter:
         name = values.get("model") or api.model
         if name not in service.engine.models:
             return envelope(None, 400, f"unknown model; expected one of {', '.join(service.engine.models)}")
-        if Fields(values).flag("init_llm"):
-            return envelope(None, 501, "there is no language model here")
+        if Fields(values).flag("init_llm") and service.planner_of(name) is None:
+            return envelope(None, 501, authors_request.NO_LANGUAGE_MODEL)
         api.model = name
         models = [dict(name=one, is_default=one == name) for one in service.engine.models]
         return envelope(
@@ -223,10 +257,10 @@ def router(service: Service, keys: Keys) -> APIRouter:
                 message=f"{name} is the default",
                 slot=1,
                 loaded_model=name,
-                loaded_lm_model=None,
+                loaded_lm_model=service.planner_of(name),
                 models=models,
-                lm_models=[],
-                llm_initialized=False,
+                lm_models=api.planners(),
+                llm_initialized=service.planner_of(name) is not None,
             )
         )
 
@@ -237,10 +271,20 @@ def router(service: Service, keys: Keys) -> APIRouter:
         rest = dict(lyrics="[Instrumental]", time_signature="4", duration=60, vocal_language="en")
         return envelope(dict(example) | rest)
 
-    @routes.post("/format_input", summary="Not here")
+    @routes.post("/format_input", summary="Caption and lyrics, rewritten")
     async def format_input(request: Request) -> dict[str, Any]:
-        await api.body(request)
-        return envelope(None, 501, "format_input needs the 5 Hz language model, which this server does not have")
+        values = (await api.body(request)).values
+        if service.planner_of(api.model) is None:
+            return envelope(None, 501, "format_input needs the 5 Hz language model, which this server does not have")
+        work = await run_in_threadpool(analysis.rewriting, service, api.model, Fields(values))
+        errand = await run_in_threadpool(service.ask, [work], client_of(request))
+        try:
+            await finished(service, errand, request)
+        except HTTPException as error:
+            return envelope(None, error.status_code, str(error.detail))
+        plan = errand.plans[0]
+        assert plan is not None
+        return envelope(asking.metadata(plan))
 
     @routes.post("/v1/transcribe", summary="Not here")
     async def transcribe() -> Response:
@@ -309,6 +353,8 @@ def _task(api: Authors, task_id: str) -> dict[str, Any]:
     """Return the answer to a poll. An id that was never here reads as one that still waits, as at the authors'."""
     record = api.service.records.get(task_id)
     if record is None:
+        if (errand := api.service.errands.all.get(task_id)) is not None:
+            return analysis.task(api.service, errand)
         if task_id in api.service.store.removed:
             gone = [dict(file="", wave="", status=2, progress=0.0, stage="failed", error="expired")]
             return dict(task_id=task_id, status=2, result=json.dumps(gone), progress_text="expired")

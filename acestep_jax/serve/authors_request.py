@@ -7,6 +7,7 @@ from typing import Any
 
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
+from acestep_jax.serve import asking
 from acestep_jax.serve.lenient import NO_PROMPT, Fields, for_task, lyrics, put_tracks, seeds, times, tracks
 from acestep_jax.serve.models import Model
 from acestep_jax.serve.submission import MAX_SEED, Submission, variations
@@ -33,8 +34,7 @@ EXAMPLES: Sequence[dict[str, Any]] = (
     dict(caption="acoustic folk with fingerpicked guitar and a soft string section", bpm=96, key_scale="G major"),
     dict(caption="driving synthwave with gated drums and a bright arpeggio", bpm=112, key_scale="E minor"),
 )
-# What only a planner could do: what it is asked by, and what happens without it.
-REFUSED = ("use_format", "analysis_only", "full_analysis_only", "extract_codes_only")
+NO_LANGUAGE_MODEL = "there is no language model here"
 
 
 class Refused(Exception):
@@ -56,30 +56,35 @@ def submission(
     """
     fields = Fields(values)
     notes, ignored = [], []
-    for name in REFUSED:
-        if fields.flag(name, *(("format",) if name == "use_format" else ())):
-            raise Refused(f"{name} needs the 5 Hz language model, which this server does not have")
-    prompt, words = fields.text("prompt", "caption"), fields.text("lyrics")
-    query = fields.text("sample_query", "description", "desc")
-    if fields.flag("thinking"):
-        ignored.append("thinking")
-        notes.append("thinking: there is no language model here; the song was made from the prompt alone")
-    if query:
-        ignored.append("sample_query")
-        notes.append("sample_query: there is no language model here; it was taken as the prompt")
-        prompt = prompt or query
-    elif fields.flag("sample_mode"):
-        ignored.append("sample_mode")
-        notes.append("sample_mode: there is no language model here; an example was taken as the prompt")
-        prompt = prompt or EXAMPLES[0]["caption"]
     model = fields.text("model", "model_name", "dit_model") or default_model
     if model not in models:
         logger.info("model %.80r is unknown; %s is used", model, default_model)
         notes.append(f"model: {model[:80]} is unknown here; {default_model} was used")
         model = default_model
+    has_planner = models[model].planner is not None
+    if fields.flag("use_format", "format") and not has_planner:
+        raise Refused("use_format needs the 5 Hz language model, which this server does not have")
+    prompt, words = fields.text("prompt", "caption"), fields.text("lyrics")
+    query = fields.text("sample_query", "description", "desc")
+    wish = bool(query) or fields.flag("sample_mode")
+    if not has_planner:
+        asked = {"thinking": "the song was made from the prompt alone", "sample_query": "it was taken as the prompt"}
+        asked["sample_mode"] = "an example was taken as the prompt"
+        present = dict(thinking=fields.flag("thinking"), sample_query=bool(query), sample_mode=wish and not query)
+        for name in (name for name, is_there in present.items() if is_there):
+            ignored.append(name)
+            notes.append(f"{name}: {NO_LANGUAGE_MODEL}; {asked[name]}")
+    if wish:
+        prompt = query if query and has_planner else prompt or query or EXAMPLES[0]["caption"]
     song = _song(fields, prompt, words, turbo=models[model].turbo)
     song = for_task(song)
-    if song["task_type"] == tasks.DEFAULT and not song.get("audio_codes"):
+    is_open = song["task_type"] == tasks.DEFAULT and not song.get("audio_codes")
+    thought = None
+    if has_planner and is_open:
+        thought = asking.thought(fields, wish=wish, words=lyrics(words) if words.strip() else "")
+    if thought is not None:
+        song = asking.prepared(song, thought, fields, words)
+    elif is_open:
         seconds = fields.number("audio_duration", "duration", "target_duration")
         if seconds is None or seconds <= 0:
             notes.append(f"audio_duration: none was given; {DEFAULT_SECONDS:g} s were made")
@@ -102,6 +107,7 @@ def submission(
         format=FORMATS.get(form, "mp3"),
         notes=notes,
         extra=dict(asked=_asked(fields, prompt, words)),
+        thought=thought,
     )
     paths = {name: fields.text(*aliases) for name, aliases in PATHS.items() if fields.text(*aliases)}
     return found, paths, ignored

@@ -12,18 +12,17 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from acestep_jax.errors import InputError
+from acestep_jax.planner.plan import Plan
 from acestep_jax.serve import chat_request, sounds, uploads
 from acestep_jax.serve.authors_request import Refused
 from acestep_jax.serve.lenient import INSTRUMENTAL, Fields
 from acestep_jax.serve.native import client_of
 from acestep_jax.serve.security import Keys
 from acestep_jax.serve.service import Service
-from acestep_jax.serve.store import Record
-from acestep_jax.serve.submission import Submission, variations
-from acestep_jax.serve.waiting import changes, ended
+from acestep_jax.serve.store import Record, SongRecord
+from acestep_jax.serve.submission import Submission, values_of_plan, variations
+from acestep_jax.serve.waiting import RETRY_SECONDS, TIMEOUT, cancel_soon, changes, ended
 
-TIMEOUT = 600.0  # seconds that a client waits which does not stream
-RETRY_SECONDS = 30  # after which a stopping server may be there again
 BEAT = 2.0  # seconds between signs of life of a stream
 PIECE = 64 * 2**10 // 4 * 3  # bytes of sound that are 64 kB of base64
 MAX_JSON = 64 * 2**20  # bytes of a body with sound in base64
@@ -82,7 +81,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
             raise InputError(f"response_format: expected url, b64_json or a sound format, found {response!r:.80}")
         record = await run_in_threadpool(service.accept, _music(service, fields, form, client_of(request)))
         await _finish(service, record, request)
-        first = service.sound(record, 0, record.format) if record.songs[0].status == "done" else None
+        first = await run_in_threadpool(service.sound, record, 0, record.format)
         if response == "bytes" or request.headers.get("accept", "").startswith("audio/"):
             if first is None:
                 raise HTTPException(500, record.error or "failed")
@@ -124,7 +123,7 @@ class Answer:
                 id=f"audio-{self.record.id}",
                 data=_base64(path),
                 expires_at=int(time.time()) + 3600,
-                transcript=self.record.songs[0].request.get("lyrics", ""),
+                transcript=_made_of(self.record.songs[0]).get("lyrics", ""),
             )
         else:
             message["audio"] = self._audio()
@@ -142,7 +141,7 @@ class Answer:
                     yield self._chunk(dict(content="."))
                     told = time.monotonic()
             if self.record.status != "done":
-                stopping = _stopping(self.record) if self.service.closing and not self.record.final else None
+                stopping = None if self.record.final else _stopping(self.record)
                 reason = stopping or self.record.error or self.record.status
                 yield self._chunk(dict(content=f"Error: {reason}"), "error")
             else:
@@ -158,11 +157,11 @@ class Answer:
             yield "data: [DONE]\n\n"
         finally:
             if not self.service.closing:  # else the song is made, now or after the restart
-                self.service.cancel(self.record)
+                cancel_soon(self.service, self.record)
 
     def content(self) -> str:
         """Return the text: what the song is."""
-        request, song = self.record.songs[0].request, self.record.songs[0]
+        request, song = _made_of(self.record.songs[0]), self.record.songs[0]
         lines = ["## Metadata"]
         for title, value in (
             ("Caption", request.get("prompt")),
@@ -197,6 +196,13 @@ class Answer:
         return f"data: {json.dumps(values, ensure_ascii=False)}\n\n"
 
 
+def _made_of(song: SongRecord) -> dict[str, Any]:
+    """Return the fields of `Request` that a song was made of: the plan's in place of those that were requested."""
+    if song.plan is None:
+        return song.request
+    return song.request | values_of_plan(Plan.from_dict(song.plan))
+
+
 def _stopping(record: Record) -> str:
     return f"the server is stopping; the song will be at /v1/songs/{record.id}"
 
@@ -211,9 +217,9 @@ async def _finish(service: Service, record: Record, request: Request) -> None:
         is_there = await ended(service, record, TIMEOUT, connected)
     except BaseException:
         if not service.closing:
-            service.cancel(record)
+            cancel_soon(service, record)
         raise
-    if not is_there and service.closing:
+    if not is_there and service.is_over(record):
         raise HTTPException(503, _stopping(record), {"retry-after": str(RETRY_SECONDS)})
     if not is_there:
         await run_in_threadpool(service.cancel, record)

@@ -8,9 +8,9 @@ from typing import Any
 
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
-from acestep_jax.serve import uploads
-from acestep_jax.serve.authors_request import TURBO, Refused, songs
-from acestep_jax.serve.lenient import NO_PROMPT, Fields, for_task, lyrics, seeds
+from acestep_jax.serve import asking, uploads
+from acestep_jax.serve.authors_request import NO_LANGUAGE_MODEL, TURBO, Refused, songs
+from acestep_jax.serve.lenient import INSTRUMENTAL, NO_PROMPT, Fields, for_task, lyrics, seeds
 from acestep_jax.serve.models import Model
 from acestep_jax.serve.store import Store
 from acestep_jax.serve.submission import Submission
@@ -104,22 +104,25 @@ def submission(
     prompt, words, wish = prompt_and_lyrics(text, fields.text("lyrics"))
     notes: list[str] = []
     ignored: list[str] = []
-    if fields.flag("use_format"):
-        raise Refused("use_format needs the 5 Hz language model, which this server does not have")
-    if fields.flag("thinking"):
-        ignored.append("thinking")
-        notes.append("thinking: there is no language model here; the song was made from the prompt alone")
-    if fields.flag("sample_mode") or wish and not config.flag("instrumental"):
-        ignored.append("sample_query")
-        notes.append("There is no language model here: the text was taken as the prompt of a song without words.")
-    if strict and ignored:
-        raise InputError(f"{ignored[0]}: not here, and the server was started with --strict")
     name = fields.text("model")
     model = name.rpartition("/")[2]
     if model not in models:
         if model:
             notes.append(f"model: {name[:80]} is unknown here; the default was used")
         model = next(iter(models))
+    has_planner = models[model].planner is not None
+    if fields.flag("use_format") and not has_planner:
+        raise Refused("use_format needs the 5 Hz language model, which this server does not have")
+    instrumental = config.flag("instrumental")
+    if fields.flag("thinking") and not has_planner:
+        ignored.append("thinking")
+        notes.append(f"thinking: {NO_LANGUAGE_MODEL}; the song was made from the prompt alone")
+    wish = fields.flag("sample_mode") or wish and (has_planner or not instrumental)
+    if wish and not has_planner:
+        ignored.append("sample_query")
+        notes.append("There is no language model here: the text was taken as the prompt of a song without words.")
+    if strict and ignored:
+        raise InputError(f"{ignored[0]}: not here, and the server was started with --strict")
     task = fields.text("task_type") or tasks.DEFAULT
     found = tasks.find(task)
     order = ("reference_audio",) if task == tasks.DEFAULT else ("src_audio", "reference_audio")
@@ -136,9 +139,15 @@ def submission(
     if (bpm := config.whole("bpm")) is not None and bpm > 0:
         song["bpm"] = bpm
     seconds = config.number("duration")
+    thought = None
+    if has_planner and task == tasks.DEFAULT:
+        said = INSTRUMENTAL if instrumental and not words.strip() else words
+        thought = asking.thought(Fields(_named(values)), wish=wish, words=said)
+    if thought is not None:
+        song = asking.prepared(song, thought, Fields(dict(config.values) | dict(values)), words)
     if seconds is not None and seconds > 0:
         song["audio_duration"] = seconds
-    elif task == tasks.DEFAULT:
+    elif task == tasks.DEFAULT and thought is None:
         song["audio_duration"] = DEFAULT_SECONDS
     if models[model].turbo:
         song |= TURBO
@@ -161,5 +170,12 @@ def submission(
         notes=notes,
         uploads=body.uploads,
         files=body.files,
+        thought=thought,
     )
     return made, ignored
+
+
+def _named(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields with those of a chat under the names that the planner has for them."""
+    names = dict(temperature="lm_temperature", top_p="lm_top_p", top_k="lm_top_k")
+    return {names.get(name, name): value for name, value in values.items()}

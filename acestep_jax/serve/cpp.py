@@ -1,6 +1,7 @@
-"""The protocol of acestep.cpp's server: `/synth`, `/job`, `/props`. What needs its language model is completed or
-refused; `/lm` and then `/synth` works."""
+"""The protocol of acestep.cpp's server: `/lm`, `/synth`, `/understand`, `/job`, `/props`. Without a planner, `/lm`
+completes a request with its defaults, so that `/lm` and then `/synth` works."""
 
+import re
 import secrets
 from collections.abc import Iterator
 from typing import Any
@@ -11,22 +12,22 @@ from starlette.concurrency import run_in_threadpool
 
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
-from acestep_jax.inputs.tasks import codes_to_text
-from acestep_jax.serve import sounds, uploads
+from acestep_jax.serve import cpp_planner, sounds, uploads
 from acestep_jax.serve.authors_request import songs
+from acestep_jax.serve.cpp_planner import BOUNDARY, STATES
+from acestep_jax.serve.engine import Work
 from acestep_jax.serve.lenient import INSTRUMENTAL, NO_PROMPT, Fields, for_task, lyrics, put_tracks, times, tracks
 from acestep_jax.serve.native import client_of
+from acestep_jax.serve.records import short_id
 from acestep_jax.serve.service import Service
 from acestep_jax.serve.store import Record
 from acestep_jax.serve.submission import Submission
 
-BOUNDARY = "ace-batch-boundary"
 BLOCK = 2**20
 UPLOADS = {"audio": "src_audio", "ref_audio": "reference_audio"}
 LATENTS = ("src_latents", "ref_latents")
 MAX_BATCH = 9
 KEPT = 32  # results of /lm
-STATES = {"queued": "running", "running": "running", "done": "done", "failed": "failed", "cancelled": "cancelled"}
 FORMATS = {"mp3": "mp3", "wav16": "wav", "wav24": "wav24", "wav32": "wav32", "wav": "wav", "flac": "flac"}
 SOLVERS = {"euler": "euler", "sde": "sde"}
 DEFAULT: dict[str, Any] = dict(
@@ -40,6 +41,13 @@ DEFAULT: dict[str, Any] = dict(
     seed=-1,
     lm_batch_size=1,
     synth_batch_size=1,
+    lm_temperature=0.85,
+    lm_cfg_scale=2.0,
+    lm_top_p=0.9,
+    lm_top_k=0,
+    lm_negative_prompt="",
+    lm_mode="generate",
+    use_cot_caption=True,
     audio_codes="",
     inference_steps=0,
     guidance_scale=0,
@@ -57,7 +65,9 @@ DEFAULT: dict[str, Any] = dict(
     adapter_scale=1,
     latent_shift=0,
     latent_rescale=1,
+    synth_model="",
 )
+SHARED = ("adapter", "adapter_scale", "output_format", "synth_model")  # by the songs of an array
 
 
 class Cpp:
@@ -69,22 +79,48 @@ class Cpp:
 
     def record(self, job_id: str) -> Record | None:
         """Return the record of a job; its id is the beginning of the record's."""
-        if len(job_id) != 16:
-            return None
-        full = f"{job_id[:8]}-{job_id[8:12]}-{job_id[12:]}-"
-        return next((one for name, one in list(self.service.records.items()) if name.startswith(full)), None)
+        return self.service.kept.find_short(job_id)
 
-    def complete(self, body: uploads.Body) -> str:
-        """Keep requests with their defaults, as the language model would complete them; return the id of the job."""
+    def complete(self, body: uploads.Body, client: str) -> str:
+        """Have requests completed, by the planner or, where there is none, with their defaults; return the job's id.
+
+        Raises:
+            InputError: if a value cannot be used.
+        """
+        model = next(iter(self.service.engine.models))
+        has_planner = self.service.planner_of(model) is not None
+        found: list[dict[str, Any]] = []
+        works: list[Work] = []
+        for one in _requests(body):
+            fields, full = Fields(one), DEFAULT | one
+            count = min(MAX_BATCH, max(1, fields.whole("lm_batch_size") or 1))
+            asked = cpp_planner.thought(fields) if has_planner else None
+            found += [full if asked else full | dict(lyrics=one.get("lyrics") or INSTRUMENTAL)] * count
+            if asked is not None:
+                works += cpp_planner.works(self.service, model, fields, asked, count)
+        if len(found) > MAX_BATCH:
+            raise InputError(f"lm_batch_size: expected at most {MAX_BATCH} songs in all, found {len(found)}")
+        if works and len(works) == len(found):
+            errand = self.service.ask(works, client, extra=dict(requests=found))
+            return short_id(errand.id)
+        if works:
+            raise InputError("request: expected codes, or a task without the planner, in all of an array or in none")
         job_id = secrets.token_hex(8)
-        found = [DEFAULT | one | dict(lyrics=one.get("lyrics") or INSTRUMENTAL) for one in _requests(body)]
-        count = Fields(found[0]).whole("lm_batch_size") or 1
-        if len(found) == 1:
-            found = found * min(MAX_BATCH, max(1, count))
         self.completed[job_id] = found
         while len(self.completed) > KEPT:
             del self.completed[next(iter(self.completed))]
         return job_id
+
+    def understand(self, body: uploads.Body, client: str) -> str:
+        """Have a song described; return the id of the job.
+
+        Raises:
+            InputError: if there is none.
+            HTTPException: 501 if there is no planner.
+        """
+        fields = Fields(_requests(body)[0] if body.values.get("request") or body.kind == "json" else {})
+        work = cpp_planner.listener(self.service, fields, body)
+        return short_id(self.service.ask([work], client, body.uploads, dict(requests=None)).id)
 
     def submission(self, body: uploads.Body, client: str) -> Submission:
         """Return what /synth asks for.
@@ -95,8 +131,14 @@ class Cpp:
         found = _requests(body)
         first = Fields(found[0])
         notes: list[str] = []
-        for name in ("synth_model", "vae", "lm_model"):
-            if (text := first.text(name)) and text not in self.service.engine.models and name != "synth_model":
+        for one in found[1:]:
+            for name in SHARED:
+                if (own := one.get(name, DEFAULT[name])) != (its := found[0].get(name, DEFAULT[name])):
+                    raise InputError(
+                        f"{name}: expected one for all songs of an array, found {its!r:.80} and {own!r:.80}"
+                    )
+        for name in ("vae", "lm_model"):
+            if (text := first.text(name)) and text not in (*self.service.engine.models, self.service.planner_of()):
                 notes.append(f"{name}: {text[:80]} is not here; ignored")
         model = first.text("synth_model") or next(iter(self.service.engine.models))
         if model not in self.service.engine.models:
@@ -168,30 +210,38 @@ def router(service: Service, version: str) -> APIRouter:
             body.discard()
             raise
         record = await run_in_threadpool(service.accept, found)
-        return dict(id=record.id.replace("-", "")[:16])
+        return dict(id=short_id(record.id))
 
     @routes.post("/lm", summary="Complete requests, with their defaults")
     async def complete(request: Request) -> dict[str, str]:
         body = await uploads.read(request, service.store, {})
-        return dict(id=api.complete(body))
+        return dict(id=await run_in_threadpool(api.complete, body, client_of(request)))
 
-    @routes.post("/understand", summary="Not here")
-    async def understand() -> Response:
-        raise HTTPException(501, "no language model is loaded")
+    @routes.post("/understand", summary="Describe a song")
+    async def understand(request: Request) -> dict[str, str]:
+        body = await uploads.read(request, service.store, dict(audio="src_audio", src_latents="src_latents"))
+        try:
+            return dict(id=await run_in_threadpool(api.understand, body, client_of(request)))
+        except BaseException:
+            body.discard()
+            raise
 
     @routes.post("/vae", summary="Not here")
     async def vae() -> Response:
         raise HTTPException(501, "the autoencoder alone is not offered; GET /v1/songs/ID/0.latents has those of a song")
 
     @routes.get("/job", summary="Poll, or fetch with result=1")
-    async def job(id: str, result: int = 0) -> Response:
+    async def job(id: str = "", result: str = "0") -> Response:
+        if _flag("result", result) and id in api.completed:
+            return JSONResponse(api.completed[id])
         if id in api.completed:
-            found = api.completed[id]
-            return JSONResponse(found if result else dict(status="done"))
-        record = api.record(id)
+            return JSONResponse(dict(status="done"))
+        record = api.record(_job_id(id))
+        if record is None and (errand := service.errands.find_short(id)) is not None:
+            return cpp_planner.answer(errand, _flag("result", result))
         if record is None:
             raise HTTPException(404, "Job not found")
-        if not result:
+        if not _flag("result", result):
             return JSONResponse(dict(status=STATES[record.status]))
         if record.status == "failed":
             raise HTTPException(500, record.error or "failed")
@@ -200,22 +250,27 @@ def router(service: Service, version: str) -> APIRouter:
         return StreamingResponse(api.parts(record), media_type=f"multipart/mixed; boundary={BOUNDARY}")
 
     @routes.post("/job", summary="Cancel with cancel=1")
-    async def cancel(id: str, cancel: int = 0) -> dict[str, str]:
+    async def cancel(id: str = "", cancel: str = "0") -> dict[str, str]:
         if id in api.completed:
             return dict(status="done")
-        record = api.record(id)
+        wanted, record = _flag("cancel", cancel), api.record(_job_id(id))
+        if record is None and (errand := service.errands.find_short(id)) is not None:
+            if wanted:
+                await run_in_threadpool(service.errands.cancel, errand)
+            return dict(status=STATES[errand.status])
         if record is None:
             raise HTTPException(404, "Job not found")
-        if cancel:
+        if wanted:
             await run_in_threadpool(service.cancel, record)
         return dict(status=STATES[record.status])
 
     @routes.get("/props", summary="Models and defaults")
     async def props() -> dict[str, Any]:
-        names = list(service.engine.models)
+        names, planner = list(service.engine.models), service.planner_of()
+        lm = [] if planner is None else [planner]
         return dict(
             version=version,
-            models=dict(lm=[], embedding=names, dit=names, vae=names),
+            models=dict(lm=lm, embedding=names, dit=names, vae=names),
             adapters=list(service.engine.adapters),
             cli=dict(max_batch=MAX_BATCH),
             default=DEFAULT,
@@ -226,6 +281,19 @@ def router(service: Service, version: str) -> APIRouter:
         )
 
     return routes
+
+
+def _job_id(text: str) -> str:
+    """Return the id of a job; raise InputError if it cannot be one."""
+    if not re.fullmatch("[0-9a-f]{16}", text):
+        raise InputError("id: expected 16 hexadecimal digits, as /synth and /lm answer them")
+    return text
+
+
+def _flag(name: str, text: str) -> bool:
+    if text not in ("0", "1"):
+        raise InputError(f"{name}: expected 0 or 1, found {text!r:.40}")
+    return text == "1"
 
 
 def _requests(body: uploads.Body) -> list[dict[str, Any]]:
@@ -273,8 +341,5 @@ def _song(fields: Fields, body: uploads.Body, *, turbo: bool) -> dict[str, Any]:
     if found.max_tracks:
         put_tracks(song, tracks(fields.get("track")))
     if codes := fields.text("audio_codes").strip():
-        try:
-            song["audio_codes"] = codes if "<|" in codes else codes_to_text([int(part) for part in codes.split(",")])
-        except ValueError:
-            raise InputError("audio_codes: expected numbers with commas between them") from None
+        song["audio_codes"] = cpp_planner.codes_of(codes)
     return for_task({name: value for name, value in song.items() if value is not None})

@@ -1,4 +1,5 @@
-"""What the server knows of an engine, whatever makes the songs: this process (`serve.local`), or several machines."""
+"""What the server knows of an engine, whatever makes the songs: this process (`serve.local`), several processes with
+models of their own (`serve.replicas`), or several hosts with one (`serve.slices`)."""
 
 import dataclasses
 import logging
@@ -6,9 +7,11 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Protocol
 
 from acestep_jax.errors import InputError
+from acestep_jax.planner.plan import Plan
 from acestep_jax.request import Request, Sampling
 from acestep_jax.serve.batcher import Program, Shape
 from acestep_jax.serve.models import Model
+from acestep_jax.serve.thinking import Thought
 from acestep_jax.song import Song
 
 logger = logging.getLogger(__name__)
@@ -21,10 +24,15 @@ class Work:
     Attributes:
         adapters: (name, scale) of each, sorted.
         group, kind, shape: set by `Engine.check`, see `serve.batcher`.
-        stage: "queued", "loading", "encoding", "denoising" or "decoding".
-        step, steps: of denoising.
+        stage: "queued", "loading", "planning", "encoding", "denoising" or "decoding".
+        step, steps: of planning or denoising.
         cancelled: whether nobody wants it any more.
-        owner: the id of the record that it belongs to, for the log.
+        owner: the id of what it belongs to, for the log.
+        thought: what the planner still has to write; then the song is made of that.
+        plan: what it wrote.
+        is_song: whether a song is made at all; else the plan is all that is wanted.
+        losses: how often the process that made it has gone, see `serve.replicas`.
+        is_refused: whether it failed by an error of the request; else it is the server that could not make it.
     """
 
     request: Request
@@ -39,6 +47,11 @@ class Work:
     steps: int = 0
     cancelled: bool = False
     owner: str = ""
+    thought: Thought | None = None
+    plan: Plan | None = None
+    is_song: bool = True
+    losses: int = 0
+    is_refused: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +63,15 @@ class BatchReport:
     seconds: float
     first: bool  # whether this program ran for the first time, so that it was compiled or read from the disk
     waiting: int  # songs that still wait
+    plans: bool = False  # whether plans were written, and no songs made
+
+
+class ServerError(InputError):
+    """What the server cannot do, in words for the client, whose request is right."""
+
+
+class EngineLost(BaseException):
+    """What makes the songs has gone. That is no error of a song: what handles those does not catch it."""
 
 
 class Listener(Protocol):
@@ -57,6 +79,14 @@ class Listener(Protocol):
 
     def changed(self, work: Work) -> None:
         """A song has begun, or come further."""
+        ...
+
+    def planned(self, work: Work, plan: Plan) -> None:
+        """What the planner wrote is there. If `is_song`, the song comes later."""
+        ...
+
+    def noted(self, work: Work, note: str) -> None:
+        """A song is made otherwise than it was requested; the note is a sentence, for the user."""
         ...
 
     def done(self, work: Work, song: Song) -> None:
@@ -127,9 +157,18 @@ class Engine(Protocol):
         ...
 
 
+def refuse(works: Sequence[Work], error: Exception) -> None:
+    """Set of works that failed whether that is an error of the request."""
+    for work in works:
+        work.is_refused = isinstance(error, InputError) and not isinstance(error, ServerError)
+
+
 def message_of(error: Exception) -> str:
-    """Return one line for the user; the traceback of what is not the user's error goes to the log."""
-    if isinstance(error, InputError | OSError):
+    """Return one line for the user; the traceback of what is not the user's error goes to the log, and so do names of
+    the server's files."""
+    if isinstance(error, InputError):
         return " ".join(str(error).split())
     logger.error("not an error of the input", exc_info=error)
+    if isinstance(error, OSError):
+        return f"a file of the server: {error.strerror or type(error).__name__}"
     return f"internal error ({type(error).__name__}); the server's log has the details"

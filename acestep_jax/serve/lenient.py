@@ -21,6 +21,7 @@ class Fields:
     """The values of a request, by any of their names, at the top or in the objects that clients put them into."""
 
     def __init__(self, values: Mapping[str, Any]):
+        self.values = values
         self._places = [values, _object(values.get("param_obj"))]
         self._places.append(next((_object(values[name]) for name in NESTED if values.get(name) is not None), {}))
 

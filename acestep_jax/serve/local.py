@@ -3,16 +3,19 @@
 import logging
 import threading
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from acestep_jax.errors import Cancelled, InputError
+from acestep_jax.planner.plan import Plan
 from acestep_jax.request import Request, Sampling
-from acestep_jax.serve.batcher import Program, Shape, batches, next_batch
-from acestep_jax.serve.engine import BatchReport, Listener, Work, message_of
+from acestep_jax.serve.batcher import Program, Shape
+from acestep_jax.serve.engine import BatchReport, Listener, ServerError, Work, message_of, refuse
+from acestep_jax.serve.experience import Experience
 from acestep_jax.serve.models import Model
+from acestep_jax.serve.thinking import think
 from acestep_jax.song import Song
 
 logger = logging.getLogger(__name__)
@@ -21,7 +24,6 @@ OUT_OF_MEMORY = (
     "the device has too little memory for this song; try a shorter one, or start the server with --dtype bfloat16 or "
     "several devices (--mesh)"
 )
-RECENT = 0.3  # weight of the newest measurement in a moving mean
 
 
 class LocalEngine:
@@ -45,17 +47,16 @@ class LocalEngine:
         self.models = {model.name: model for model in models}
         self.adapters = dict(adapters or {})
         self.max_batch = max_batch
-        self.compiled: set[Program] = set()
+        self.experience = Experience(max_batch)
         self._warm = tuple(warm)
         self._warmed = not warm
         self._queue: list[Work] = []
         self._running: list[Work] = []
         self._current: Program | None = None
-        self._began = self._first_step = 0.0
+        self._began = self._first_step = self._second_step = self._last_step = 0.0
         self._changed = threading.Condition()
         self._stopping: float | None = None  # when the songs under way are stopped
-        self._limits: dict[tuple[Hashable, Shape], int] = {}
-        self._seconds: dict[Program, float] = {}  # moving means, without compilation
+        self._version = 0  # of the queue
         self._loaded: tuple[str, Any] | None = None
         self._listener: Any = None
         self._error: BaseException | None = None
@@ -66,20 +67,29 @@ class LocalEngine:
         """See `Engine`."""
         return self._warmed and self._error is None and self._stopping is None and self._thread.is_alive()
 
+    @property
+    def compiled(self) -> Iterable[Program]:
+        """The programs that ran."""
+        return tuple(self.experience.compiled)
+
     def check(self, work: Work) -> None:
         """See `Engine`. The files of the request are read, and dropped again: a queue of sources would fill memory."""
-        model = self.models[work.model]
+        model, thought = self.models[work.model], work.thought
         for name, _ in work.adapters:
             if name not in self.adapters:
                 raise InputError(f"adapters: unknown adapter {name!r}; expected one of {', '.join(self.adapters)}")
-        job = model.prepare(work.request, work.sampling)
-        work.steps = model.steps(job, work.sampling)
-        key = job.program_key
-        rest = key._replace(frames=0, prompt_tokens=0, lyric_tokens=0)
-        work.group = (work.model, work.adapters, work.sampling, job.task_type, rest)
-        names = tuple(name for name, _ in work.adapters)
-        work.kind = (work.model, names, work.sampling, job.task_type, rest)
-        work.shape = Shape(key.frames, key.prompt_tokens, key.lyric_tokens)
+        if work.is_song:
+            job = model.prepare(work.request, work.sampling)
+            work.steps = model.steps(job, work.sampling)
+            key = job.program_key
+            rest = key._replace(frames=0, prompt_tokens=0, lyric_tokens=0)
+            work.group = (work.model, work.adapters, work.sampling, job.task_type, rest)
+            names = tuple(name for name, _ in work.adapters)
+            work.kind = (work.model, names, work.sampling, job.task_type, rest)
+            work.shape = Shape(key.frames, key.prompt_tokens, key.lyric_tokens)
+        if thought is not None:
+            work.group = work.kind = (work.model, thought.alike)
+            work.shape = Shape(max(1, work.shape.frames), 0, 0)
 
     def start(self, listener: Listener) -> None:
         """See `Engine`."""
@@ -89,7 +99,7 @@ class LocalEngine:
     def submit(self, works: Sequence[Work]) -> None:
         """See `Engine`."""
         with self._changed:
-            self._queue.extend(works)
+            self._set_queue([*self._queue, *(work for work in works if not work.cancelled)])
             self._changed.notify_all()
 
     def cancel(self, works: Sequence[Work]) -> None:
@@ -99,7 +109,7 @@ class LocalEngine:
                 work.cancelled = True
             # They leave their places in the queue now, not when the batch that is running ends.
             dropped = [work for work in self._queue if work.cancelled]
-            self._queue = [work for work in self._queue if not work.cancelled]
+            self._set_queue([work for work in self._queue if not work.cancelled])
             self._changed.notify_all()
         if self._listener is not None:  # which there is once the engine has started
             for work in dropped:
@@ -109,33 +119,33 @@ class LocalEngine:
         """See `Engine`."""
         own = set(map(id, works))
         with self._changed:
-            place = next((i for i, work in enumerate(self._queue) if id(work) in own), 0)
-        return place
+            return next((i for i, work in enumerate(self._queue) if id(work) in own), 0)
 
     def remaining(self, works: Sequence[Work]) -> float | None:
         """See `Engine`."""
         own = set(map(id, works))
         with self._changed:
-            queue, running = list(self._queue), list(self._running)
+            queue, running, version = list(self._queue), list(self._running), self._version
             current, began, first_step = self._current, self._began, self._first_step
-        total = 0.0
+        left = 0.0
         if running and current is not None:
             left = self._left(running[0], current, began, first_step)
             if left is None:
                 return None
-            total = left
-        pending = {id(work) for work in queue} & own
-        if not pending:
-            return total if {id(work) for work in running} & own else 0.0
-        for songs, program in batches(queue, self.compiled, self.max_batch, self._limits):
-            seconds = self._estimate(program)
-            if seconds is None:
-                return None
-            total += seconds
-            pending -= {id(song) for song in songs}
-            if not pending:
-                break
-        return total
+        places = [i for i, work in enumerate(queue) if id(work) in own]
+        if not places:
+            return left if {id(work) for work in running} & own else 0.0
+        ends = self.experience.ends(queue, version)
+        seconds = [ends[id(queue[i])] for i in places]
+        known, songs = [one for one in seconds if one is not None], self._after_plans(queue[: places[-1] + 1])
+        return left + max(known) + songs if songs is not None and len(known) == len(seconds) else None
+
+    def _after_plans(self, works: Sequence[Work]) -> float | None:
+        """Return the seconds of the songs that follow the plans of works, by those of any step; None: not known."""
+        songs = (work for work in works if work.thought is not None and work.is_song)
+        found = [self.experience.estimate(Program(None, song.shape, 1), song.steps) for song in songs]
+        known = [one for one in found if one is not None]
+        return sum(known) if len(known) == len(found) else None
 
     def stop(self, grace: float) -> None:
         """See `Engine`."""
@@ -145,26 +155,27 @@ class LocalEngine:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(grace + 60)
 
+    def _set_queue(self, queue: list[Work]) -> None:
+        """Change the queue. Called with the lock."""
+        self._queue = queue
+        self._version += 1
+
+    def _put_first(self, works: Sequence[Work]) -> int:
+        """Let works whose plans are there have their places again; return how many wait now."""
+        with self._changed:
+            self._set_queue([*(work for work in works if not work.cancelled), *self._queue])
+            return len(self._queue)
+
     def _left(self, work: Work, program: Program, began: float, first_step: float) -> float | None:
-        """Return how long a batch under way still takes: by its own steps, or by earlier batches of its program."""
+        """Return how long a batch under way still takes: by its own steps, or by earlier batches."""
         now = time.monotonic()
-        whole = self._seconds.get(program)
+        whole = self.experience.estimate(program, work.steps)
         if work.step >= 2 and work.steps > work.step:
             each = (now - first_step) / work.step
             # What comes after the steps took that part of earlier batches which is not steps; unknown ones get nothing.
             after = max(0.0, whole - each * work.steps) if whole is not None else 0.0
             return each * (work.steps - work.step) + after
         return None if whole is None else max(0.0, whole - (now - began))
-
-    def _estimate(self, program: Program) -> float | None:
-        """Return the seconds of a batch, by the same program or one of another length or size."""
-        if program in self._seconds:
-            return self._seconds[program]
-        known = [(other, seconds) for other, seconds in list(self._seconds.items()) if other.kind == program.kind]
-        if not known:
-            return None
-        other, seconds = known[-1]
-        return seconds * program.shape.frames * program.size / (other.shape.frames * other.size)
 
     def _guarded(self) -> None:
         try:
@@ -188,62 +199,111 @@ class LocalEngine:
         self._warmed = True
 
     def _loop(self) -> None:
-        while True:
-            with self._changed:
-                self._running, self._current = [], None
-                gone = [work for work in self._queue if work.cancelled]
-                self._queue = [work for work in self._queue if not work.cancelled]
-                works: list[Work] = []
-                if self._stopping is not None:
-                    return
-                if self._queue:
-                    works, program = next_batch(self._queue, self.compiled, self.max_batch, self._limits)
-                    taken = set(map(id, works))
-                    self._queue = [work for work in self._queue if id(work) not in taken]
-                    self._running = works
-                elif not gone:
-                    self._changed.wait()
-                    continue
-            for work in gone:
-                self._listener.stopped(work)
-            if works:
-                self._make(works, program)
+        while (batch := self._next()) is not None:
+            self._make(*batch)
+
+    def _next(self) -> tuple[list[Work], Program] | None:
+        """Wait for works, and return those of the next batch, which leave the queue; None: the engine stops."""
+        with self._changed:
+            self._running, self._current = [], None
+            while not self._queue and self._stopping is None:
+                self._changed.wait()
+            if self._stopping is not None:
+                return None
+            works, program = self.experience.next_batch(self._queue)
+            taken = set(map(id, works))
+            self._set_queue([work for work in self._queue if id(work) not in taken])
+            self._running = works
+            return works, program
 
     def _make(self, works: list[Work], program: Program, *, quiet: bool = False) -> None:
-        """Make one batch; report each of its songs."""
+        """Make one batch, of songs or of plans; report each of its works."""
         began = time.monotonic()
-        first = program not in self.compiled
+        first = program not in self.experience.compiled
         with self._changed:
             self._running, self._current, self._began, self._first_step = works, program, began, began
+        plans: list[Plan] = []
+        songs: list[Song] = []
         try:
-            songs = self._songs(works, program)
+            if works[0].thought is not None:
+                plans = self.plans(works, program)
+            else:
+                songs = self.songs(works, program)
         except Cancelled:
             self._after_cancel(works)
             return
         except Exception as error:
-            failure = message_of(error), _is_out_of_memory(error)
+            failure = message_of(error), is_out_of_memory(error)
+            refuse(works, error)
         else:
             failure = None
         if failure is not None:  # outside of the handler: what the error's frames hold on the device is free now
             self._after_error(works, program, *failure, quiet=quiet)
             return
         seconds = time.monotonic() - began
-        self.compiled.add(program)
-        if not first:
-            mean = self._seconds.get(program, seconds)
-            self._seconds[program] = (1 - RECENT) * mean + RECENT * seconds
+        steps = 0 if plans else works[0].step - 1
+        self.experience.ran(program, seconds, steps, self._last_step - self._second_step)
         if quiet:
             return
-        for work, song in zip(works, songs, strict=False):
+        again = []
+        for i, work in enumerate(works):
             if work.cancelled:
                 self._listener.stopped(work)
+            elif plans:
+                work.thought, work.plan = None, plans[i]
+                again += self._with_plan(work)
             else:
-                self._listener.done(work, song)
-        with self._changed:
-            waiting = len(self._queue)
-        self._listener.reported(BatchReport(works, program, seconds, first, waiting))
+                self._listener.done(work, songs[i])
+        waiting = self._put_first(again)
+        self._listener.reported(BatchReport(works, program, seconds, first, waiting, bool(plans)))
 
-    def _songs(self, works: list[Work], program: Program) -> list[Song]:
+    def _with_plan(self, work: Work) -> list[Work]:
+        """Report a plan; return the work if a song is to be made of it."""
+        assert work.plan is not None
+        self._listener.planned(work, work.plan)
+        if not work.is_song:
+            return []
+        work.request = work.plan.request(work.request)
+        return self._checked(work)
+
+    def _checked(self, work: Work) -> list[Work]:
+        """Return a work that waits for its song, if it still can be made."""
+        work.stage, work.step = "queued", 0
+        try:
+            self.check(work)
+        except Exception as error:
+            self._listener.failed(work, message_of(error))
+            return []
+        return [work]
+
+    def plans(self, works: list[Work], program: Program) -> list[Plan]:
+        """Return what the planner writes for a batch; see `songs`."""
+        model = self.models[works[0].model]
+        self._tell(works, "loading" if self._loaded is None or self._loaded[0] != model.name else "planning")
+        pipe = self._pipeline(model)
+        self._tell(works, "planning")
+
+        def on_progress(done: int, total: int) -> None:
+            for work in works:
+                work.step, work.steps = done, total
+            self._tell(works, "planning")
+
+        filled = [*works, *[works[-1]] * (program.size - len(works))]
+        thoughts = [work.thought for work in filled if work.thought is not None]
+        requests = [work.request for work in filled]
+        return think(pipe, requests, thoughts, on_progress=on_progress, should_stop=lambda: self._is_over(works))
+
+    def _is_over(self, works: Sequence[Work]) -> bool:
+        """Return whether nobody wants a batch any more, or the server's grace has ended."""
+        late = self._stopping is not None and time.monotonic() > self._stopping
+        return late or all(work.cancelled for work in works)
+
+    def songs(self, works: list[Work], program: Program) -> list[Song]:
+        """Return the songs of a batch, made in this thread; there may be more of them than works.
+
+        Raises:
+            Cancelled: if all of them were cancelled, or the engine stops.
+        """
         model = self.models[works[0].model]
         self._tell(works, "loading" if self._loaded is None or self._loaded[0] != model.name else "encoding")
         pipe = self._pipeline(model, works[0].adapters)
@@ -254,35 +314,44 @@ class LocalEngine:
 
         def should_stop() -> bool:
             nonlocal counted
+            self._last_step = time.monotonic()
             if counted == 0:
-                self._first_step = time.monotonic()
+                self._first_step = self._last_step
+            if counted == 1:
+                self._second_step = self._last_step
             for work in works:
                 work.step = counted
             counted += 1
             self._tell(works, "denoising")
-            late = self._stopping is not None and time.monotonic() > self._stopping
-            return late or all(work.cancelled for work in works)
+            return self._is_over(works)
 
         return pipe.run(jobs, works[0].sampling, should_stop=should_stop)
 
     def _tell(self, works: Sequence[Work], stage: str) -> None:
         for work in works:
             work.stage = stage
-            self._listener.changed(work)
+            if self._listener is not None:
+                self._listener.changed(work)
 
-    def _pipeline(self, model: Model, adapters: Sequence[tuple[str, float]]) -> Any:
-        """Return the model with these adapters; only one is loaded at a time, and changes between batches."""
-        if self._loaded is None or self._loaded[0] != model.name:
-            self._loaded = None
-            self._loaded = model.name, model.load()
-        pipe = self._loaded[1]
-        scales = dict(adapters)
-        if set(pipe.adapters) != set(scales):
-            pipe.unload_lora()
-            for name in scales:
-                pipe.load_lora(self.adapters[name], 1.0, name=name)
-        if scales and dict(pipe.adapters) != scales:
-            pipe.set_adapters(scales)
+    def _pipeline(self, model: Model, adapters: Sequence[tuple[str, float]] | None = None) -> Any:
+        """Return the model with these adapters, None: any. One is loaded at a time, and changes between batches."""
+        try:
+            if self._loaded is None or self._loaded[0] != model.name:
+                self._loaded = None
+                self._loaded = model.name, model.load()
+            pipe = self._loaded[1]
+            if adapters is None:
+                return pipe
+            scales = dict(adapters)
+            if set(pipe.adapters) != set(scales):
+                pipe.unload_lora()
+                for name in scales:
+                    pipe.load_lora(self.adapters[name], 1.0, name=name)
+            if scales and dict(pipe.adapters) != scales:
+                pipe.set_adapters(scales)
+        except (InputError, OSError) as error:  # of the server's files, whose names are not the client's business
+            logger.error("%s cannot be loaded", model.name, exc_info=error)
+            raise ServerError(f"model: {model.name} cannot be loaded; the server's log has the reason") from None
         return pipe
 
     def _after_cancel(self, works: Sequence[Work]) -> None:
@@ -298,10 +367,10 @@ class LocalEngine:
             return
         if memory and program.size > 1:
             half = program.size // 2
-            self._limits[program.kind, program.shape] = half
+            self.experience.does_not_fit(program, half)
             logger.warning("out of memory with %d songs at once; from now on %d", program.size, half)
         elif len(works) == 1:
-            self._listener.failed(works[0], OUT_OF_MEMORY if memory else message)
+            self._without(works[0], OUT_OF_MEMORY if memory else message)
             return
         else:
             half = 1
@@ -313,6 +382,18 @@ class LocalEngine:
             if part and not (self._stopping is not None and time.monotonic() > self._stopping):
                 self._make(part, program._replace(size=half), quiet=quiet)
 
+    def _without(self, work: Work, message: str) -> None:
+        """Report that a work has failed; or if only its plan has, which is not required, make the song without."""
+        thought = work.thought
+        if thought is None or thought.required or not work.is_song:
+            self._listener.failed(work, message)
+            return
+        self._listener.noted(work, f"thinking: made without the planner ({message})")
+        work.thought, seconds = None, self.models[work.model].seconds(work.sampling)
+        work.request = thought.forgone(work.request, seconds)
+        self._put_first(self._checked(work))
 
-def _is_out_of_memory(error: Exception) -> bool:
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that the device has too little memory."""
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)

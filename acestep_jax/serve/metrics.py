@@ -20,6 +20,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         sizes = (1, 2, 4, 8, 16)
         self.songs = Counter("acestep_songs_made", "Songs made.", registry=self.registry)
+        self.plans = Counter("acestep_plans_written", "Plans and descriptions written.", registry=self.registry)
         self.seconds = Counter("acestep_audio_seconds", "Seconds of audio made.", registry=self.registry)
         self.size = Histogram("acestep_batch_size", "Places of the batches.", buckets=sizes, registry=self.registry)
         self.filled = Histogram("acestep_batch_songs", "Songs in the batches.", buckets=sizes, registry=self.registry)

@@ -8,11 +8,12 @@ from typing import Any
 from acestep_jax.inputs import tasks
 from acestep_jax.inputs.collate import check_sampling, sampling_schedule
 from acestep_jax.inputs.prepare import Job, prepare
+from acestep_jax.inputs.prompt import prompt_text
 from acestep_jax.inputs.settings import defaults_of, settled
 from acestep_jax.io import checkpoint
 from acestep_jax.models.registry import SamplingDefaults
 from acestep_jax.pipeline import AceStepPipeline
-from acestep_jax.request import Request, Sampling
+from acestep_jax.request import MAX_DURATION, Request, Sampling
 
 
 class Model:
@@ -21,6 +22,7 @@ class Model:
     Args:
         load: returns the pipeline with its weights; None: `AceStepPipeline.from_pretrained(folder, **options)`.
         options: of `from_pretrained`, such as dtype and mesh.
+        planner: the name of its planner; None: it has none.
 
     Raises:
         InputError: if there is no checkpoint in the folder.
@@ -33,8 +35,9 @@ class Model:
         *,
         load: Callable[[], Any] | None = None,
         options: Mapping[str, Any] | None = None,
+        planner: str | None = None,
     ):
-        self.name, self.folder = name, str(folder)
+        self.name, self.folder, self.planner = name, str(folder), planner
         manifest = checkpoint.read_manifest(self.folder)
         self.configs: Mapping[str, Any] = manifest.configs
         self._sampling = manifest.sampling
@@ -57,18 +60,40 @@ class Model:
         return self.configs["vae"].sampling_rate
 
     @property
+    def has_codes(self) -> bool:
+        """Whether it makes audio codes of a song, and a song of them."""
+        return self.configs.keys() >= {"audio_tokenizer", "audio_token_detokenizer"}
+
+    @property
     def tasks(self) -> list[str]:
         """The tasks that it was trained for."""
-        has_codes = self.configs.keys() >= {"audio_tokenizer", "audio_token_detokenizer"}
         return [
             name
             for name, task in tasks.TASKS.items()
-            if (task.turbo or not self.turbo) and (has_codes or not task.tokenized)
+            if (task.turbo or not self.turbo) and (self.has_codes or not task.tokenized)
         ]
 
     def prepare(self, request: Request, sampling: Sampling) -> Job:
         """Read the files of a request and check all of it, see `inputs.prepare`."""
         return prepare(request, self.configs, self._tokenizer, sampling, self._sampling)
+
+    def count_tokens(self, prompt: str, lyrics: str) -> dict[str, int]:
+        """Return the tokens that the text encoder reads of a prompt and of the text of `prompt.lyric_text`; 0 for a
+        prompt that is empty."""
+        asked = str(prompt_text(prompt, audio_duration=MAX_DURATION)) if prompt.strip() else ""
+        return {
+            "prompt": len(self._tokenizer.encode(asked).ids) if asked else 0,
+            "lyrics": len(self._tokenizer.encode(lyrics).ids),
+        }
+
+    @property
+    def frame_rate(self) -> float:
+        """Latent frames in a second."""
+        return self.configs["vae"].sampling_rate / self.configs["vae"].hop_length
+
+    def seconds(self, sampling: Sampling) -> float:
+        """Return how long a song is of which nobody says it."""
+        return defaults_of(sampling, self.configs["transformer"], self._sampling).audio_duration
 
     def steps(self, job: Job, sampling: Sampling) -> int:
         """Return how many steps a song takes; raise InputError if its sampling does not suit it."""

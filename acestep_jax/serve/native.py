@@ -1,5 +1,6 @@
 """The server's own protocol: `/v1/songs`."""
 
+import dataclasses
 import json
 import re
 import time
@@ -7,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Query, Request, Response
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from acestep_jax.errors import InputError
@@ -15,7 +16,18 @@ from acestep_jax.serve import schema, sounds, uploads
 from acestep_jax.serve.security import Keys
 from acestep_jax.serve.service import Service
 from acestep_jax.serve.store import FILE_FIELDS, Record
-from acestep_jax.serve.submission import FIELDS, Submission, shown, variations, without_planning
+from acestep_jax.serve.submission import (
+    FIELDS,
+    Submission,
+    no_planner,
+    plan_of,
+    planning_of,
+    shown,
+    split_planning,
+    values_of_plan,
+    variations,
+)
+from acestep_jax.serve.thinking import Thought
 from acestep_jax.serve.waiting import changes
 
 ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -24,6 +36,7 @@ FILE = re.compile(r"(?P<index>\d{1,4})\.(?P<suffix>[a-z0-9]{2,8})")
 COMMENT_SECONDS = 15.0  # between signs of life of a stream
 REFRESH_SECONDS = 2.0  # after which a place in the queue is told again
 UPLOADS = {name: name for name in FILE_FIELDS}
+PROCESS = f"{time.time_ns() // 10**6:x}"  # in the ids of events: those of an earlier process are not of this one
 
 
 def find(service: Service, record_id: str) -> Record:
@@ -40,15 +53,22 @@ def client_of(request: Request) -> str:
 
 
 def link_song(service: Service, body: uploads.Body, field: str, value: str) -> None:
-    """Give a finished song of this server, named by its link, to a field; raise InputError for any other text."""
+    """Give a field a finished song of this server, named by its link, or a file of `service.inputs`, by its path.
+
+    Raises:
+        InputError: for any other text.
+    """
     found = SONG.fullmatch(value)
     record = service.records.get(found["id"]) if found else None
-    if found is None or record is None:
+    if record is None and service.inputs is None:
         raise InputError(
             f"{field}: paths are not opened; upload the file as multipart/form-data, or give {schema.SONG_LINK}"
         )
     body.uploads = body.uploads or service.store.new_folder()
-    service.use_song(body.uploads, field, record, int(found["index"]))
+    if record is not None and found is not None:
+        service.kept.use_song(body.uploads, field, record, int(found["index"]))
+    elif service.inputs is not None:
+        service.inputs.take(field, value, body.uploads / field, service.limits.upload_bytes)
     body.files.append(field)
 
 
@@ -67,7 +87,7 @@ def submission_of(service: Service, body: uploads.Body, client: str) -> Submissi
         values = uploads.parse_json(body.values["request"])
     if not isinstance(values, dict):
         raise InputError('expected a JSON object such as {"prompt": "lofi piano"}')
-    values, notes = without_planning(values, strict=service.strict)
+    values, planning = split_planning(values)
     count, form = values.pop("variations", 1), values.pop("format", "flac")
     model, adapters = values.pop("model", None), values.pop("adapters", None) or {}
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= service.limits.variations:
@@ -83,9 +103,21 @@ def submission_of(service: Service, body: uploads.Body, client: str) -> Submissi
         if field in body.files or not isinstance(value, str):
             raise InputError(f"{field}: expected an upload or the link of a song, found {shown(value)}")
         link_song(service, body, field, value)
+    plan, replaced = values.pop("plan", None), []
+    if plan is not None:
+        plan = plan_of(plan)
+        said = values_of_plan(plan)
+        replaced = [
+            n for n, v in said.items() if values.get(n) not in (None, "", v, plan.prompt if n == "prompt" else v)
+        ]
+        values |= said
+    thought, notes = thought_of(service, model, planning, is_planned=plan is not None)
+    notes += [f"{name}: that of the plan was taken" for name in replaced]
     return Submission(
         songs=variations(values, count),
         api="native",
+        thought=thought,
+        plan=plan,
         model=model,
         adapters=adapters,
         format=sounds.check_format(form),
@@ -94,6 +126,24 @@ def submission_of(service: Service, body: uploads.Body, client: str) -> Submissi
         files=body.files,
         client=client,
     )
+
+
+def thought_of(
+    service: Service, model: str | None, planning: dict[str, Any], *, is_planned: bool
+) -> tuple[Thought | None, list[str]]:
+    """Return what the planner is asked, and notes on what it cannot be asked. As in the library, a song is planned
+    where there is a planner, but for one that comes of a plan.
+
+    Raises:
+        InputError: if a value cannot be used, or see `no_planner`.
+    """
+    thinking = planning.get("thinking")
+    checked = planning_of(planning, service.limits)
+    if service.planner_of(model) is None:
+        return None, no_planner([name for name, value in planning.items() if value is not False], strict=service.strict)
+    if thinking is False or is_planned:
+        return None, []
+    return Thought(planning=dataclasses.replace(checked, thinking=None), required=bool(thinking)), []
 
 
 def view(service: Service, keys: Keys, record: Record) -> dict[str, Any]:
@@ -107,6 +157,9 @@ def view(service: Service, keys: Keys, record: Record) -> dict[str, Any]:
             base = f"/v1/songs/{record.id}/{i}"
             values["audio"] = keys.link(f"{base}.{record.format}")
             values["latents"] = keys.link(f"{base}.latents")
+        if song.plan is not None:
+            values["plan"] = {name: value for name, value in song.plan.items() if name != "audio_codes"}
+            values["plan_file"] = keys.link(f"/v1/songs/{record.id}/{i}.plan")
         if song.error:
             values["error"] = song.error
         songs.append(values)
@@ -146,7 +199,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
         service.check_room(client_of(request))
         body = await uploads.read(request, service.store, UPLOADS)
         try:
-            submission = submission_of(service, body, client_of(request))
+            submission = await run_in_threadpool(submission_of, service, body, client_of(request))
         except BaseException:
             body.discard()
             raise
@@ -164,8 +217,8 @@ def router(service: Service, keys: Keys) -> APIRouter:
         return dict(songs=[view(service, keys, record) for record in records], before=more)
 
     @routes.get("/v1/songs/{record_id}", summary="One record")
-    async def get(record_id: str) -> dict[str, Any]:
-        return view(service, keys, find(service, record_id))
+    async def get(record_id: str) -> Response:
+        return JSONResponse(view(service, keys, find(service, record_id)))  # as it is: clients poll many times a second
 
     @routes.post("/v1/songs/{record_id}/cancel", summary="Stop what is not finished")
     async def cancel(record_id: str) -> dict[str, Any]:
@@ -193,7 +246,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
     @routes.head("/v1/songs/{record_id}/{name}", include_in_schema=False)
     async def file(record_id: str, name: str, download: bool = False) -> Response:
         """Return song I as I.flac, .wav, .mp3, .ogg, .opus, .wav24 or .wav32, with ranges; as I.latents, float32
-        [frames, channels]; or its settings as I.json."""
+        [frames, channels]; its settings as I.json; or its plan as I.plan, in JSON."""
         record = find(service, record_id)
         found = FILE.fullmatch(name)
         index = int(found["index"]) if found else -1
@@ -205,6 +258,10 @@ def router(service: Service, keys: Keys) -> APIRouter:
             about = dict(model=record.model, adapters=record.adapters, seconds=song.seconds)
             text = json.dumps(song.request | song.sampling | about, ensure_ascii=False, indent=2)
             return Response(text, media_type="application/json")
+        if suffix == "plan":
+            if record.songs[index].plan is None:
+                raise HTTPException(404, "this song has no plan")
+            return JSONResponse(record.songs[index].plan)
         if suffix == "latents":
             path = service.store.song_path(record, index, ".latents")
             found_path = path if record.songs[index].status == "done" and path.exists() else None
@@ -226,11 +283,18 @@ def router(service: Service, keys: Keys) -> APIRouter:
         limits = service.limits
         return dict(
             models=[
-                dict(name=name, turbo=model.turbo, tasks=model.tasks, sample_rate=model.sample_rate)
+                dict(
+                    name=name,
+                    turbo=model.turbo,
+                    tasks=model.tasks,
+                    sample_rate=model.sample_rate,
+                    frame_rate=model.frame_rate,
+                    planner=model.planner,
+                )
                 for name, model in service.engine.models.items()
             ],
             adapters=list(service.engine.adapters),
-            planner=False,
+            planner=any(model.planner for model in service.engine.models.values()),
             formats=list(sounds.NAMES),
             fields=list(FIELDS),
             limits=dict(
@@ -250,7 +314,7 @@ async def _events(service: Service, keys: Keys, record: Record, last: str) -> As
     sent, told, place = last, time.monotonic(), None
     async for _ in changes(service, record, REFRESH_SECONDS):
         values = view(service, keys, record)
-        now, event_id = time.monotonic(), str(record.version)
+        now, event_id = time.monotonic(), f"{PROCESS}-{record.version}"
         if event_id != sent or values["position"] != place and place is not None:
             text = json.dumps(values, ensure_ascii=False)
             yield f"id: {event_id}\nevent: {record.status}\ndata: {text}\n\n"

@@ -20,6 +20,14 @@ EXTRA: dict[str, Any] = {
         description="Scale of each adapter that is used, by the name that the server gives it.",
     ),
 }
+PLAN = dict(type="object", description="A plan as POST /v1/plans answers it, in place of prompt; it may be changed.")
+SHARED = ("lyrics", "audio_duration", "vocal_language", "bpm", "keyscale", "timesignature")  # by requests and plans
+PLAN_FIELDS = (
+    ("wish", "string", "A few words, of which the planner makes caption and lyrics; as a prompt without lyrics."),
+    ("instrumental", "boolean", "With wish: whether nothing is to be sung."),
+    ("codes", "boolean", "Whether the planner writes audio codes, too. Default: true; false with rewrite."),
+    ("rewrite", "boolean", "With prompt: whether caption and lyrics are written anew, without audio codes."),
+)
 SONG_LINK = "a finished song of this server, such as /v1/songs/ID/0.flac"
 
 
@@ -30,8 +38,31 @@ def properties() -> dict[str, Any]:
         found[name] = dict(
             type="string", description=f"{describe(name, Arguments)} In JSON {SONG_LINK}; in a form an upload."
         )
-    ignored = dict(description="Of the planner, which does not run here; accepted, and the answer says so.")
-    return found | EXTRA | dict.fromkeys(PLANNING, ignored)
+    return found | EXTRA | planning() | dict(plan=PLAN)
+
+
+def planning() -> dict[str, Any]:
+    """Return the JSON schema of each field of `Planning`."""
+    return {name: _property(name, field, about) for name, (field, about) in PLANNING.items()}
+
+
+def plan_body() -> dict[str, Any]:
+    """Return the `requestBody` of a request for a plan."""
+    fields = {name: _property(name, *FIELDS[name]) for name in ("prompt", *SHARED, "seed")}
+    words = {name: dict(type=kind, description=text) for name, kind, text in PLAN_FIELDS}
+    return _json(fields | words | planning() | dict(plan=PLAN, model=EXTRA["model"]))
+
+
+def codes_body() -> dict[str, Any]:
+    """Return the `requestBody` of a request for audio codes."""
+    properties = dict(audio=dict(type="string", format="binary", description="A sound file."), model=EXTRA["model"])
+    form = dict(type="object", properties=properties, required=["audio"])
+    return dict(required=True, content={"multipart/form-data": dict(schema=form)})
+
+
+def _json(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
+    schema = dict(type="object", properties=properties) | more
+    return dict(required=True, content={"application/json": dict(schema=schema)})
 
 
 def request_body() -> dict[str, Any]:
@@ -48,7 +79,7 @@ def request_body() -> dict[str, Any]:
     return dict(
         required=True,
         content={
-            "application/json": dict(schema=dict(type="object", properties=fields, required=["prompt"])),
+            "application/json": dict(schema=dict(type="object", properties=fields)),
             "multipart/form-data": dict(schema=form),
         },
     )

@@ -22,9 +22,13 @@ from acestep_jax.serve.errors import error_body
 
 COOKIE = "acestep-session"
 LINK_SECONDS = 24 * 3600
-BODY_SECONDS = 60.0  # between two pieces of a body
+BODY_SECONDS = 60.0  # for a body, and as long as it comes
+BODY_RATE = 2**18  # bytes in a second, at which a large one may come
+LARGE_BODY, LARGE_BODIES = 2**20, 4  # bytes, and how many beyond that are read at once
 OPEN = ("/health", "/ready", "/docs", "/openapi.json", "/v1/session")  # without a key
 OPEN_FOLDERS = ("/static/",)
+FOREIGN_SCRIPTS = ("/docs",)  # which loads its own from the network
+CSP = b"default-src 'self'; media-src 'self' blob:; img-src 'self' blob: data:; base-uri 'none'; frame-ancestors 'none'"
 READING = ("GET", "HEAD", "OPTIONS")
 LATE_KINDS = ("", "application/json", "application/x-www-form-urlencoded")  # uploads need the key first
 HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([\w.-]+))(?::\d{1,5})?", re.ASCII)
@@ -116,6 +120,7 @@ class Guard:
         self.hosts = {"localhost", *(host.lower() for host in hosts)}
         self.origins = {origin.rstrip("/").lower() for origin in origins}
         self.late_keys = frozenset(late_keys)
+        self._large = asyncio.Semaphore(LARGE_BODIES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -136,10 +141,21 @@ class Guard:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *headers, (b"x-content-type-options", b"nosniff")]
+                own = [(b"x-content-type-options", b"nosniff")]
+                named = {name for name, _ in message["headers"]}
+                if scope["path"] not in FOREIGN_SCRIPTS and b"content-security-policy" not in named:
+                    own.append((b"content-security-policy", CSP))
+                message["headers"] = [*message["headers"], *headers, *own]
             await send(message)
 
-        await self.app(scope, self._limited(receive), send_with_headers)
+        # Who has not shown the key yet gets no place among large bodies: others could not upload any more.
+        authorised = scope.get("state", {}).get("authorised", False)
+        most = self.max_bytes if authorised else min(self.max_bytes, LARGE_BODY)
+        body = _Body(receive, most, self._large, authorised)
+        try:
+            await self.app(scope, body.receive, send_with_headers)
+        finally:
+            body.release()
 
     def _problem(self, request: Request, origin: str | None, allowed: bool) -> tuple[int, str] | None:
         """Return the status and the text of a refusal."""
@@ -189,26 +205,51 @@ class Guard:
             return name.lower() in self.hosts
         return True
 
-    def _limited(self, receive: Receive) -> Receive:
-        """Return `receive` as it ends by 413 for a body that is too large, and 408 for one that does not come."""
-        count, whole = 0, False
 
-        async def limited() -> Message:
-            nonlocal count, whole
-            if whole:
-                return await receive()
-            try:
-                message = await asyncio.wait_for(receive(), BODY_SECONDS)
-            except TimeoutError:
-                raise HTTPException(408, "the body did not come") from None
-            if message["type"] == "http.request":
-                count += len(message.get("body", b""))
-                whole = not message.get("more_body", False)
-                if count > self.max_bytes:
-                    raise HTTPException(413, f"the body is larger than {self.max_bytes // 2**20} MB")
-            return message
+class _Body:
+    """The body of a request as it is read: 413 for one that is too large, 408 for one that comes too slowly, and large
+    ones wait for each other."""
 
-        return limited
+    def __init__(self, receive: Receive, max_bytes: int, large: asyncio.Semaphore, authorised: bool):
+        self._authorised = authorised
+        self._receive, self._max_bytes, self._large = receive, max_bytes, large
+        self._end = time.monotonic() + BODY_SECONDS
+        self._count, self._is_whole, self._holds = 0, False, False
+
+    async def receive(self) -> Message:
+        if self._is_whole:
+            return await self._receive()
+        left = self._end + self._count / BODY_RATE - time.monotonic()
+        try:
+            message = await asyncio.wait_for(self._receive(), max(0.0, min(BODY_SECONDS, left)))
+        except TimeoutError:
+            raise HTTPException(408, "the body did not come in time") from None
+        if message["type"] == "http.request":
+            self._count += len(message.get("body", b""))
+            self._is_whole = not message.get("more_body", False)
+            if self._count > self._max_bytes:
+                without = "" if self._authorised else ", and the key is not in a header"
+                raise HTTPException(413, f"the body is larger than {self._max_bytes // 2**20} MB{without}")
+            if self._count > LARGE_BODY and not self._is_whole and not self._holds:
+                await self._wait()
+        if self._is_whole:
+            self.release()
+        return message
+
+    def release(self) -> None:
+        """Let another large body come."""
+        if self._holds:
+            self._holds = False
+            self._large.release()
+
+    async def _wait(self) -> None:
+        began = time.monotonic()
+        try:
+            await asyncio.wait_for(self._large.acquire(), BODY_SECONDS)
+        except TimeoutError:
+            raise HTTPException(429, "other uploads are under way", {"retry-after": str(int(BODY_SECONDS))}) from None
+        self._holds = True
+        self._end += time.monotonic() - began
 
 
 def _raw_path(request: Request) -> str:

@@ -1,33 +1,38 @@
-"""The server without HTTP: it accepts submissions, keeps them, has the engine make them, and tells how they are."""
+"""The server without HTTP: it accepts submissions, has the engine make them, and tells how far they are."""
 
 import contextlib
 import dataclasses
 import ipaddress
 import logging
 import math
-import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from acestep_jax.errors import InputError
-from acestep_jax.io import audio
+from acestep_jax.planner.plan import Plan
 from acestep_jax.serve import accepting, sounds
 from acestep_jax.serve.engine import BatchReport, Engine, Work, message_of
+from acestep_jax.serve.errands import Errand, Errands
+from acestep_jax.serve.inputs import Inputs
+from acestep_jax.serve.making import Making
+from acestep_jax.serve.records import Records
 from acestep_jax.serve.store import FILE_FIELDS, Record, Store, now
 from acestep_jax.serve.submission import (
+    NO_PLANNER,
     Limits,
     Submission,
+    check_values,
     request_and_sampling,
     with_fields,
 )
-from acestep_jax.song import Song
+from acestep_jax.serve.thinking import Thought
 
 logger = logging.getLogger(__name__)
 
-UNWRITTEN = 8  # songs that wait to be written, beyond which the engine waits
+ATTEMPTS = 3  # ends of the process while a record was made, after which it is at fault
 
 
 class Busy(Exception):
@@ -43,11 +48,18 @@ class Closing(Exception):
 
 
 class Service:
-    """Records, their works in the engine, and those who watch them.
+    """What clients may do, and what they may know.
 
     Args:
+        strict: whether fields that would be ignored are an error.
+        inputs: the folder that clients may name files of; None: none.
         on_report: called with each batch, from the engine's thread.
         on_death: called when the engine has ended by an error.
+
+    Attributes:
+        records: by id, oldest first.
+        closing: whether new work is refused.
+        is_stopped: whether the engine has ended, so that nothing will change any more.
     """
 
     def __init__(
@@ -57,41 +69,42 @@ class Service:
         limits: Limits = Limits(),  # noqa: B008  (frozen)
         *,
         strict: bool = False,
+        inputs: Inputs | None = None,
         on_report: Callable[[BatchReport], None] | None = None,
         on_death: Callable[[], None] | None = None,
     ):
         self.store, self.engine, self.limits, self.strict = store, engine, limits, strict
+        self.inputs = inputs
         self.on_report, self.on_death = on_report, on_death
-        self.records: dict[str, Record] = {}
-        self.closing = False
+        self.kept = Records(store)
+        self.records = self.kept.all
+        self.watched, self.history, self.counts = self.kept.watched, self.kept.history, self.kept.counts
+        self.closing = self.is_stopped = False
         self.dead = False
-        self._lock = threading.RLock()
+        self.errands = Errands(engine, self.kept)
+        self.making = Making(
+            self.kept, engine, self.errands, on_end=self._trim, on_report=self._reported, on_death=self._died
+        )
+        self.works, self.cancel = self.making.works, self.making.cancel
         self._reading = threading.Semaphore(2)  # sources that are decoded at once, each up to hundreds of MB
-        self._works: dict[str, list[Work]] = {}  # of records that have not ended
-        self._places: dict[int, tuple[Record, int]] = {}  # by id(work)
-        self._clients: dict[str, str] = {}
-        self._watchers: dict[str, list[Callable[[], None]]] = {}
-        self._sizes: dict[str, int] = {}
-        self._writer = ThreadPoolExecutor(1, "writer")
-        self._unwritten = threading.Semaphore(UNWRITTEN)
 
     def start(self) -> None:
         """Read the history, put unfinished songs into the queue again, and start the engine."""
-        for record in self.store.load():
-            self.records[record.id] = record
-            if record.final:
-                self._sizes[record.id] = self.store.size(record)
-            else:
-                self._resume(record)
-        self.engine.start(self)
+        for record in self.kept.load():
+            self._resume(record)
+        self._trim()
+        self.engine.start(self.making)
 
     def close(self, grace: float) -> None:
         """Stop: new work is refused, songs under way get `grace` seconds, those that wait stay on the disk."""
         self.closing = True
-        for record_id in list(self._watchers):
-            self._wake(record_id)
+        self.kept.wake()  # those who wait for what waits need not wait any longer
         self.engine.stop(grace)
-        self._writer.shutdown(wait=True)
+        self.making.close()
+        if not self.dead and not self.is_stopped:
+            self.making.forget_attempts()
+        self.is_stopped = True
+        self.kept.wake()
 
     # What clients do
 
@@ -105,28 +118,53 @@ class Service:
         """
         try:
             record, works = self._prepared(submission)
-            with self._lock:
-                self.check_room(submission.client, len(works))
+            client = submission.client
+            self.making.reserve(record, works, client, lambda: self.check_room(client, len(works)))
+            try:
                 self.store.accept(record, submission.uploads)
-                paths = {field: self.store.upload_path(record, field) for field in record.files}
-                for work in works:
-                    work.request = dataclasses.replace(work.request, **{f: str(p) for f, p in paths.items()})
-                self._clients[record.id] = submission.client
-                self._enter(record, works, range(len(works)))
+            except BaseException:
+                self.making.release(record)
+                raise
         except BaseException:
             if submission.uploads is not None:
                 shutil.rmtree(submission.uploads, ignore_errors=True)
             raise
+        paths = {field: self.store.upload_path(record, field) for field in record.files}
+        for work in works:
+            work.request = dataclasses.replace(work.request, **{f: str(p) for f, p in paths.items()})
+        self.making.enter(record, works, range(len(works)))
         return record
+
+    def ask(
+        self, works: Sequence[Work], client: str, uploads: Path | None = None, extra: dict[str, Any] | None = None
+    ) -> Errand:
+        """Put into the queue what is no song, see `serve.errands`. Sources are checked, and are in `uploads`.
+
+        Raises:
+            InputError, Busy, Closing: see `accept`.
+        """
+        try:
+            self.check_room(client, len(works))
+            for work in works:
+                if work.request.src_audio is not None:
+                    with self._reading:
+                        sounds.check_upload(Path(str(work.request.src_audio)), "audio", self.limits.duration)
+                lengths = {name: getattr(work.request, name) for name in ("audio_duration", "audio_codes")}
+                check_values(lengths, self.limits)
+                if work.thought is not None:
+                    work.thought = work.thought.within(self.limits.duration)
+                self.engine.check(work)
+        except BaseException:
+            if uploads is not None:
+                shutil.rmtree(uploads, ignore_errors=True)
+            raise
+        return self.errands.begin(works, client, uploads, extra)
 
     def check_room(self, client: str, count: int = 1) -> None:
         """Raise Busy or Closing unless `count` more songs may wait."""
         if self.closing:
             raise Closing("the server is stopping")
-        with self._lock:
-            waiting = [work for works in self._works.values() for work in works if work.stage == "queued"]
-            mine = [work for one, other in self._clients.items() if other == client for work in self._works[one]]
-            own = sum(work.stage == "queued" for work in mine)
+        waiting, own = self.making.waiting(), len(self.making.waiting(client))
         if len(waiting) + count > self.limits.queue:
             raise Busy("Server busy: queue is full", self._retry_after(waiting))
         if own + count > self.limits.per_client and not _is_local(client):
@@ -135,64 +173,26 @@ class Service:
         if seconds is not None and seconds > 60 * self.limits.queue_minutes:
             raise Busy(f"Server busy: {seconds / 60:.0f} minutes of work wait", self._retry_after(waiting))
 
-    def cancel(self, record: Record) -> None:
-        """Stop the songs of a record that are not finished; nothing if it has ended."""
-        with self._lock:
-            if record.final:
-                return
-            for song in record.songs:
-                if song.status not in ("done", "failed"):
-                    song.status = "cancelled"
-            works = self._works.get(record.id, [])
-            self._end(record, "cancelled")
-        self.engine.cancel(works)
-
     def delete(self, record: Record) -> None:
         """Remove a record with its files; one that has not ended is cancelled first."""
-        self.cancel(record)
-        with self._lock:
-            self.records.pop(record.id, None)
-            self._sizes.pop(record.id, None)
-            self.store.remove(record)
-            self._wake(record.id)
-
-    def history(self, limit: int, before: str | None = None) -> list[Record]:
-        """Return records, newest first: at most `limit`, of those older than the one called `before`."""
-        with self._lock:
-            records = list(self.records.values())
-        if before is not None:
-            places = [i for i, record in enumerate(records) if record.id == before]
-            if not places:
-                raise InputError(f"before: there is no record {before!r}")
-            records = records[: places[0]]
-        return records[::-1][:limit]
+        with self.kept.ending:
+            self.cancel(record)
+            self.kept.remove(record)
 
     def sound(self, record: Record, index: int, name: str) -> Path | None:
         """Return the file of a song in a format of `sounds.FORMATS`, made if need be; None if there is none."""
-        form = sounds.FORMATS[name]
-        if not 0 <= index < len(record.songs) or record.songs[index].status != "done":
-            return None
-        path, original = self.store.song_path(record, index, form.suffix), self.store.song_path(record, index)
-        if not path.exists() and original.exists():
-            sounds.convert(original, path, form)
-        return path if path.is_file() and not path.is_symlink() else None
-
-    def use_song(self, uploads: Path, field: str, record: Record, index: int) -> None:
-        """Give a finished song of this server to a field of a submission, as an upload."""
-        path = self.sound(record, index, "flac")
-        if path is None:
-            raise InputError(f"{field}: song {index} of {record.id} is not finished")
-        try:
-            os.link(path, uploads / field)
-        except OSError:
-            shutil.copyfile(path, uploads / field)
+        path, is_new = self.kept.sound(record, index, name)
+        if is_new:
+            self._trim(record)
+        return path
 
     # What is known
 
-    def works(self, record: Record) -> list[Work]:
-        """Return what the engine has of a record that has not ended."""
-        with self._lock:
-            return list(self._works.get(record.id, ()))
+    def planner_of(self, model: str | None = None) -> str | None:
+        """Return the name of the planner of a model, by default the first; None if there is none, or no such model."""
+        known = self.engine.models
+        found = next(iter(known.values())) if model is None else known.get(model)
+        return None if found is None else found.planner
 
     def position(self, record: Record) -> int:
         """Return the place in the queue, from 1; 0 for what does not wait."""
@@ -201,8 +201,12 @@ class Service:
         return self.engine.ahead(self.works(record)) + 1
 
     def eta(self, record: Record) -> float | None:
-        """Return the estimated seconds until a record ends; None if nothing alike was measured yet."""
-        return 0.0 if record.final else self.engine.remaining(self.works(record))
+        """Return the estimated seconds until a record ends; None if nothing alike was measured yet, or its plan is not
+        there, which decides how long the song is."""
+        if record.final:
+            return 0.0
+        works = self.works(record)
+        return None if any(work.thought is not None for work in works) else self.engine.remaining(works)
 
     def progress(self, record: Record) -> tuple[float, str, int, int]:
         """Return the part that is done, 0 to 1, the stage, and the steps made and in all of the song
@@ -213,79 +217,18 @@ class Service:
         busy = [work for work in works if work.stage != "queued"]
         first = busy[0] if busy else works[0] if works else None
         finished = len(record.songs) - len(works)
-        part = finished + sum(work.step / max(1, work.steps) for work in works) * 0.95
+        part = finished + sum(map(_part, works))
         if first is None:  # all of them are being written
             return part / len(record.songs), "decoding", 0, 0
         return part / len(record.songs), first.stage, first.step, first.steps
 
-    def counts(self) -> dict[str, int]:
-        """Return how many records there are in each state."""
-        found: dict[str, int] = dict.fromkeys(("queued", "running", "done", "failed", "cancelled"), 0)
-        with self._lock:
-            for record in self.records.values():
-                found[record.status] += 1
-        return found
-
     def waiting(self) -> int:
         """Return how many songs wait."""
-        with self._lock:
-            return sum(work.stage == "queued" for works in self._works.values() for work in works)
+        return len(self.making.waiting())
 
-    @contextlib.contextmanager
-    def watched(self, record: Record, wake: Callable[[], None]) -> Iterator[None]:
-        """Call `wake`, from any thread, whenever the record changes within the block."""
-        with self._lock:
-            self._watchers.setdefault(record.id, []).append(wake)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._watchers[record.id].remove(wake)
-                if not self._watchers[record.id]:
-                    del self._watchers[record.id]
-
-    # What the engine tells, see `engine.Listener`
-
-    def changed(self, work: Work) -> None:
-        with self._lock:
-            if (place := self._places.get(id(work))) is None:
-                return
-            record, i = place
-            record.songs[i].status = "running"
-            if record.status == "queued":
-                record.status, record.started = "running", now()
-            self._touch(record)
-
-    def done(self, work: Work, song: Song) -> None:
-        self._unwritten.acquire()
-        self._writer.submit(self._write, work, song)
-
-    def failed(self, work: Work, message: str) -> None:
-        with self._lock:
-            if (place := self._places.get(id(work))) is None:
-                return
-            record, i = place
-            paths = {field: self.store.upload_path(record, field) for field in record.files}
-            record.songs[i].status, record.songs[i].error = "failed", with_fields(message, paths)
-            self._finished(work)
-
-    def stopped(self, work: Work) -> None:
-        """Nothing is left to do: `cancel` has ended the record."""
-
-    def reported(self, report: BatchReport) -> None:
-        shape = report.program.shape
-        logger.info(
-            "batch of %d (size %d, %d frames)%s: %.2f s; %d wait; %s",
-            *(len(report.works), report.program.size, shape.frames, ", compiled" if report.first else ""),
-            *(report.seconds, report.waiting, " ".join(work.owner for work in report.works)),
-        )
-        if self.on_report is not None:
-            self.on_report(report)
-
-    def died(self, error: BaseException) -> None:
-        self.dead = True
-        if self.on_death is not None:
-            self.on_death()
+    def is_over(self, record: Record | Errand) -> bool:
+        """Return whether nothing about a record will change in this process: it has ended, or waits for the next."""
+        return record.final or self.is_stopped or self.closing and record.status == "queued"
 
     # Within
 
@@ -311,6 +254,7 @@ class Service:
     def _resume(self, record: Record) -> None:
         """Put the songs of an earlier process that have no sound yet into the queue."""
         files = {field: self.store.upload_path(record, field) for field in record.files if field in FILE_FIELDS}
+        is_at_fault = self.store.attempts(record) >= ATTEMPTS
         works, places = [], []
         for i, song in enumerate(record.songs):
             path = self.store.song_path(record, i)
@@ -321,107 +265,53 @@ class Service:
                 except Exception as error:  # it is made again
                     logger.warning("%s: not a sound file (%s)", path, error)
             try:
+                if is_at_fault:
+                    raise InputError(f"the server ended {ATTEMPTS} times while it made this; it is not tried again")
                 request, sampling = request_and_sampling(song.request | song.sampling, files)
                 work = Work(request, sampling, record.model, tuple(sorted(record.adapters.items())))
                 if record.model not in self.engine.models:
                     raise InputError(f"model: the server was started without {record.model}")
+                if song.thought is not None and song.plan is not None:  # which was written before the end
+                    work.plan = Plan.from_dict(song.plan)
+                    work.request = work.plan.request(work.request)
+                elif song.thought is not None and self.planner_of(record.model) is not None:
+                    work.thought = Thought.from_dict(song.thought).within(self.limits.duration)
+                elif song.thought is not None and (note := f"thinking: {NO_PLANNER}; ignored") not in record.notes:
+                    record.notes.append(note)
                 self.engine.check(work)
             except Exception as error:  # whatever is wrong with one record, the server starts
                 song.status, song.error = "failed", with_fields(message_of(error), files)
                 continue
             works.append(work)
             places.append(i)
-        self._enter(record, works, places)
+        self.making.enter(record, works, places)
 
-    def _enter(self, record: Record, works: list[Work], places: Sequence[int]) -> None:
-        self.records[record.id] = record
-        if not works:
-            self._end(record, self._outcome(record))
-            return
-        self._works[record.id] = list(works)
-        for work, place in zip(works, places, strict=True):
-            self._places[id(work)] = record, place
-            work.owner = record.id
-        self.engine.submit(works)
-
-    def _write(self, work: Work, song: Song) -> None:
-        """Keep a song; runs in the writer's thread."""
-        try:
-            with self._lock:
-                place = self._places.get(id(work))
-            if place is None:  # cancelled meanwhile
-                return
-            record, i = place
-            try:
-                assert song.audio is not None
-                sounds.write_latents(self.store.song_path(record, i, ".latents"), song.latents)
-                audio.write(self.store.song_path(record, i), song.audio, song.sample_rate, overwrite=True)
-                status, error = "done", None
-            except Exception as problem:  # a full disk fails the song, not the server
-                status, error = "failed", f"cannot be kept: {message_of(problem)}"
-                error = error.replace(str(self.store.folder), "the server's folder")
-            with self._lock:
-                if self._places.get(id(work)) is None:
-                    return
-                record.songs[i].status, record.songs[i].error = status, error
-                record.songs[i].seconds = song.audio.shape[1] / song.sample_rate if song.audio is not None else None
-                self._finished(work)
-        except Exception:
-            logger.exception("a song was not kept")
-        finally:
-            self._unwritten.release()
-
-    def _finished(self, work: Work) -> None:
-        """Forget a work; end its record after the last one. Called with the lock."""
-        record, _ = self._places.pop(id(work))
-        self._works[record.id] = [other for other in self._works[record.id] if other is not work]
-        if not self._works[record.id]:
-            self._end(record, self._outcome(record))
-        else:
-            self._touch(record)
-
-    def _outcome(self, record: Record) -> str:
-        return "done" if any(song.status == "done" for song in record.songs) else "failed"
-
-    def _end(self, record: Record, status: str) -> None:
-        ended = dataclasses.replace(record, status=status, finished=now())
-        for work in self._works.pop(record.id, ()):
-            self._places.pop(id(work), None)
-        self._clients.pop(record.id, None)
-        try:
-            self.store.finish(ended)  # before it is told: what has ended stays so
-            self._sizes[record.id] = self.store.size(record)
-        except OSError:
-            logger.exception("%s: how it ended could not be written; it is made again after a restart", record.id)
-        record.status, record.finished = ended.status, ended.finished
-        self._touch(record)
-        self._trim(record)
-
-    def _trim(self, newest: Record) -> None:
+    def _trim(self, newest: Record | None = None) -> None:
         """Remove the oldest records beyond what may be kept, but for the one that has just ended."""
-        total = sum(self._sizes.values())
-        for record in list(self.records.values()):
-            if total <= self.limits.keep_bytes:
-                return
-            if record.final and record is not newest:
-                total -= self._sizes.get(record.id, 0)
-                logger.info("%s: removed, --keep-gb is reached", record.id)
-                self.delete(record)
+        for record in self.kept.beyond(self.limits.keep_bytes, self.limits.keep_records, newest):
+            logger.info("%s: removed, --keep-gb is reached", record.id)
+            self.delete(record)
 
-    def _touch(self, record: Record) -> None:
-        record.version += 1
-        self._wake(record.id)
+    def _reported(self, report: BatchReport) -> None:
+        if self.on_report is not None:
+            self.on_report(report)
 
-    def _wake(self, record_id: str) -> None:
-        with self._lock:
-            watchers = list(self._watchers.get(record_id, ()))
-        for wake in watchers:
-            with contextlib.suppress(RuntimeError):  # of an event loop that has ended
-                wake()
+    def _died(self) -> None:
+        self.dead = True
+        if self.on_death is not None:
+            self.on_death()
 
     def _retry_after(self, waiting: Sequence[Work]) -> int:
         seconds = self.engine.remaining(waiting[:1]) if waiting else 1.0
         return min(600, max(1, math.ceil(seconds))) if seconds is not None else 10
+
+
+def _part(work: Work) -> float:
+    """Return which part of a song is done: its plan, if it has one, is the first third."""
+    part = work.step / max(1, work.steps)
+    if work.thought is not None:
+        return 0.3 * part
+    return 0.3 + 0.65 * part if work.plan is not None else 0.95 * part
 
 
 def _is_local(client: str) -> bool:

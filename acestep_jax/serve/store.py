@@ -3,12 +3,15 @@
     DATA/songs/<id>/request.json    what was accepted, with its seeds
     DATA/songs/<id>/src_audio       an upload, under the name of its field
     DATA/songs/<id>/0.flac          a song, and 0.latents beside it; other formats are made when they are asked for
+    DATA/songs/<id>/0.plan          what the planner wrote for it
     DATA/songs/<id>/result.json     how it ended
+    DATA/songs/<id>/attempts        a byte for each process that died while it made this, with nothing finished before
     DATA/incoming/                  uploads that are not accepted yet
 
 Every file appears whole or not at all, and `result.json` last: a request without one is queued, also after `kill -9`.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -27,16 +30,26 @@ from acestep_jax.io.files import publish_file
 
 logger = logging.getLogger(__name__)
 
+MAX_REMOVED = 100_000  # ids of removed records that are remembered
+PLAN = ".plan"  # suffix
 FINAL = ("done", "failed", "cancelled")
+ENDED = ("status", "error", "seconds")  # of a song, as it ended
 FILE_FIELDS = ("src_audio", "reference_audio")
 
 
 @dataclasses.dataclass
 class SongRecord:
-    """One song of a record: the fields of `Request` and `Sampling` that were given, with its seed, and its state."""
+    """One song of a record: the fields of `Request` and `Sampling` that were given, with its seed, and its state.
+
+    Attributes:
+        thought: what the planner was asked, see `thinking.Thought.to_dict`; None: nothing.
+        plan: what it wrote, or the client gave, see `Plan.to_dict`.
+    """
 
     request: dict[str, Any]
     sampling: dict[str, Any]
+    thought: dict[str, Any] | None = None
+    plan: dict[str, Any] | None = None
     status: str = "queued"
     error: str | None = None
     seconds: float | None = None
@@ -105,7 +118,8 @@ class Store:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         self._removed = self.folder / "removed"
         self._writing = threading.Lock()
-        self.removed = set(self._removed.read_text().split()) if self._removed.exists() else set()
+        removed = self._removed.read_text().split()[-MAX_REMOVED:] if self._removed.exists() else []
+        self.removed = dict.fromkeys(removed)
 
     def close(self) -> None:
         """Let another process have the folder."""
@@ -146,11 +160,20 @@ class Store:
         values = dataclasses.asdict(record)
         for name in ("status", "started", "finished", "version"):
             values.pop(name)
-        values["songs"] = [dict(request=song.request, sampling=song.sampling) for song in record.songs]
+        names = ("request", "sampling", "thought", "plan")
+        values["songs"] = [
+            {name: getattr(song, name) for name in names if getattr(song, name) is not None} for song in record.songs
+        ]
         _write_json(folder / "request.json", values)
         folder.chmod(0o755)
         os.rename(folder, self.folder_of(record))
         _sync(self.songs)
+
+    def keep_plan(self, record: Record, index: int) -> None:
+        """Keep what the planner wrote for a song: after a restart it is made of the same plan."""
+        plan = record.songs[index].plan
+        assert plan is not None
+        _write_json(self.song_path(record, index, PLAN), plan)
 
     def finish(self, record: Record) -> None:
         """Keep how a record ended."""
@@ -158,9 +181,11 @@ class Store:
             status=record.status,
             started=record.started,
             finished=record.finished,
-            songs=[dict(status=song.status, error=song.error, seconds=song.seconds) for song in record.songs],
+            notes=record.notes,
+            songs=[{name: getattr(song, name) for name in ENDED} for song in record.songs],
         )
         _write_json(self.folder_of(record) / "result.json", values)
+        self._attempts(record).unlink(missing_ok=True)
 
     def remove(self, record: Record) -> None:
         """Delete a record with its files, and remember that it was there."""
@@ -171,9 +196,29 @@ class Store:
             return
         shutil.rmtree(gone, ignore_errors=True)
         with self._writing:
-            self.removed.add(record.id)
+            self.removed[record.id] = None
             with self._removed.open("a") as file:
                 file.write(record.id + "\n")
+
+    def attempt(self, record: Record) -> None:
+        """Remember that a record is being made: what ends the process again and again must not be tried for ever."""
+        with contextlib.suppress(OSError), self._attempts(record).open("ab") as file:
+            file.write(b".")
+
+    def forget_attempt(self, record: Record) -> None:
+        """Forget the last attempt: the process ends in peace."""
+        with contextlib.suppress(OSError):
+            os.truncate(self._attempts(record), max(0, self.attempts(record) - 1))
+
+    def attempts(self, record: Record) -> int:
+        """Return how many processes ended while they made a record."""
+        try:
+            return self._attempts(record).stat().st_size
+        except OSError:
+            return 0
+
+    def _attempts(self, record: Record) -> Path:
+        return self.folder_of(record) / "attempts"
 
     def load(self) -> Iterator[Record]:
         """Yield the records of earlier processes, oldest first; what cannot be read is left alone, with a warning."""
@@ -196,12 +241,17 @@ class Store:
         record = Record(songs=songs, **values)
         if record.id != folder.name:
             raise ValueError(f"it is called {record.id}")
+        for i, song in enumerate(record.songs):
+            if (plan := folder / f"{i}{PLAN}").exists():
+                song.plan = json.loads(plan.read_text(encoding="utf-8"))
         result = folder / "result.json"
         if result.exists():
             ended: Mapping[str, Any] = json.loads(result.read_text(encoding="utf-8"))
             record.status, record.started, record.finished = ended["status"], ended["started"], ended["finished"]
+            record.notes = ended.get("notes", record.notes)
             for song, values in zip(record.songs, ended["songs"], strict=True):
-                song.status, song.error, song.seconds = values["status"], values["error"], values["seconds"]
+                for name in ENDED:
+                    setattr(song, name, values.get(name))
         return record
 
 

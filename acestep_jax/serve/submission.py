@@ -4,13 +4,16 @@
 import dataclasses
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from acestep_jax.arguments import arguments, unknown_name
 from acestep_jax.errors import InputError
+from acestep_jax.planner.metadata import count_codes
+from acestep_jax.planner.plan import VERSION, Plan
 from acestep_jax.request import Planning, Request, Sampling, split
+from acestep_jax.serve.thinking import Thought
 
 MAX_SEED = 2**32 - 1
 # Fields that clients do not get: the lengths of texts are limited here, in characters.
@@ -20,7 +23,8 @@ FIELDS = {
     for name, (field, about) in (arguments(Request) | arguments(Sampling)).items()
     if about.json and name not in HIDDEN
 }
-PLANNING = arguments(Planning)  # the planner does not run here: its fields are accepted, and the answer says so
+PLANNING = arguments(Planning)
+NO_PLANNER = "this server has no planner for the model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Limits:
         variations: songs of one request.
         prompt, lyrics: characters.
         steps: of sampling; other counts that multiply the work are limited alike.
-        keep_bytes: of the songs that are kept; the oldest go first.
+        keep_bytes, keep_records: of what is kept; the oldest go first.
     """
 
     queue: int = 200
@@ -49,6 +53,7 @@ class Limits:
     lyrics: int = 16384
     steps: int = 200
     keep_bytes: int = 20 * 10**9
+    keep_records: int = 10_000
 
 
 @dataclasses.dataclass
@@ -60,6 +65,8 @@ class Submission:
         model: None: the first of the server.
         uploads: a folder of `Store.new_folder` with a file for each field of `files`.
         client: the address, for limits.
+        thought: what the planner is asked for each song that it writes for; None: nothing.
+        plan: what the client gave of a plan, which is in `songs` already.
     """
 
     songs: list[dict[str, Any]]
@@ -72,6 +79,8 @@ class Submission:
     uploads: Path | None = None
     files: list[str] = dataclasses.field(default_factory=list)
     client: str = "127.0.0.1"
+    thought: Thought | None = None
+    plan: Plan | None = None
 
 
 def variations(values: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
@@ -88,17 +97,56 @@ def variations(values: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     return [dict(values) | dict(seed=seed + i) for i in range(count)]
 
 
-def without_planning(values: Mapping[str, Any], *, strict: bool) -> tuple[dict[str, Any], list[str]]:
-    """Return the values without those of `Planning`, and a note for each of these that asks for something.
+def split_planning(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the values without those of `Planning`, and these, as far as something is asked for."""
+    planning = {name: value for name, value in values.items() if name in PLANNING and value is not None}
+    return {name: value for name, value in values.items() if name not in PLANNING}, planning
+
+
+def no_planner(names: Iterable[str], *, strict: bool) -> list[str]:
+    """Return a note for each field of planning that a model without a planner does not heed.
 
     Raises:
         InputError: if `strict` and there is one.
     """
-    asked = [name for name, value in values.items() if name in PLANNING and value not in (None, False)]
-    if strict and asked:
-        raise InputError(f"{asked[0]}: the planner does not run here, and the server was started with --strict")
-    kept = {name: value for name, value in values.items() if name not in PLANNING}
-    return kept, [f"{name}: the planner does not run here; ignored" for name in asked]
+    names = list(names)
+    if strict and names:
+        raise InputError(f"{names[0]}: {NO_PLANNER}, and it was started with --strict")
+    return [f"{name}: {NO_PLANNER}; ignored" for name in names]
+
+
+def planning_of(values: Mapping[str, Any], limits: Limits) -> Planning:
+    """Return how the planner samples; raise InputError for a value that it does not take."""
+    for name, value in values.items():
+        if isinstance(value, str):
+            check_text_length(name, value, limits.prompt)
+    try:
+        return Planning(**values)
+    except (TypeError, OverflowError) as error:
+        raise InputError(f"a value is not what its field takes ({error})") from None
+
+
+def plan_of(values: Any) -> Plan:
+    """Return the plan that a client gave, see `Plan.from_dict`; its version may be left out."""
+    if not isinstance(values, dict):
+        raise InputError(f"plan: expected an object as POST /v1/plans answers it, found {shown(values)}")
+    try:
+        return Plan.from_dict(dict(version=VERSION) | values)
+    except InputError:
+        raise
+    except (TypeError, OverflowError, ValueError) as error:
+        raise InputError(f"plan: a value is not what its field takes ({error})") from None
+
+
+def values_of_plan(plan: Plan) -> dict[str, Any]:
+    """Return the fields of `Request` that a plan gives."""
+    request = plan.request()
+    found = {
+        name: getattr(request, name)
+        for name, (field, _) in arguments(Request).items()
+        if field.default is not getattr(request, name)
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def check_values(values: Mapping[str, Any], limits: Limits) -> None:
@@ -118,6 +166,9 @@ def check_values(values: Mapping[str, Any], limits: Limits) -> None:
     duration = values.get("audio_duration")
     if isinstance(duration, int | float) and duration > limits.duration:
         raise InputError(f"audio_duration: expected at most {limits.duration:g} s, found {shown(duration)}")
+    codes, most = values.get("audio_codes"), count_codes(limits.duration)
+    if isinstance(codes, str) and (count := codes.count("<|audio_code_")) > most:  # which decide how long the song is
+        raise InputError(f"audio_codes: expected at most {most}, those of {limits.duration:g} s, found {count}")
 
 
 def check_text_length(name: str, text: str, most: int) -> None:

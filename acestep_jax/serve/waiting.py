@@ -4,14 +4,19 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 
+from acestep_jax.serve.errands import Errand
 from acestep_jax.serve.service import Service
 from acestep_jax.serve.store import Record
 
+TIMEOUT = 600.0  # seconds that a client waits which does not stream
+RETRY_SECONDS = 30  # after which a stopping server may be there again
 
-async def changes(service: Service, record: Record, pause: float) -> AsyncIterator[bool]:
+
+async def changes(service: Service, record: Record | Errand, pause: float) -> AsyncIterator[bool]:
     """Yield at once and after each change of a record: true; or false if `pause` seconds went by without one.
 
-    It ends when the record has ended, after that was told, or the server is stopping.
+    It ends when nothing will change any more, after that was told: a server that is stopping still makes what it has
+    begun.
     """
     loop, wake = asyncio.get_running_loop(), asyncio.Event()
 
@@ -21,7 +26,7 @@ async def changes(service: Service, record: Record, pause: float) -> AsyncIterat
     with service.watched(record, notify):
         changed = True
         while True:
-            ended = record.final or service.closing  # before it is told: what changes meanwhile is told again
+            ended = service.is_over(record)  # before it is told: what changes meanwhile is told again
             wake.clear()
             yield changed
             if ended:
@@ -33,7 +38,7 @@ async def changes(service: Service, record: Record, pause: float) -> AsyncIterat
                 changed = False
 
 
-async def ended(service: Service, record: Record, seconds: float, connected=None) -> bool:
+async def ended(service: Service, record: Record | Errand, seconds: float, connected=None) -> bool:
     """Wait until a record has ended; return false if it has not within `seconds`, or the client has gone.
 
     Args:
@@ -46,3 +51,8 @@ async def ended(service: Service, record: Record, seconds: float, connected=None
         if time.monotonic() > end or connected is not None and not await connected():
             return False
     return record.final
+
+
+def cancel_soon(service: Service, record: Record) -> None:
+    """Cancel a record from a coroutine that may not wait, as one that is ended itself: that writes to the disk."""
+    asyncio.get_running_loop().run_in_executor(None, service.cancel, record)

@@ -3,6 +3,7 @@
 import io
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,11 +20,14 @@ from tests.processes import free_port, start
         (["--host", "0.0.0.0"], "--host: everyone who reaches 0.0.0.0 could use this server"),
         (["--host", "example.com"], "--host: everyone who reaches example.com"),
         (["--api-key", ""], "--api-key: is empty"),
+        (["--api-key", "schlüssel"], "--api-key: expected ASCII"),
         (["--warm", "soon"], "--warm: expected seconds such as 30,60"),
         (["--max-batch", "0"], "--max-batch: expected at least 1, found 0"),
         (["--lora", "run/adapter"], "--lora: expected NAME=DIR"),
         (["--variant", "a", "--variant", "b"], "--variant: expected one or 1"),
         (["--model", "a=/nowhere/at/all"], "/nowhere/at/all"),
+        (["--planner", "/nowhere/planner"], "/nowhere/planner: no such folder"),
+        (["--inputs", "/nowhere/inputs"], "--inputs: /nowhere/inputs is no folder"),
     ],
 )
 def test_options_that_cannot_be_used(options, message, capsys, monkeypatch, tmp_path):
@@ -51,13 +55,26 @@ def test_a_key_comes_from_an_option_a_file_or_the_environment(monkeypatch, tmp_p
     assert serve._key(None) == "from-environment"
 
 
-def test_a_server_makes_the_songs_of_the_library_and_ends_with_sigterm(tmp_path):
-    """A batch of two, of the small model: each song is the one that the library makes alone, to 1e-5 and 24 bits."""
+@pytest.mark.unit
+def test_the_planner_of_a_model(tmp_path):
+    """The small model has none; what was named must be there."""
+    from acestep_jax.io.checkpoint import SMALL_MODEL
+
+    small = Path(SMALL_MODEL)
+    assert serve._planner(None, str(small), small, None) is None
+    assert serve._planner("none", str(small), small, None) is None and serve._planner_name(None) is None
+    assert serve._planner_name(str(tmp_path / "acestep-5Hz-lm-4B")) == "acestep-5Hz-lm-4B"
+    (tmp_path / "source.json").write_text('{"source": "ACE-Step/acestep-5Hz-lm-0.6B"}')
+    assert serve._planner_name(str(tmp_path)) == "acestep-5Hz-lm-0.6B"
+
+
+def test_a_server_makes_the_songs_of_the_library_and_ends_with_sigterm(tiny, tmp_path):
+    """A batch of two: each song is the one that the library makes alone, to 1e-5 and 24 bits."""
     pytest.importorskip("fastapi", reason="needs pip install 'acestep-jax[serve]'")
     import httpx
 
     port = free_port()
-    process = start("serve", "--port", port, "--data", tmp_path / "data", "--grace", "20")
+    process = start("serve", "--model", tiny[1], "--port", port, "--data", tmp_path / "data", "--grace", "20")
     url = f"http://127.0.0.1:{port}"
     asked = dict(prompt="deep house", audio_duration=10.0, seed=3, num_inference_steps=2)
     try:
@@ -83,6 +100,6 @@ def test_a_server_makes_the_songs_of_the_library_and_ends_with_sigterm(tmp_path)
     assert process.returncode == 0, log
     assert "batch of 2 (size 2, 256 frames)" in log and "Traceback" not in log
     assert (tmp_path / "data" / "songs" / waiting / "request.json").exists()
-    alone = AceStepPipeline.from_pretrained()(**asked | dict(seed=4))
+    alone = AceStepPipeline.from_pretrained(tiny[1])(**asked | dict(seed=4))
     found, rate = soundfile.read(io.BytesIO(sent[1]), dtype="float32")
     assert rate == alone[0].sample_rate and np.abs(found.T - alone[0].audio).max() < 1e-5 + 2**-23

@@ -106,6 +106,7 @@ def adherence(made):
     return float(key), tempo, drums
 
 
+@pytest.mark.slow  # four songs of fifty steps; `.ci/run` runs it
 def test_songs_keep_to_their_requests(small):
     key, tempo, drums = adherence(songs(small))
     assert key > 0.9 and tempo >= 3 and drums == 4
@@ -177,11 +178,13 @@ def test_text_encoder_learns(tokenizer):
     assert network.config == config
 
 
+@pytest.mark.slow  # of how the model was made, not of what it makes
 def test_silence_is_what_the_encoder_makes_of_it():
-    vae = AutoencoderOobleck(VAE, rngs=nnx.Rngs(0))
+    vae = jax.jit(lambda: AutoencoderOobleck(VAE, rngs=nnx.Rngs(0)))()
     vae.encoder.conv1.bias.set_value(np.full(vae.encoder.conv1.bias.shape, 0.1, np.float32))  # so that ends differ
     found = np.asarray(silence(vae))[0]
-    whole = np.asarray(vae.encode(np.zeros((1, 2, 200 * VAE.hop_length), np.float32)).mean)[0]
+    encode = jax.jit(lambda vae, x: vae.encode(x).mean)
+    whole = np.asarray(encode(vae, np.zeros((1, 2, 200 * VAE.hop_length), np.float32)))[0]
     np.testing.assert_allclose(found[:100], whole[:100], atol=1e-5)
     np.testing.assert_allclose(found[-100:], whole[-100:], atol=1e-5)
     assert np.abs(whole[0] - whole[100]).max() > 1e-3

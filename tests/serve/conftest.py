@@ -22,11 +22,12 @@ def service(tmp_path):
     """Return a function that makes a service in a folder, with a fake pipeline; all of them are closed."""
     with contextlib.ExitStack() as stack:
 
-        def make(pipe=None, folder=None, limits=None, started=True, engine=None, strict=False, **options):
+        def make(pipe=None, folder=None, limits=None, started=True, engine=None, planner=None, **options):
+            own = {name: options.pop(name) for name in ("strict", "inputs") if name in options}
             pipe = pipe or FakePipeline()
             store = Store(folder or tmp_path / "data")
-            engine = engine or LocalEngine([model(pipe), model(pipe, "other")], **options)
-            made = Service(store, engine, limits or Limits(), strict=strict)
+            engine = engine or LocalEngine([model(pipe, planner=planner), model(pipe, "other")], **options)
+            made = Service(store, engine, limits or Limits(), **own)
             made.pipe = pipe
             stack.callback(store.close)
             stack.callback(made.close, 0)

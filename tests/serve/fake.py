@@ -1,12 +1,14 @@
 """A model of the server that computes nothing: real requests, checks and buckets, and sound by the seed."""
 
+import contextlib
 import dataclasses
 import time
 
 import numpy as np
 
 from acestep_jax.errors import Cancelled
-from acestep_jax.io.checkpoint import SMALL_MODEL
+from acestep_jax.io import checkpoint
+from acestep_jax.planner.metadata import Metadata
 from acestep_jax.serve.models import Model
 from acestep_jax.song import Song
 
@@ -18,13 +20,27 @@ class FakePipeline:
         delay: seconds of a step.
         batches: (seeds, sampling, adapters) of every batch that ran.
         failing: called with the seeds of a batch; what it raises is the batch's error.
+        planner: writes plans.
     """
+
+    configs = checkpoint.read_manifest(checkpoint.SMALL_MODEL).configs
 
     def __init__(self, delay=0.0, steps=50):
         self.delay, self.steps = delay, steps
         self.adapters = {}
         self.batches = []
         self.failing = lambda seeds: None
+        self.planner = FakePlanner(delay)
+
+    def on_mesh(self):
+        return contextlib.nullcontext()
+
+    def free_if_needed(self):
+        pass
+
+    def song_to_codes(self, song):
+        assert song.endswith("audio")
+        return np.arange(50, dtype=np.int32)
 
     def unload_lora(self):
         self.adapters = {}
@@ -46,6 +62,50 @@ class FakePipeline:
         return [Song(sound(job.request.seed, job.samples), latents(job), 48_000, job.request.seed) for job in jobs]
 
 
+class FakePlanner:
+    """In place of `planner.writer.Planner`: writes the same words, and codes that tell the seed.
+
+    Attributes:
+        asked: (mode, captions, seeds) of every text that was written.
+        failing: called before anything is written.
+    """
+
+    def __init__(self, delay=0.0, steps=20):
+        self.delay, self.steps, self.asked, self.failing = delay, steps, [], lambda: None
+
+    def write_metadata(self, known, *, mode, seeds, sampling, rewrite_caption=True, on_progress, should_stop):
+        self.failing()
+        self.asked.append((mode, [song.caption for song in known], list(seeds)))
+        self.sampling = sampling
+        self._work(on_progress, should_stop)
+        return [self._words(song, mode, rewrite_caption) for song in known]
+
+    def write_codes(self, known, metadata, *, seeds, sampling, attempts, on_progress, should_stop):
+        self._work(on_progress, should_stop)
+        return [np.full(int(5 * m.duration), seed % 7, np.int32) for m, seed in zip(metadata, seeds, strict=True)]
+
+    def _words(self, song, mode, rewrite_caption):
+        lyrics = song.lyrics
+        if mode != "generate" and not song.instrumental:
+            lyrics = "[Verse]\nwritten by the planner"
+        return Metadata(
+            caption=f"{mode} of {song.caption}" if rewrite_caption else song.caption,
+            lyrics=lyrics,
+            bpm=song.bpm or 70,
+            keyscale=song.keyscale or "A minor",
+            timesignature=song.timesignature or "3",
+            duration=song.duration or 12.0,
+            language=song.language or "en",
+        )
+
+    def _work(self, on_progress, should_stop):
+        for step in range(self.steps):
+            if should_stop():
+                raise Cancelled
+            time.sleep(self.delay)
+            on_progress(step + 1, self.steps)
+
+
 def sound(seed, samples):
     """Return the song of a seed, [2, samples], with sound in its first second alone, which is quick to draw."""
     made = np.zeros((2, samples), np.float32)
@@ -57,9 +117,9 @@ def latents(job):
     return np.full((job.frames, 4), job.request.seed, np.float32)
 
 
-def model(pipe, name="small"):
+def model(pipe, name="small", planner=None):
     """Return the small model of the package, with another pipeline."""
-    return Model(name, SMALL_MODEL, load=lambda: pipe)
+    return Model(name, checkpoint.SMALL_MODEL, load=lambda: pipe, planner=planner)
 
 
 @dataclasses.dataclass
@@ -76,10 +136,17 @@ class Told:
     """A listener of the engine that remembers what it is told."""
 
     def __init__(self):
+        self.plans, self.notes = {}, {}
         self.songs, self.errors, self.cancelled, self.reports, self.death = {}, {}, [], [], None
 
     def changed(self, work):
         pass
+
+    def planned(self, work, plan):
+        self.plans[work] = plan
+
+    def noted(self, work, note):
+        self.notes[work] = note
 
     def done(self, work, song):
         self.songs[work] = song

@@ -8,8 +8,11 @@ import pytest
 
 from acestep_jax import Request, Sampling
 from acestep_jax.errors import InputError
+from acestep_jax.request import Planning
+from acestep_jax.serve.batcher import Program
 from acestep_jax.serve.engine import Work
 from acestep_jax.serve.local import OUT_OF_MEMORY, LocalEngine
+from acestep_jax.serve.thinking import Thought
 from tests.serve.fake import FakePipeline, Told, model, sound, wait_until
 
 pytestmark = pytest.mark.unit
@@ -203,6 +206,26 @@ def test_remaining_time_is_unknown_until_it_was_measured_and_then_near(made):
     wait_until(lambda: waiting[0].step > 4)
     first, all_of_them = engine.remaining(waiting[:1]), engine.remaining(waiting)
     assert 0.1 < first < 0.6 and 0.7 < all_of_them - first < 2  # three times as long as the 0.5 s of 10 s of sound
+
+
+def test_songs_behind_their_plans_count_among_what_remains(made):
+    """By the seconds of a step, so they are unknown until any song was made."""
+    pipe = FakePipeline()
+    engine, _ = made(pipe)
+    planned = works(engine, 1, 2)
+    for work in planned:
+        work.thought = Thought(planning=Planning(lm_seed=work.request.seed))
+        engine.check(work)
+    engine.submit(planned)
+    plans = Program(planned[0].kind, planned[0].shape, 2)
+    engine.experience.ran(plans, 9.0, 0, 0.0)
+    engine.experience.ran(plans, 2.0, 0, 0.0)  # the first run compiles
+    assert engine.remaining(planned) is None
+    (song,) = works(engine, 3)
+    engine.experience.ran(Program(song.kind, song.shape, 1), 9.0, song.steps - 1, 3.0 * (song.steps - 1))
+    assert engine.remaining(planned) == pytest.approx(2.0 + 2 * 3.0 * song.steps)
+    planned[1].is_song = False  # only its plan is wanted
+    assert engine.remaining(planned) == pytest.approx(2.0 + 3.0 * song.steps)
 
 
 def test_warm_compiles_before_ready(made):

@@ -183,7 +183,20 @@ def test_a_server_that_stops_does_not_cancel(http):
     wait_until(lambda: client.service.records)
     (record,) = client.service.records.values()
     client.service.closing = True
-    client.service._wake(record.id)
+    client.service.kept.wake()
     thread.join(10)
     assert answers[0].status_code == 503 and f"/v1/songs/{record.id}" in answers[0].text
     assert answers[0].headers["retry-after"] and not record.final
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_under_way_when_a_server_stops_is_waited_for(http, stream):
+    client = http(pipe=FakePipeline(delay=0.02))
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(ask(client, "<prompt>lofi piano</prompt>", stream=stream)))
+    thread.start()
+    wait_until(lambda: [record.status for record in client.service.records.values()] == ["running"])
+    client.service.close(5)
+    thread.join(10)
+    (answer,), (record,) = answers, client.service.records.values()
+    assert answer.status_code == 200 and record.status == "done" and "data:audio/mpeg" in answer.text

@@ -70,11 +70,16 @@ def test_errors_have_its_shape(http):
         (dict(SONG, task_type="lego", track="KAZOO"), "track_name: unknown track 'kazoo'"),
         (dict(SONG, audio_codes="1,x"), "audio_codes: expected numbers"),
         (dict(SONG, adapter="jazz"), "adapters: unknown adapter"),
+        ([SONG, dict(SONG, output_format="wav24")], "output_format: expected one for all songs of an array"),
+        ([dict(SONG, adapter="jazz"), SONG], "adapter: expected one for all songs of an array"),
         ([], "request: expected an object"),
         ("x", "request: expected an object"),
     ):
         response = client.post("/synth", json=body)
         assert response.status_code == 400 and message in response.json()["error"], response.text
+    for query in ("", "id=x", "id=0123456789abcdef&result=x", "id=0123456789abcdef&cancel=2"):
+        response = client.request("POST" if "cancel" in query else "GET", f"/job?{query}")
+        assert response.status_code in (400, 404) and list(response.json()) == ["error"], response.text
     for path in ("/understand", "/vae"):
         assert client.post(path, json={}).status_code == 501
     latents = client.post("/synth", data=dict(request=json.dumps(SONG)), files=dict(src_latents=("x", bytes(256))))

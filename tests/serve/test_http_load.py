@@ -91,10 +91,30 @@ def test_fifty_songs_from_ten_clients(http):
     assert programs <= 3 * 2 * len(shapes)
 
 
-def test_a_thousand_polls_a_second_beside_a_batch(http):
-    """Seconds of a batch of the small model, with and without clients that poll."""
-    import httpx
+POLLING = """
+import sys, threading, time
+import httpx
+url, rate, threads = sys.argv[1], 1000.0, 4
+count, lock = [0], threading.Lock()
+def poll(number):
+    with httpx.Client() as own:
+        due = time.monotonic() + number * threads / rate / threads
+        while True:
+            assert own.get(url).status_code == 200
+            with lock:
+                count[0] += 1
+            due = max(due + threads / rate, time.monotonic() - 0.1)  # what was missed is not made up for
+            time.sleep(max(0.0, due - time.monotonic()))
+for number in range(threads):
+    threading.Thread(target=poll, args=(number,), daemon=True).start()
+print("polling", flush=True)
+sys.stdin.readline()
+print(count[0], flush=True)
+"""
 
+
+def test_a_thousand_polls_a_second_beside_a_batch(http):
+    """Seconds of a batch of the small model, with and without another process that polls, and what a poll costs."""
     pipe = AceStepPipeline.from_pretrained()
     engine = LocalEngine([Model("small", SMALL_MODEL, load=lambda: pipe)], max_batch=2)
     client = http(engine=engine)
@@ -105,27 +125,32 @@ def test_a_thousand_polls_a_second_beside_a_batch(http):
         wait_until(lambda: record.final, 300)
         return record.finished - record.started, record_id
 
-    quiet = [batch()[0] for _ in range(4)][1:]
-    polls, stop = [0], threading.Event()
-    _, record_id = batch()
+    batch()
+    times, counted, record_id = {True: [], False: []}, [], batch()[1]
 
-    def poll():
-        with httpx.Client(base_url=client.base_url) as own:
-            while not stop.is_set():
-                assert own.get(f"/v1/songs/{record_id}").status_code == 200
-                polls[0] += 1
+    def polling():
+        command = [sys.executable, "-c", POLLING, f"{str(client.base_url).rstrip('/')}/v1/songs/{record_id}"]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "polling\n"
+        return process, time.monotonic()
 
-    threads = [threading.Thread(target=poll) for _ in range(4)]
-    began = time.monotonic()
-    for thread in threads:
-        thread.start()
-    busy = [batch()[0] for _ in range(3)]
-    stop.set()
-    for thread in threads:
-        thread.join()
-    rate = polls[0] / (time.monotonic() - began)
-    ratio = statistics.median(busy) / statistics.median(quiet)
-    print(f"\n{rate:.0f} polls a second (clients in the same process): a batch takes {ratio:.2f} times as long")
+    def stop(process, began):
+        told, _ = process.communicate("\n")
+        counted.append(int(told) / (time.monotonic() - began))
+
+    for _ in range(5):  # in turn: other work on the machine comes and goes
+        times[False].append(batch()[0])
+        process = polling()
+        times[True].append(batch()[0])
+        stop(*process)
+    process, before = polling(), time.process_time()
+    time.sleep(3.0)
+    used = time.process_time() - before
+    stop(*process)
+    quiet, busy = (statistics.median(times[on]) for on in (False, True))
+    print(f"\n{counted[-1]:.0f} polls a second without a batch, {statistics.median(counted[:-1]):.0f} beside one;")
+    print(f"a poll takes {1e6 * used / (3.0 * counted[-1]):.0f} us of the server's processor")
+    print(f"a batch takes {quiet:.2f} s without and {busy:.2f} s with them, {busy / quiet:.3f} times as long")
     assert {client.service.records[one].status for one in client.service.records} == {"done"}
 
 
@@ -159,9 +184,9 @@ def test_schemathesis_finds_no_error_of_the_server(http, tmp_path):
     program = shutil.which("st") or str(Path(sys.executable).parent / "st")
     if not Path(program).exists():
         pytest.skip("needs pip install schemathesis")
-    client = http(pipe=FakePipeline())
+    client = http(pipe=FakePipeline(), planner="acestep-5Hz-lm-tiny")
     command = [program, "run", f"{str(client.base_url).rstrip('/')}/openapi.json", "--checks", "not_a_server_error"]
-    command += ["--exclude-path-regex", "^/(understand|vae|v1/transcribe)$"]  # which answer 501, always
+    command += ["--exclude-path-regex", "^/(vae|v1/transcribe)$"]  # which answer 501, always
     done = subprocess.run(
         [*command, "--max-examples", "150", "--no-color"], capture_output=True, text=True, cwd=tmp_path
     )

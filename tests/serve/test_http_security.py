@@ -7,9 +7,10 @@ import time
 
 import pytest
 
+from acestep_jax.serve.inputs import Inputs
 from acestep_jax.serve.submission import Limits
 from tests.serve.conftest import KEY
-from tests.serve.test_http_native import SONG
+from tests.serve.test_http_native import SONG, wav
 
 
 def raw(client, text):
@@ -270,6 +271,119 @@ def test_a_body_that_does_not_come(http, monkeypatch):
     host = client.base_url.netloc.decode()
     head = f"POST /v1/songs HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
     assert status(raw(client, head + 'Connection: close\r\n\r\n{"prompt":')) == 408
+
+
+def test_files_of_a_folder_may_be_named_and_no_others(http, finished, tmp_path):
+    folder = tmp_path / "inputs"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "a.wav").write_bytes(wav(4.0))
+    (tmp_path / "secret.wav").write_bytes(wav(4.0))
+    (folder / "link.wav").symlink_to(tmp_path / "secret.wav")
+    (folder / "out").symlink_to(tmp_path)
+    (folder / "inside.wav").symlink_to(folder / "sub" / "a.wav")
+    os.mkfifo(folder / "pipe")
+    client = http(inputs=Inputs(folder))
+    asked = dict(prompt="x", task_type="repaint", repainting_start=1.0, repainting_end=2.0, num_inference_steps=1)
+    bad = [
+        "../secret.wav",
+        str(tmp_path / "secret.wav"),
+        "link.wav",
+        "out/secret.wav",
+        "sub",
+        "pipe",
+        "a\0b",
+        "",
+        "/etc/passwd",
+    ]
+    for path in [*bad, "sub/../../secret.wav", "~/x", "nothing.wav", "x" * 5000, "%2e%2e/secret.wav", "..\\secret.wav"]:
+        answers = [client.post("/v1/songs", json=asked | dict(src_audio=path))]
+        if path:  # an empty path is none in the authors' protocol
+            repaint = dict(prompt="x", task_type="repaint", src_audio_path=path)
+            answers.append(client.post("/release_task", json=repaint))
+        for response in answers:
+            told = str(tmp_path) in response.text and str(tmp_path) not in path
+            assert response.status_code == 400 and not told, response.text
+    assert not list(client.service.store.incoming.iterdir())
+    for path in ("sub/a.wav", str(folder / "sub" / "a.wav"), "inside.wav"):
+        record = finished(client, client.post("/v1/songs", json=asked | dict(src_audio=path)).json()["id"])
+        assert record["status"] == "done" and record["uploads"] == ["src_audio"]
+    released = client.post("/release_task", json=dict(prompt="x", task_type="repaint", src_audio_path="sub/a.wav"))
+    assert released.status_code == 200
+
+
+def test_a_body_that_comes_drop_by_drop(http, monkeypatch):
+    """Each piece comes in time, but all of them together do not."""
+    monkeypatch.setattr("acestep_jax.serve.security.BODY_SECONDS", 0.4)
+    client = http(started=False)
+
+    def pieces():
+        for _ in range(30):
+            yield b" "
+            time.sleep(0.05)
+
+    began = time.monotonic()
+    response = client.post("/v1/songs", content=pieces(), headers={"content-type": "application/json"})
+    assert response.status_code == 408 and time.monotonic() - began < 5
+
+
+def test_large_bodies_wait_for_each_other(http, monkeypatch):
+    monkeypatch.setattr("acestep_jax.serve.security.LARGE_BODIES", 1)
+    monkeypatch.setattr("acestep_jax.serve.security.LARGE_BODY", 1000)
+    client = http(started=False)
+    monkeypatch.setattr("acestep_jax.serve.security.BODY_SECONDS", 1.0)
+    host, text = client.base_url.netloc.decode(), json.dumps(SONG) + " " * 200_000
+    kind = {"content-type": "application/json"}
+    with socket.create_connection(host.split(":")) as other:
+        head = (
+            f"POST /v1/songs HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 9000\r\n\r\n"
+        )
+        other.sendall(head.encode() + bytes(5000))
+        time.sleep(0.2)
+        busy = client.post("/v1/songs", content=text, headers=kind)
+        small = client.post("/v1/songs", json=SONG)
+    assert busy.status_code in (202, 429) and small.status_code == 202
+    assert client.post("/v1/songs", content=text, headers=kind).status_code == 202
+
+
+def test_nobody_without_the_key_takes_a_place_of_large_bodies(http, monkeypatch):
+    monkeypatch.setattr("acestep_jax.serve.security.LARGE_BODIES", 1)
+    monkeypatch.setattr("acestep_jax.serve.security.LARGE_BODY", 1000)
+    client = http(key=KEY, started=False)
+    monkeypatch.setattr("acestep_jax.serve.security.BODY_SECONDS", 1.0)
+    host, kind = client.base_url.netloc.decode(), {"content-type": "application/json"}
+    with socket.create_connection(host.split(":"), timeout=5) as other:
+        other.sendall(
+            f"POST /release_task HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            "Content-Length: 9000\r\n\r\n".encode()
+            + bytes(5000)
+        )
+        answer = other.recv(4096).decode()  # at once, and not when the body has not come in time
+        assert status(answer) == 413
+        text = json.dumps(SONG) + " " * 200_000
+        assert client.post("/v1/songs", content=text, headers=kind).status_code == 202
+    small = json.dumps(SONG | dict(ai_token=KEY))
+    del client.headers["authorization"]
+    assert client.post("/release_task", content=small, headers=kind).status_code == 200
+
+
+def test_pages_may_load_nothing_from_elsewhere(http):
+    client = http(started=False)
+    assert "default-src 'self'" in client.get("/v1/server").headers["content-security-policy"]
+    assert "content-security-policy" not in client.get("/docs").headers  # which loads its scripts from the network
+
+
+def test_a_file_that_cannot_be_read_is_told_without_its_name(http, finished, monkeypatch):
+    client = http()
+    record = client.post("/v1/songs", json=SONG).json()
+    finished(client, record["id"])
+
+    def broken(*_):
+        raise PermissionError(13, "Permission denied", str(client.service.store.folder))
+
+    monkeypatch.setattr("acestep_jax.serve.sounds.convert", broken)
+    response = client.get(f"/v1/songs/{record['id']}/0.ogg")
+    assert response.status_code == 503 and response.headers["retry-after"]
+    assert str(client.service.store.folder) not in response.text
 
 
 @pytest.mark.parametrize(

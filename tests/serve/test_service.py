@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -132,6 +133,52 @@ def test_every_accepted_song_ends_once_after_kill_9(tmp_path, service, accepted)
     assert not list(made.store.incoming.iterdir())
 
 
+RESUMING = """
+import sys, time
+from tests.serve.fake import FakePipeline, model
+from acestep_jax.serve.local import LocalEngine
+from acestep_jax.serve.service import Service
+from acestep_jax.serve.store import Store
+service = Service(Store(sys.argv[1]), LocalEngine([model(FakePipeline(delay=0.003))], max_batch=2))
+service.start()
+print("started", flush=True)
+told = {record.id for record in list(service.records.values()) if record.final}
+while True:
+    for record in list(service.records.values()):
+        if record.final and record.id not in told:
+            told.add(record.id)
+            print(record.id, flush=True)
+    time.sleep(0.002)
+"""
+
+
+@pytest.mark.slow
+def test_ten_kills_of_one_server(tmp_path, service):
+    """Ten processes, each ended by kill -9 at another moment, share the work: every song ends once, as it is alone."""
+    first = service(started=False)
+    records = {(record := submit(first, seed=seed)).id: record.songs[0].seed for seed in range(40)}
+    first.close(0)
+    first.store.close()
+    ends = []
+    for i in range(10):
+        command = [sys.executable, "-c", RESUMING, str(tmp_path / "data")]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "started\n"
+        ends.append(process.stdout.readline().strip())
+        time.sleep(0.017 * i)
+        process.send_signal(signal.SIGKILL)
+        ends += process.stdout.read().split()
+        process.wait()
+    assert len(ends) == len(set(ends)) and set(ends) <= records.keys()  # what has ended is not made again
+    made = service(FakePipeline())
+    for record_id, seed in records.items():
+        assert ended(made.records[record_id]) == "done"
+        audio, _ = soundfile.read(made.store.song_path(made.records[record_id], 0), dtype="float32")
+        assert np.abs(audio.T - sound(seed, 480_000)).max() < 1e-6
+    print(f"{len(ends)} songs ended in the ten processes, the others after them")
+
+
 def test_one_server_owns_a_folder(service, tmp_path):
     service()
     with pytest.raises(OSError, match="another server uses this folder"):
@@ -160,7 +207,7 @@ def test_a_queue_that_is_full(service):
     submit(made, count=2)
     with pytest.raises(Busy, match="queue is full"):
         submit(made, client="10.0.0.2")
-    made.engine.start(made)
+    made.engine.start(made.making)
     wait_until(lambda: made.waiting() == 0)
     assert ended(submit(made, client="10.0.0.1")) == "done"
 
@@ -208,8 +255,74 @@ def test_the_oldest_songs_go_when_the_folder_is_full(service):
     assert records[0].id in made.store.removed
 
 
+def test_what_is_made_of_a_song_counts_too_and_so_do_records(service):
+    made = service()
+    first, second = submit(made, seed=0), submit(made, seed=1)
+    assert ended(first) == ended(second) == "done"
+    size = made.store.size(first)
+    made.limits = Limits(keep_bytes=int(2.5 * size))
+    assert made.sound(second, 0, "wav32").suffix == ".wav"
+    assert first.id not in made.records and second.id in made.records
+    made.limits = Limits(keep_records=1)
+    third = submit(made, seed=2)
+    ended(third)
+    wait_until(lambda: list(made.records) == [third.id])
+
+
+def test_what_ends_the_process_again_and_again_is_given_up(service):
+    """As a song that the kernel ends the server for, because it needs too much memory."""
+    first = service(started=False)
+    record = submit(first, seed=1)
+    first.store.close()
+    for attempt in range(4):
+        made = service(FakePipeline(delay=0.02))
+        record = made.records[record.id]
+        if attempt == 3:
+            break
+        wait_until(lambda: record.status == "running")  # noqa: B023  (called at once)
+        made.dead = True  # it does not end in peace
+        made.close(0)
+        made.store.close()
+    assert record.status == "failed" and "the server ended 3 times while it made this" in record.error
+    other = submit(made, seed=2)
+    wait_until(lambda: other.status == "running")
+    made.close(0)
+    assert made.store.attempts(other) == 0
+
+
+def test_a_record_whose_files_are_gone_stops_nothing(service, monkeypatch, tmp_path):
+    first = service()
+    record = submit(first)
+    ended(record)
+    first.close(0)
+    first.store.close()
+    again = service(started=False)
+    monkeypatch.setattr(again.store, "folder_of", lambda record: tmp_path / "gone")
+    again.start()
+    assert again.records[record.id].status == "done"
+
+
+def test_those_who_look_do_not_wait_for_the_disk(service, monkeypatch):
+    made = service()
+    begun, go = threading.Event(), threading.Event()
+    finish = made.store.finish
+
+    def slow(record):
+        begun.set()
+        assert go.wait(10)
+        finish(record)
+
+    monkeypatch.setattr(made.store, "finish", slow)
+    record = submit(made)
+    assert begun.wait(10)
+    assert made.counts()["running"] == 1 and made.history(5) == [record] and made.progress(record)[1] == "decoding"
+    assert not record.final
+    go.set()
+    assert ended(record) == "done"
+
+
 def test_a_full_disk_fails_the_song_alone(service, monkeypatch):
-    from acestep_jax.serve import service as module
+    from acestep_jax.serve import making as module
 
     made = service()
     write = module.audio.write
@@ -268,7 +381,7 @@ def test_watchers_are_woken(service):
     with made.watched(record, lambda: woken.append(record.version)):
         ended(record)
     assert len(woken) > 10 and woken == sorted(woken)
-    assert made._watchers == {}
+    assert made.kept._watchers == {}
 
 
 def test_the_death_of_the_engine_is_known(service):

@@ -1,0 +1,91 @@
+"""What clients of the authors' protocols, and of their relatives, ask of the planner. As in `serve.lenient`, what
+cannot be read is the default."""
+
+from typing import Any
+
+from acestep_jax.planner.plan import Plan
+from acestep_jax.request import Planning
+from acestep_jax.serve.lenient import INSTRUMENTAL, Fields
+from acestep_jax.serve.thinking import Thought
+
+RANGES = dict(
+    lm_temperature=(0.0, 10.0), lm_cfg_scale=(1.0, 100.0), lm_top_p=(1e-3, 1.0), lm_repetition_penalty=(1.0, 10.0)
+)
+NOTHING = "NO USER INPUT"  # what stands for no negative prompt
+CFG_SCALE = 2.5  # of the authors' protocol
+NEEDS = ("thinking", "sample_query", "sample_mode", "use_format")
+
+
+def planning(fields: Fields, **defaults: float) -> Planning:
+    """Return how the planner samples.
+
+    Args:
+        defaults: those of the protocol.
+    """
+    values: dict[str, Any] = dict(defaults)
+    for name, (least, most) in RANGES.items():
+        if (value := fields.number(name)) is not None:
+            values[name] = min(most, max(least, value))
+    if (count := fields.whole("lm_top_k")) is not None:
+        values["lm_top_k"] = min(10**6, max(0, count))
+    if (seed := fields.whole("lm_seed")) is not None and 0 <= seed < 2**32:
+        values["lm_seed"] = seed
+    if (text := fields.text("lm_negative_prompt")).strip() and text.strip() != NOTHING:
+        values["lm_negative_prompt"] = text[:4096]
+    return Planning(**values, use_cot_caption=fields.flag("use_cot_caption", default=True))
+
+
+def thought(fields: Fields, *, wish: bool, words: str) -> Thought | None:
+    """Return what a song asks of the planner: codes with `thinking`; without, words alone, unless use_cot_caption and
+    use_cot_language are off.
+
+    Args:
+        wish: whether the prompt is a wish of which a song is to be made.
+        words: the lyrics that were given.
+    """
+    thinking, rewrite = fields.flag("thinking"), fields.flag("use_format", "format")
+    writes = fields.flag("use_cot_caption", default=True) or fields.flag("use_cot_language", default=True)
+    required = thinking or rewrite or wish
+    if not required and not writes:
+        return None
+    return Thought(
+        mode="inspire" if wish else "format" if rewrite else "generate",
+        planning=planning(fields, lm_cfg_scale=CFG_SCALE),
+        codes=thinking,
+        instrumental=wish and words == INSTRUMENTAL,
+        required=required,
+    )
+
+
+def prepared(song: dict[str, Any], asked: Thought, fields: Fields, words: str) -> dict[str, Any]:
+    """Return a song that is to be planned, without what its protocol sets and the client did not: that is open.
+
+    Args:
+        fields: where the client's own language may be.
+    """
+    left = dict(song)
+    if fields.flag("use_cot_language", default=True) and not fields.text("vocal_language", "language"):
+        left.pop("vocal_language", None)
+    if asked.mode == "inspire" and (asked.instrumental or not words.strip()):
+        left["lyrics"] = INSTRUMENTAL if asked.instrumental else ""
+    return left
+
+
+def metadata(plan: Plan) -> dict[str, Any]:
+    """Return what a plan says, by the names of the authors' protocol."""
+    return dict(
+        caption=plan.caption,
+        lyrics=plan.lyrics,
+        bpm=plan.bpm,
+        key_scale=plan.keyscale or "",
+        time_signature=plan.timesignature or "",
+        duration=plan.audio_duration,
+        vocal_language=plan.vocal_language or "unknown",
+    )
+
+
+def in_metas(asked: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """Return the `metas` of an answer, with what the planner wrote in place of "N/A"."""
+    written = dict(bpm=plan.bpm, duration=plan.audio_duration, keyscale=plan.keyscale, timesignature=plan.timesignature)
+    known = {name: value for name, value in written.items() if value is not None}
+    return {name: known.get(name, value) if value == "N/A" else value for name, value in asked.items()}

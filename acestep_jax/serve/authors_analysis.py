@@ -1,0 +1,104 @@
+"""What the authors' protocol asks of a song without one being made: codes, descriptions, and requests rewritten."""
+
+import json
+import secrets
+from typing import Any
+
+from acestep_jax.errors import InputError
+from acestep_jax.request import Request, Sampling
+from acestep_jax.serve import asking, uploads
+from acestep_jax.serve.engine import Work
+from acestep_jax.serve.errands import Errand
+from acestep_jax.serve.lenient import NO_PROMPT, Fields
+from acestep_jax.serve.plans import listening, require_planner
+from acestep_jax.serve.service import Service
+from acestep_jax.serve.submission import MAX_SEED, check_text_length
+from acestep_jax.serve.thinking import LISTENING, Thought
+
+MODES = {"extract_codes_only": "codes", "full_analysis_only": "describe", "analysis_only": "generate"}
+CODES = {"queued": 0, "running": 0, "done": 1, "failed": 2, "cancelled": 2}
+
+
+def mode_of(fields: Fields) -> str | None:
+    """Return what is asked, a mode of `thinking.Thought`; None: a song."""
+    return next((mode for name, mode in MODES.items() if fields.flag(name)), None)
+
+
+def work(service: Service, default_model: str, mode: str, fields: Fields, body: uploads.Body) -> Work:
+    """Return what the engine is asked for.
+
+    Raises:
+        InputError: if the source is missing, or a value cannot be used.
+        HTTPException: 501 if there is no planner, or no audio tokenizer.
+    """
+    model = fields.text("model", "model_name", "dit_model")
+    model = model if model in service.engine.models else default_model
+    if mode != "codes":
+        require_planner(service, model)
+    if mode in LISTENING:
+        codes = fields.text("audio_code_string", "audio_codes").strip()
+        if body.uploads is not None and "src_audio" in body.files:
+            return listening(service, model, mode, src_audio=str(body.uploads / "src_audio"))
+        if not codes:
+            raise InputError("src_audio: missing; upload the song as multipart/form-data")
+        return listening(service, model, mode, audio_codes=codes)
+    found = rewriting(service, model, fields)
+    found.thought = Thought(planning=asking.planning(fields), codes=False, required=True)
+    return found
+
+
+def rewriting(service: Service, model: str, fields: Fields) -> Work:
+    """Return a request whose caption and lyrics the planner writes anew.
+
+    Raises:
+        InputError: if a value cannot be used.
+        HTTPException: 501 if there is no planner.
+    """
+    require_planner(service, model)
+    values: dict[str, Any] = dict(
+        prompt=fields.text("prompt", "caption").strip() or NO_PROMPT,
+        lyrics=fields.text("lyrics"),
+        keyscale=fields.text("key_scale", "keyscale", "key") or None,
+        timesignature=fields.text("time_signature", "timesignature") or None,
+        vocal_language=fields.text("vocal_language", "language") or None,
+        seed=secrets.randbelow(MAX_SEED),
+    )
+    if (bpm := fields.whole("bpm")) is not None and bpm > 0:
+        values["bpm"] = bpm
+    if (seconds := fields.number("audio_duration", "duration", "target_duration")) is not None and seconds > 0:
+        values["audio_duration"] = seconds
+    for name, most in (("prompt", service.limits.prompt), ("lyrics", service.limits.lyrics)):
+        check_text_length(name, values[name], most)
+    planning = asking.planning(fields)
+    if (temperature := fields.number("temperature")) is not None:
+        planning = asking.planning(Fields(dict(fields.values) | dict(lm_temperature=temperature)))
+    thought = Thought("format", planning, codes=False, required=True)
+    return Work(Request(**values), Sampling(), model, thought=thought, is_song=False)
+
+
+def task(service: Service, errand: Errand) -> dict[str, Any]:
+    """Return the answer to a poll."""
+    stage, step, steps = errand.progress()
+    common: dict[str, Any] = dict(file="", wave="", create_time=int(errand.created), env="development")
+    common |= dict(status=CODES[errand.status], progress=round(step / max(1, steps), 4), stage=stage)
+    plan = errand.plans[0]
+    if errand.final and (errand.status != "done" or plan is None):
+        common |= dict(progress=0.0, error=errand.error or errand.status)
+    elif plan is not None:
+        said = asking.metadata(plan)
+        codes = "".join(f"<|audio_code_{code}|>" for code in plan.audio_codes)
+        about = dict(bpm="N/A", duration="N/A", genres="N/A", keyscale="N/A", timesignature="N/A")
+        common |= dict(
+            progress=1.0,
+            stage="succeeded",
+            prompt=plan.caption,
+            lyrics=plan.lyrics,
+            metas=asking.in_metas(about, plan) | dict(prompt=plan.caption, lyrics=plan.lyrics),
+            generation_info=codes if errand.extra.get("mode") == "codes" else json.dumps(said, ensure_ascii=False),
+            audio_codes=codes,
+            seed_value="",
+            lm_model="" if errand.extra.get("mode") == "codes" else service.planner_of(errand.model) or "",
+            dit_model=errand.model,
+        )
+    result = json.dumps([common], ensure_ascii=False)
+    return dict(task_id=errand.id, status=CODES[errand.status], result=result, progress_text=stage)

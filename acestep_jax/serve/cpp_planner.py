@@ -1,0 +1,133 @@
+"""What acestep.cpp's protocol asks of the planner: requests completed, and songs described."""
+
+import dataclasses
+import json
+import secrets
+from typing import Any
+
+from fastapi import HTTPException, Response
+from fastapi.responses import JSONResponse
+
+from acestep_jax.errors import InputError
+from acestep_jax.inputs import tasks
+from acestep_jax.inputs.tasks import codes_to_text
+from acestep_jax.planner.plan import Plan
+from acestep_jax.request import Request, Sampling
+from acestep_jax.serve import asking, uploads
+from acestep_jax.serve.engine import Work
+from acestep_jax.serve.errands import Errand
+from acestep_jax.serve.lenient import NO_PROMPT, Fields
+from acestep_jax.serve.plans import listening, require_planner
+from acestep_jax.serve.service import Service
+from acestep_jax.serve.submission import MAX_SEED, check_text_length
+from acestep_jax.serve.thinking import Thought
+
+BOUNDARY = "ace-batch-boundary"
+STATES = {"queued": "running", "running": "running", "done": "done", "failed": "failed", "cancelled": "cancelled"}
+MODES = ("generate", "inspire", "format")
+LISTENING = dict(lm_temperature=0.3, lm_top_p=1.0)  # the defaults of /understand
+
+
+def thought(fields: Fields) -> Thought | None:
+    """Return what a request asks; None: it has audio codes, or a task that is not planned, and stays as it is.
+
+    Raises:
+        InputError: if its mode is unknown.
+    """
+    mode = fields.text("lm_mode") or "generate"
+    if mode not in MODES:
+        raise InputError(f"lm_mode: expected one of {', '.join(MODES)}, found {mode!r:.80}")
+    task = fields.text("task_type") or tasks.DEFAULT
+    if fields.text("audio_codes").strip() or tasks.find(task).with_codes is None:
+        return None
+    codes = mode == "generate"
+    if codes and not fields.text("lyrics").strip():
+        mode = "inspire"
+    return Thought(mode, asking.planning(fields), codes=codes, required=True)
+
+
+def works(service: Service, model: str, fields: Fields, asked: Thought, count: int) -> list[Work]:
+    """Return `count` works of a request, each with its own seed.
+
+    Raises:
+        InputError: if a value cannot be used.
+    """
+    values: dict[str, Any] = dict(
+        prompt=fields.text("caption").strip() or NO_PROMPT,
+        lyrics=fields.text("lyrics"),
+        bpm=fields.whole("bpm") or None,
+        audio_duration=fields.number("duration") or None,
+        keyscale=fields.text("keyscale") or None,
+        timesignature=fields.text("timesignature") or None,
+        vocal_language=fields.text("vocal_language") or None,
+    )
+    for name, most in (("prompt", service.limits.prompt), ("lyrics", service.limits.lyrics)):
+        check_text_length(name, values[name], most)
+    seed = secrets.randbelow(MAX_SEED - count)
+    return [
+        Work(Request(**values, seed=seed + i), Sampling(), model, thought=asked.of_song(i), is_song=False)
+        for i in range(count)
+    ]
+
+
+def listener(service: Service, fields: Fields, body: uploads.Body) -> Work:
+    """Return what is asked of a song that is described.
+
+    Raises:
+        InputError: if there is none.
+        HTTPException: 501 if there is no planner, or the song comes as latents.
+    """
+    if "src_latents" in body.files:
+        raise HTTPException(501, "src_latents: latents are not read; upload the audio")
+    model = next(iter(service.engine.models))
+    codes = fields.text("audio_codes").strip()
+    if "src_audio" in body.files and body.uploads is not None:
+        work = listening(service, model, "describe", src_audio=str(body.uploads / "src_audio"))
+    elif codes:
+        work = listening(service, model, "describe", audio_codes=codes_of(codes))
+    else:
+        require_planner(service, model)
+        raise InputError("audio: missing; upload the song as multipart/form-data")
+    assert work.thought is not None
+    work.thought = dataclasses.replace(work.thought, planning=asking.planning(fields, **LISTENING))
+    return work
+
+
+def codes_of(text: str) -> str:
+    """Return audio codes as the library has them, of numbers with commas between them."""
+    try:
+        return text if "<|" in text else codes_to_text([int(part) for part in text.split(",")])
+    except ValueError:
+        raise InputError("audio_codes: expected numbers with commas between them") from None
+
+
+def answer(errand: Errand, wants_result: bool) -> Response:
+    """Return the answer of /job: the state, or the requests as the planner completed them; of a song that was described
+    as the only part of a body of several."""
+    if not wants_result:
+        return JSONResponse(dict(status=STATES[errand.status]))
+    if errand.status == "failed":
+        raise HTTPException(500, errand.error or "failed")
+    plans = [plan for plan in errand.plans if plan is not None]
+    if errand.status != "done":
+        raise HTTPException(404, "Result not ready")
+    requests = errand.extra["requests"]
+    if requests is not None:
+        return JSONResponse([_completed(one, plan) for one, plan in zip(requests, plans, strict=True)])
+    text = json.dumps(_completed({}, plans[0]), ensure_ascii=False)
+    body = f"--{BOUNDARY}\r\nContent-Type: application/json\r\n\r\n{text}\r\n--{BOUNDARY}--\r\n"
+    return Response(body.encode(), media_type=f"multipart/mixed; boundary={BOUNDARY}")
+
+
+def _completed(request: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    return request | dict(
+        caption=plan.caption,
+        lyrics=plan.lyrics,
+        bpm=plan.bpm or 0,
+        duration=plan.audio_duration or 0,
+        keyscale=plan.keyscale or "",
+        timesignature=plan.timesignature or "",
+        vocal_language=plan.vocal_language or "",
+        audio_codes=",".join(map(str, plan.audio_codes)),
+        lm_batch_size=1,
+    )

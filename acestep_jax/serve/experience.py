@@ -1,0 +1,125 @@
+"""What an engine has learnt of its programs: which are compiled, which sizes fit in memory, and how long they take."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Protocol, TypeVar
+
+from acestep_jax.serve.batcher import Program, Shape, Waiting, batches, next_batch
+
+MOST = 256  # programs, and kinds of songs, that are remembered
+RECENT = 0.3  # weight of the newest measurement in a moving mean
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Song(Waiting, Protocol):
+    """A song that waits; `steps` of denoising."""
+
+    @property
+    def steps(self) -> int: ...
+
+
+S = TypeVar("S", bound=Song)
+
+
+class Newest(OrderedDict[K, V]):
+    """The `MOST` entries that were set last: what clients can choose must not fill memory."""
+
+    def __setitem__(self, key: K, value: V) -> None:
+        super().__setitem__(key, value)
+        self.move_to_end(key)
+        while len(self) > MOST:
+            self.popitem(last=False)
+
+
+class Experience:
+    """What was learnt. The engine's thread adds to it, others call the methods.
+
+    Attributes:
+        compiled: the programs that ran, as keys; other threads see them, and the limits, by `known`.
+        limits: the largest size that fits, where that is known to be less than `max_batch`.
+    """
+
+    def __init__(self, max_batch: int):
+        self.max_batch = max_batch
+        self.compiled: Newest[Program, None] = Newest()
+        self.limits: Newest[tuple[Hashable, Shape], int] = Newest()
+        self._seconds: Newest[Program, float] = Newest()  # moving means, without compilation
+        self._rate: float | None = None  # seconds of a step for each frame of each song, whatever the program
+        self._lock = threading.Lock()
+        self._ends: tuple[object, dict[int, float | None]] = None, {}
+        self._version = 0
+
+    def next_batch(self, queue: Sequence[S]) -> tuple[list[S], Program]:
+        """Return the songs to make next, see `batcher.next_batch`."""
+        return next_batch(queue, self.compiled, self.max_batch, self.limits)
+
+    def does_not_fit(self, program: Program, size: int) -> None:
+        """Remember that a program needs more memory than there is, and that `size` songs are to be tried."""
+        with self._lock:
+            self.limits[program.kind, program.shape] = size
+            self._version += 1
+
+    def known(self) -> tuple[list[Program], dict[tuple[Hashable, Shape], int]]:
+        """Return copies of `compiled` and `limits`, for other threads than the engine's."""
+        with self._lock:
+            return list(self.compiled), dict(self.limits)
+
+    def forget_compiled(self) -> None:
+        """Remember that no program is compiled any more."""
+        with self._lock:
+            self.compiled.clear()
+            self._version += 1
+
+    def ran(self, program: Program, seconds: float, steps: int, stepping: float) -> None:
+        """Remember a batch.
+
+        Args:
+            seconds: of all of it; those of the first run of a program are no measure, for it is compiled.
+            steps, stepping: the steps after the first one, and the seconds of these, which compile nothing.
+        """
+        size = max(1, program.shape.frames * program.size)
+        with self._lock:
+            if program in self.compiled:
+                self._seconds[program] = _mean(self._seconds.get(program), seconds)
+            if steps > 0:
+                self._rate = _mean(self._rate, stepping / (steps * size))
+            self.compiled[program] = None
+            self._version += 1
+
+    def estimate(self, program: Program, steps: int) -> float | None:
+        """Return the seconds of a batch: by the same program, or one of another length or size, or by the seconds of
+        any step; None if nothing was measured yet."""
+        with self._lock:
+            known, rate = dict(self._seconds), self._rate
+        size = program.shape.frames * program.size
+        if program in known:
+            return known[program]
+        for other, seconds in reversed(known.items()):
+            if other.kind == program.kind:
+                return seconds * size / max(1, other.shape.frames * other.size)
+        return None if rate is None else rate * steps * size
+
+    def ends(self, queue: Sequence[S], version: Hashable) -> dict[int, float | None]:
+        """Return in how many seconds each song of a queue ends, by its `id`, counted from when the first batch begins;
+        None: not known. Many ask, and the answer is computed once for each version of the queue."""
+        with self._lock:
+            asked = version, self._version
+            known, found = self._ends
+        if known == asked:
+            return found
+        compiled, limits = self.known()
+        found, total = {}, 0.0
+        for songs, program in batches(queue, compiled, self.max_batch, limits):
+            seconds = None if total is None else self.estimate(program, songs[0].steps)
+            total = None if total is None or seconds is None else total + seconds
+            found |= {id(song): total for song in songs}
+        with self._lock:
+            self._ends = asked, found
+        return found
+
+
+def _mean(mean: float | None, new: float) -> float:
+    return new if mean is None else (1 - RECENT) * mean + RECENT * new

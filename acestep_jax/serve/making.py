@@ -1,0 +1,244 @@
+"""Songs on their way from the queue to the disk: what the engine tells of them, and how their records end."""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from acestep_jax.io import audio
+from acestep_jax.planner.plan import Plan
+from acestep_jax.serve import sounds
+from acestep_jax.serve.engine import BatchReport, Engine, Work, message_of
+from acestep_jax.serve.errands import Errands
+from acestep_jax.serve.records import Records
+from acestep_jax.serve.store import Record, now
+from acestep_jax.serve.submission import with_fields
+from acestep_jax.song import Song
+
+logger = logging.getLogger(__name__)
+
+UNWRITTEN = 8  # songs that wait to be written, beyond which the engine waits
+
+
+class Making:
+    """The listener of the engine, see `engine.Listener`, and the works of records that have not ended.
+
+    Args:
+        errands: what is asked of the engine that is no song.
+        on_end: called with each record that has ended, with `Records.ending`.
+        on_report: called with each batch, from the engine's thread.
+        on_death: called when the engine has ended by an error.
+    """
+
+    def __init__(
+        self,
+        kept: Records,
+        engine: Engine,
+        errands: Errands,
+        *,
+        on_end: Callable[[Record], object],
+        on_report: Callable[[BatchReport], object],
+        on_death: Callable[[], object],
+    ):
+        self.kept, self.store, self.engine, self.errands = kept, kept.store, engine, errands
+        self._on_end, self._on_report, self._on_death = on_end, on_report, on_death
+        self._lock = threading.RLock()
+        self._works: dict[str, list[Work]] = {}
+        self._places: dict[int, tuple[Record, int]] = {}  # by id(work)
+        self._clients: dict[str, str] = {}
+        self._has_ended = False  # whether a record has: what ends the process after that is not at fault for all
+        self._writer = ThreadPoolExecutor(1, "writer")
+        self._unwritten = threading.Semaphore(UNWRITTEN)
+
+    def forget_attempts(self) -> None:
+        """Forget that the records under way are being made: the process ends in peace, or has got on with its work.
+
+        A record that ends the process again and again is the oldest in the queue sooner or later, and then nothing
+        ends before it.
+        """
+        self._has_ended = True
+        for record in list(self.kept.all.values()):
+            if record.status == "running":
+                self.store.forget_attempt(record)
+
+    def close(self) -> None:
+        """Wait until all that was made is written; the engine has ended."""
+        self._writer.shutdown(wait=True)
+
+    def reserve(self, record: Record, works: Sequence[Work], client: str, check: Callable[[], object]) -> None:
+        """Let works count as waiting, if `check` does not raise, before they are in the queue."""
+        with self._lock:
+            check()
+            self._works[record.id], self._clients[record.id] = list(works), client
+
+    def release(self, record: Record) -> None:
+        """Take a reservation back."""
+        with self._lock:
+            self._forget(record)
+
+    def enter(self, record: Record, works: Sequence[Work], places: Sequence[int]) -> None:
+        """Put the works of a record into the queue.
+
+        Args:
+            places: the index of each one's song.
+        """
+        if not works:
+            with self.kept.ending:
+                self.kept.end(record, _outcome(record))
+            return
+        with self._lock:
+            self._works[record.id] = list(works)
+            for work, place in zip(works, places, strict=True):
+                self._places[id(work)] = record, place
+                work.owner = record.id
+            self.kept.put(record)
+        self.engine.submit(works)
+
+    def cancel(self, record: Record) -> None:
+        """Stop the songs of a record that are not finished; nothing if it has ended."""
+        with self.kept.ending:
+            if record.final:
+                return
+            with self._lock:
+                for song in record.songs:
+                    if song.status not in ("done", "failed"):
+                        song.status = "cancelled"
+                works = self._forget(record)
+            self.engine.cancel(works)
+            self.kept.end(record, "cancelled")
+            self._on_end(record)
+
+    def works(self, record: Record) -> list[Work]:
+        """Return what the engine has of a record that has not ended."""
+        with self._lock:
+            return list(self._works.get(record.id, ()))
+
+    def waiting(self, client: str | None = None) -> list[Work]:
+        """Return the works that wait, of a client or of all."""
+        with self._lock:
+            mine = [one for one in self._works if client is None or self._clients.get(one) == client]
+            found = [work for one in mine for work in self._works[one] if work.stage == "queued"]
+        return found + self.errands.waiting(client)
+
+    def changed(self, work: Work) -> None:
+        if not work.is_song:
+            self.errands.changed(work)
+            return
+        with self._lock:
+            if (place := self._places.get(id(work))) is None:
+                return
+            record, i = place
+            record.songs[i].status = "running"
+            begins = record.status == "queued"
+            if begins:
+                record.status, record.started = "running", now()
+        if begins and not self._has_ended:
+            self.store.attempt(record)
+        self.kept.touch(record)
+
+    def planned(self, work: Work, plan: Plan) -> None:
+        if not work.is_song:
+            self.errands.planned(work, plan)
+            return
+        with self._lock:
+            if (place := self._places.get(id(work))) is None:
+                return
+            record, i = place
+            record.songs[i].plan = plan.to_dict()
+        try:
+            self.store.keep_plan(record, i)
+        except OSError:
+            logger.exception("%s: its plan could not be kept; it is written again after a restart", record.id)
+        self.kept.touch(record)
+
+    def noted(self, work: Work, note: str) -> None:
+        with self._lock:
+            if (place := self._places.get(id(work))) is not None and note not in place[0].notes:
+                place[0].notes.append(note)
+
+    def done(self, work: Work, song: Song) -> None:
+        self._unwritten.acquire()
+        self._writer.submit(self._write, work, song)
+
+    def failed(self, work: Work, message: str) -> None:
+        if work.is_song:
+            self._finish(work, "failed", message)
+        else:
+            self.errands.failed(work, message)
+
+    def stopped(self, work: Work) -> None:
+        """Nothing is left to do: `cancel` has ended the record."""
+
+    def reported(self, report: BatchReport) -> None:
+        shape = report.program.shape
+        logger.info(
+            "%s of %d (size %d, %d frames)%s: %.2f s; %d wait; %s",
+            *(
+                "plans" if report.plans else "batch",
+                len(report.works),
+                report.program.size,
+                shape.frames,
+                ", compiled" if report.first else "",
+            ),
+            *(report.seconds, report.waiting, " ".join(work.owner for work in report.works)),
+        )
+        self._on_report(report)
+
+    def died(self, error: BaseException) -> None:
+        self._on_death()
+
+    def _write(self, work: Work, song: Song) -> None:
+        """Keep a song; runs in the writer's thread."""
+        try:
+            with self._lock:
+                place = self._places.get(id(work))
+            if place is None:  # cancelled meanwhile
+                return
+            record, i = place
+            assert song.audio is not None
+            try:
+                sounds.write_latents(self.store.song_path(record, i, ".latents"), song.latents)
+                audio.write(self.store.song_path(record, i), song.audio, song.sample_rate, overwrite=True)
+            except Exception as problem:  # a full disk fails the song, not the server
+                self._finish(work, "failed", f"cannot be kept: {message_of(problem)}")
+            else:
+                self._finish(work, "done", seconds=song.audio.shape[1] / song.sample_rate)
+        except Exception:
+            logger.exception("a song was not kept")
+        finally:
+            self._unwritten.release()
+
+    def _finish(self, work: Work, status: str, message: str | None = None, seconds: float | None = None) -> None:
+        """Keep how a song ended, and forget its work; end its record after the last one."""
+        with self.kept.ending:
+            with self._lock:
+                if (place := self._places.pop(id(work), None)) is None:  # cancelled meanwhile
+                    return
+                record, i = place
+                song = record.songs[i]
+                if message is not None:
+                    paths = {field: self.store.upload_path(record, field) for field in record.files}
+                    song.error = with_fields(message, paths).replace(str(self.store.folder), "the server's folder")
+                song.status, song.seconds = status, seconds
+                self._works[record.id] = left = [one for one in self._works[record.id] if one is not work]
+                if not left:
+                    self._forget(record)
+            if left:
+                self.kept.touch(record)
+            else:
+                self.kept.end(record, _outcome(record))
+                if not self._has_ended:
+                    self.forget_attempts()
+                self._on_end(record)
+
+    def _forget(self, record: Record) -> list[Work]:
+        """Forget the works of a record; return them. Called with the lock."""
+        works = self._works.pop(record.id, [])
+        for work in works:
+            self._places.pop(id(work), None)
+        self._clients.pop(record.id, None)
+        return works
+
+
+def _outcome(record: Record) -> str:
+    return "done" if any(song.status == "done" for song in record.songs) else "failed"

@@ -1,0 +1,148 @@
+"""A batch on its way to another process, as JSON and the bytes of its sound files, and how it ended there."""
+
+import dataclasses
+import logging
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from acestep_jax.errors import Cancelled, InputError
+from acestep_jax.request import Request, Sampling
+from acestep_jax.serve.batcher import Program, Shape
+from acestep_jax.serve.engine import Work
+from acestep_jax.serve.local import LocalEngine, is_out_of_memory
+from acestep_jax.serve.thinking import Thought
+
+logger = logging.getLogger(__name__)
+
+SOUNDS = ("src_audio", "reference_audio")  # fields of a request that name files
+
+
+class Parcel(NamedTuple):
+    """A batch without paths: what can be sent.
+
+    Attributes:
+        about: what JSON can hold.
+        files: the bytes of the sound files, in the order of `about`.
+    """
+
+    about: dict[str, Any]
+    files: list[bytes]
+
+
+class Unpacked(NamedTuple):
+    """A batch that has arrived.
+
+    Attributes:
+        works: its songs; `Program.size` is all that is known of `program`.
+        names: what the files were called where they came from, by their path here.
+    """
+
+    works: list[Work]
+    program: Program
+    names: dict[str, str]
+
+
+def pack(works: Sequence[Work], program: Program) -> Parcel:
+    """Return a batch as it is sent.
+
+    Raises:
+        OSError: if a sound file cannot be read.
+    """
+    songs, files = [], []
+    for work in works:
+        values = {field.name: getattr(work.request, field.name) for field in dataclasses.fields(work.request)}
+        named = {name: str(values.pop(name)) for name in SOUNDS if values[name] is not None}
+        thought = None if work.thought is None else work.thought.to_dict()
+        songs.append(dict(request=values, files=named, thought=thought))
+        files += [Path(path).read_bytes() for path in named.values()]
+    first = works[0]
+    about = dict(
+        model=first.model,
+        adapters=[list(adapter) for adapter in first.adapters],
+        sampling=dataclasses.asdict(first.sampling),
+        size=program.size,
+        songs=songs,
+    )
+    return Parcel(about, files)
+
+
+def unpack(parcel: Parcel, folder: str | Path) -> Unpacked:
+    """Return a batch that was sent, with its sound files in a folder.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    about, waiting = parcel.about, iter(parcel.files)
+    sampling = Sampling(**about["sampling"])
+    adapters = tuple((name, scale) for name, scale in about["adapters"])
+    works, names = [], {}
+    for i, song in enumerate(about["songs"]):
+        paths = {}
+        for name, original in song["files"].items():
+            path = Path(folder) / f"{i}-{name}"
+            path.write_bytes(next(waiting))
+            paths[name], names[str(path)] = str(path), original
+        thought = None if song["thought"] is None else Thought.from_dict(song["thought"])
+        works.append(Work(Request(**song["request"], **paths), sampling, about["model"], adapters, thought=thought))
+    return Unpacked(works, Program(None, Shape(0, 0, 0), about["size"]), names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a batch ended in another process.
+
+    Attributes:
+        kind: "done", "cancelled", "input" (the message is for the user), "memory" or "internal" (it is for the log).
+        made: the songs, or the plans.
+        step, stepping: the last step, and the seconds between the first one and that.
+    """
+
+    kind: str
+    message: str = ""
+    made: Sequence[Any] = ()
+    step: int = 0
+    stepping: float = 0.0
+
+    def result(self) -> list[Any]:
+        """Return what was made, or raise what was raised there."""
+        if self.kind == "done":
+            return list(self.made)
+        if self.kind == "cancelled":
+            raise Cancelled
+        if self.kind == "input":
+            raise InputError(self.message)
+        if self.kind == "memory":
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {self.message}")
+        raise RuntimeError(self.message)
+
+
+def outcome_of(make: Callable[[], Sequence[Any]], names: Mapping[str, str]) -> Outcome:
+    """Make a batch; return how it ended, with files called by their names of `unpack`."""
+    try:
+        return Outcome("done", made=list(make()))
+    except Cancelled:
+        return Outcome("cancelled")
+    except InputError as error:
+        return Outcome("input", with_names(error, names))
+    except Exception as error:
+        if is_out_of_memory(error):
+            return Outcome("memory", str(error))
+        logger.error("a batch has failed", exc_info=error)
+        return Outcome("internal", "".join(traceback.format_exception(error)))
+
+
+def with_names(error: Exception, names: Mapping[str, str]) -> str:
+    """Return the message of an error, with files called by their names of `unpack`."""
+    message = str(error)
+    for path, original in names.items():
+        message = message.replace(path, original)
+    return message
+
+
+def made_by(engine: LocalEngine, works: list[Work], program: Program) -> Sequence[Any]:
+    """Return the songs of a batch, or the plans if that is what is asked for."""
+    return engine.songs(works, program) if works[0].thought is None else engine.plans(works, program)

@@ -1,0 +1,192 @@
+"""The records of a server: in memory, in its folder, and watched by those who wait for them."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from acestep_jax.errors import InputError
+from acestep_jax.serve import sounds
+from acestep_jax.serve.store import Record, Store, now
+
+logger = logging.getLogger(__name__)
+
+
+class Watched(Protocol):
+    """What can be watched: a record, or an errand."""
+
+    id: str
+    version: int
+
+
+class Records:
+    """All records, oldest first.
+
+    Attributes:
+        all: the records by id.
+        ending: held while a record ends or is removed, which writes to the disk. Whoever holds it may take other locks,
+            but nobody takes it who holds one: those who only look do not wait for the disk.
+    """
+
+    def __init__(self, store: Store):
+        self.store = store
+        self.all: dict[str, Record] = {}
+        self.ending = threading.RLock()
+        self._lock = threading.RLock()
+        self._short: dict[str, str] = {}
+        self._sizes: dict[str, int] = {}
+        self._watchers: dict[str, list[Callable[[], None]]] = {}
+
+    def load(self) -> list[Record]:
+        """Read the history; return the records that have not ended."""
+        unfinished = []
+        for record in self.store.load():
+            self.put(record)
+            if record.final:
+                self.measure(record)
+            else:
+                unfinished.append(record)
+        return unfinished
+
+    def put(self, record: Record) -> None:
+        """Add a record."""
+        with self._lock:
+            self.all[record.id] = record
+            self._short[short_id(record.id)] = record.id
+
+    def find_short(self, name: str) -> Record | None:
+        """Return the record whose id begins like this, see `short_id`."""
+        return self.all.get(self._short.get(name, ""))
+
+    def history(self, limit: int, before: str | None = None) -> list[Record]:
+        """Return records, newest first: at most `limit`, of those older than the one called `before`.
+
+        Raises:
+            InputError: if there is none of that id.
+        """
+        with self._lock:
+            records = list(self.all.values())
+        if before is not None:
+            places = [i for i, record in enumerate(records) if record.id == before]
+            if not places:
+                raise InputError(f"before: there is no record {before!r}")
+            records = records[: places[0]]
+        return records[::-1][:limit]
+
+    def counts(self) -> dict[str, int]:
+        """Return how many records there are in each state."""
+        found: dict[str, int] = dict.fromkeys(("queued", "running", "done", "failed", "cancelled"), 0)
+        with self._lock:
+            for record in self.all.values():
+                found[record.status] += 1
+        return found
+
+    def end(self, record: Record, status: str) -> None:
+        """Keep how a record ended, then tell it: what has ended stays so. Called with `ending`."""
+        ended = dataclasses.replace(record, status=status, finished=now())
+        try:
+            self.store.finish(ended)
+        except OSError:
+            logger.exception("%s: how it ended could not be written; it is made again after a restart", record.id)
+        self.measure(record)
+        with self._lock:
+            record.status, record.finished = ended.status, ended.finished
+            self.touch(record)
+
+    def remove(self, record: Record) -> None:
+        """Forget a record, and delete its files. Called with `ending`."""
+        with self._lock:
+            self.all.pop(record.id, None)
+            self._short.pop(short_id(record.id), None)
+            self._sizes.pop(record.id, None)
+        self.store.remove(record)
+        self.wake(record)
+
+    def measure(self, record: Record) -> None:
+        """Find out how much room the files of a record take."""
+        try:
+            size = self.store.size(record)
+        except OSError as error:
+            logger.warning("%s: its size is not known (%s)", record.id, error.strerror)
+            return
+        with self._lock:
+            if record.id in self.all:
+                self._sizes[record.id] = size
+
+    def beyond(self, most_bytes: int, most_records: int, newest: Record | None = None) -> list[Record]:
+        """Return the oldest records that have ended, as many as are beyond what may be kept; never the newest."""
+        with self._lock:
+            total, count = sum(self._sizes.values()), len(self.all)
+            found = []
+            for record in self.all.values():
+                if total <= most_bytes and count <= most_records:
+                    break
+                if record.final and record is not newest:
+                    total, count = total - self._sizes.get(record.id, 0), count - 1
+                    found.append(record)
+        return found
+
+    def sound(self, record: Record, index: int, name: str) -> tuple[Path | None, bool]:
+        """Return the file of a song in a format of `sounds.FORMATS`, and whether it was made now; None if there is
+        none."""
+        form = sounds.FORMATS[name]
+        if not 0 <= index < len(record.songs) or record.songs[index].status != "done":
+            return None, False
+        path, original = self.store.song_path(record, index, form.suffix), self.store.song_path(record, index)
+        is_new = not path.exists() and original.exists()
+        if is_new:
+            sounds.convert(original, path, form)
+            self.measure(record)
+        return path if path.is_file() and not path.is_symlink() else None, is_new
+
+    def use_song(self, uploads: Path, field: str, record: Record, index: int) -> None:
+        """Give a finished song of this server to a field of a submission, as an upload.
+
+        Raises:
+            InputError: if it is not finished.
+        """
+        path, _ = self.sound(record, index, "flac")
+        if path is None:
+            raise InputError(f"{field}: song {index} of {record.id} is not finished")
+        try:
+            os.link(path, uploads / field)
+        except OSError:
+            shutil.copyfile(path, uploads / field)
+
+    @contextlib.contextmanager
+    def watched(self, record: Watched, wake: Callable[[], None]) -> Iterator[None]:
+        """Call `wake`, from any thread, whenever the record changes within the block."""
+        with self._lock:
+            self._watchers.setdefault(record.id, []).append(wake)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._watchers[record.id].remove(wake)
+                if not self._watchers[record.id]:
+                    del self._watchers[record.id]
+
+    def touch(self, record: Watched) -> None:
+        """Tell those who watch a record that it has changed."""
+        with self._lock:
+            record.version += 1
+        self.wake(record)
+
+    def wake(self, record: Watched | None = None) -> None:
+        """Wake those who watch a record, or any."""
+        with self._lock:
+            ids = list(self._watchers) if record is None else [record.id]
+            watchers = [wake for one in ids for wake in self._watchers.get(one, ())]
+        for wake in watchers:
+            with contextlib.suppress(RuntimeError):  # of an event loop that has ended
+                wake()
+
+
+def short_id(record_id: str) -> str:
+    """Return the 16 digits that an id begins with, which acestep.cpp's clients know a record by."""
+    return record_id.replace("-", "")[:16]
