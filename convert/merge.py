@@ -31,7 +31,9 @@ def merge_lora(
             adapter is for another model. Nothing is written then.
     """
     checkpoint.check_new(as_path(destination))
-    config = checkpoint.read_manifest(source).configs["transformer"]
+    manifest = checkpoint.read_manifest(source)
+    checkpoint.check_unquantized(source, manifest, "adapters are merged into")
+    config = manifest.configs["transformer"]
     assert isinstance(config, TransformerConfig)
     adapters, scales = resolve_adapters(adapters, scales, config)
     transformer = checkpoint.load(source, names=["transformer"])["transformer"]

@@ -95,7 +95,9 @@ def random_pipeline(sizes: dict[str, dict], *, variant: str = "turbo", seed: int
         ),
         "condition_encoder": AceStepConditionEncoder(**sizes.get("condition_encoder", {})),
         "text_encoder": Qwen3Model(text),
-        "vae": AutoencoderOobleck(**sizes.get("vae", {}), downsampling_ratios=[2, 4, 4, 6, 10], sampling_rate=48000),
+        "vae": AutoencoderOobleck(
+            **{"downsampling_ratios": [2, 4, 4, 6, 10], "sampling_rate": 48000, **sizes.get("vae", {})}
+        ),
         "audio_tokenizer": AceStepAudioTokenizer(**sizes.get("audio_tokenizer", {})),
         "audio_token_detokenizer": AceStepAudioTokenDetokenizer(**sizes.get("audio_token_detokenizer", {})),
     }

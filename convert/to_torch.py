@@ -64,7 +64,9 @@ def to_torch(source: str | Path, destination: str | Path, *, layout: str) -> Non
         raise InputError(f"--layout: expected {' or '.join(LAYOUTS)}, found {layout!r}")
     source, destination = as_path(source), on_this_machine(destination)
     checkpoint.check_new(destination)
-    if set((manifest := checkpoint.read_manifest(source, ())).configs) == {PLANNER}:
+    manifest = checkpoint.read_manifest(source, ())
+    checkpoint.check_unquantized(source, manifest, "PyTorch's layouts have")
+    if set(manifest.configs) == {PLANNER}:
         if layout != "original":
             raise InputError("--layout: a planner has no folder in the layout of diffusers; use original")
         _write_planner(source, destination, manifest)
