@@ -4,10 +4,22 @@ Padding, the parts of blocks outside a band and elementwise work are not counted
 """
 
 from acestep_jax.memory import SIZES
-from acestep_jax.models.config import AutoencoderConfig, ConditionEncoderConfig, TransformerConfig
+from acestep_jax.models.config import (
+    AttentionConfig,
+    AutoencoderConfig,
+    ConditionEncoderConfig,
+    PlannerConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+)
 
 FRAMES_PER_SECOND = 25  # latent frames
 TRANSFORMER_SIZES = SIZES
+PLANNER_SIZES = {
+    "0.6B": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16),
+    "1.7B": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16),
+    "4B": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32),
+}
 
 
 def transformer_flops(config: TransformerConfig, frames: int, condition_tokens: int, batch: int = 1) -> float:
@@ -57,13 +69,43 @@ def _transformer_products(config: TransformerConfig, frames: int, condition_toke
 
 def lyric_encoder_flops(config: ConditionEncoderConfig, tokens: int, batch: int = 1) -> float:
     """Return the FLOPs of one forward pass over `tokens` lyric tokens."""
+    windows = config.windows(config.num_lyric_encoder_hidden_layers)
+    return 2.0 * batch * (tokens * config.text_hidden_dim * config.hidden_size + _layers(config, windows, tokens))
+
+
+def text_encoder_flops(config: TextEncoderConfig, tokens: int, batch: int = 1) -> float:
+    """Return the FLOPs of one forward pass over prompts, in which a token sees those before it."""
+    layers = _layers(config, (None,) * config.num_hidden_layers, tokens)
+    later = config.num_hidden_layers * 2 * config.num_attention_heads * config.head_dim * tokens * (tokens - 1) // 2
+    return 2.0 * batch * (layers - later)
+
+
+def planner_step_flops(config: PlannerConfig, rows: int, slots: int) -> float:
+    """Return the FLOPs of one more code of each row, which sees `slots` tokens before it."""
+    query = config.num_attention_heads * config.head_dim
+    layers = _layers(config, (None,) * config.num_hidden_layers, 1) + 2 * query * slots * config.num_hidden_layers
+    return 2.0 * rows * (layers + (config.num_codes + 1) * config.hidden_size)
+
+
+def planner_step_bytes(config: PlannerConfig, rows: int, slots: int, width: int) -> int:
+    """Return the bytes that such a step must read: weights, head of codes, and the cache. `width`: of a value."""
+    hidden, head_dim, mlp = config.hidden_size, config.head_dim, config.intermediate_size
+    query, key = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    layer = 2 * hidden * query + 2 * hidden * key + 3 * hidden * mlp + 2 * hidden + 2 * head_dim
+    weights = config.num_hidden_layers * layer + hidden
+    cache = 2 * config.num_hidden_layers * rows * slots * key
+    return (weights + (config.num_codes + 1) * hidden + cache) * width
+
+
+def _layers(config: AttentionConfig, windows: tuple[int | None, ...], tokens: int) -> int:
+    """Return the multiply-adds of an encoder's layers over `tokens` tokens."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    total = tokens * config.text_hidden_dim * hidden
-    for window in config.windows(config.num_lyric_encoder_hidden_layers):
+    total = 0
+    for window in windows:
         pairs = tokens**2 if window is None else band_pairs(tokens, window)
         total += tokens * (2 * hidden * query + 2 * hidden * key + 3 * hidden * mlp) + 2 * query * pairs
-    return 2.0 * batch * total
+    return total
 
 
 def band_pairs(tokens: int, window: int) -> int:

@@ -1,74 +1,310 @@
-"""Cycles, Pallas kernels and collectives of a TPU program compiled ahead of time, with loops multiplied out.
-
-`compiled.cost_analysis()` counts the body of a loop once and gives -1 for times that it does not know. The HLO text has
-the scheduler's estimate of each instruction, which is summed here over the schedule.
-"""
+"""The text of a compiled program: its instructions, how often each computation runs, and what instructions read, write
+and multiply. `hlo_tpu` and `hlo_gpu` add up what is particular to a compiler."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+# What only moves values. Index arithmetic, of scalars, may accompany it.
+MOVES = frozenset(
+    "bitcast broadcast concatenate constant copy dynamic-slice dynamic-update-slice gather get-tuple-element iota pad "
+    "parameter reshape reverse slice transpose tuple".split()
+)
+_SLICES = ("dynamic-slice", "slice", "gather")
+_VIEWS = ("bitcast", "reshape")
+_FREE = frozenset((*_VIEWS, "constant", "get-tuple-element", "iota", "parameter", "tuple"))
+_FREE = {*_VIEWS, "constant", "get-tuple-element", "iota", "parameter", "tuple"}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_COLLECTIVE = re.compile(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+_SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|async_computation)=%?([\w.\-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """Hold the figures of one chip. A count is a pair: how many there are in the text, and how often they run.
+class Shape:
+    dtype: str
+    dims: tuple[int, ...]
 
-    cycles: sum of the scheduler's estimates. Collectives and Pallas kernels have none, so they are not included.
-    pallas_flops: those of the attention kernels' two matrix products, from the shapes of their operands.
+    @property
+    def bytes(self) -> int:
+        bits = 8 if self.dtype == "pred" else int((re.search(r"\d+", self.dtype) or ["0"])[0])
+        return math.prod(self.dims) * bits // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """Hold one instruction; `rest` is what follows its operands."""
+
+    name: str
+    shapes: tuple[Shape, ...]  # several of a tuple
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+    root: bool
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of its result."""
+        return sum(shape.bytes for shape in self.shapes)
+
+    @property
+    def called(self) -> str | None:
+        """Return the computation that it calls or fuses."""
+        found = _CALLED.search(self.rest)
+        return found[1] if found else None
+
+    @property
+    def target(self) -> str:
+        """Return what a custom call calls."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """Hold a loop's body, its trips (None where they are not known) and how often its body runs in all."""
+
+    body: str
+    trips: int | None
+    runs: int
+
+
+class Module:
+    """A compiled program, with loops multiplied out; one whose trips are not known counts once.
+
+    runs: how often each computation runs.
+    scheduled: those whose instructions are in the schedule themselves, unlike those of a fusion.
+    loops: in the order of the program, outer ones before inner ones.
     """
 
-    cycles: float
-    kernels: tuple[int, int]
-    pallas_flops: float
-    collectives: dict[str, tuple[int, int]]
+    def __init__(self, text: str):
+        entry, lines = _computations(text)
+        self.computations: dict[str, Computation] = {
+            name: {i.name: i for i in map(_instruction, body) if i} for name, body in lines.items()
+        }
+        self.runs: Counter[str] = Counter()
+        self.scheduled: set[str] = set()
+        self.loops: list[Loop] = []
+        self._visit(entry, 1, True)
 
-
-def read(text: str) -> Program:
-    """Return the figures of `compiled.as_text()`."""
-    entry, computations = _computations(text)
-    times: Counter[str] = Counter()  # how often each computation runs
-    scheduled = set()  # those whose instructions are in the schedule themselves, unlike those of a fusion
-
-    def visit(name: str, runs: int, in_schedule: bool) -> None:
-        times[name] += runs
+    def _visit(self, name: str, runs: int, in_schedule: bool) -> None:
+        self.runs[name] += runs
         if in_schedule:
-            scheduled.add(name)
-        for line in computations.get(name, ()):
-            if loop := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
-                visit(loop[2], runs * _trip_count(computations[loop[1]]), in_schedule)
-            elif branches := re.search(r"branch_computations=\{([^}]*)\}", line):
+            self.scheduled.add(name)
+        for instruction in self.computations.get(name, {}).values():
+            if instruction.opcode == "while":
+                condition, body = (re.search(rf"{key}=%?([\w.\-]+)", instruction.rest) for key in ("condition", "body"))
+                assert condition and body
+                trips = self._trip_count(instruction, condition[1])
+                inner = runs * (1 if trips is None else trips)
+                self.loops.append(Loop(body[1], trips, inner))
+                self._visit(body[1], inner, in_schedule)
+            elif branches := re.search(r"branch_computations=\{([^}]*)\}", instruction.rest):
                 for branch in re.findall(r"[\w.\-]+", branches[1]):
-                    visit(branch, runs, in_schedule)
-            elif called := _CALLED.search(line):
-                visit(called[1], runs, in_schedule and " call(" in line)
+                    self._visit(branch, runs, in_schedule)
+            elif instruction.called:
+                self._visit(instruction.called, runs, in_schedule and instruction.opcode == "call")
 
-    visit(entry, 1, True)
-    cycles, kernels, pallas_flops = 0.0, Counter(), 0.0
-    channels: dict[tuple[str, str], int] = {}  # a collective that is split into start, steps and end has one channel
-    for name, runs in times.items():
-        for line in computations.get(name, ()):
-            if name in scheduled and (found := re.search(r'"estimated_cycles":"(\d+)"', line)):
-                cycles += runs * int(found[1])
-            if 'custom_call_target="tpu_custom_call"' in line:
-                kernels += Counter(text=1, runs=runs)
-                pallas_flops += runs * _attention_flops(line)
-            if found := _COLLECTIVE.search(line):
-                channel = re.search(r"channel_id=(\d+)", line)
-                key = found[1], channel[1] if channel else line.split(" = ")[0]
-                channels[key] = max(channels.get(key, 0), runs)
-    collectives = {}
-    for kind in COLLECTIVES:
-        runs = [n for (found, _), n in channels.items() if found == kind]
-        if runs:
-            collectives[kind] = len(runs), sum(runs)
-    return Program(cycles, (kernels["text"], kernels["runs"]), pallas_flops, collectives)
+    def _trip_count(self, loop: Instruction, condition: str) -> int | None:
+        """Return what the compiler found, or the constant that a condition compares with: the trips of a loop from 0,
+        as of `lax.scan` and `lax.map`."""
+        if known := re.search(r'known_trip_count"?[=:]\{"?n"?:"?(\d+)', loop.rest):
+            return int(known[1])
+        lines = self.computations[condition].values()
+        constants = [i.operands[0] for i in lines if i.opcode == "constant" and i.shapes[0].dims == ()]
+        less = any("direction=LT" in i.rest for i in lines)
+        called = [self.computations.get(i.called or "", {}) for i in lines]
+        less |= any("direction=LT" in i.rest for computation in called for i in computation.values())
+        if len(constants) != 1 or not less or not constants[0].isdigit():
+            return None
+        return int(constants[0])
+
+    def schedule(self, body: str | None = None) -> Iterator[tuple[Computation, Instruction, int]]:
+        """Yield what is scheduled, with its computation and how often it runs: in one pass of a loop's body, with what
+        that calls, or in the whole program."""
+        if body is None:
+            for name in self.scheduled:
+                computation = self.computations.get(name, {})
+                for instruction in computation.values():
+                    yield computation, instruction, self.runs[name]
+            return
+        computation = self.computations.get(body, {})
+        for instruction in computation.values():
+            yield computation, instruction, 1
+            times, inner = 1, None
+            if instruction.opcode == "while":
+                loop = re.search(r"body=%?([\w.\-]+)", instruction.rest)
+                assert loop
+                inner = loop[1]
+                times = next(entry.trips for entry in self.loops if entry.body == inner) or 1
+            elif instruction.opcode == "call":
+                inner = instruction.called
+            if inner:
+                yield from ((c, i, n * times) for c, i, n in self.schedule(inner))
+
+    def collectives(self) -> dict[str, list[tuple[int, Instruction]]]:
+        """Return how often each collective runs, by kind. One that is split into start, steps and end is one."""
+        channels: dict[tuple[str, str], tuple[int, Instruction]] = {}
+        for name, runs in self.runs.items():
+            for instruction in self.computations.get(name, {}).values():
+                kind = instruction.opcode.removesuffix("-start")
+                if kind not in COLLECTIVES:
+                    continue
+                channel = re.search(r"channel_id=(\d+)", instruction.rest)
+                key = kind, channel[1] if channel else instruction.name
+                if runs > channels.get(key, (0, None))[0]:
+                    channels[key] = runs, instruction
+        found = {kind: [entry for (k, _), entry in channels.items() if k == kind] for kind in COLLECTIVES}
+        return {kind: entries for kind, entries in found.items() if entries}
+
+    def collective_seconds(self, link: float, devices: int) -> float:
+        """Return the time of all collectives, one after the other and beside nothing else, of which each device sends
+        its part over one link in one direction."""
+        seconds = 0.0
+        for kind, entries in self.collectives().items():
+            for runs, instruction in entries:
+                size = max(shape.bytes for shape in instruction.shapes)
+                group = _group_size(instruction.rest, devices)
+                share = (group - 1) / group
+                if kind == "all-reduce":
+                    size *= 2 * share
+                elif kind == "reduce-scatter":
+                    size = min(shape.bytes for shape in instruction.shapes) * (group - 1)
+                elif kind != "collective-permute":
+                    size *= share
+                seconds += runs * size / link
+        return seconds
+
+    def only_moves(self, instruction: Instruction) -> bool:
+        """Return whether an instruction copies values, and computes none but indices."""
+        if instruction.opcode in ("copy", "copy-start"):
+            return True
+        if instruction.opcode != "fusion":
+            return instruction.opcode in MOVES - _FREE
+        return self._moves(instruction.called or "")
+
+    def _moves(self, name: str) -> bool:
+        arrays = False
+        for inner in self.computations.get(name, {}).values():
+            if inner.opcode == "fusion" and self._moves(inner.called or ""):
+                continue
+            if inner.opcode not in MOVES and (_largest(inner) > 1 or inner.opcode == "custom-call"):
+                return False
+            arrays |= inner.opcode == "parameter" and _largest(inner) > 1
+        return arrays  # else it fills with constants
+
+    def read_bytes(self, computation: Computation, instruction: Instruction) -> int:
+        """Return the bytes of the operands, or of the slices of them where a fusion reads nothing else."""
+        fused = self.computations.get(instruction.called or "", {}) if instruction.opcode == "fusion" else {}
+        parameters = {i.operands[0]: i for i in fused.values() if i.opcode == "parameter"}
+        total = 0
+        for number, operand in enumerate(instruction.operands):
+            whole = computation[operand].bytes if operand in computation else 0
+            inner = parameters.get(str(number))
+            total += whole if inner is None else min(whole, _read_of(fused, inner))
+        if instruction.opcode in _SLICES:
+            return instruction.bytes
+        return total
+
+    def written_bytes(self, instruction: Instruction) -> int:
+        """Return the bytes of the result, or of what is written into it in place."""
+        fused = self.computations.get(instruction.called or "", {}) if instruction.opcode == "fusion" else {}
+        updates = [fused[i.operands[1]].bytes for i in fused.values() if i.opcode == "dynamic-update-slice"]
+        if updates and not any(i.root and i.opcode == "tuple" for i in fused.values()):
+            return sum(updates)
+        return instruction.bytes
+
+    def dot_flops(self, computation: Computation, instruction: Instruction) -> float:
+        """Return the FLOPs of `dot` and `convolution` in an instruction, with what it fuses."""
+        if instruction.opcode == "dot":
+            left = computation[instruction.operands[0]].shapes[0]
+            summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
+            sizes = [left.dims[int(d)] for d in summed[1].split(",") if d] if summed else []
+            return 2.0 * math.prod(instruction.shapes[0].dims) * math.prod(sizes)
+        if instruction.opcode == "convolution":
+            return _convolution_flops(computation, instruction)
+        if instruction.opcode in ("fusion", "call") and (inner := self.computations.get(instruction.called or "")):
+            return sum(self.dot_flops(inner, i) for i in inner.values())
+        return 0.0
+
+
+def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
+    """Return the FLOPs of a convolution: each output feature of the kernel sees all the kernel's other axes."""
+    labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.rest)
+    kernel = computation[instruction.operands[1]].shapes[0]
+    outputs = kernel.dims[labels[1].index("o")] if labels else 1
+    return 2.0 * math.prod(instruction.shapes[0].dims) * math.prod(kernel.dims) / max(outputs, 1)
+
+
+def _largest(instruction: Instruction) -> int:
+    return max((math.prod(shape.dims) for shape in instruction.shapes), default=0)
+
+
+def _read_of(fused: Computation, value: Instruction) -> int:
+    """Return the bytes of a fusion's parameter that it reads: of its slices, if there are only slices."""
+    total = 0
+    for user in fused.values():
+        if value.name not in user.operands:
+            continue
+        if user.opcode in _SLICES and user.operands[0] == value.name:
+            total += user.bytes
+        elif user.opcode in _VIEWS:
+            total += _read_of(fused, user)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
+            continue  # what is written in place is not read
+        else:
+            return value.bytes
+    return total
+
+
+def _group_size(rest: str, devices: int) -> int:
+    """Return over how many devices a collective goes."""
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return found[1].count(",") + 1
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
+        return int(found[2])
+    return devices
+
+
+@functools.cache
+def _shapes(text: str) -> tuple[Shape, ...]:
+    return tuple(Shape(t, tuple(int(n) for n in dims.split(",") if n)) for t, dims in _SHAPE.findall(text))
+
+
+def _instruction(line: str) -> Instruction | None:
+    head = re.match(r"\s*(ROOT )?%?([\w.\-]+) = ", line)
+    if not head:
+        return None
+    text = line[head.end() :]
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    opcode = re.match(r"\s*([\w\-]+)\(", text[end:])
+    if not opcode:
+        return None
+    begin = end + opcode.end() - 1
+    close = _closing(text, begin)
+    inside = text[begin + 1 : close]
+    if opcode[1] in ("parameter", "constant"):
+        operands = (inside,)
+    else:
+        operands = tuple(re.findall(r"%([\w.\-]+)", inside)) or tuple(re.findall(r"[\w.\-]+", inside))
+    return Instruction(head[2], _shapes(text[:end]), opcode[1], operands, text[close + 1 :], bool(head[1]))
+
+
+def _closing(text: str, begin: int) -> int:
+    """Return where the parenthesis that opens at `begin` closes."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(text, begin):
+        depth += 1 if match[0] == "(" else -1
+        if not depth:
+            return match.start()
+    return len(text) - 1
 
 
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
@@ -81,30 +317,8 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
         elif line == "}":
             lines = None
         elif lines is not None:
-            if re.match(r"  (?:ROOT )?%[\w.\-]+ = ", line) or not lines:
+            if re.match(r"  (?:ROOT )?%?[\w.\-]+ = ", line) or not lines:
                 lines.append(line)
             else:  # metadata may hold line breaks
                 lines[-1] += line
     return entry, computations
-
-
-def _trip_count(condition: list[str]) -> int:
-    """Return the constant that a condition compares with: the trips of a loop from 0, as of `lax.scan` and `lax.map`.
-
-    Raises:
-        ValueError: if there is no such constant.
-    """
-    constants = re.findall(r" = [su]32\[\]\S* constant\((\d+)\)", "\n".join(condition))
-    if len(constants) != 1 or "direction=LT" not in "".join(condition):
-        raise ValueError("a loop whose number of iterations is not a constant of its condition")
-    return int(constants[0])
-
-
-def _attention_flops(line: str) -> float:
-    """Return the FLOPs of an attention kernel, which has operands q [..., T, H] and k, v [..., S, H]; 0 for others."""
-    operands = re.search(r"operand_layout_constraints=\{(.*?\})\}", line)
-    shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"(?:bf16|f16|f32)\[([\d,]+)\]", operands[1])]
-    for q, k, v in zip(shapes, shapes[1:], shapes[2:], strict=False):
-        if k == v and len(q) == len(k) >= 3 and q[-1] == k[-1]:
-            return 4.0 * math.prod(q) * k[-2]
-    return 0.0

@@ -16,19 +16,16 @@ from transformers import Qwen3Config, StaticCache
 from transformers import Qwen3ForCausalLM as TorchQwen3
 
 from acestep_jax.convert.from_torch import from_module
-from acestep_jax.io import checkpoint
 from acestep_jax.models.config import PlannerConfig
 from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS
 from acestep_jax.models.kv_cache import KVCache
 from acestep_jax.models.qwen3 import Qwen3ForCausalLM
 from benchmarks import measure
+from benchmarks.floor import PLANNER_SIZES, planner_step_bytes
 from benchmarks.transformer import cast
 
-SIZES = {
-    "tiny": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=16),
-    "0.6B": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16),
-    "1.7B": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16),
-    "4B": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32),
+SIZES = PLANNER_SIZES | {
+    "tiny": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=16)
 }
 READ_BYTES = 1 << 29  # of the array that is summed for the bandwidth
 COLUMNS = ("what", "side", "cold", "seconds", "tokens/s", "steps/s", "GB a step", "time / floor", "torch / ours")
@@ -64,7 +61,8 @@ def main() -> None:
     for name, timing in timings.items():
         rate = f"{options.batch * options.prompt / timing.median:.0f}"
         row("prefill", name, f"{timing.cold:.1f}", timing, rate, "", "", "", _ratio(timings, name))
-    size = step_bytes(config, options)
+    slots = options.prompt + options.steps // 2  # the mean position
+    size = planner_step_bytes(config, options.batch, slots, jnp.dtype(options.dtype).itemsize)
     timings = measure.alternate(decodes | {"sum": _read()}, options.runs)
     bandwidth = READ_BYTES / timings.pop("sum").median
     for name, timing in timings.items():
@@ -161,16 +159,6 @@ def decode(model, head, hidden, cache, start, position, *, steps: int, window: i
         return model.decode(token, position + i, start, cache, window=window)
 
     return jax.lax.fori_loop(0, steps, body, (hidden, cache))[0]
-
-
-def step_bytes(config: PlannerConfig, options: argparse.Namespace) -> int:
-    """Return the bytes that a step must read: weights, head of codes, and the cache up to the mean position."""
-    shapes = checkpoint.leaf_shapes("planner", config)
-    weights = sum(int(np.prod(s.shape)) for name, s in shapes.items() if not name.startswith("embed_tokens"))
-    head = (config.num_codes + 1) * config.hidden_size
-    slots = options.prompt + options.steps // 2
-    cache = 2 * config.num_hidden_layers * options.batch * slots * config.num_key_value_heads * config.head_dim
-    return (weights + head + cache) * jnp.dtype(options.dtype).itemsize
 
 
 def _read():

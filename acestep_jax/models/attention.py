@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from acestep_jax.distributed import log_once, partition_spec, shard
 from acestep_jax.models.config import DEFAULT_RUNTIME, AttentionConfig, Runtime
 from acestep_jax.models.kernels.attention import attend, choose_kernel
+from acestep_jax.models.kernels.heads import Rope, as_it_comes, normalise, suits
 from acestep_jax.models.kernels.products import to_float16
 from acestep_jax.models.layers import RMSNorm, apply_rotary, linear
 
@@ -47,9 +48,10 @@ def attention(
         causal: key j is visible to query i if j <= i. Not together with `window`.
         key_lengths: [B] int32; keys from there on are padding, which no query sees. None: there is none.
         dropout: the rate of attention weights to drop; none without `dropout_key`.
-        kernel: of full attention: "xla", plain JAX; "cudnn"; "splash", Pallas on TPU; "auto", what suits the backend.
-            Windows, causal attention and dropout are always computed in plain JAX. "cudnn" and "splash" have no
-            derivative in forward mode; choose "xla" for `jax.jvp` on an accelerator.
+        kernel: "xla", plain JAX; "cudnn", for GPUs, and a Pallas kernel where there is a window; "splash", Pallas on
+            TPU; "auto", what suits the backend. Causal attention and dropout are always computed in plain JAX. "cudnn"
+            without a window and "splash" have no derivative in forward mode; choose "xla" for `jax.jvp` on an
+            accelerator.
         products: see `Runtime.products`.
 
     Returns:
@@ -163,33 +165,50 @@ class Attention(nnx.Module):
     def _heads(self, x: jax.Array, time: str | None) -> jax.Array:
         return shard(x.reshape(*x.shape[:2], -1, self.head_dim), "batch", time, "heads", None)
 
-    def queries(self, x: jax.Array, *, time: str | None = None) -> jax.Array:
-        """Project x [B, T, D] to normalised queries [B, T, N, H]. `time`: the name of its axis."""
-        return self.norm_q(self._heads(self.to_q(x), time))
+    def _normalised(self, x: jax.Array, norm: RMSNorm, time: str | None, rope: Rope | None) -> jax.Array:
+        if self.kernel == "xla" or not suits(self.head_dim):
+            x = norm(self._heads(x, time))
+            return x if rope is None else apply_rotary(x, rope)
+        x = self._heads(as_it_comes(x), time)
+        local = functools.partial(normalise, eps=norm.eps)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return local(x, norm.scale[...], rope)
+        spec = partition_spec(("batch", time, "heads", None), x.shape, mesh)
+        tables = None if rope is None else (P(spec[1]), P(spec[1]))
+        sharded = jax.shard_map(local, in_specs=(spec, P(), tables), out_specs=spec, check_vma=False)
+        return sharded(x, norm.scale[...], rope)
 
-    def keys_values(self, context: jax.Array, *, time: str | None = None) -> KeysValues:
-        """Project a context [B, S, D]; in cross-attention it is the same at every step. `time`: its axis name."""
-        return KeysValues(self.norm_k(self._heads(self.to_k(context), time)), self._heads(self.to_v(context), time))
+    def queries(self, x: jax.Array, *, time: str | None = None, rope: Rope | None = None) -> jax.Array:
+        """Project x [B, T, D] to normalised queries [B, T, N, H], and rotate them by tables [T, H / 2].
+
+        Args:
+            time: the name of the axis of time.
+        """
+        return self._normalised(self.to_q(x), self.norm_q, time, rope)
+
+    def keys_values(self, context: jax.Array, *, time: str | None = None, rope: Rope | None = None) -> KeysValues:
+        """Project a context [B, S, D]; in cross-attention it is the same at every step. Arguments as of `queries`."""
+        keys = self._normalised(self.to_k(context), self.norm_k, time, rope)
+        return KeysValues(keys, self._heads(self.to_v(context), time))
 
     def __call__(
         self,
         x: jax.Array,  # [B, T, D]
         context: jax.Array | KeysValues | None = None,  # [B, S, D], or its `keys_values`
         *,
-        rope: tuple[jax.Array, jax.Array] | None = None,  # [T, H / 2] each
+        rope: Rope | None = None,  # [T, H / 2] each, for self-attention
         window: int | None = None,
         causal: bool = False,
         key_lengths: jax.Array | None = None,  # [B]
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:  # [B, T, D]
-        q = self.queries(x, time="sequence")
+        q = self.queries(x, time="sequence", rope=rope)
         if context is None:
-            context = self.keys_values(x, time="sequence")
+            context = self.keys_values(x, time="sequence", rope=rope)
         elif not isinstance(context, KeysValues):
             context = self.keys_values(context)
         k, v = context
-        if rope is not None:
-            q, k = apply_rotary(q, rope), apply_rotary(k, rope)
         y = attention(
             q,
             k,

@@ -12,7 +12,7 @@ from acestep_jax import InputError
 from acestep_jax.models.attention import Attention, attention
 from acestep_jax.models.config import AttentionConfig, Runtime
 from acestep_jax.models.kernels import attention as kernels
-from acestep_jax.models.kernels import blockwise, fused
+from acestep_jax.models.kernels import blockwise, fused, windowed
 from acestep_jax.models.kernels.attention import choose_kernel
 from tests.jaxprs import equations
 from tests.parity import assert_close, normal, relative_error
@@ -51,7 +51,8 @@ def band(t, window):
     return abs(np.arange(t)[:, None] - np.arange(t)) <= window
 
 
-@pytest.mark.parametrize("window", [1, 3, 8])
+# The smallest window and a larger one by default.
+@pytest.mark.parametrize("window", [1, pytest.param(3, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("length", [5, 8, 9, 16, 17, 40, 53])
 @pytest.mark.parametrize("padded", [False, True])
 def test_banded(length, window, padded):
@@ -165,11 +166,11 @@ def test_dropout_keeps_the_mean(window):
     drop = jax.jit(
         jax.vmap(lambda key: attention(q, k, v, window=window, dropout=0.2, dropout_key=key)),
     )
-    plain = attention(q, k, v, window=window)
+    plain = run(q, k, v, window=window)
     dropped = drop(keys)
     assert relative_error(dropped[0], plain) > 0.05
     assert relative_error(jnp.mean(dropped, 0), plain) < 0.05
-    np.testing.assert_array_equal(attention(q, k, v, window=window, dropout=0.2), plain)
+    np.testing.assert_array_equal(run(q, k, v, window=window, dropout=0.2), plain)
 
 
 def splash(*arrays, lengths=None):
@@ -199,6 +200,74 @@ def test_splash_gradients():
     expected = gradients(lambda *x: blockwise.chunked(*x, key_lengths=lengths))
     for found, reference in zip(gradients(lambda *x: splash(*x, lengths=lengths)), expected, strict=True):
         assert_close(found, reference, 1e-4)
+
+
+def windowed_splash(q, k, v, first_query, lengths, window):
+    return fused.splash(q, k, v, window=window, first_query=first_query, key_lengths=lengths, interpret=True)
+
+
+def windowed_triton(q, k, v, first_query, lengths, window):
+    return windowed.windowed(q, k, v, jnp.int32(first_query), lengths, window, True)
+
+
+@pytest.fixture(params=[(windowed_splash, 128), (windowed_triton, 16)], ids=["splash", "triton"])
+def windowed_kernel(request, monkeypatch):
+    """A kernel with a window in interpret mode, of small tiles, and the head dim that it takes."""
+    monkeypatch.setattr(fused, "WINDOW_BLOCKS", (128, 128))
+    monkeypatch.setattr(windowed, "QUERIES", 32)
+    monkeypatch.setattr(windowed, "KEYS", 16)
+    kernel, head_dim = request.param
+    return jax.jit(kernel, static_argnums=5), head_dim
+
+
+# Tokens, window and key lengths: several tiles, a window that is no multiple of one, fewer keys than a tile visits.
+WINDOWED = [(300, 20, (300, 170)), (256, 64, (256, 1)), (40, 30, (40, 39))]
+
+
+@pytest.mark.parametrize(("t", "window", "lengths"), WINDOWED)
+def test_windowed_kernels(windowed_kernel, t, window, lengths):
+    kernel, head_dim = windowed_kernel
+    q, k, v = inputs(t, head_dim=head_dim)
+    lengths = np.array(lengths, np.int32)
+    expected = dense(q, k, v, band(t, window) & within(lengths, t))
+    got = kernel(q, k, v, 0, lengths, window)
+    sees = (np.arange(t) - window < lengths[:, None])[:, :, None, None]  # others see nothing, and get anything finite
+    assert np.isfinite(got).all()
+    assert_close(np.where(sees, got, 0), np.where(sees, expected, 0), 1e-5)
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_windowed_kernels_of_a_part_of_the_queries(windowed_kernel, part):
+    """As on a mesh split along time: with the neighbours' keys, zeros before the first and after the last."""
+    kernel, head_dim = windowed_kernel
+    t, window, size = 300, 20, 100
+    q, k, v = inputs(t, head_dim=head_dim)
+    lengths = np.array([300, 170], np.int32)
+    expected = dense(q, k, v, band(t, window) & within(lengths, t))
+    first = part * size
+    around = [
+        np.pad(x, ((0, 0), (window, window), (0, 0), (0, 0)))[:, first : first + size + 2 * window] for x in (k, v)
+    ]
+    got = kernel(q[:, first : first + size], *around, first, lengths, window)
+    sees = (np.arange(first, first + size) - window < lengths[:, None])[:, :, None, None]
+    assert_close(np.where(sees, got, 0), np.where(sees, expected[:, first : first + size], 0), 1e-5)
+
+
+def test_derivatives_of_windowed_kernels(windowed_kernel):
+    """In reverse mode, against the plain form; the one for GPUs has derivatives in forward mode as well."""
+    kernel, head_dim = windowed_kernel
+    arrays = inputs(140, head_dim=head_dim)
+    lengths, weights = np.array([140, 90], np.int32), normal(*arrays[0].shape, seed=3)
+    plain = lambda *x: attention(*x, window=20, key_lengths=lengths)  # noqa: E731
+    fast = lambda *x: kernel(*x, 0, lengths, 20)  # noqa: E731
+    gradients = lambda f: jax.jit(jax.grad(lambda *x: jnp.sum(f(*x) * weights), argnums=(0, 1, 2)))(*arrays)  # noqa: E731
+    # What sees nothing is anything, and so are its derivatives.
+    weights = np.where((np.arange(140) < lengths[:, None] + 20)[:, :, None, None], weights, 0)
+    for found, expected in zip(gradients(fast), gradients(plain), strict=True):
+        assert_close(found, expected, 1e-4)
+    if head_dim == 16:
+        slopes = [jax.jvp(f, arrays, arrays)[1] for f in (fast, plain)]
+        assert_close(*slopes, 1e-5)
 
 
 @pytest.fixture
@@ -268,8 +337,8 @@ def test_attention_runs_the_kernel_of_the_backend(backend, monkeypatch, name, ke
     seen = []
 
     def record(called):
-        def run(q, k, v, *, key_lengths=None):
-            seen.append((called, key_lengths))
+        def run(q, k, v, *, key_lengths=None, window=None, first_query=0):
+            seen.append((called, key_lengths if window is None else window))
             return blockwise.chunked(q, k, v, key_lengths=key_lengths)
 
         return run
@@ -278,12 +347,18 @@ def test_attention_runs_the_kernel_of_the_backend(backend, monkeypatch, name, ke
         monkeypatch.setattr(fused, called, record(called))
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs(130, head_dim=128))
     lengths = np.array([130, 70], np.int32)
-    assert_close(attention(q, k, v, key_lengths=lengths), dense(q, k, v, within(lengths, 130)), 1e-2)
-    attention(q, k, v, kernel=kernel)
+    attend = functools.partial(attention, key_lengths=lengths)
+    assert_close(jax.jit(attend)(q, k, v), dense(q, k, v, within(lengths, 130)), 1e-2)
+    jax.eval_shape(functools.partial(attention, kernel=kernel), q, k, v)
     assert seen == [(kernel, lengths), (kernel, None)]
-    for others in (dict(kernel="xla"), dict(window=8), dict(causal=True)):
-        attention(q, k, v, **others)
-    attention(q, k, v, dropout=0.1, dropout_key=jax.random.key(0))
+    monkeypatch.setattr(kernels, "windowed", lambda q, k, v, first, lengths, window: seen.append((name, window)))
+    attention(q, k, v, window=8)
+    assert seen.pop() == (dict(gpu="gpu", tpu="splash")[name], 8)
+    for others in (dict(kernel="xla"), dict(kernel="xla", window=8), dict(causal=True)):
+        jax.eval_shape(functools.partial(attention, **others), q, k, v)
+    for window in (None, 8):
+        dropped = dict(window=window, dropout=0.1, dropout_key=jax.random.key(0))
+        jax.eval_shape(functools.partial(attention, **dropped), q, k, v)
     assert len(seen) == 2
 
 
@@ -291,8 +366,8 @@ SMALL = dict(hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_
 
 
 def test_the_runtime_names_the_kernel():
-    module = Attention(AttentionConfig(**SMALL), runtime=Runtime(attention="cudnn"), rngs=nnx.Rngs(0))
+    config, runtime = AttentionConfig(**SMALL), Runtime(attention="cudnn")
     with pytest.raises(InputError, match='"cudnn" runs on gpu only, found cpu'):
-        module(normal(1, 8, 16))
+        jax.eval_shape(lambda x: Attention(config, runtime=runtime, rngs=nnx.Rngs(0))(x), normal(1, 8, 16))
     with pytest.raises(InputError, match="Runtime.attention: expected one of auto, .*, found 'flash'"):
         Runtime(attention="flash")

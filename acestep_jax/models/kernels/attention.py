@@ -15,10 +15,11 @@ from acestep_jax.errors import InputError
 from acestep_jax.models.config import ATTENTION_KERNELS
 from acestep_jax.models.kernels import blockwise, fused
 from acestep_jax.models.kernels.platform import compute_capability, platform
+from acestep_jax.models.kernels.windowed import HEAD_DIMS, windowed
 
 
 def choose_kernel(kernel: str, q: jax.Array, k: jax.Array) -> str:
-    """Return the kernel of full attention for these shapes and dtypes on the backend in use; raises InputError."""
+    """Return the kernel of attention for these shapes and dtypes on the backend in use; raises InputError."""
     if kernel not in ATTENTION_KERNELS:
         raise InputError(f"attention: expected one of {', '.join(ATTENTION_KERNELS)}, found {kernel!r}")
     found = platform()
@@ -55,13 +56,19 @@ def attend(
     """Compute attention as `models.attention.attention` describes it, on one device.
 
     Args:
-        kernel: what `choose_kernel` returned; it is of full attention without dropout.
+        kernel: what `choose_kernel` returned; causal attention and dropout are in plain JAX regardless.
         halo: brings the `window` keys before and after those of this device; None: zeros.
         first_query: position of q[:, 0].
     """
     if window is not None:
         if key_lengths is None:
             key_lengths = jnp.full((k.shape[0],), k.shape[1])
+        if not dropout and (kernel == "splash" or kernel == "cudnn" and q.shape[-1] in HEAD_DIMS):
+            if halo is not None:
+                k, v = halo(k), halo(v)
+            if kernel == "splash":
+                return fused.splash(q, k, v, window=window, first_query=first_query, key_lengths=key_lengths)
+            return windowed(q, k, v, jnp.asarray(first_query, jnp.int32), key_lengths, window)
         if halo is None:
             halo = functools.partial(blockwise.pad_time, before=window, after=window)
         return blockwise.banded(

@@ -14,6 +14,8 @@ from acestep_jax.models.scan import KEPT
 
 # Largest tile of Pallas' splash attention, tokens.
 SPLASH_BLOCK = 1024
+# And of its queries and keys where there is a window, of which more would be masked in larger ones.
+WINDOW_BLOCKS = (256, 128)
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, key_lengths: jax.Array | None = None) -> jax.Array:
@@ -22,10 +24,20 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, key_lengths: jax.Array | 
 
 
 def splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, key_lengths: jax.Array | None = None, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    window: int | None = None,
+    first_query: int | jax.Array = 0,
+    key_lengths: jax.Array | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Compute attention by Pallas' splash kernel for TPU; T and S are padded to multiples of 128, the keys masked.
 
+    window: only keys with |i - j| <= window are seen, and only their blocks visited. Then S is T, or window + T +
+        window, with the keys before the first query and after the last.
+    first_query: position of q[:, 0], for `window`; keys at negative positions are seen by no query.
     interpret: runs the kernel step by step in JAX, on any backend.
     """
     # Importing it takes a second, which only a TPU's users should pay.
@@ -36,33 +48,47 @@ def splash(
     s = k.shape[1]
     q, k, v = pad_time(q, 0, -t % 128), pad_time(k, 0, -s % 128), pad_time(v, 0, -s % 128)
     rows, columns = q.shape[1], k.shape[1]
-    block_q, block_kv = _tile(rows), _tile(columns)
+    block_q, block_kv = _tile(rows, SPLASH_BLOCK), _tile(columns, SPLASH_BLOCK)
+    halo = 0
+    backward: dict[str, Any] = dict(use_fused_bwd_kernel=True)
+    if window is None:
+        mask = masks.FullMask((rows, columns))
+    else:
+        halo = (s - t) // 2  # the key at a query's own position is so far on
+        mask = masks.LocalMask((rows, columns), (window, window), halo)
+        block_q, block_kv = _tile(rows, WINDOW_BLOCKS[0]), _tile(columns, WINDOW_BLOCKS[1])
+        # The fused backward pass writes the derivative by queries once for each block of keys, visited or not.
+        backward = dict(use_fused_bwd_kernel=False, block_q_dq=block_q, block_kv_dq=block_kv)
     kernel = kernels.make_splash_mha(
-        mask=masks.MultiHeadMask([masks.FullMask((rows, columns))] * n),
+        mask=masks.MultiHeadMask([mask] * n),
         block_sizes=kernels.BlockSizes(
             block_q=block_q,
             block_kv=block_kv,
             block_q_dkv=block_q,
             block_kv_dkv=block_kv,
-            use_fused_bwd_kernel=True,
+            **backward,
         ),
         residual_checkpoint_name=KEPT,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
     )
-    q, k, v = (x.swapaxes(1, 2) for x in (q * jnp.asarray(h**-0.5, q.dtype), k, v))  # [B, N, T, H]
+    scale = jnp.asarray(h**-0.5, q.dtype)
+    q, k = (q, k * scale) if k.size < q.size else (q * scale, k)  # whichever is read and written faster
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, N, T, H]
     segments = None
     if key_lengths is not None or columns != s:
         lengths = jnp.full((b,), s) if key_lengths is None else key_lengths
+        at = jnp.arange(columns)
+        begin, end = halo - first_query, lengths - first_query + halo
         # A token sees those of its own segment: all queries are in segment 1, the keys that count as well.
         segments = kernels.SegmentIds(
-            q=jnp.ones((b, rows), jnp.int32), kv=(jnp.arange(columns) < lengths[:, None]).astype(jnp.int32)
+            q=jnp.ones((b, rows), jnp.int32), kv=((at >= begin) & (at < end[:, None])).astype(jnp.int32)
         )
     out: Any = jax.vmap(kernel)(q, k, v, segments)
     return out.swapaxes(1, 2)[:, :t]
 
 
-def _tile(length: int) -> int:
-    """Return the largest multiple of 128 up to SPLASH_BLOCK that divides `length`, itself one."""
-    return max(n for n in range(128, SPLASH_BLOCK + 1, 128) if length % n == 0)
+def _tile(length: int, most: int) -> int:
+    """Return the largest multiple of 128 up to `most` that divides `length`, itself one."""
+    return max(n for n in range(128, most + 1, 128) if length % n == 0)

@@ -9,6 +9,17 @@ from jax.sharding import Mesh
 
 from acestep_jax.models.config import MIXED
 
+# By the name of an NVIDIA GPU. A mesh that a program is traced for tells no more of devices that are not attached.
+_CAPABILITIES = (
+    ("B200|GB200", 10.0),
+    ("H100|H200|GH200", 9.0),
+    ("L4|L40|L40S|RTX 40[0-9]0", 8.9),
+    ("A10|A10G|A40|RTX 30[0-9]0", 8.6),
+    ("A100|A30", 8.0),
+    ("T4|RTX 20[0-9]0", 7.5),
+    ("V100", 7.0),
+)
+
 
 def platform() -> str:
     """Return "cpu", "gpu" or "tpu": that of the mesh in use, whose devices need not be attached (ahead-of-time
@@ -17,10 +28,21 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-@functools.cache
 def compute_capability() -> float:
-    """Return that of the attached NVIDIA GPU, such as 9.0; 0 for other devices."""
-    return capability_of(jax.devices()[0])
+    """Return that of the NVIDIA GPUs of the mesh in use, which need not be attached, or else of the default device,
+    such as 9.0; 0 for other devices."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is None:
+        return capability_of(jax.devices()[0])
+    return _capability_of_kind(device.device_kind) if device.platform == "gpu" else 0.0
+
+
+@functools.cache
+def _capability_of_kind(kind: str) -> float:
+    """Return that of an attached device of this kind, or else what is known of the name; 0 if nothing is."""
+    attached = [capability_of(device) for device in jax.devices() if device.device_kind == kind]
+    known = [capability for pattern, capability in _CAPABILITIES if re.search(rf"\b(?:{pattern})\b", kind)]
+    return (attached + known + [0.0])[0]
 
 
 def capability_of(device: Any) -> float:

@@ -1,8 +1,12 @@
-"""Reading one layer's weights, where a loop over layers is bound by reading them: a token of a few songs at a time.
+"""Reading weights, where a loop is bound by reading them: a token of a few songs at a time.
 
 An accelerator reads a layer within the stack of all of them. XLA for CPUs would first copy it out of the stack, which
 doubles the time or more; there, each matrix is an array of its own, and a `switch` over the layers multiplies by it
 where it lies. `split` makes such rows of stacks, and `pick` takes a layer of either.
+
+In half precision such a row is the transposed matrix, and a product of few vectors is computed in float32: on two cores
+of an Intel Xeon, [2, 1024] x [1024, 3072] in bfloat16 takes 0.55 ms, against 0.9 ms not transposed and 1.3 ms with a
+bfloat16 result. In float32, and for many vectors, neither gains anything.
 """
 
 import functools
@@ -16,6 +20,8 @@ from acestep_jax.models.kernels.platform import platform
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
+FEW = 16  # vectors at most, whose product is bound by reading the matrix
+
 
 def split(layers: Layer) -> Layer:
     """Return stacked layers with the matrices of their linear layers as rows, on a CPU; elsewhere, as they are.
@@ -25,7 +31,7 @@ def split(layers: Layer) -> Layer:
     if platform() == "cpu":
         for linear in _linears(layers):
             stack = linear.kernel[...]
-            rows: Any = nnx.List([nnx.Param(stack[i]) for i in range(stack.shape[0])])
+            rows: Any = nnx.List([nnx.Param(_arranged(stack[i])) for i in range(stack.shape[0])])
             linear.kernel = rows
     return layers
 
@@ -34,7 +40,7 @@ def pick(layers: Layer, index: jax.Array) -> Layer:
     """Return the layer `index`, which a loop counts, of stacked layers or what `split` made of them."""
     is_rows = lambda node: isinstance(node, nnx.List)  # noqa: E731
     layer = jax.tree.map(
-        lambda leaf: nnx.Param(leaf[0][...]) if is_rows(leaf) else _row(leaf, index), layers, is_leaf=is_rows
+        lambda leaf: nnx.Param(leaf[0][...]) if is_rows(leaf) else pick_row(leaf, index), layers, is_leaf=is_rows
     )
     for linear, whole in zip(_linears(layer), _linears(layers), strict=True):
         if is_rows(whole.kernel):
@@ -43,17 +49,33 @@ def pick(layers: Layer, index: jax.Array) -> Layer:
     return layer
 
 
+def _arranged(matrix: jax.Array) -> jax.Array:
+    return matrix.T if _is_half(matrix.dtype) else matrix
+
+
 def _product(rows: list[jax.Array], index: jax.Array, dot_general, x: jax.Array, _: jax.Array, *dimensions, **options):
     """Compute `dot_general` with the row `index` in place of the matrix that is given."""
-    multiply = lambda row, x: dot_general(x, row.astype(x.dtype), *dimensions, **options)  # noqa: E731
+    ((contracted, _), batch), *rest = dimensions
+    transposed, quantised = _is_half(rows[0].dtype), rows[0].dtype.itemsize == 1
+    numbers = ((contracted, (1,) if transposed else (0,)), batch)
+    if transposed and x.size // x.shape[-1] <= FEW:
+        options |= {"preferred_element_type": jnp.float32}
+
+    def multiply(row: jax.Array, x: jax.Array) -> jax.Array:
+        made = dot_general(x, row.astype(x.dtype), numbers, *rest, **options)
+        return made if quantised else made.astype(x.dtype)  # what is quantised has a scale to come, see QuantizedLinear
+
     return jax.lax.switch(index, [functools.partial(multiply, row) for row in rows], x)
 
 
 def storage_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """Return the dtype of an array that a loop reads and writes in parts, of values of `dtype`: on a CPU, the bits of
-    half precision. XLA would widen the whole array to float32 at each write, and before the loop where it is read."""
-    is_half = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 2
-    return jnp.dtype(jnp.uint16) if is_half and platform() == "cpu" else jnp.dtype(dtype)
+    half precision and of float8. XLA would widen the whole array to float32 at each write, and before the loop where it
+    is read."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return dtype  # random keys have one that NumPy does not know
+    bits = {1: jnp.uint8, 2: jnp.uint16}.get(jnp.dtype(dtype).itemsize)
+    return jnp.dtype(bits) if bits is not None and platform() == "cpu" else jnp.dtype(dtype)
 
 
 def stored(x: jax.Array) -> jax.Array:
@@ -67,8 +89,15 @@ def restored(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
-def _row(stack: jax.Array, index: jax.Array) -> jax.Array:
-    return restored(jax.lax.dynamic_index_in_dim(stored(stack), index, keepdims=False), stack.dtype)
+def pick_row(stack: jax.Array, index: jax.Array) -> jax.Array:
+    """Return stack[index], read in place: see `storage_dtype`."""
+    return restored(
+        jax.lax.dynamic_index_in_dim(stored(stack), index, keepdims=False, allow_negative_indices=False), stack.dtype
+    )
+
+
+def _is_half(dtype: jnp.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 2
 
 
 def _linears(module: nnx.Module) -> list[nnx.Linear]:

@@ -1,4 +1,4 @@
-"""The programs that `benchmarks.tpu_aot` compiles, with the shapes of their arguments as a mesh holds them."""
+"""The programs that are compiled ahead of time, with the shapes of their arguments as a mesh holds them."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,9 @@ from acestep_jax.diffusion import denoise
 from acestep_jax.distributed import partition_spec, variable_sharding
 from acestep_jax.inputs import programs as stages
 from acestep_jax.inputs.buckets import BUCKETS
+from acestep_jax.inputs.collate import Tokens
 from acestep_jax.io import checkpoint
+from acestep_jax.memory import weight_bytes
 from acestep_jax.models.config import (
     AudioTokenDetokenizerConfig,
     AudioTokenizerConfig,
@@ -23,20 +25,29 @@ from acestep_jax.models.config import (
     ConditionEncoderConfig,
     LoRAConfig,
     NetworkConfig,
+    PlannerConfig,
     Runtime,
     TextEncoderConfig,
     TransformerConfig,
 )
 from acestep_jax.models.lora import add_lora
 from acestep_jax.models.registry import FAMILY
+from acestep_jax.models.scan import period
+from acestep_jax.planner import generate as planner
+from acestep_jax.planner.sampling import Drawing, LanguageSampling
+from acestep_jax.planner.writer import CODE_BUCKETS, PROMPT_BUCKETS
 from acestep_jax.train import step as steps
 from acestep_jax.train.config import DataConfig, OptimizerConfig, TrainConfig
 from acestep_jax.train.objective import Batch, Frozen
 from benchmarks.floor import (
     FRAMES_PER_SECOND,
+    PLANNER_SIZES,
     TRANSFORMER_SIZES,
     decoder_flops,
     lyric_encoder_flops,
+    planner_step_bytes,
+    planner_step_flops,
+    text_encoder_flops,
     training_flops,
     transformer_flops,
 )
@@ -48,27 +59,100 @@ BFLOAT16 = Runtime.of("bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Hold a jitted function with the shapes of its arguments; `flops` is what it needs on all chips together."""
+    """Hold a jitted function with the shapes of its arguments.
+
+    flops: what it needs on all chips together.
+    bytes: of the weights that it must read, once a step, on all chips together; 0 where FLOPs decide.
+    steps: how many it makes.
+    layer_trips: of the loop over layers; None where there is none, or not one that stands for the program.
+    """
 
     name: str
     function: Callable
     arguments: tuple
     static: dict[str, Any]
     flops: float
+    bytes: float = 0.0
+    steps: int = 1
+    layer_trips: int | None = None
 
 
-def programs(options: argparse.Namespace, mesh: Mesh, seconds: float, batch: int) -> Iterator[Program]:
+def programs(
+    options: argparse.Namespace, mesh: Mesh, seconds: float, batch: int, precision: str = "bfloat16"
+) -> Iterator[Program]:
     """Yield the requested programs. Every frame of a bucket counts as one of the song."""
-    frames = round(seconds * FRAMES_PER_SECOND)
+    frames, runtime = round(seconds * FRAMES_PER_SECOND), Runtime.of(precision)
+    if "encode" in options.stage:
+        yield encode_program(options, mesh, batch, runtime)
     if "denoise" in options.stage:
         for size in options.size:
-            yield denoise_program(options, mesh, size, BUCKETS.frames_of(frames), batch)
+            quantized = dataclasses.replace(runtime, quantization=options.quantization)
+            yield denoise_program(options, mesh, size, BUCKETS.frames_of(frames), batch, quantized)
     if "train" in options.stage:
         for size in options.size:
             for method in options.method:
                 yield train_program(options, mesh, size, method, frames, batch)
     if "decode" in options.stage:
-        yield decode_program(mesh, BUCKETS.frames_of(frames), batch)
+        yield decode_program(mesh, BUCKETS.frames_of(frames), batch, runtime)
+    if "plan" in options.stage:
+        for size in options.planner:
+            yield plan_program(mesh, size, seconds, batch, runtime)
+
+
+def encode_program(options: argparse.Namespace, mesh: Mesh, batch: int, runtime: Runtime = BFLOAT16) -> Program:
+    """Return the program of texts and lyrics, which count the token of silence."""
+    text_config, config = TextEncoderConfig(), ConditionEncoderConfig()
+    lyrics = options.condition_tokens - PROMPT_TOKENS
+    tokens = lambda count: Tokens(  # noqa: E731
+        sharded((batch, count), jnp.int32, ("batch", None), mesh), sharded((batch, count), bool, ("batch", None), mesh)
+    )
+    arguments = (
+        abstract("text_encoder", text_config, mesh, runtime=runtime),
+        abstract("condition_encoder", config, mesh, runtime=runtime),
+        tokens(PROMPT_TOKENS),
+        tokens(lyrics),
+        sharded((1, config.hidden_size), runtime.dtype, (None, None), mesh),  # the timbre of silence, encoded apart
+        sharded((batch,), jnp.int32, ("batch",), mesh),
+    )
+    flops = lyric_encoder_flops(config, lyrics, batch) + text_encoder_flops(text_config, PROMPT_TOKENS, batch)
+    trips = text_config.num_hidden_layers
+    return Program("encode", stages.encode, arguments, {}, flops, layer_trips=trips)
+
+
+def plan_program(mesh: Mesh, size: str, seconds: float, batch: int, runtime: Runtime = BFLOAT16) -> Program:
+    """Return a step of the planner that writes audio codes, with guidance: two rows a song, the cache half full.
+
+    The loop over steps ends by what it finds, so it counts once, and figures are of one step.
+    """
+    config = PlannerConfig(vocab_size=217204, **PLANNER_SIZES[size])
+    written = next(n for n in CODE_BUCKETS if n >= round(5 * seconds))
+    prompt, rows = PROMPT_BUCKETS[0], 2 * batch
+    slots = prompt + written
+    model = abstract("planner", config, mesh, runtime=runtime)
+    drawing = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, Drawing.of(LanguageSampling(), batch)))
+    counts = sharded((batch,), jnp.int32, ("batch",), mesh)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    inputs = planner.CodeInputs(
+        planner.Prompts(
+            sharded((rows, prompt), jnp.int32, ("batch", None), mesh), sharded((rows,), jnp.int32, ("batch",), mesh)
+        ),
+        counts,
+        keys,
+        drawing,
+    )
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(lambda m, i: planner.begin(m, i, slots=slots), model, inputs)
+    axes = "layers", "batch", "heads", None, None
+    state = state._replace(cache=jax.tree.map(lambda x: sharded(x.shape, x.dtype, axes, mesh), state.cache))
+    until = jax.ShapeDtypeStruct((), jnp.int32)
+    width = jnp.dtype(runtime.param_dtype).itemsize
+    read = planner_step_bytes(config, rows, prompt + written // 2, width)
+    flops = planner_step_flops(config, rows, prompt + written // 2)
+    arguments = model, inputs, state, until
+    trips = config.num_hidden_layers
+    return Program(
+        f"plan {size}, a step", planner.advance_program, arguments, dict(window=slots), flops, read, 1, trips
+    )
 
 
 def decode_program(mesh: Mesh, frames: int, batch: int, runtime: Runtime = BFLOAT16) -> Program:
@@ -103,7 +187,10 @@ def denoise_program(
         inputs,
     )
     flops = STEPS * transformer_flops(config, frames, tokens, batch)
-    return Program(f"denoise {size}", denoise.denoise, arguments, dict(method=denoise.Method()), flops)
+    weights = STEPS * leaf_bytes("transformer", config, runtime)
+    method = dict(method=denoise.Method())
+    trips = config.num_hidden_layers // period(config.windows(config.num_hidden_layers))
+    return Program(f"denoise {size}", denoise.denoise, arguments, method, flops, weights, STEPS, trips)
 
 
 def train_program(options: argparse.Namespace, mesh: Mesh, size: str, method: str, frames: int, batch: int) -> Program:
@@ -164,7 +251,8 @@ def train_program(options: argparse.Namespace, mesh: Mesh, size: str, method: st
     flops = training_flops(config, frames, options.condition_tokens, batch, rank=rank)
     flops += lyric_encoder_flops(encoder, lyrics, batch)
     name = f"train {method} {size}, remat {options.remat}"
-    return Program(name, step, (state, model.frozen, frozen, examples), {}, flops)
+    trips = config.num_hidden_layers // period(config.windows(config.num_hidden_layers))
+    return Program(name, step, (state, model.frozen, frozen, examples), {}, flops, layer_trips=trips)
 
 
 def transformer_config(options: argparse.Namespace, size: str) -> TransformerConfig:
@@ -191,6 +279,11 @@ def abstract(
         for leaf, variable in checkpoint.leaves(module).items()
     }
     return checkpoint.assemble(module, leaves)
+
+
+def leaf_bytes(name: str, config: NetworkConfig, runtime: Runtime) -> float:
+    """Return the size of a network's weights."""
+    return weight_bytes({name: config}, runtime.param_dtype, runtime.quantization)[name]
 
 
 def sharded(shape: tuple[int, ...], dtype, names: tuple[str | None, ...], mesh: Mesh) -> jax.ShapeDtypeStruct:

@@ -1,0 +1,48 @@
+"""The programs that an NVIDIA GPU would run, compiled without one."""
+
+import os
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def compile_for_gpu(*arguments: str) -> list[dict[str, str]]:
+    """The rows that `benchmarks.gpu_aot` prints with these arguments, by column."""
+    if not any(util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        pytest.skip("compiling for NVIDIA GPUs needs their plugin: pip install '.[cuda13]'")
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_aot", *arguments],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    head, _, *rows = ([cell.strip() for cell in line.split("|")] for line in run.stdout.splitlines() if line[:1] == "|")
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def kernels(text: str) -> dict[str, int]:
+    """'55: 30 elementwise, ...': how many there are of each kind."""
+    words = [entry.split(maxsplit=1) for entry in text.split(": ", 1)[1].split(", ")]
+    return {kind: int(n) for n, kind in words}
+
+
+def test_a_layer_with_a_window_and_one_without():
+    """Each attention is the one kernel that was meant: of the window Pallas', of the others cuDNN's."""
+    row, other = compile_for_gpu(*"--stage denoise --size 2B --layers 2 --seconds 60 --card h100 t4".split())
+    found = kernels(row["kernels"])
+    assert found["cuDNN attention"] == 3 * 8 and found["Pallas"] == 8
+    assert row["fits"] == "yes" and float(row["copied GB a step"]) < 0.02
+    # A card without bfloat16 has neither kernel.
+    assert not {"cuDNN attention", "Pallas"} & kernels(other["kernels"]).keys()
+
+
+def test_the_decoder_is_made_of_convolutions():
+    (row,) = compile_for_gpu(*"--stage decode --seconds 20 --card a100".split())
+    assert kernels(row["kernels"])["cuDNN convolution"] >= 37

@@ -1,0 +1,50 @@
+"""The norm and rotation of heads in one kernel, in interpret mode, against the plain form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from acestep_jax.models.kernels import heads
+from acestep_jax.models.layers import rotary_embedding
+from tests.parity import assert_close, normal
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The kernel in interpret mode, of small tiles, and the plain form; both of x, scale and tables."""
+    monkeypatch.setattr(heads, "ROWS", (16, 8))
+    kernel = jax.jit(lambda *x: heads._fused(*x, 1e-6, True))
+    return kernel, jax.jit(lambda *x: heads._plain(*x, 1e-6))
+
+
+def arguments(dtype, rotated, tokens=40):
+    x, scale = normal(2, tokens, 3, 128, seed=0), 1 + 0.1 * normal(128, seed=1)
+    tables = rotary_embedding(tokens, 128, 1e6) if rotated else None
+    return jnp.asarray(x, dtype), jnp.asarray(scale, dtype), tables
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_kernel(fused, dtype, limit, rotated):
+    """In bfloat16 to two last bits: XLA for CPUs may leave out the roundings within either form."""
+    kernel, plain = fused
+    x = arguments(dtype, rotated)
+    found, expected = (np.asarray(f(*x), np.float32) for f in (kernel, plain))
+    assert_close(found, expected, limit)
+
+
+def test_derivatives(fused):
+    kernel, plain = fused
+    x = arguments("float32", True, tokens=8)
+    for f in (jax.jacrev, jax.jacfwd):
+        slopes = [f(lambda scale, g=g: g(x[0], scale, x[2]).sum((0, 1)))(x[1]) for g in (kernel, plain)]
+        assert_close(*slopes, 1e-6)
+
+
+def test_a_cpu_has_no_kernel():
+    x = arguments("float32", True)
+    assert not heads.suits(128)
+    np.testing.assert_array_equal(heads.normalise(*x, eps=1e-6), heads._plain(*x, 1e-6))
