@@ -233,6 +233,12 @@ def exchange(text: str) -> list[str]:
     return found
 
 
+def leader_host() -> str:
+    """Return the host by which the other processes reach process 0."""
+    address: Any = service.global_state.coordinator_address
+    return str(address).rpartition(":")[0].strip("[]")
+
+
 @contextlib.contextmanager
 def all_succeed() -> Iterator[None]:
     """Wait, at the end, for the other processes; where one has raised, all raise.

@@ -24,7 +24,7 @@ from acestep_jax.memory import needed_bytes
 from acestep_jax.models.audio_tokenizer import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer
 from acestep_jax.models.autoencoder import AutoencoderOobleck
 from acestep_jax.models.condition_encoder import AceStepConditionEncoder
-from acestep_jax.models.config import MIXED, check_precision
+from acestep_jax.models.config import MIXED, split_dtype
 from acestep_jax.models.qwen3 import Qwen3Model
 from acestep_jax.models.registry import FAMILY, SamplingDefaults
 from acestep_jax.models.transformer import AceStepTransformer1DModel
@@ -97,7 +97,8 @@ class LoadedModel:
                 checkpoint. By default the small model of this package.
             variant: "turbo", "base", "sft", "xl-turbo", ..., where the source has several.
             dtype: "float32", "bfloat16", "float16" or "mixed_float16", of weights and computation, see `Runtime.of`;
-                None: what the checkpoint asks for, or else what suits the device, see `precision_for`.
+                None: what the checkpoint asks for, or else what suits the device, see `precision_for`. "int8" and "fp8"
+                are of the weights of layers, see `models.quantization`; the rest is what None gives.
             mesh: from `acestep_jax.make_mesh`; None: the first device.
             revision: branch, tag or commit of the repository; None: the newest.
             token: of the hub, for private and gated repositories; None: that of `hf auth login` or HF_TOKEN.
@@ -118,18 +119,25 @@ class LoadedModel:
         hub = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         path = native_folder(source, variant, dtype=converted_dtype(dtype), **hub)
         manifest = checkpoint.read_manifest(path, None if networks is None else networks)
-        dtype = pick_dtype(manifest, mesh) if dtype is None else dtype
+        precision, quantization = split_dtype(dtype)
+        precision = pick_dtype(manifest, mesh) if precision is None else precision
         configs = {name: c for name, c in manifest.configs.items() if networks is None or name in networks}
-        counted = dtype or manifest.dtypes.get("transformer", "float32")
-        needed = needed_bytes(configs, counted, jax.default_backend())
+        counted = precision or manifest.dtypes.get("transformer", "float32")
+        kind = quantization or manifest.quantization.get("transformer")
+        needed = needed_bytes(configs, counted, jax.default_backend(), quantization=kind)
         placement = choose(needed, offload, mesh)
         loaded: dict[str, Any] = checkpoint.load(
-            path, dtype=dtype, mesh=mesh, names=networks, on_host=placement.offloads
+            path,
+            dtype=precision,
+            quantization=quantization,
+            mesh=mesh,
+            names=networks,
+            on_host=placement.offloads,
         )
         tokenizer = checkpoint.load_tokenizer(path) if "text_encoder" in loaded else None
         pipe = cls(**loaded, tokenizer=tokenizer, mesh=mesh, sampling_defaults=manifest.sampling, placement=placement)
         pipe.loaded_from = path
-        pipe.planner_source = PlannerSource.of(planner, source, path, dtype=dtype, **hub)
+        pipe.planner_source = PlannerSource.of(planner, source, path, dtype=quantization or precision, **hub)
         return pipe
 
     from_checkpoint = from_pretrained
@@ -339,4 +347,5 @@ def converted_dtype(dtype: str | None) -> str | None:
 
     The mixed precision is of the computation; weights are rounded to it as they are loaded.
     """
-    return None if dtype is None or check_precision(dtype) == MIXED else dtype
+    precision, quantization = split_dtype(dtype)
+    return quantization if precision in (None, MIXED) else precision

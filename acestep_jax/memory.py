@@ -4,6 +4,7 @@ Weights are counted. What a program takes beside them, its temporary arrays and 
 compiled for each kind of device: `python -m benchmarks.device_memory`.
 """
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +23,7 @@ from acestep_jax.models.config import (
     TextEncoderConfig,
     TransformerConfig,
 )
+from acestep_jax.models.quantization import NETWORKS
 
 # The transformer of each published size, beside the defaults of `TransformerConfig`.
 SIZES: Mapping[str, dict[str, Any]] = MappingProxyType(
@@ -76,13 +78,24 @@ def configs_of(size: str) -> dict[str, NetworkConfig]:
     }
 
 
-def weight_bytes(configs: Mapping[str, NetworkConfig], precision: str) -> dict[str, int]:
-    """Return the bytes of the weights of each network in a precision of `config.PRECISIONS`."""
+def weight_bytes(
+    configs: Mapping[str, NetworkConfig], precision: str, quantization: str | None = None
+) -> dict[str, int]:
+    """Return the bytes of the weights of each network in a precision of `config.PRECISIONS`.
+
+    Args:
+        quantization: of the networks that `models.quantization` knows, one of `config.QUANTIZATIONS`; None: none.
+    """
     itemsize = jnp.dtype(Runtime.of(precision).param_dtype).itemsize
-    return {
-        name: itemsize * sum(int(np.prod(leaf.shape)) for leaf in leaf_shapes(name, config).values())
-        for name, config in configs.items()
-    }
+    found = {}
+    for name, config in configs.items():
+        leaves = leaf_shapes(name, config, quantization if name in NETWORKS else None)
+        own = {leaf.rpartition(".")[0] for leaf, shape in leaves.items() if shape.dtype.itemsize == 1}
+        found[name] = sum(
+            math.prod(shape.shape) * (shape.dtype.itemsize if leaf.rpartition(".")[0] in own else itemsize)
+            for leaf, shape in leaves.items()
+        )
+    return found
 
 
 def working_bytes(
@@ -107,16 +120,29 @@ def working_bytes(
     }
 
 
-def needed_bytes(configs: Mapping[str, NetworkConfig], precision: str, platform: str, seconds: float = LONGEST) -> int:
+def needed_bytes(
+    configs: Mapping[str, NetworkConfig],
+    precision: str,
+    platform: str,
+    seconds: float = LONGEST,
+    quantization: str | None = None,
+) -> int:
     """Return what a song takes with all networks on one device, with guidance unless the transformer is turbo's."""
-    weights = sum(weight_bytes(configs, precision).values())
+    weights = sum(weight_bytes(configs, precision, quantization).values())
     working = working_bytes(configs, precision, platform, seconds)
     return weights + max(_branches(configs) * working["denoise"], working["decode"])
 
 
-def needed_in_turn(configs: Mapping[str, NetworkConfig], precision: str, platform: str, seconds: float) -> int:
+def needed_in_turn(
+    configs: Mapping[str, NetworkConfig],
+    precision: str,
+    platform: str,
+    seconds: float,
+    quantization: str | None = None,
+) -> int:
     """Return what a song takes with networks copied to the device in turn, see `placement`."""
-    weights, working = weight_bytes(configs, precision), working_bytes(configs, precision, platform, seconds)
+    weights = weight_bytes(configs, precision, quantization)
+    working = working_bytes(configs, precision, platform, seconds)
     encoding = sum(weights[name] for name in weights if name != "transformer")
     denoising = weights.get("transformer", 0) + weights.get("condition_encoder", 0)
     denoising += _branches(configs) * working["denoise"]

@@ -79,14 +79,15 @@ class PlanningModel(LoadedModel):
             self._is_missing = True
             return False
 
-    def _free_if_needed(self) -> None:
-        """Free the planner's memory where the networks of a song need it."""
+    def free_if_needed(self) -> None:
+        """Free the planner's memory where the networks of a song need it; see `unload_planner`."""
         limit = memory_limit(first_device())
         if limit is None or self._planner is None or self._is_given:
             return
         network = self._planner.model
         mine = sum(leaf.nbytes for leaf in jax.tree.leaves(network))
-        needed = needed_bytes(self.configs, network.runtime.param_dtype, jax.default_backend())
+        kind = self.transformer.runtime.quantization if self.transformer is not None else None
+        needed = needed_bytes(self.configs, network.runtime.param_dtype, jax.default_backend(), quantization=kind)
         if self.placement.offloads or mine + needed > limit * (self.mesh.size if self.mesh is not None else 1):
             logger.info("planner: dropped, for the song needs its memory")
             self.unload_planner()
@@ -193,7 +194,7 @@ class PlanningModel(LoadedModel):
         """
         made: list[tuple[Request, Plan | None]] = [(request, None) for request in requests]
         asked = bool(planning.thinking)
-        chosen = [i for i, r in enumerate(requests) if _can_be_planned(r) and (asked or i not in finished)]
+        chosen = [i for i, r in enumerate(requests) if can_be_planned(r) and (asked or i not in finished)]
         if asked and len(chosen) < len(requests):
             logger.warning(
                 "thinking: the planner writes for text2music without audio codes, a source or latents; %d of %d songs "
@@ -233,7 +234,7 @@ class PlanningModel(LoadedModel):
                 raise
             logger.warning("thinking: made without the planner (%s)", error)  # which reads less than the transformer
             return made
-        self._free_if_needed()
+        self.free_if_needed()
         for i, request, plan in zip(chosen, mine, plans, strict=True):
             made[i] = plan.request(request), plan
         return made
@@ -255,7 +256,8 @@ def _watched(on_progress: Progress | None) -> Iterator[Progress | None]:
         yield None if bar.disable else update
 
 
-def _can_be_planned(request: Request) -> bool:
+def can_be_planned(request: Request) -> bool:
+    """Return whether the planner writes for a request: text2music without audio codes, latents or an edited source."""
     task = tasks.find(request.task_type)
     has_own = request.audio_codes is not None or request.latents is not None
     return task.with_codes is not None and not has_own and not request.flow_edit_morph

@@ -59,14 +59,27 @@ def detokenize(
     return audio_token_detokenizer(vectors).astype(jnp.float32)
 
 
+@functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+def encode_timbres(condition_encoder: AceStepConditionEncoder, references: jax.Array | None = None) -> jax.Array:
+    """Encode reference clips to tokens [N + 1, D], of which the last is that of silence.
+
+    Args:
+        references: [N, 750, C], their latents; None: there are none.
+    """
+    clips = condition_encoder.silence(REFERENCE_FRAMES).astype(jnp.float32)
+    if references is not None:
+        clips = jnp.concatenate([references, clips])
+    return condition_encoder.timbre_encoder(clips.astype(condition_encoder.runtime.dtype))
+
+
 @functools.partial(jax.jit, static_argnames="attend_to_padding", compiler_options=COMPILER_OPTIONS)
 def encode(
     text_encoder: Qwen3Model,
     condition_encoder: AceStepConditionEncoder,
     tokens: Tokens[jax.Array],
     lyrics: Tokens[jax.Array],
-    references: jax.Array | None = None,
-    owners: jax.Array | None = None,
+    timbres: jax.Array,
+    owners: jax.Array,
     *,
     attend_to_padding: bool = False,
 ) -> Condition:
@@ -74,25 +87,19 @@ def encode(
 
     Args:
         tokens: of the prompts.
-        references: [N, 750, C], latents of reference clips; None: there are none.
-        owners: [B] int32, which of them is a song's, N for silence.
+        timbres: [N, D], see `encode_timbres`.
+        owners: [B] int32, which of them is a song's.
         attend_to_padding: whether padding is valid as well, as in diffusers.
     """
-    batch = tokens.ids.shape[0]
-    clips = condition_encoder.silence(REFERENCE_FRAMES).astype(jnp.float32)
-    if references is None:
-        clips = jnp.broadcast_to(clips, (batch, *clips.shape[1:]))
-    else:
-        clips = jnp.concatenate([references, clips])[owners]
-    condition, mask = condition_encoder(
+    condition, mask = condition_encoder.combine(
         text_encoder(tokens.ids),
         tokens.mask,
         text_encoder.embed_tokens(lyrics.ids),
         lyrics.mask,
-        clips,
-        jnp.arange(batch),
+        timbres[owners][:, None],
+        jnp.ones((owners.shape[0], 1), bool),
     )
-    lengths = jnp.full((batch,), mask.shape[1]) if attend_to_padding else mask.sum(1)
+    lengths = jnp.full((owners.shape[0],), mask.shape[1]) if attend_to_padding else mask.sum(1)
     return Condition(condition, lengths.astype(jnp.int32))
 
 

@@ -148,13 +148,11 @@ def tokenize(
 
 
 def _cut(tokenizer: Tokenizer, text: str, max_length: int) -> Encoding:
-    """Return the encoding without what is beyond `max_length`. The library cuts the text itself, so that the
-    end-of-text token of its post-processor stays."""
-    tokenizer.enable_truncation(max_length)
-    try:
-        return tokenizer.encode(text)
-    finally:
-        tokenizer.no_truncation()
+    """Return the encoding without what is beyond `max_length`, as with the library's truncation, which leaves room for
+    the end-of-text token of the post-processor. The tokenizer itself is not changed: other threads use it."""
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    encoding.truncate(max_length - tokenizer.num_special_tokens_to_add(False))
+    return tokenizer.post_process(encoding)
 
 
 def _fitting(tokenizer: Tokenizer, text: Prompt, max_length: int) -> str | None:

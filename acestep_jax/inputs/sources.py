@@ -27,11 +27,12 @@ Networks = Mapping[str, Any]  # by the names of `models.registry`
 
 
 def conditions(
-    networks: Networks, batch: Batch, references: tuple[jax.Array, np.ndarray] | None, *, attend_to_padding: bool
+    networks: Networks, batch: Batch, references: tuple[jax.Array | None, np.ndarray], *, attend_to_padding: bool
 ) -> tuple[Condition, Condition | None, Condition | None]:
     """Return the condition of each song, where a cover is partial that of text2music, of equal sizes, and where sources
     are edited by flow that of the texts which describe them."""
-    clips, owners = references or (None, None)
+    clips, owners = references
+    timbres = programs.encode_timbres(networks["condition_encoder"], clips)
 
     def encode(tokens: Tokens[np.ndarray], lyrics: Tokens[np.ndarray] = batch.lyrics) -> Condition:
         return programs.encode(
@@ -39,7 +40,7 @@ def conditions(
             networks["condition_encoder"],
             tokens,
             lyrics,
-            clips,
+            timbres,
             owners,
             attend_to_padding=attend_to_padding,
         )
@@ -90,15 +91,16 @@ def _folded(keys: jax.Array, rows: Sequence[int], purpose: int) -> jax.Array:
 
 def references(
     networks: Networks, jobs: Sequence[Job], keys: jax.Array | None = None
-) -> tuple[jax.Array, np.ndarray] | None:
-    """Return the latents of the reference clips [N, 750, C], and which of them is each song's, N for none.
+) -> tuple[jax.Array | None, np.ndarray]:
+    """Return the latents of the reference clips [N, 750, C], None if there are none, and which of them is each song's,
+    N for silence.
 
     keys: see `source_latents`.
     """
     waves = [job.reference for job in jobs if job.reference is not None]
-    if not waves:
-        return None
     owners = np.full(len(jobs), len(waves), np.int32)
+    if not waves:
+        return None, owners
     owners[[job.reference is not None for job in jobs]] = np.arange(len(waves))
     lengths = np.full(len(waves), waves[0].shape[-1], np.int32)
     rows = [i for i, job in enumerate(jobs) if job.reference is not None]

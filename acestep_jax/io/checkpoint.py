@@ -1,7 +1,8 @@
 """The native checkpoint: a folder with `config.json`, `tokenizer.json` and the weights as an Orbax tree.
 
 Parameters are named by network and module path, `transformer.layers.self_attn.to_q.kernel`; each is stored whole
-and read back straight onto its device or its part of a mesh.
+and read back straight onto its device or its part of a mesh. A quantised weight is stored as its values, under the
+name of the weight, and its scales beside it, `transformer.layers.self_attn.to_q.scale`.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from tokenizers import Tokenizer
 
 from acestep_jax.distributed import variable_sharding
 from acestep_jax.errors import InputError
+from acestep_jax.io import mapped
 from acestep_jax.io.files import (
     DISK_FULL,
     absolute,
@@ -42,8 +44,17 @@ from acestep_jax.io.files import (
     publish_file,
     remove_tree,
 )
-from acestep_jax.io.manifest import CONFIG, Manifest, check_sampling, default_dtype, manifest_values, read_manifest
+from acestep_jax.io.manifest import (
+    CONFIG,
+    Manifest,
+    check_sampling,
+    check_unquantized,
+    default_dtype,
+    manifest_values,
+    read_manifest,
+)
 from acestep_jax.models.config import DEFAULT_RUNTIME, NetworkConfig, Runtime, check_dtype, check_precision
+from acestep_jax.models.quantization import NETWORKS, parts, quantize, quantize_array
 from acestep_jax.models.registry import FAMILY
 
 TOKENIZER, WEIGHTS = "tokenizer.json", "weights"
@@ -57,9 +68,28 @@ logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not 
 
 
 def abstract(name: str, config: NetworkConfig, runtime: Runtime = DEFAULT_RUNTIME) -> nnx.Module:
-    """Return the network called `name` with shapes and dtypes in place of arrays; nothing is allocated."""
+    """Return the network called `name` with shapes and dtypes in place of arrays; nothing is allocated.
+
+    Of the networks that `models.quantization` does not name, `runtime.quantization` changes nothing.
+    """
     network, _ = FAMILY.every[name]
-    return jax.eval_shape(lambda: network(config, runtime=runtime, rngs=nnx.Rngs(0)))
+    kind = runtime.quantization if name in NETWORKS else None
+    # A module of its own for each caller, who may change it.
+    made = _traced(network, config, runtime, kind, NETWORKS.get(name), jax.sharding.get_abstract_mesh())
+    return jax.tree.map(lambda leaf: leaf, made)
+
+
+@functools.lru_cache(maxsize=64)
+def _traced(
+    network: Any, config: NetworkConfig, runtime: Runtime, kind: Any, activations: Any, mesh: Any
+) -> nnx.Module:
+    """Trace the construction of a network once for each mesh in use: of all networks of a model it takes a second."""
+
+    def make() -> nnx.Module:
+        made = network(config, runtime=runtime, rngs=nnx.Rngs(0))
+        return made if kind is None else quantize(made, kind, activations=activations)
+
+    return jax.eval_shape(make)
 
 
 def leaves(module: nnx.Module) -> dict[str, nnx.Variable]:
@@ -69,9 +99,12 @@ def leaves(module: nnx.Module) -> dict[str, nnx.Variable]:
 
 
 @functools.lru_cache
-def leaf_shapes(name: str, config: NetworkConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """Return shape and dtype (float32) of every leaf of the network called `name`, by dotted path, in order."""
-    found = leaves(abstract(name, config))
+def leaf_shapes(
+    name: str, config: NetworkConfig, quantization: str | None = None
+) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Return shape and dtype (float32, of 8 bits what is quantised) of every leaf of the network called `name`, by
+    dotted path, in order."""
+    found = leaves(abstract(name, config, Runtime(quantization=quantization)))
     return MappingProxyType({leaf: jax.ShapeDtypeStruct(v.shape, v.dtype) for leaf, v in found.items()})
 
 
@@ -172,6 +205,7 @@ def save(
     *,
     sampling: Mapping[str, Any] | None = None,
     dtypes: Mapping[str, str] | None = None,
+    quantization: Mapping[str, str] | None = None,
     size: int | None = None,
     compress: bool = False,
 ) -> None:
@@ -183,7 +217,7 @@ def save(
         tokenizer: the text of `tokenizer.json`; None: there is none, beside single networks.
         tokenizer_config: see `Manifest`.
         extra_files: name to a function that writes the file of that name, given its path.
-        sampling, dtypes: see `Manifest`; None: nothing of the kind.
+        sampling, dtypes, quantization: see `Manifest`; None: nothing of the kind.
         size: bytes of all arrays, for which the disk must have room; None: those of float32.
         compress: trained weights hardly get smaller, and it takes time and memory, but the latents of silence do.
 
@@ -196,10 +230,10 @@ def save(
             f"{path}: several processes write no checkpoint; convert the model before, in one process, with "
             "`acestep-jax convert from-torch`"
         )
-    manifest = Manifest(configs, tokenizer_config, dict(sampling or {}), dict(dtypes or {}))
+    manifest = Manifest(configs, tokenizer_config, dict(sampling or {}), dict(dtypes or {}), dict(quantization or {}))
     check_sampling(manifest.sampling, "sampling")
-    shapes = {f"{n}.{leaf}": shape for n, config in configs.items() for leaf, shape in leaf_shapes(n, config).items()}
-    size = size or sum(4 * math.prod(shape.shape) for shape in shapes.values())
+    shapes = {f"{n}.{leaf}": s for n, found in described_leaves(manifest).items() for leaf, s in found.items()}
+    size = size or sum(byte_size(shape) for shape in shapes.values())
     with publish(path, size) as folder:
         wanted = set(shapes)
         weights = absolute(folder / WEIGHTS)
@@ -231,6 +265,7 @@ def save_changed(source: str | Path, destination: str | Path, name: str, arrays:
     """
     source = as_path(source)
     manifest = read_manifest(source)
+    check_unquantized(source, manifest, "what is written has")
     stored = network_leaves(source, manifest)
 
     def values() -> Iterator[tuple[str, np.ndarray]]:
@@ -242,18 +277,28 @@ def save_changed(source: str | Path, destination: str | Path, name: str, arrays:
                     value = changed[leaf] if leaf in changed else kept[leaf]
                     yield f"{network}.{leaf}", np.asarray(value).astype(shape.dtype)
 
-    extra = [file for file in source.iterdir() if file.is_file() and file.name not in (CONFIG, TOKENIZER)]
     save(
         destination,
         manifest.configs,
         values(),
         (source / TOKENIZER).read_text(encoding="utf-8"),
         manifest.tokenizer_config,
-        {file.name: functools.partial(copy_file, file) for file in extra},
+        other_files(source),
         sampling=manifest.sampling,
         dtypes=manifest.dtypes,
-        size=sum(math.prod(s.shape) * s.dtype.itemsize for shapes in stored.values() for s in shapes.values()),
+        size=sum(byte_size(shape) for shapes in stored.values() for shape in shapes.values()),
     )
+
+
+def other_files(source: Path) -> dict[str, Any]:
+    """Return what `save` writes as `extra_files` to copy those of another checkpoint."""
+    extra = [file for file in source.iterdir() if file.is_file() and file.name not in (CONFIG, TOKENIZER)]
+    return {file.name: functools.partial(copy_file, file) for file in extra}
+
+
+def byte_size(array: Any) -> int:
+    """Return the bytes of an array, or of what has the shape and the dtype of one."""
+    return math.prod(array.shape) * array.dtype.itemsize
 
 
 def copy_file(file: Path, target: Path) -> None:
@@ -267,6 +312,7 @@ def load(
     *,
     dtype: str | None = None,
     param_dtype: str | None = None,
+    quantization: str | None = None,
     remat: str = "none",
     attention: str = "auto",
     mesh: Mesh | None = None,
@@ -279,13 +325,16 @@ def load(
         path: the folder of a checkpoint.
         dtype: of weights and computation, one of `config.PRECISIONS`; None: each array as stored, and `default_dtype`.
         param_dtype: only of the weights; None: as `dtype` says.
+        quantization: of the weights of layers, one of `config.QUANTIZATIONS`, see `models.quantization`; None: as they
+            are stored. Weights that are not yet quantised are, a few at a time; `dtype` is of all others.
         remat, attention: see `Runtime`.
         mesh: from `distributed.make_mesh`; None: all on the first device.
         names: which networks; None: all that the checkpoint has.
         on_host: whether they go into the host's memory, for `placement`, instead of onto devices.
 
     Raises:
-        InputError: if the checkpoint is absent, incomplete or of other shapes than its config.
+        InputError: if the checkpoint is absent, incomplete or of other shapes than its config, or quantised to another
+            kind.
     """
     path = as_path(path)
     if dtype is not None:
@@ -299,19 +348,49 @@ def load(
     stored = network_leaves(path, manifest)
     networks = {}
     for name in names:
-        runtime = Runtime.of(dtype or default_dtype(manifest, name, stored[name]), remat=remat, attention=attention)
+        kind = quantization_of(path, manifest, name, quantization)
+        runtime = Runtime.of(
+            dtype or default_dtype(manifest, name, stored[name]), remat=remat, attention=attention, quantization=kind
+        )
         if param_dtype is not None:
             runtime = dataclasses.replace(runtime, param_dtype=param_dtype)
         stored_as = runtime.param_dtype if dtype or param_dtype else None  # None: each leaf as it is
         module = abstract(name, manifest.configs[name], runtime)
-        targets = {}
+        quantized = parts(module)
+        scales = {part.scale for part in quantized.values()}
+        wanted, later = {}, {}
         for leaf, variable in leaves(module).items():
-            found = stored[name][leaf]
-            kind = found.dtype if stored_as is None else jnp.dtype(stored_as)
             sharding = host_sharding() if on_host else variable_sharding(variable, mesh)
-            targets[leaf] = jax.ShapeDtypeStruct(found.shape, kind, sharding=sharding)
-        networks[name] = assemble(module, load_leaves(path, name, targets))
+            is_part = leaf in quantized or leaf in scales
+            if is_part and name not in manifest.quantization:
+                later[leaf] = sharding
+                continue
+            found = stored[name][leaf]
+            cast = found.dtype if stored_as is None or is_part else jnp.dtype(stored_as)
+            wanted[leaf] = jax.ShapeDtypeStruct(found.shape, cast, sharding=sharding)
+        arrays = load_leaves(path, name, wanted)
+        for group in batches((leaf, stored[name][leaf]) for leaf in later if leaf in quantized):
+            targets = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=later[n]) for n, s in group.items()}
+            for leaf, weight in load_leaves(path, name, targets).items():
+                scale, axis = quantized[leaf]
+                make = jax.jit(quantize_array, static_argnums=(1, 2), out_shardings=(later[leaf], later[scale]))
+                arrays[leaf], arrays[scale] = make(weight, kind, axis)
+        networks[name] = assemble(module, arrays)
     return networks
+
+
+def quantization_of(path: Path, manifest: Manifest, name: str, wanted: str | None) -> str | None:
+    """Return what the network `name` is to be quantised to, if it is at all; raise InputError if it is already, and to
+    another kind."""
+    found = manifest.quantization.get(name)
+    if wanted is None or name not in NETWORKS:
+        return found
+    if found not in (None, wanted):
+        raise InputError(
+            f"{path}: its {name} is quantised to {found}, and cannot be to {wanted}; leave the dtype out, or take the "
+            "checkpoint that it was made from"
+        )
+    return wanted
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -349,7 +428,7 @@ def network_leaves(path: Path, manifest: Manifest) -> dict[str, dict[str, jax.Sh
         InputError: if the weights are unreadable or not those that the configs describe.
     """
     stored = stored_leaves(path)
-    result = {name: leaf_shapes(name, config) for name, config in manifest.configs.items()}
+    result = described_leaves(manifest)
     wanted = {f"{name}.{leaf}": shape for name, shapes in result.items() for leaf, shape in shapes.items()}
     for name in sorted(wanted.keys() | stored.keys()):
         if name not in stored:
@@ -358,10 +437,18 @@ def network_leaves(path: Path, manifest: Manifest) -> dict[str, dict[str, jax.Sh
             problem = "belongs to no network of the config"
         elif stored[name].shape != wanted[name].shape:
             problem = f"has shape {stored[name].shape}, expected {wanted[name].shape}"
+        elif stored[name].dtype != wanted[name].dtype and 1 in (s[name].dtype.itemsize for s in (stored, wanted)):
+            problem = f"is {stored[name].dtype}, expected {wanted[name].dtype}"
         else:
             continue
         raise InputError(f"{path / WEIGHTS}: {name} {problem}; convert the checkpoint again")
     return {name: {leaf: stored[f"{name}.{leaf}"] for leaf in shapes} for name, shapes in result.items()}
+
+
+def described_leaves(manifest: Manifest) -> dict[str, Mapping[str, jax.ShapeDtypeStruct]]:
+    """Return `leaf_shapes` of the networks that a manifest describes."""
+    kinds = manifest.quantization
+    return {name: leaf_shapes(name, config, kinds.get(name)) for name, config in manifest.configs.items()}
 
 
 def load_leaves(path: Path, name: str, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -372,7 +459,8 @@ def load_leaves(path: Path, name: str, targets: dict[str, jax.ShapeDtypeStruct])
     """
     if not targets:  # Orbax takes no empty tree
         return {}
-    tree = nest({f"{name}.{leaf}": target for leaf, target in targets.items()})
+    named = {f"{name}.{leaf}": target for leaf, target in targets.items()}
+    weights = absolute(path / WEIGHTS)
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     if all(target.sharding is not None and target.sharding.is_fully_addressable for target in targets.values()):
@@ -381,13 +469,16 @@ def load_leaves(path: Path, name: str, targets: dict[str, jax.ShapeDtypeStruct])
         options.active_processes, options.primary_host = {process}, process
         options.barrier_sync_key_prefix = str(process)
     try:
-        with context, _first_error_only():
-            loaded = ocp.load(absolute(path / WEIGHTS), tree)  # pyright: ignore[reportArgumentType]
+        if mapped.is_mapped(weights, targets.values()):
+            loaded = nest(dict(mapped.read(weights, named)))
+        else:
+            with context, _first_error_only():
+                loaded = ocp.load(weights, nest(named))  # pyright: ignore[reportArgumentType]
     except Exception as error:
         cause = error.__cause__ or error
         if not isinstance(cause, ValueError):  # all that TensorStore raises
             raise
-        raise InputError(f"{path / WEIGHTS}: damaged ({cause}); convert the checkpoint again") from None
+        raise InputError(f"{weights}: damaged ({cause}); convert the checkpoint again") from None
     return {leaf.removeprefix(f"{name}."): value for leaf, value in flatten(loaded)}
 
 
@@ -412,7 +503,7 @@ def batches(arrays: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
     batch, size = {}, 0
     for name, value in arrays:
         batch[name] = value
-        size += math.prod(value.shape) * value.dtype.itemsize
+        size += byte_size(value)
         del value
         if size >= BATCH_BYTES:
             yield batch

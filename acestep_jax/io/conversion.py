@@ -12,7 +12,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from acestep_jax.errors import InputError
-from acestep_jax.io import checkpoint, rules
+from acestep_jax.io import checkpoint, quantizing, rules
 from acestep_jax.io.companions import Fetch
 from acestep_jax.io.files import as_path
 from acestep_jax.io.locate import Located, locate
@@ -20,7 +20,7 @@ from acestep_jax.io.planner_files import is_planner, names_planner, open_planner
 from acestep_jax.io.pretrained import TorchCheckpoint, open_checkpoint
 from acestep_jax.io.safetensors_reader import Tensor
 from acestep_jax.io.safetensors_writer import write_safetensors
-from acestep_jax.models.config import DEFAULT_RUNTIME, NetworkConfig, Runtime, check_dtype
+from acestep_jax.models.config import DEFAULT_RUNTIME, NetworkConfig, Runtime, check_stored
 from acestep_jax.models.registry import FAMILY
 
 WEIGHT_NORM = "vae_weight_norm.safetensors"
@@ -41,14 +41,15 @@ def from_torch(
         source: a folder or file as for `open_checkpoint`, the folder of a planner, or the id of a repository on the
             Hugging Face hub.
         destination: the folder to create.
-        dtype: what all weights are cast to; None keeps the dtype of each, and folded convolutions are float32.
+        dtype: what all weights are cast to; None keeps the dtype of each, and folded convolutions are float32. "int8"
+            and "fp8" quantise layers and keep the dtype of all else, see `models.quantization`.
         vae, text_encoder, variant: see `open_checkpoint`.
 
     Raises:
         InputError: see `open_source` and `plan`; also if `destination` exists. Nothing is written in these cases.
     """
     if dtype is not None:
-        check_dtype(dtype, "--dtype")
+        check_stored(dtype, "--dtype")
     checkpoint.check_new(as_path(destination))
     if (planner := _planner_folder(source)) is not None:
         for option, value in (("--vae", vae), ("--text-encoder", text_encoder), ("--variant", variant)):
@@ -122,12 +123,14 @@ def convert(
     """
     plans = {name: plan(name, config, opened.tensors[name]) for name, config in opened.configs.items()}
     every = [tensor for leaves in plans.values() for tensors in leaves.values() for tensor in tensors]
+    quantization = quantizing.kinds_of(opened.configs, opened.quantization)
 
     def arrays(bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
         for name, leaves in plans.items():
             bar.set_description(f"converting {name}")
+            quantized = quantizing.Quantizer(name, opened.configs[name], quantization.get(name))
             for leaf, tensors in leaves.items():
-                yield f"{name}.{leaf}", gather(name, leaf, tensors)
+                yield from quantized(leaf, gather(name, leaf, tensors))
                 bar.update(len(tensors))
 
     with tqdm(total=len(every), unit="tensor", disable=None) as bar:
@@ -143,7 +146,8 @@ def convert(
                 **(extra_files or {}),
             },
             sampling=sampling_of(opened.files),
-            size=sum(_bytes(tensor) for tensor in [*every, *opened.weight_norm.values()]),
+            quantization=quantization,
+            size=None if quantization else sum(_bytes(tensor) for tensor in [*every, *opened.weight_norm.values()]),
         )
 
 

@@ -1,7 +1,8 @@
 """`config.json` of the native checkpoint: the architecture of each network, and what else a checkpoint says of itself.
 
 Version 2 of the format holds no runtime. Version 1, which stored dtypes, remat and the attention kernel with each
-network, still reads: of these only the dtype of the computation counts, as the checkpoint's default.
+network, still reads: of these only the dtype of the computation counts, as the checkpoint's default. Version 3 is that
+of checkpoints with quantised weights, which earlier versions of this library cannot read.
 """
 
 import dataclasses
@@ -19,11 +20,12 @@ from jax.sharding import Mesh
 
 from acestep_jax.errors import InputError
 from acestep_jax.io.files import as_path
-from acestep_jax.models.config import MIXED, NetworkConfig, check_dtype
+from acestep_jax.models.config import MIXED, QUANTIZATIONS, NetworkConfig, check_dtype
 from acestep_jax.models.kernels.platform import default_precision
+from acestep_jax.models.quantization import NETWORKS
 from acestep_jax.models.registry import FAMILY, SamplingDefaults
 
-FORMAT, FORMAT_VERSION = "acestep-jax", 2
+FORMAT, FORMAT_VERSION, NEWEST_VERSION = "acestep-jax", 2, 3
 CONFIG = "config.json"
 
 
@@ -36,23 +38,27 @@ class Manifest:
     sampling: defaults that this checkpoint has instead of its variant's: some of the fields of `SamplingDefaults`.
     dtypes: by network, what it computes in unless told otherwise; of a network that is not there, the dtype that most
         of its weights are stored in.
+    quantization: by network, what its weights are quantised to, one of `config.QUANTIZATIONS`; those that are not there
+        are not quantised.
     """
 
     configs: dict[str, NetworkConfig]
     tokenizer_config: dict[str, Any]
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
     dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
+    quantization: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def manifest_values(manifest: Manifest) -> dict[str, Any]:
     """Return what `config.json` says, ready for JSON."""
     return {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": NEWEST_VERSION if manifest.quantization else FORMAT_VERSION,
         **{name: dataclasses.asdict(config) for name, config in manifest.configs.items()},
         "tokenizer_config": manifest.tokenizer_config,
         **({"sampling": manifest.sampling} if manifest.sampling else {}),
         **({"dtypes": manifest.dtypes} if manifest.dtypes else {}),
+        **({"quantization": manifest.quantization} if manifest.quantization else {}),
     }
 
 
@@ -78,12 +84,13 @@ def read_manifest(path: str | Path, required: Iterable[str] | None = None) -> Ma
         raise InputError(f"{path / CONFIG}: not valid JSON ({error})") from None
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise InputError(f"{path / CONFIG}: not of an acestep-jax checkpoint; {convert}")
-    if (version := values.pop("format_version", None)) not in range(1, FORMAT_VERSION + 1):
+    if (version := values.pop("format_version", None)) not in range(1, NEWEST_VERSION + 1):
         raise InputError(
-            f"{path / CONFIG}: format_version {version}, but this version of acestep-jax reads 1 to {FORMAT_VERSION}; "
+            f"{path / CONFIG}: format_version {version}, but this version of acestep-jax reads 1 to {NEWEST_VERSION}; "
             "update the package or convert the checkpoint again"
         )
     dtypes = _drop_runtime(values, str(path / CONFIG)) if version == 1 else values.pop("dtypes", {})
+    quantization = values.pop("quantization", {}) if version == NEWEST_VERSION else {}
     tokenizer_config, sampling = values.pop("tokenizer_config", {}), values.pop("sampling", {})
     check_sampling(sampling, f"{path / CONFIG}: sampling")
     if not isinstance(dtypes, dict) or (unknown := sorted(dtypes.keys() - values.keys())):
@@ -91,6 +98,7 @@ def read_manifest(path: str | Path, required: Iterable[str] | None = None) -> Ma
         raise InputError(f"{path / CONFIG}: dtypes: expected a dtype for some of its networks, {what}")
     for name, dtype in dtypes.items():
         check_dtype(dtype, f"{path / CONFIG}: {name}.dtype" if version == 1 else f"{path / CONFIG}: dtypes: {name}")
+    _check_quantization(quantization, values.keys() & NETWORKS.keys(), f"{path / CONFIG}: quantization")
     if unknown := sorted(values.keys() - FAMILY.every.keys()):
         raise InputError(f"{path / CONFIG}: unknown network(s) {', '.join(unknown)}")
     if missing := sorted(required - set(FAMILY.optional) - values.keys()):
@@ -104,7 +112,28 @@ def read_manifest(path: str | Path, required: Iterable[str] | None = None) -> Ma
             if unknown := sorted(values[name].keys() - known):
                 raise InputError(f"{path / CONFIG}: {name}: unknown key(s) {', '.join(unknown)}")
             configs[name] = config(**values[name])
-    return Manifest(configs, tokenizer_config, sampling, dtypes)
+    return Manifest(configs, tokenizer_config, sampling, dtypes, quantization)
+
+
+def _check_quantization(values: Any, networks: Iterable[str], source: str) -> None:
+    """Raise InputError unless these say what some of the networks are quantised to."""
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: expected a JSON object, found {values!r}")
+    for name, kind in values.items():
+        if name not in networks or kind not in QUANTIZATIONS:
+            raise InputError(
+                f"{source}: expected {' or '.join(QUANTIZATIONS)} for some of {', '.join(sorted(networks))}, found "
+                f"{kind!r} for {name}"
+            )
+
+
+def check_unquantized(path: str | Path, manifest: Manifest, what: str) -> None:
+    """Raise InputError if a checkpoint is quantised. `what`: what is done with its weights."""
+    for name, kind in manifest.quantization.items():
+        raise InputError(
+            f"{path}: its {name} is quantised to {kind}, but {what} weights in float32, bfloat16 or float16; take the "
+            "checkpoint that it was made from"
+        )
 
 
 def _drop_runtime(values: dict[str, Any], source: str) -> dict[str, str]:
@@ -145,13 +174,15 @@ def default_dtype(manifest: Manifest, name: str, stored: Mapping[str, jax.ShapeD
     Weights that are merely stored as float16 are computed with in float32, for activations leave its range.
 
     Args:
-        stored: its leaves, as `network_leaves` returns them.
+        stored: its leaves, as `network_leaves` returns them. What is quantised does not count.
     """
     if name in manifest.dtypes:
         return manifest.dtypes[name]
     sizes: Counter[str] = Counter()
-    for leaf in stored.values():
-        sizes[np.dtype(leaf.dtype).name] += math.prod(leaf.shape)
+    quantized = {leaf.rpartition(".")[0] for leaf, found in stored.items() if np.dtype(found.dtype).itemsize == 1}
+    for leaf, found in stored.items():
+        if leaf.rpartition(".")[0] not in quantized:
+            sizes[np.dtype(found.dtype).name] += math.prod(found.shape)
     found = sizes.most_common(1)[0][0]
     return "float32" if found == "float16" else found
 

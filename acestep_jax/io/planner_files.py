@@ -15,7 +15,7 @@ from acestep_jax.errors import InputError, nearest
 from acestep_jax.io.original import MOST_TOKENS, attention_name
 from acestep_jax.io.pretrained import TorchCheckpoint, cast_to, file_tensors, read_json
 from acestep_jax.io.safetensors_reader import Tensor
-from acestep_jax.models.config import PlannerConfig
+from acestep_jax.models.config import QUANTIZATIONS, PlannerConfig
 from acestep_jax.models.registry import PLANNER
 
 PREFIX = "acestep-5Hz-lm-"
@@ -103,7 +103,7 @@ def open_planner(folder: Path, dtype: str | None) -> TorchCheckpoint:
     """Open the folder of a planner; read its config and the headers of its weight files.
 
     Args:
-        dtype: that every tensor is cast to as it is read, one of `config.DTYPES`; None keeps its own.
+        dtype: see `open_checkpoint`.
 
     Raises:
         InputError: if it is no planner, or a part of it is missing, damaged or unknown.
@@ -123,6 +123,7 @@ def open_planner(folder: Path, dtype: str | None) -> TorchCheckpoint:
         tokenizer_config={},
         files=tuple(sorted(files)),
         extra_files={path.name: path for path in tokenizer},
+        quantization=dtype if dtype in QUANTIZATIONS else None,
     )
 
 

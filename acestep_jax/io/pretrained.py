@@ -23,7 +23,7 @@ from acestep_jax.io.companions import SILENCE, TOKENIZER, Fetch, find_companion
 from acestep_jax.io.foreign import describe
 from acestep_jax.io.safetensors_reader import Tensor, read_header
 from acestep_jax.io.torch_file import read_tensor
-from acestep_jax.models.config import ConditionEncoderConfig, NetworkConfig, TransformerConfig
+from acestep_jax.models.config import QUANTIZATIONS, ConditionEncoderConfig, NetworkConfig, TransformerConfig
 from acestep_jax.models.registry import FAMILY
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,8 @@ class TorchCheckpoint:
 
     `weight_norm` are the factors that the weights of `vae` are folded from. `files` are all that it was read from,
     `extra_files` those of them that a native checkpoint takes over as they are, by name. `tokenizer` is the text of
-    `tokenizer.json`; None: it is among these.
+    `tokenizer.json`; None: it is among these. `quantization` is what its layers become when they are converted, see
+    `models.quantization`; None: what they are.
     """
 
     configs: dict[str, NetworkConfig]
@@ -48,6 +49,7 @@ class TorchCheckpoint:
     tokenizer_config: dict[str, Any]
     files: tuple[Path, ...]
     extra_files: dict[str, Path] = dataclasses.field(default_factory=dict)
+    quantization: str | None = None
 
 
 @dataclasses.dataclass
@@ -61,8 +63,9 @@ class _Parts:
 
 
 def cast_to(dtype: str | None) -> np.dtype | None:
-    """Return the dtype of NumPy that tensors are cast to, of one of `config.DTYPES`; None: to none."""
-    return None if dtype is None else np.dtype(getattr(ml_dtypes, dtype, dtype))
+    """Return the dtype of NumPy that tensors are cast to, of one of `config.DTYPES`; None: to none, as what is to be
+    quantised is not."""
+    return None if dtype is None or dtype in QUANTIZATIONS else np.dtype(getattr(ml_dtypes, dtype, dtype))
 
 
 def open_checkpoint(
@@ -79,7 +82,8 @@ def open_checkpoint(
     Args:
         source: a folder of any layout, or a .safetensors file.
         vae, text_encoder: folders, or files, that are not beside `source`.
-        dtype: dtype that every tensor is cast to as it is read; None keeps its own, and float8 becomes bfloat16.
+        dtype: dtype that every tensor is cast to as it is read; None keeps its own, and float8 becomes bfloat16. One of
+            `config.QUANTIZATIONS` is what layers are quantised to when they are converted.
         variant: which model to take from a folder of several, such as turbo or xl-base; that of a file whose name does
             not say it.
         fetch: gets the small files that weights of ComfyUI lack, see `io.companions`; None: from the hub.
@@ -107,7 +111,8 @@ def open_checkpoint(
         found = _open_file(model, vae, text_encoder, kind, variant, fetch)
     else:
         found = _open_original(path, vae, text_encoder, kind, variant)
-    return _finish(path, found, kind, variant)
+    checkpoint = _finish(path, found, kind, variant)
+    return dataclasses.replace(checkpoint, quantization=dtype if dtype in QUANTIZATIONS else None)
 
 
 def _finish(path: Path, found: _Parts, dtype: np.dtype | None, variant: str | None) -> TorchCheckpoint:

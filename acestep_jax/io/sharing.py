@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -82,7 +81,8 @@ def save_pretrained(
         sampling=sampling,
         # The mixed precision is for one kind of device: others choose for themselves.
         dtypes={name: _dtype(module) for name, module in networks.items() if module.runtime.products is None},  # pyright: ignore[reportAttributeAccessIssue]
-        size=sum(math.prod(value.shape) * value.dtype.itemsize for value in arrays.values()),
+        quantization={n: kind for n, module in networks.items() if (kind := module.runtime.quantization)},  # pyright: ignore[reportAttributeAccessIssue]
+        size=sum(value.nbytes for value in arrays.values()),
     )
 
 

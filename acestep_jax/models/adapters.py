@@ -33,6 +33,7 @@ from acestep_jax.models.lora import (
     product,
     replace_layer,
 )
+from acestep_jax.models.quantization import QuantizedLinear, dequantize
 
 
 class AdaptedLinear(nnx.Module):
@@ -42,12 +43,15 @@ class AdaptedLinear(nnx.Module):
     computation; those of a DoRA adapter in B are multiplied by its gain. What depends on the scales is float32:
     u [R] is k_i s_i along the ranks of adapter i, and c [out] is absent where no adapter is DoRA.
 
-    W and b are those of the linear layer it replaces, under the same names.
+    W and b are those of the linear layer it replaces, under the same names; of a quantised one, W is its kernel and
+    `scale`, see `models.quantization`.
     """
 
     def __init__(self, base: nnx.Linear, a: jax.Array, b: jax.Array, scale: jax.Array, gain: jax.Array | None):
         self.kernel, self.bias, self.dtype = base.kernel, base.bias, base.dtype
-        self.product = float16_dot_general if base.dot_general is float16_dot_general else jax.lax.dot_general
+        self.scale = nnx.data(base.scale if isinstance(base, QuantizedLinear) else None)
+        is_own = base.dot_general is float16_dot_general or self.scale is not None
+        self.product = base.dot_general if is_own else jax.lax.dot_general
         axes = _axes(base.kernel)
         self.lora_a = lora_parameter(a, *axes["lora_a"])
         self.lora_b = lora_parameter(b, *axes["lora_b"])
@@ -61,7 +65,10 @@ class AdaptedLinear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(self.dtype)
-        y = _accumulate(x, self.kernel[...].astype(self.dtype), self.product)
+        if self.scale is None:
+            y = _accumulate(x, self.kernel[...].astype(self.dtype), self.product)
+        else:
+            y = _accumulate(x, self.kernel[...], self.product) * self.scale[...]
         if self.lora_gain is not None:
             y = y * self.lora_gain[...]
         h = _accumulate(x, self.lora_a[...]) * self.lora_scale[...]
@@ -104,7 +111,8 @@ def prepare_adapter(network: nnx.Module, parameters: Parameters, scaling: float)
         if (magnitude := parts.get("lora_magnitude")) is not None:
             sharding = _sharding(layer.kernel, "lora_gain", magnitude.shape)
             gain = jax.jit(dora_gain, out_shardings=sharding)
-            gains[name] = gain(layer.kernel[...], parts["lora_a"], parts["lora_b"], magnitude, scaling)
+            own = layer.scale[...] if isinstance(layer, QuantizedLinear) else None
+            gains[name] = gain(layer.kernel[...], parts["lora_a"], parts["lora_b"], magnitude, scaling, own)
     return Factors(parameters, scaling, gains)
 
 
@@ -112,7 +120,8 @@ def apply_adapters(network: Network, adapters: Sequence[Factors], scales: Sequen
     """Return a copy of the network, with the same arrays, that computes with W + sum_i k_i (W_i - W) for each weight W.
 
     Nothing of the size of W is allocated for LoRA and DoRA. The sum of their ranks is compiled, the scales are data.
-    LoKr and LoHa change a copy of W. The order of the adapters does not matter.
+    LoKr and LoHa change a copy of W, which of a quantised layer is not quantised: most of what they change is less than
+    a step of 8 bits. The order of the adapters does not matter.
 
     Args:
         network: without adapters, on one device or a mesh; factors are split like the weights that they belong to.
@@ -134,6 +143,9 @@ def apply_adapters(network: Network, adapters: Sequence[Factors], scales: Sequen
                 f"{name}: changed by a DoRA adapter and by a LoKr or LoHa adapter, which cannot be computed together; "
                 "merge one of them into the checkpoint with acestep-jax convert merge-lora"
             )
+        if isinstance(layer, QuantizedLinear) and any(parts and k for parts, _, k in dense):
+            layer = layer.restored()
+            replace_layer(network, name, layer)
         merge_into(layer, dense)
         if used := _adapting(adapters, scales, name):
             a, b = _join(layer, [adapter for adapter, _ in used], name)
@@ -228,11 +240,24 @@ def _sum_gains(gains: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
     return sum((k * (gain - 1) for gain, k in gains), jnp.float32(1))
 
 
-def dora_gain(kernel: jax.Array, a: jax.Array, b: jax.Array, magnitude: jax.Array, scaling: float) -> jax.Array:
-    """Return m / |W + s A B|, [..., out] float32."""
+def dora_gain(
+    kernel: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    magnitude: jax.Array,
+    scaling: float,
+    scale: jax.Array | None = None,
+) -> jax.Array:
+    """Return m / |W + s A B|, [..., out] float32; `scale`: of a kernel that is quantised."""
     if kernel.ndim == 3:  # one layer at a time: in float32 a stack takes gigabytes
-        return jax.lax.map(lambda layer: dora_gain(*layer, scaling=scaling), (kernel, a, b, magnitude))
-    return magnitude / column_norm(kernel.astype(jnp.float32) + product(a, b, scaling))
+
+        def one(layer: tuple) -> jax.Array:
+            kernel, a, b, magnitude, scale = layer
+            return dora_gain(kernel, a, b, magnitude, scaling, scale)
+
+        return jax.lax.map(one, (kernel, a, b, magnitude, scale))
+    weight = kernel.astype(jnp.float32) if scale is None else dequantize(kernel, scale)
+    return magnitude / column_norm(weight + product(a, b, scaling))
 
 
 def _accumulate(x: jax.Array, w: jax.Array, product: Callable = jax.lax.dot_general) -> jax.Array:

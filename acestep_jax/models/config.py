@@ -6,7 +6,7 @@ write beside the weights. `Runtime` is given when weights are loaded and is neve
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, Self
 
 from acestep_jax.errors import InputError
@@ -14,6 +14,7 @@ from acestep_jax.errors import InputError
 DTYPES = ("float32", "bfloat16", "float16")
 MIXED = "mixed_float16"
 PRECISIONS = (*DTYPES, MIXED)
+QUANTIZATIONS = ("int8", "fp8")  # of weights, see `models.quantization`
 LAYER_TYPES = ("sliding_attention", "full_attention")
 REMAT = ("none", "dots", "full")
 ATTENTION_KERNELS = ("auto", "xla", "cudnn", "splash")
@@ -33,18 +34,33 @@ _VALUES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def check_dtype(name: str, argument: str = "dtype") -> str:
-    """Return `name` if it is one of `DTYPES`; raise InputError otherwise."""
-    if name not in DTYPES:
-        raise InputError(f"{argument}: {name!r} is no dtype of this library; use one of {', '.join(DTYPES)}")
+def check_dtype(name: str, argument: str = "dtype", choices: Collection[str] = DTYPES) -> str:
+    """Return `name` if it is one of `choices`; raise InputError otherwise."""
+    if name not in choices:
+        raise InputError(f"{argument}: {name!r} is no dtype of this library; use one of {', '.join(choices)}")
     return name
+
+
+def check_stored(name: str, argument: str = "dtype") -> str:
+    """Return `name` if weights can be stored as it, one of `DTYPES` or `QUANTIZATIONS`; raise InputError otherwise."""
+    return check_dtype(name, argument, (*DTYPES, *QUANTIZATIONS))
 
 
 def check_precision(name: str, argument: str = "dtype") -> str:
     """Return `name` if it is one of `PRECISIONS`; raise InputError otherwise."""
-    if name not in PRECISIONS:
-        raise InputError(f"{argument}: {name!r} is no dtype of this library; use one of {', '.join(PRECISIONS)}")
-    return name
+    return check_dtype(name, argument, PRECISIONS)
+
+
+def split_dtype(name: str | None, argument: str = "dtype") -> tuple[str | None, str | None]:
+    """Return the precision and the quantisation that a user asked for, one of `PRECISIONS` or of `QUANTIZATIONS`; what
+    was not asked for is None.
+
+    Raises:
+        InputError: if it is neither.
+    """
+    if name is None or name in QUANTIZATIONS:
+        return None, name
+    return check_dtype(name, argument, (*PRECISIONS, *QUANTIZATIONS)), None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +68,8 @@ class Runtime:
     """How a network is computed, whatever its architecture.
 
     dtype: of activations and matrix products. Norm statistics, softmax, sinusoids and FSQ stay in float32.
-    param_dtype: of the weights in memory.
+    param_dtype: of the weights in memory, but for those that are quantised.
+    quantization: of the weights of layers, one of `QUANTIZATIONS`, see `models.quantization`; None: none.
     products: dtype of what linear layers and attention multiply, "float16", each row scaled to its range; sums and
         results are float32, as `dtype` then is. None: `dtype`. Convolutions are computed in `dtype`. For inference:
         derivatives would be rounded to float16 without such a scale.
@@ -63,6 +80,7 @@ class Runtime:
 
     dtype: str = "float32"
     param_dtype: str = "float32"
+    quantization: str | None = None
     products: str | None = None
     remat: str = "none"
     attention: str = "auto"
@@ -75,9 +93,10 @@ class Runtime:
                 "Runtime.products: expected None, or 'float16' with the dtype 'float32', found "
                 f"{self.products!r} with {self.dtype!r}"
             )
-        for field, choices in (("remat", REMAT), ("attention", ATTENTION_KERNELS)):
+        choices_of = {"remat": REMAT, "attention": ATTENTION_KERNELS, "quantization": (None, *QUANTIZATIONS)}
+        for field, choices in choices_of.items():
             if (value := getattr(self, field)) not in choices:
-                raise InputError(f"Runtime.{field}: expected one of {', '.join(choices)}, found {value!r}")
+                raise InputError(f"Runtime.{field}: expected one of {', '.join(map(str, choices))}, found {value!r}")
 
     @classmethod
     def of(cls, precision: str, **options: Any) -> Self:

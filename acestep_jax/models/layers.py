@@ -54,9 +54,14 @@ class RMSNorm(nnx.Module):
         self.scale = parameter(jnp.ones((dim,), runtime.param_dtype), None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        f = x.astype(jnp.float32)
-        f = f * jax.lax.rsqrt(jnp.mean(f * f, -1, keepdims=True) + self.eps)
-        return self.scale[...].astype(x.dtype) * f.astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Compute what `RMSNorm` does, with its scale [D]."""
+    f = x.astype(jnp.float32)
+    f = f * jax.lax.rsqrt(jnp.mean(f * f, -1, keepdims=True) + eps)
+    return scale.astype(x.dtype) * f.astype(x.dtype)
 
 
 class SwiGLU(nnx.Module):

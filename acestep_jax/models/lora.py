@@ -29,6 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from acestep_jax.errors import InputError
 from acestep_jax.models.config import LoRAConfig
 from acestep_jax.models.kernels.products import dot_general
+from acestep_jax.models.quantization import QuantizedLinear
 from acestep_jax.models.scan import KEPT
 
 Network = TypeVar("Network", bound=nnx.Module)
@@ -114,8 +115,9 @@ def add_lora(network: Network, config: LoRAConfig, *, rngs: nnx.Rngs) -> Network
     """Return a copy of the network, with the same arrays, whose `config.targets` have adapters that change nothing yet.
 
     Raises:
-        InputError: see `targets`.
+        InputError: see `targets`; or if the network is quantised.
     """
+    check_unquantized(network, "an adapter is trained")
     network = nnx.merge(*nnx.split(network))
     layers = linear_layers(network)
     for name in targets(network, config.targets):
@@ -141,8 +143,9 @@ def merge_loras(network: Network, adapters: Sequence[tuple[Parameters, float, fl
         adapters: for each its parameters, its scaling s = alpha / r, and its scale k.
 
     Raises:
-        InputError: if an adapter is for other layers or shapes than the network's.
+        InputError: if an adapter is for other layers or shapes than the network's, or the network is quantised.
     """
+    check_unquantized(network, "adapters are merged")
     network = nnx.merge(*nnx.split(network))
     layers = linear_layers(network)
     shapes = {name: layer.kernel.shape for name, layer in layers.items()}
@@ -201,6 +204,17 @@ def check_shapes(parameters: Parameters, kernels: Mapping[str, tuple[int, ...]],
             raise InputError(
                 f"{source}: {leaf} has shape {list(value.shape)}, expected {list(expected)}; the adapter is for "
                 "another model"
+            )
+
+
+def check_unquantized(network: nnx.Module, what: str) -> None:
+    """Raise InputError if a network has weights of 8 bits. `what`: what is done with its weights."""
+    for _, module in nnx.iter_modules(network):
+        if isinstance(module, QuantizedLinear):
+            raise InputError(
+                f"quantised weights: {what} with weights in float32, bfloat16 or float16 only, found "
+                f"{module.kernel.dtype}; most changes are less than a step of 8 bits. Load the model that they were "
+                "made from; what comes of it can be quantised"
             )
 
 

@@ -4,7 +4,8 @@ The planner's tokens are text, then audio codes: `first_code + N` is code N. It 
 embedding, either of text or of codes, for what a plan needs is never both.
 """
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,20 @@ from acestep_jax.distributed import shard
 from acestep_jax.models.attention import KeysValues, attention
 from acestep_jax.models.config import DEFAULT_RUNTIME, PlannerConfig, Runtime, TextEncoderConfig
 from acestep_jax.models.encoder import Encoder, EncoderLayer
-from acestep_jax.models.kernels.stack import pick, split
+from acestep_jax.models.kernels.stack import pick, restored, split, stored
 from acestep_jax.models.kv_cache import KVCache, attend_to_cache, empty_cache
 from acestep_jax.models.layers import apply_rotary, rotary_embedding, rotary_frequencies
+from acestep_jax.models.quantization import QuantizedEmbed
 
 Cache = TypeVar("Cache", KVCache, None)
+
+
+class Head(NamedTuple):
+    """Rows of the embedding that logits are read from, [V, D], and their scales, [V], where they are quantised."""
+
+    rows: jax.Array
+    scale: jax.Array | None
+
 
 HEAD_MULTIPLE = 128  # rows of the head of codes: what divides over a mesh, and fills tiles
 
@@ -65,7 +75,16 @@ class Qwen3ForCausalLM(Qwen3Model):
         """Return this model, with its weights where decoding reads them fastest: see `models.kernels.stack`. What is
         split is for use only, not to be saved."""
         self.layers = split(self.layers)
+        table = self.embed_tokens
+        table.embedding = nnx.Param(stored(table.embedding[...]))
         return self
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Return the embeddings of tokens [B, T] int32, [B, T, D]."""
+        table = self.embed_tokens
+        if isinstance(table, QuantizedEmbed):
+            return table(tokens)
+        return self._rows(jnp.take(table.embedding[...], tokens, axis=0))
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
         """Return an empty cache for `batch` songs of up to `slots` tokens, prompts included."""
@@ -88,15 +107,14 @@ class Qwen3ForCausalLM(Qwen3Model):
 
         def block(x, layer: EncoderLayer, cache, index):
             normed, part = layer.input_layernorm(x), layer.self_attn
-            k, v = part.keys_values(normed, time="sequence")
-            k = apply_rotary(k, rope)
-            q = apply_rotary(part.queries(normed, time="sequence"), rope)
+            k, v = part.keys_values(normed, time="sequence", rope=rope)
+            q = part.queries(normed, time="sequence", rope=rope)
             y = attention(q, k, v, causal=True, kernel=part.kernel, products=part.products)
             cache = cache.write(KeysValues(_roll(k, start), _roll(v, start)), index, 0)
             return x + part.to_out(y.reshape(*x.shape[:2], -1)), cache
 
         # Rotated to begin at 0, rows are padded at the right, where causal attention does not see padding.
-        x = self.embed_tokens(_roll(tokens, -start))
+        x = self.embed(_roll(tokens, -start))
         x, cache = self._loop(block, x, cache)
         last = jnp.take_along_axis(x, (length - 1 - start)[:, None, None], axis=1)[:, 0]
         return self.norm(last), cache
@@ -124,10 +142,11 @@ class Qwen3ForCausalLM(Qwen3Model):
             k, v = part.keys_values(normed)
             cache = cache.write(KeysValues(_rotate(k, rope), v), index, position)
             q = _rotate(part.queries(normed), rope)[:, 0]
-            y = attend_to_cache(q, cache.read(index, window, q.dtype), start, position)
+            keys, values = cache.read(index, window, q.dtype)
+            y = attend_to_cache(q, keys, values, start, position)
             return x + part.to_out(y.reshape(*x.shape[:2], -1)), cache
 
-        x, cache = self._loop(block, self.embed_tokens(token[:, None]), cache)
+        x, cache = self._loop(block, self.embed(token[:, None]), cache)
         return self.norm(x)[:, 0], cache
 
     def hidden_states(self, tokens: jax.Array, start: jax.Array) -> jax.Array:
@@ -138,10 +157,10 @@ class Qwen3ForCausalLM(Qwen3Model):
         def block(x, layer: EncoderLayer, cache, index):
             return x + layer.self_attn(layer.input_layernorm(x), rope=rope, causal=True), cache
 
-        x, _ = self._loop(block, self.embed_tokens(_roll(tokens, -start)), None)
+        x, _ = self._loop(block, self.embed(_roll(tokens, -start)), None)
         return _roll(self.norm(x), start)
 
-    def text_logits(self, hidden: jax.Array, head: jax.Array | None = None) -> jax.Array:
+    def text_logits(self, hidden: jax.Array, head: Head | None = None) -> jax.Array:
         """Return the logits of the tokens that are text, [..., first_code] float32.
 
         Args:
@@ -149,11 +168,11 @@ class Qwen3ForCausalLM(Qwen3Model):
         """
         return self._logits(hidden, self.text_head() if head is None else head)
 
-    def text_head(self) -> jax.Array:
+    def text_head(self) -> Head:
         """Return the rows of the embedding that `text_logits` reads, [first_code, D]."""
-        return self.embed_tokens.embedding[: self.planner.first_code]
+        return self._head(lambda table: table[: self.planner.first_code])
 
-    def code_logits(self, hidden: jax.Array, head: jax.Array | None = None) -> jax.Array:
+    def code_logits(self, hidden: jax.Array, head: Head | None = None) -> jax.Array:
         """Return the logits of the end of the turn and of the audio codes, [..., padded] float32.
 
         Column 0 is the end, column 1 + N is code N; what fills the rest to a multiple of 128 is -inf.
@@ -165,21 +184,40 @@ class Qwen3ForCausalLM(Qwen3Model):
         valid = jnp.arange(logits.shape[-1]) <= self.planner.num_codes
         return jnp.where(valid, logits, -jnp.inf)
 
-    def code_head(self) -> jax.Array:
+    def code_head(self) -> Head:
         """Return the rows of the embedding that `code_logits` reads, [padded, D]."""
-        config, table = self.planner, self.embed_tokens.embedding[...]
-        end = table[config.eos_token_id][None]
-        codes = table[config.first_code : config.first_code + config.num_codes]
-        rows = jnp.concatenate([end, codes])
-        return shard(jnp.pad(rows, ((0, -len(rows) % HEAD_MULTIPLE), (0, 0))), "vocab", None)
+        config = self.planner
+
+        def chosen(x: jax.Array) -> jax.Array:
+            codes = x[config.first_code : config.first_code + config.num_codes]
+            rows = jnp.concatenate([x[config.eos_token_id][None], codes])
+            padding = ((0, -len(rows) % HEAD_MULTIPLE), *[(0, 0)] * (x.ndim - 1))
+            return shard(jnp.pad(rows, padding), "vocab", *[None] * (x.ndim - 1))
+
+        return self._head(chosen)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Return the logits of the whole vocabulary, [..., V] float32."""
-        return self._logits(hidden, self.embed_tokens.embedding[...])
+        return self._logits(hidden, self._head(lambda table: table))
 
-    def _logits(self, hidden: jax.Array, rows: jax.Array) -> jax.Array:
-        rows = rows.astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, rows, preferred_element_type=jnp.float32)
+    def _head(self, chosen: Callable[[jax.Array], jax.Array]) -> Head:
+        """Return the head of the rows that are chosen of the embedding's table, and of its scales."""
+        table = self.embed_tokens
+        if isinstance(table, QuantizedEmbed):
+            return Head(restored(chosen(table.embedding[...]), table.kind), chosen(table.scale[...]))
+        return Head(self._rows(chosen(table.embedding[...])), None)
+
+    def _rows(self, rows: jax.Array) -> jax.Array:
+        """Return rows of the embedding's table as values."""
+        return restored(rows, jnp.dtype(self.runtime.param_dtype)).astype(self.runtime.dtype)
+
+    def _logits(self, hidden: jax.Array, head: Head) -> jax.Array:
+        rows = head.rows
+        if head.scale is not None:
+            # Within a loop, XLA would convert all rows before it, and read them in twice the bytes or more.
+            rows, hidden = jax.lax.optimization_barrier((rows, hidden))
+        logits = jnp.einsum("...d,vd->...v", hidden, rows.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return logits if head.scale is None else logits * head.scale
 
     def _loop(self, block, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Apply all layers, of which `block` is the part with attention. The cache is a carry: XLA updates it in place,

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.custom_derivatives import SymbolicZero
 
+from acestep_jax.models.kernels.stack import pick_row
+
 Layer = TypeVar("Layer", bound=nnx.Module)
 
 # The name, for `jax.checkpoint`, of results besides products with weights that cost much to compute again.
@@ -101,16 +103,16 @@ def _pick(stack: jax.Array, rows: jax.Array, *, layer: jax.Array, row: int) -> j
     compiler's estimate for a TPU (2B, 240 s, v5e 2x2) is 0.211 s with `stack` and was 0.276 with `rows`; on a CPU (four
     layers of width 512, 30 s) a forward program accesses 0.28 GB against 0.31, a gradient of all weights 1.43 against
     1.49. But the derivative with respect to the whole stack would be a sum over all periods of arrays of its size;
-    with respect to what is scanned, each period writes its own part.
+    with respect to what is scanned, each period writes its own part. What is no float, or of 8 bits, has none.
     """
-    if not jnp.issubdtype(stack.dtype, jnp.inexact):
-        return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+    if not jnp.issubdtype(stack.dtype, jnp.inexact) or stack.dtype.itemsize == 1:
+        return pick_row(stack, layer)
     return _read(stack, rows, layer, row)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _read(stack, rows, layer, row):
-    return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+    return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False, allow_negative_indices=False)
 
 
 # With symbolic zeros, what has no tangent, such as frozen weights under an adapter, stays out of the derivative.

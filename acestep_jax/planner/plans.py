@@ -75,6 +75,7 @@ def write_plans(
     codes: bool = True,
     seeds: Sequence[int] | None = None,
     joint: bool = False,
+    longest: float | None = None,
     on_progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> list[Plan]:
@@ -87,6 +88,8 @@ def write_plans(
         codes: whether it writes audio codes, too.
         seeds: one for each request; None: see `seeds_of`.
         joint: see `new_seed`.
+        longest: seconds, at least 10: a song that the planner would make longer becomes as long as this, before its
+            codes are written; None: 600. What a request gives stays.
         on_progress: called now and then with the tokens of a text, or the codes, that are written, and how many at
             most will be.
         should_stop: asked now and then; if it returns true, the work ends.
@@ -108,6 +111,7 @@ def write_plans(
             mode=mode,
             instrumental=instrumental,
             codes=codes,
+            longest=longest,
             on_progress=on_progress,
             should_stop=should_stop,
         )
@@ -126,6 +130,7 @@ def _write(
     mode: str,
     instrumental: bool,
     codes: bool,
+    longest: float | None,
     **watched: Any,
 ) -> list[Plan]:
     known = [known_of(request, instrumental=instrumental) for request in requests]
@@ -137,6 +142,13 @@ def _write(
         rewrite_caption=planning.use_cot_caption is not False,
         **watched,
     )
+    if longest is not None:
+        written = [
+            dataclasses.replace(one, duration=longest)
+            if request.audio_duration is None and one.duration is not None and one.duration > longest
+            else one
+            for request, one in zip(requests, written, strict=True)
+        ]
     plans = [_plan(*values) for values in zip(requests, written, seeds, strict=True)]
     if not codes:
         return plans
@@ -148,18 +160,36 @@ def _write(
     return [dataclasses.replace(plan, audio_codes=row) for plan, row in zip(plans, rows, strict=True)]
 
 
-def describe_codes(planner: Planner, codes: Sequence[int] | np.ndarray, planning: Planning) -> Plan:
+def describe_codes(
+    planner: Planner,
+    codes: Sequence[int] | np.ndarray,
+    planning: Planning,
+    *,
+    on_progress: Progress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Plan:
     """Return what the planner hears in audio codes: caption, lyrics and metadata.
+
+    Args:
+        on_progress, should_stop: see `write_plans`.
 
     Raises:
         InputError: if there are none, more than the planner reads, or one is out of range.
+        Cancelled: if `should_stop` said so.
     """
     if len(codes) == 0:
         raise InputError("audio_codes: expected at least one code, found none")
     seed = planning.lm_seed or 0
     known = Known(codes=[int(code) for code in codes])
     mode = "understand"
-    (written,) = planner.write_metadata([known], mode=mode, seeds=[seed], sampling=sampling_of(planning, mode))
+    (written,) = planner.write_metadata(
+        [known],
+        mode=mode,
+        seeds=[seed],
+        sampling=sampling_of(planning, mode),
+        on_progress=on_progress,
+        should_stop=should_stop,
+    )
     plan = _plan(Request(""), written, seed)
     seconds = len(known.codes) / CODES_PER_SECOND
     if MIN_DURATION <= seconds <= MAX_DURATION:  # no need to listen for that

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from acestep_jax import InputError, make_mesh
 from acestep_jax.io import checkpoint, manifest
 from acestep_jax.io.manifest import Manifest, default_dtype, pick_dtype
-from acestep_jax.models.config import Runtime
+from acestep_jax.models.config import AudioTokenDetokenizerConfig, Runtime
 from acestep_jax.models.registry import FAMILY
 from tests.folders import edit_json, native_arrays
 
@@ -25,6 +25,19 @@ def expected(tiny):
 
 def flat(networks):
     return {f"{name}.{k}": v[...] for name, module in networks.items() for k, v in checkpoint.leaves(module).items()}
+
+
+@pytest.mark.unit
+def test_an_abstract_network_is_its_callers_own():
+    """It is traced once; what one caller changes, another does not find."""
+    config = AudioTokenDetokenizerConfig(hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    first, second = (checkpoint.abstract("audio_token_detokenizer", config) for _ in range(2))
+    name, variable = next(iter(checkpoint.leaves(first).items()))
+    variable.set_value(jax.ShapeDtypeStruct((1,), "int8"))
+    for other in (second, checkpoint.abstract("audio_token_detokenizer", config)):
+        assert checkpoint.leaves(other)[name].dtype == np.float32
+    half = checkpoint.abstract("audio_token_detokenizer", config, Runtime(param_dtype="bfloat16"))
+    assert checkpoint.leaves(half)[name].dtype == "bfloat16"
 
 
 def test_load_gives_what_was_converted(tiny, expected):
@@ -222,7 +235,7 @@ BROKEN = {
         lambda f: (f / "config.json").write_text("{}"),
         ["not of an acestep-jax checkpoint", "from-torch"],
     ),
-    "newer": (lambda f: edit_json(f / "config.json", format_version=3), ["format_version 3", "reads 1 to 2", "update"]),
+    "newer": (lambda f: edit_json(f / "config.json", format_version=4), ["format_version 4", "reads 1 to 3", "update"]),
     "unknown network": (lambda f: edit_json(f / "config.json", foo={}), ["unknown network(s) foo"]),
     "no network": (lambda f: edit_json(f / "config.json", vae=None), ["the network(s) vae are missing"]),
     "not a network": (lambda f: edit_json(f / "config.json", vae=3), ["vae: expected a JSON object, found 3"]),

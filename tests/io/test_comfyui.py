@@ -22,8 +22,8 @@ from tests.folders import (
 
 
 @pytest.fixture(scope="module")
-def published(tiny, tmp_path_factory):
-    return write_published(tiny[0], tmp_path_factory.mktemp("original"))
+def published(standard, tmp_path_factory):
+    return write_published(standard[0], tmp_path_factory.mktemp("original"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import sys
 import textwrap
 import time
 
-import jax
 import numpy as np
 import pytest
 
@@ -27,11 +26,12 @@ from tests.folders import (
     write_comfyui,
     write_published,
 )
+from tests.processes import same_programs
 
 
 @pytest.fixture(scope="module")
-def published(tiny, tmp_path_factory):
-    return write_published(tiny[0], tmp_path_factory.mktemp("original"))
+def published(standard, tmp_path_factory):
+    return write_published(standard[0], tmp_path_factory.mktemp("original"))
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +99,8 @@ def test_native_checkpoints_are_read_where_they_are(tiny, tmp_path):
             native_folder(source, variant)
     with pytest.raises(InputError, match="revision: 'main' is of a repository of the hub"):
         native_folder(tiny[1], revision="main")
-    with pytest.raises(InputError, match="dtype: 'int8' is no dtype"):
-        native_folder(tiny[1], dtype="int8")
+    with pytest.raises(InputError, match="dtype: 'int4' is no dtype"):
+        native_folder(tiny[1], dtype="int4")
 
 
 def test_repositories_of_the_hub(tiny, published, hub, tmp_path):
@@ -153,7 +153,7 @@ def test_without_torch_to_a_song(tiny, published, comfyui, tmp_path):
     That all three are the same arrays is in `test_the_result_is_that_of_from_torch`.
     """
     command = [sys.executable, "-c", textwrap.dedent(WITHOUT_TORCH), tmp_path, "", published, comfyui, tiny[0]]
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    environment = os.environ | same_programs()
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     pipe = AceStepPipeline.from_pretrained(tiny[1])
@@ -386,15 +386,15 @@ def test_the_cache_is_listed_and_cleared(published, tmp_path, capsys, monkeypatc
     assert [path.name for path in folder.iterdir() if path.suffix != ".lock"] == ["models--ACE-Step--x"]
 
 
-def test_generate_by_model(published, tmp_path, capsys, monkeypatch):
+def test_generate_by_model(tiny, tmp_path, capsys, monkeypatch):
     """`--model` with `--variant`, also as `--checkpoint`; a wrong request is an error before anything is converted."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("acestep_jax.cli.runtime.use_compilation_cache", lambda: None)
     options = ["--out", str(tmp_path / "song.wav"), "--variant", "turbo", "--steps", "1"]
-    assert main(["generate", "piano", "--model", str(published), *options, "--duration", "5"]) == 2
+    assert main(["generate", "piano", "--model", str(tiny[0]), *options, "--duration", "5"]) == 2
     assert "--duration: expected 10 to 600 s, found 5" in capsys.readouterr().err
     assert not (tmp_path / "cache").exists()
-    assert main(["generate", "piano", "--checkpoint", str(published), *options, "--duration", "10"]) == 0
+    assert main(["generate", "piano", "--checkpoint", str(tiny[0]), *options, "--duration", "10"]) == 0
     assert (tmp_path / "song.wav").is_file()
-    assert main(["info", "--model", str(published), "--variant", "turbo"]) == 0
+    assert main(["info", "--model", str(tiny[0]), "--variant", "turbo"]) == 0
     assert "turbo" in capsys.readouterr().out and len(cache.entries(cache.cache_folder())) == 1

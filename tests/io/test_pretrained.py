@@ -34,6 +34,12 @@ from tests.folders import (
 
 
 @pytest.fixture(scope="module")
+def tiny(standard):
+    """Return the checkpoint with the layers and blocks that the original layout takes for given."""
+    return standard
+
+
+@pytest.fixture(scope="module")
 def published(tiny, tmp_path_factory):
     """The tiny checkpoint in the original layout, written without the converter: the folder above the model's."""
     folder = tmp_path_factory.mktemp("original")

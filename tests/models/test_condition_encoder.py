@@ -71,7 +71,15 @@ def assert_same_condition(ours, theirs):
     assert_close(tokens[mask], expected[expected_mask])
 
 
-@pytest.mark.parametrize("case", CASES)
+# The layers are those of the transformer, whose tests have the slow ones by default.
+@pytest.mark.parametrize(
+    "case",
+    [
+        "default",
+        "layer_types",
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ("attention_bias", "theta_eps")),
+    ],
+)
 def test_matches_torch(case):
     theirs, ours = pair(**CASES[case])
     arrays = inputs()

@@ -1,5 +1,7 @@
 """Precisions: which one a device gets, and that float16 products under it keep what plain float16 loses."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from flax import nnx
 
 from acestep_jax import InputError
+from acestep_jax.io import checkpoint
 from acestep_jax.models.attention import attention
 from acestep_jax.models.autoencoder import AutoencoderOobleck
 from acestep_jax.models.condition_encoder import AceStepConditionEncoder
@@ -34,7 +37,7 @@ SCALES = {"mlp.gate_proj.kernel": 300.0, "mlp.up_proj.kernel": 300.0}
 NETWORKS = {
     "transformer": (
         AceStepTransformer1DModel,
-        TransformerConfig(**SIZE, num_hidden_layers=2, sliding_window=8),
+        TransformerConfig(**SIZE, num_hidden_layers=2, sliding_window=8, layer_types=("sliding_attention",) * 2),
         SCALES,
         (normal(2, 41, 64), np.float32([0.9, 0.3]), np.float32([0.9, 0.3]), normal(2, 9, 32), normal(2, 41, 128)),
         {},
@@ -71,20 +74,25 @@ NETWORKS = {
 }  # fmt: skip
 
 
+@functools.cache
+def weights_of(name):
+    """Return random weights by dotted path, float32."""
+    make, config, _, _, _ = NETWORKS[name]
+    made = jax.jit(lambda: make(config, rngs=nnx.Rngs(0)))()
+    return {leaf: np.asarray(variable[...]) for leaf, variable in checkpoint.leaves(made).items()}
+
+
 def network_of(name, precision):
     """Return the network with weights scaled in float32, then rounded to those of the precision."""
-    make, config, scales, _, _ = NETWORKS[name]
+    _, config, scales, _, _ = NETWORKS[name]
     runtime = Runtime.of(precision)
-    weights = nnx.state(make(config, rngs=nnx.Rngs(0)))
 
-    def scaled(path, value):
-        leaf = ".".join(str(key.key) for key in path if hasattr(key, "key"))
+    def scaled(leaf, value):
         factor = next((factor for end, factor in scales.items() if end in leaf), 1.0)
-        return (value * factor).astype(runtime.param_dtype)
+        return jnp.asarray((value * np.float32(factor)).astype(runtime.param_dtype))
 
-    network = make(config, runtime=runtime, rngs=nnx.Rngs(0))
-    nnx.update(network, jax.tree_util.tree_map_with_path(scaled, weights))
-    return network
+    arrays = {leaf: scaled(leaf, value) for leaf, value in weights_of(name).items()}
+    return checkpoint.assemble(checkpoint.abstract(name, config, runtime), arrays)
 
 
 def result_of(name, precision):
@@ -154,8 +162,9 @@ def test_product(size):
 @pytest.mark.parametrize("window", [None, 4])
 def test_attention_to_large_values(window):
     q, k, v = normal(2, 20, 4, 8), normal(2, 20, 2, 8), normal(2, 20, 2, 8) * np.float32(1e6)
-    exact = attention(q, k, v, window=window, key_lengths=jnp.array([20, 13]))
-    made = attention(q, k, v, window=window, key_lengths=jnp.array([20, 13]), products="float16")
+    run = jax.jit(functools.partial(attention, window=window), static_argnames="products")
+    exact = run(q, k, v, key_lengths=jnp.array([20, 13]))
+    made = run(q, k, v, key_lengths=jnp.array([20, 13]), products="float16")
     assert made.dtype == jnp.float32
     assert relative_error(made[0], exact[0]) < 2e-3 and relative_error(made[1, :13], exact[1, :13]) < 2e-3
 

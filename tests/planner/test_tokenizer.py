@@ -103,7 +103,6 @@ def test_other_folders_are_refused(tmp_path):
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
     """Return the planner's tokenizer of Qwen's real vocabulary, and the seconds that it took to read."""
-    pytest.importorskip("dashscope")
     folder = tmp_path_factory.mktemp("qwen")
     vocabulary, merges = real_vocabulary()
     (folder / "vocab.json").write_text(json.dumps(vocabulary))

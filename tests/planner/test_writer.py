@@ -17,8 +17,6 @@ from acestep_jax.planner.tokenizer import Mark
 from acestep_jax.planner.writer import Planner
 from tests.planner import small
 
-pytestmark = pytest.mark.unit
-
 YAML = """
 bpm: 120
 caption: Warm lofi piano.
@@ -60,6 +58,7 @@ def test_caption_that_is_not_written_anew():
     assert found == dataclasses.replace(WRITTEN, caption="a sad song")
 
 
+@pytest.mark.unit
 def test_nothing_is_written_for_songs_that_are_complete():
     complete = dataclasses.replace(WISH, bpm=90, keyscale="C major", timesignature=3, duration=30)
     nobody = Planner(small.Scripted.of([[Mark.THINK]]), small.tokenizer())
