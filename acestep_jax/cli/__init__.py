@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 
-from acestep_jax.cli import codes, convert, generate, info, plan, serve, train
+from acestep_jax.cli import codes, convert, generate, info, plan, serve, train, warm
 from acestep_jax.cli.parser import Parser
 from acestep_jax.errors import InputError, Preempted
 from acestep_jax.preemption import EXIT_CODE
 
-MODULES = (generate, plan, codes, serve, convert, train, info)  # each adds its commands to the parser
+MODULES = (generate, plan, codes, serve, convert, train, warm, info)  # each adds its commands to the parser
 COMMANDS: dict[str, Callable[[Any], int | None]] = {
     "generate": generate.run,
     "plan": plan.plan,
@@ -24,6 +24,7 @@ COMMANDS: dict[str, Callable[[Any], int | None]] = {
     "serve": serve.run,
     "convert": convert.run,
     "train": train.run,
+    "warm": warm.run,
     "info": info.run,
 }
 OUT_OF_MEMORY = (

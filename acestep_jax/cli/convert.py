@@ -9,6 +9,7 @@ from acestep_jax.cli.parser import Parser
 from acestep_jax.cli.runtime import add_variant
 
 DTYPES = "float32, bfloat16 or float16"
+KINDS = "int8 or fp8"
 
 
 def add(commands: Any) -> None:
@@ -22,8 +23,16 @@ def add(commands: Any) -> None:
     _add_source(command)
     command.add_argument("destination", metavar="DST", help="Folder to create for the native checkpoint")
     command.add_argument(
-        "--dtype", metavar="DTYPE", help=f"Cast all weights to {DTYPES}; without it they keep the dtypes of SRC"
+        "--dtype",
+        metavar="DTYPE",
+        help=f"Cast all weights to {DTYPES}, or quantise those of layers to {KINDS}; without it they keep the dtypes "
+        "of SRC",
     )
+
+    command = _command(commands, "quantize", "write a native checkpoint with the weights of its layers in 8 bits")
+    command.add_argument("source", metavar="SRC", help="Folder of a native checkpoint, of a model or a planner")
+    command.add_argument("destination", metavar="DST", help="Folder to create for the quantised checkpoint")
+    command.add_argument("--dtype", metavar="DTYPE", required=True, help=f"What weights are quantised to: {KINDS}")
 
     command = _command(commands, "to-torch", "convert a native checkpoint to a PyTorch one")
     command.add_argument("source", metavar="SRC", help="Folder of a native checkpoint")
@@ -101,6 +110,10 @@ def run(options: Namespace) -> int | None:
             text_encoder=given.text_encoder,
             variant=given.variant,
         )
+    elif options.command == "quantize":
+        from acestep_jax.io.quantizing import quantize_checkpoint
+
+        quantize_checkpoint(given.source, given.destination, given.dtype)
     elif options.command == "to-torch":
         from acestep_jax.convert.to_torch import to_torch
 

@@ -100,13 +100,15 @@ def fitting(device: Any, found: machine.Machine) -> Iterator[tuple[str, str]]:
     limit = found.free if limit is None else limit
     for size in memory.SIZES:
         configs = memory.configs_of(size)
-        weights = sum(memory.weight_bytes(configs, precision).values())
-        whole = [memory.needed_bytes(configs, precision, device.platform, s) for s in memory.SECONDS]
-        turns = [memory.needed_in_turn(configs, precision, device.platform, s) for s in memory.SECONDS]
-        songs = " / ".join(f"{s:g}" for s in memory.SECONDS)
-        needs = " / ".join(f"{size / 1e9:.1f}" for size in whole)
-        verdict = "" if limit is None else f": {fits(whole, turns, limit, in_turn=device.platform != 'cpu')}"
-        yield f"{size} turbo", f"{gigabytes(weights)} of weights; {songs} s need {needs} GB{verdict}"
+        for kind in (None, "int8"):
+            weights = sum(memory.weight_bytes(configs, precision, kind).values())
+            whole = [memory.needed_bytes(configs, precision, device.platform, s, kind) for s in memory.SECONDS]
+            turns = [memory.needed_in_turn(configs, precision, device.platform, s, kind) for s in memory.SECONDS]
+            songs = " / ".join(f"{s:g}" for s in memory.SECONDS)
+            needs = " / ".join(f"{size / 1e9:.1f}" for size in whole)
+            verdict = "" if limit is None else f": {fits(whole, turns, limit, in_turn=device.platform != 'cpu')}"
+            name = f"{size} turbo" if kind is None else f"{size} turbo, {kind}"
+            yield name, f"{gigabytes(weights)} of weights; {songs} s need {needs} GB{verdict}"
 
 
 def fits(whole: list[int], turns: list[int], limit: int, *, in_turn: bool) -> str:

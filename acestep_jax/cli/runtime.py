@@ -15,7 +15,7 @@ from acestep_jax.io.checkpoint import SMALL_MODEL
 from acestep_jax.io.files import user_cache
 from acestep_jax.io.native import native_folder
 from acestep_jax.loaded import converted_dtype
-from acestep_jax.models.config import PRECISIONS
+from acestep_jax.models.config import PRECISIONS, QUANTIZATIONS
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,9 @@ def add_dtype(parser: Parser) -> None:
     parser.add_argument(
         "--dtype",
         metavar="DTYPE",
-        help=f"Dtype of weights and computation: {', '.join(PRECISIONS)}. Default: what the checkpoint asks for, or "
-        "else what suits the device.",
+        help=f"Dtype of weights and computation: {', '.join(PRECISIONS)}. Or of the weights of layers only, in half "
+        f"the memory of bfloat16: {' or '.join(QUANTIZATIONS)}. Default: what the checkpoint asks for, or else what "
+        "suits the device.",
     )
 
 

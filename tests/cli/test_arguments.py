@@ -19,7 +19,7 @@ ERRORS = {
     "kind of file": (["--out", "{tmp}/song.xyz"], "song.xyz"),
     "folder of the file": (["--out", "{tmp}/absent/song.wav"], "absent"),
     "duration": (["--duration", "5"], "--duration: expected 10 to 600 s, found 5"),
-    "dtype": (["--dtype", "int8"], "use one of float32, bfloat16, float16"),
+    "dtype": (["--dtype", "int4"], "use one of float32, bfloat16, float16"),
     "mesh axis": (["--mesh", "model=8"], "expected AXIS=N"),
     "mesh size": (["--mesh", "data=3"], "needs 3 devices, but 8 are present"),
     "adapter": (["--lora", "{tmp}/absent"], "absent: no such folder"),

@@ -1,5 +1,6 @@
 """The command line, as a user calls it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import soundfile
 from acestep_jax import cli
 from acestep_jax.cli import options as lora_options
 from acestep_jax.cli import runtime
+from acestep_jax.diffusion import denoise
 from acestep_jax.io import checkpoint
 from acestep_jax.io.adapter import save_adapter
 from tests.adapters import ATTENTION, random_adapter
@@ -99,7 +101,7 @@ ERRORS = {
     "duration": (["--duration", "5"], "--duration: expected 10 to 600 s, found 5"),
     "steps": (["--steps", "0"], "--steps: expected at least 1"),
     "shift": (["--shift", "0"], "--shift: expected a number above 0"),
-    "dtype": (["--dtype", "int8"], "use one of float32, bfloat16, float16"),
+    "dtype": (["--dtype", "int4"], "use one of float32, bfloat16, float16"),
     "mesh axis": (["--mesh", "model=8"], "expected AXIS=N"),
     "mesh size": (["--mesh", "data=3"], "needs 3 devices, but 8 are present"),
     "no adapter": (["--lora", "{tmp}/absent"], "absent: no such folder or file; expected the folder"),
@@ -127,11 +129,15 @@ def test_errors_are_one_line(tiny, tmp_path, capsys, case):
 
 def test_unknown_backend(tmp_path):
     """One line, also from a command that computes nothing."""
-    for words in (["info"], ["generate", "x", "--out", str(tmp_path / "x.wav")]):
-        command = [sys.executable, "-m", "acestep_jax.cli", *words]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cuda"})
-        assert done.returncode == 2 and done.stderr.startswith("acestep-jax: JAX_PLATFORMS: 'cuda' cannot be used")
-        assert done.stderr.count("\n") == 1
+    code = "import json, sys; from acestep_jax.cli import main; print(list(map(main, json.loads(sys.argv[1]))))"
+    words = json.dumps([["info"], ["generate", "x", "--out", str(tmp_path / "x.wav")]])
+    environment = os.environ | {"JAX_PLATFORMS": "cuda"}
+    done = subprocess.run([sys.executable, "-c", code, words], capture_output=True, text=True, env=environment)
+    assert done.stdout.endswith("[2, 2]\n"), done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2 and all(
+        line.startswith("acestep-jax: JAX_PLATFORMS: 'cuda' cannot be used") for line in lines
+    )
 
 
 def test_installed_command(tiny, tmp_path):
@@ -160,3 +166,19 @@ def test_compiled_programs_are_kept(tiny, tmp_path):
     programs = {name.split("-")[0] for name in kept[0]}
     assert {"jit_encode", "jit__denoise", "jit_decode", "jit_normal"} <= programs
     assert kept[1] == kept[0]
+
+
+def test_warm(tiny, tmp_path, capsys):
+    """A later song of this duration with these options compiles no loop."""
+    assert cli.main(["warm", "--durations", "10", "--checkpoint", str(tiny[1]), "--steps", "3"]) == 0
+    assert "10 s: ready after" in capsys.readouterr().out
+    before = denoise.denoise._cache_size()
+    assert generate(tiny, "--out", tmp_path / "x.wav", "--lyrics", "[Instrumental]", "--steps", "3") == 0
+    assert denoise.denoise._cache_size() == before
+    assert generate(tiny, "--out", tmp_path / "y.wav", "--lyrics", "[Instrumental]", "--steps", "4") == 0
+    assert denoise.denoise._cache_size() == before + 1
+
+
+def test_warm_refuses_before_it_loads(tmp_path, capsys):
+    assert cli.main(["warm", "--durations", "10", "9999", "--checkpoint", str(tmp_path)]) == 2
+    assert "--durations: audio_duration: expected 10 to 600 s, found 9999" in capsys.readouterr().err

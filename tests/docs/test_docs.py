@@ -14,8 +14,8 @@ pytestmark = pytest.mark.slow  # a minute; `.ci/run` runs them
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
-    "index quickstart small_model weights diffusers devices tasks planner serve sampling compat arguments training "
-    "sharding architecture parity performance performance_notes comparison api/index api/pipeline api/planner "
+    "index quickstart small_model weights diffusers devices tasks planner serve serve_many sampling compat arguments "
+    "training sharding architecture parity performance performance_notes comparison api/index api/pipeline api/planner "
     "api/inputs api/sampling api/networks api/kernels api/config api/audio api/checkpoint api/train"
 ).split()
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -10,8 +11,12 @@ import tomllib
 
 import nbformat
 import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from acestep_jax.io.checkpoint import SMALL_MODEL
 from notebooks import execute
+from tests.qwen import real_vocabulary
 
 # The numbers of the cell tagged "parameters" that cost time.
 REDUCED = {
@@ -22,6 +27,7 @@ REDUCED = {
     ),
     "04_edit": dict(STEPS=2, STRENGTHS=[1.0, 0.5]),
     "05_tpu_and_sharding": dict(SECONDS=10.0, STEPS=2, REPEATS=1, TPU_SECONDS=30, TPU_LAYERS=2),
+    "06_plan": dict(STEPS=2),
 }
 # Players and pictures that each has.
 SHOWN = {
@@ -30,6 +36,7 @@ SHOWN = {
     "03_lora_finetune": (7, 5),
     "04_edit": (6, 6),
     "05_tpu_and_sharding": (0, 0),
+    "06_plan": (3, 3),
 }
 LOCAL = re.compile(r"(?<![\w.:/])(/(home|root|work|tmp|Users|usr|opt|var|content|mnt|private)/|[A-Za-z]:\\)")
 
@@ -90,6 +97,25 @@ def test_runs_again(name, monkeypatch, tmp_path):
         execute.execute(notebook, tmp_path)
         assert not any(output.output_type == "error" for cell in code_cells(notebook) for output in cell.outputs)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["files-1", "files-2"]
+
+
+@pytest.mark.slow
+def test_planner(monkeypatch, tmp_path):
+    """What runs with the official planner, with a random one of its vocabulary."""
+    pytest.importorskip("dashscope")
+    config = dict(vocab_size=217204, hidden_size=16, intermediate_size=24, num_hidden_layers=1, head_dim=8)
+    config |= dict(num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True)
+    folder = tmp_path / "acestep-5Hz-lm-0.6B"
+    Qwen3ForCausalLM(Qwen3Config(**config)).to(torch.bfloat16).save_pretrained(folder)
+    vocabulary, merges = real_vocabulary()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ["ACESTEP_TEST_CACHE"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    notebook = execute.read("06_plan")
+    reduce(notebook, dict(STEPS=2, OFFICIAL=True, SOURCE=repr(str(SMALL_MODEL)), PLANNER=repr(str(folder))))
+    execute.execute(notebook, tmp_path)
+    assert (tmp_path / "files-1" / "official.wav").exists()
 
 
 def first_cell(name):
