@@ -57,10 +57,12 @@ def pytest_xdist_make_scheduler(config, log):
 class Memory:
     """What compiled programs take: without dropping them, a worker of the whole suite grows past 5 GB.
 
-    A program that is dropped and wanted again is read from the cache on disk, or compiled again if it is small.
+    A program that is dropped and wanted again is traced again and read from the cache on disk, or compiled again if it
+    is small. So they are dropped after a file, whose tests share them, if much memory is in use, and within a file only
+    if much more is.
     """
 
-    LIMIT = 7 * 2**28  # bytes in use, above which the programs of earlier tests are dropped
+    AFTER_FILE, WITHIN_FILE = 5 * 2**28, 2**31  # bytes in use, above which programs are dropped
     GROWTH = 3 * 2**27  # bytes since they last were, without which there is little to drop
     kept = 0  # bytes that were still in use then
 
@@ -82,32 +84,82 @@ class Memory:
             libc.malloc_trim(0)
         cls.kept = cls.in_use()
 
+    @classmethod
+    def bound(cls, limit):
+        """Release memory if more than `limit` is in use."""
+        if cls.in_use() > max(limit, cls.kept + cls.GROWTH):
+            cls.release()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bound_memory_of_files():
+    """Drop compiled programs after a file that leaves much memory in use, once its fixtures are gone."""
+    yield
+    Memory.bound(Memory.AFTER_FILE)
+
 
 @pytest.fixture(autouse=True)
 def bound_memory():
-    """Drop compiled programs after a test that leaves much memory in use."""
+    """Drop compiled programs after a test that leaves very much memory in use."""
     yield
-    if Memory.in_use() > max(Memory.LIMIT, Memory.kept + Memory.GROWTH):
-        Memory.release()
+    Memory.bound(Memory.WITHIN_FILE)
+
+
+def pytest_collection_finish():
+    """Take what all imports made, which stays, out of the garbage collector's sight."""
+    gc.collect()
+    gc.freeze()
+
+
+SLIDING, FULL = ["sliding_attention"] * 4, ["full_attention"] * 4
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Return (torch folder, native folder): a random PyTorch checkpoint of the turbo variant and its conversion."""
-    return _checkpoint(tmp_path_factory.mktemp("turbo"), "turbo")
+    """Return (torch folder, native folder): a random PyTorch checkpoint of the turbo variant and its conversion.
+
+    Its layers are all of one kind, and its autoencoder has two blocks: programs compile in half the time. What has
+    layers of both kinds in turn, as published models do, is `standard`; `tests/models` has both kinds in each network,
+    and `tests/test_golden.py` whole songs of them.
+    """
+    return _checkpoint(tmp_path_factory.mktemp("turbo"), "turbo", SLIDING)
 
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
-    """Return the same for the base variant, which is guided."""
-    return _checkpoint(tmp_path_factory.mktemp("base"), "base")
+    """Return the same for the base variant, which is guided; its transformer has full attention."""
+    return _checkpoint(tmp_path_factory.mktemp("base"), "base", FULL)
 
 
-def _checkpoint(folder, variant):
+@pytest.fixture(scope="session")
+def standard(tmp_path_factory):
+    """Return the same for the turbo variant, with the layers and blocks that published models have."""
     from acestep_jax.convert.random_checkpoint import write_random_checkpoint
+
+    folder = tmp_path_factory.mktemp("standard")
+    write_random_checkpoint(folder / "torch")
+    return _converted(folder)
+
+
+def _checkpoint(folder, variant, layer_types):
+    from acestep_jax.convert.random_checkpoint import SIZES, random_pipeline
+
+    quick = {
+        "transformer": dict(layer_types=layer_types),
+        "condition_encoder": dict(layer_types=SLIDING, num_timbre_encoder_hidden_layers=1),
+        "audio_tokenizer": dict(layer_types=SLIDING),
+        "audio_token_detokenizer": dict(layer_types=SLIDING),
+        "text_encoder": {},
+        "vae": dict(downsampling_ratios=[40, 48], channel_multiples=[1, 2]),
+    }
+    sizes = {name: SIZES["tiny"][name] | changes for name, changes in quick.items()}
+    random_pipeline(sizes, variant=variant).save_pretrained(folder / "torch")
+    return _converted(folder)
+
+
+def _converted(folder):
     from acestep_jax.io.conversion import from_torch
 
-    write_random_checkpoint(folder / "torch", variant=variant)
     from_torch(folder / "torch", folder / "native")
     return folder / "torch", folder / "native"
 

@@ -34,6 +34,11 @@ def cache():
     return {"JAX_COMPILATION_CACHE_DIR": os.environ["ACESTEP_TEST_CACHE"]}
 
 
+def same_programs():
+    """Return the environment of a process whose programs are those of this one, so that either finds the other's."""
+    return cache() | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+
+
 def together(*arguments, count=2, devices=4, timeout=300, **options):
     """Run the same command in several processes that know of each other; return (status, stdout, stderr) of each."""
     address = f"localhost:{free_port()}"

@@ -219,7 +219,7 @@ CONFIG = TransformerConfig(
 @functools.cache
 def transformer():
     """A model, a compiled call of it, its inputs and its velocity without a mesh."""
-    model = AceStepTransformer1DModel(CONFIG, rngs=nnx.Rngs(0))
+    model = jax.jit(lambda: AceStepTransformer1DModel(CONFIG, rngs=nnx.Rngs(0)))()
     t = jnp.linspace(0.2, 0.9, 8)
     inputs = normal(8, 96, 64), t, t / 2, normal(8, 6, 32, seed=1), normal(8, 96, 128, seed=2)
     lengths = dict(lengths=np.arange(96, 80, -2, np.int32), encoder_lengths=np.array([6, 5, 4, 3] * 2, np.int32))
@@ -227,9 +227,15 @@ def transformer():
     return model, run, run(model)
 
 
-# Those of one or two axes are parts of those of three.
+# Those of one or two axes are parts of those of three; whole songs are made on data, tensor and sequence, see
+# `test_same_seed_on_one_device_or_eight`.
 @pytest.mark.parametrize(
-    "axes", [pytest.param(axes, marks=[pytest.mark.slow] * (len(axes) < 3)) for axes in TRANSFORMER_MESHES], ids=str
+    "axes",
+    [
+        pytest.param(axes, marks=[pytest.mark.slow] * (axes != dict(fsdp=2, tensor=2, sequence=2)))
+        for axes in TRANSFORMER_MESHES
+    ],
+    ids=str,
 )
 def test_transformer_is_the_same_on_a_mesh(axes):
     """With padding of latents and condition; also that parameters really are split, and the result too."""

@@ -23,9 +23,9 @@ def command(tiny, out, *options):
     return [*run, "--duration", "10", "--steps", "2", "--out", str(out), *options]
 
 
-@pytest.mark.parametrize(
-    "mesh", ["data=2,tensor=4", pytest.param("fsdp=2,tensor=2,sequence=2", marks=pytest.mark.slow)]
-)
+# Forty seconds of both cores; `.ci/run` runs the first. By default two processes preprocess and train.
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=2,tensor=4", "fsdp=2,tensor=2,sequence=2"])
 def test_two_processes_make_the_song_of_one(tiny, tmp_path, mesh, monkeypatch):
     """Each holds a part of the weights, and process 0 alone writes. One converts the weights, for all."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -53,6 +53,7 @@ def test_two_processes_make_the_song_of_one(tiny, tmp_path, mesh, monkeypatch):
     assert np.abs(together - alone).max() <= 1e-4  # 16 bits in the file: 3e-5
 
 
+@pytest.mark.slow  # by default `tests/io/test_native.py` shows two processes, of which one ends within a conversion
 def test_a_conversion_that_fails_ends_all_processes(tiny, tmp_path):
     """With what is wrong, as in one process, and nothing is left of it."""
     shutil.copytree(tiny[0], tmp_path / "torch")

@@ -88,9 +88,17 @@ def test_only_conversion_needs_torch(module):
 
 # What the extra `serve` brings, and the modules that speak HTTP.
 WEB = {"fastapi", "starlette", "uvicorn", "multipart", "python_multipart", "prometheus_client"}
-HTTP = {f"acestep_jax.serve.{name}" for name in "app native authors chat cpp security uploads metrics".split()}
+HTTP = {
+    f"acestep_jax.serve.{name}"
+    for name in "app native page plans authors chat cpp cpp_planner security uploads metrics".split()
+}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name not in HTTP])
 def test_only_http_needs_the_web(module):
     assert not {name.split(".")[0] for name in imported(MODULES[module])} & WEB
+
+
+def test_only_its_engine_needs_ray():
+    users = [name for name, file in MODULES.items() if "ray" in {name.split(".")[0] for name in imported(file)}]
+    assert users == ["acestep_jax.serve.ray_engine"]

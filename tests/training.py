@@ -25,6 +25,10 @@ from acestep_jax.train.objective import Batch
 from tests.parity import normal
 
 CHANNELS, TEXT_DIM, RATE = 8, 32, 25.0
+# Changes of `settings` without what is not tested: three networks and a program less to compile. Runs that have these,
+# and as many steps, share the compiled step, whose learning rate depends on the number of steps.
+ENDLESS = dict(lora__dropout=0.1, optimizer__ema_decay=0.9, examples__cover=0.0)
+SMALL = ENDLESS | dict(examples__validation_fraction=0.0)
 TINY_AUTOENCODER = OobleckConfig(
     latent_channels=6,
     patch_size=4,

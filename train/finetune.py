@@ -139,6 +139,7 @@ class FineTuning(Trainer):
         path = as_path(config.checkpoint)
         tokenizes = config.examples.tokenizes
         manifest = checkpoint.read_manifest(path)
+        checkpoint.check_unquantized(path, manifest, "training needs")
         if tokenizes and (missing := [n for n in FAMILY.optional if n not in manifest.configs]):
             names = " and ".join(f"examples.{name}" for name in TASKS if tasks.TASKS[name].tokenized)
             raise InputError(f"{path}: has no {' and '.join(missing)}, which covers need; set {names} to 0")

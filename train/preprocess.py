@@ -94,6 +94,7 @@ def preprocess(
     sources, others = find_files(audio_dir)
     _check_destination(data_dir)
     manifest = checkpoints.read_manifest(checkpoint)
+    checkpoints.check_unquantized(checkpoint, manifest, "training needs")
     # A language that is left open is the same here as in generating.
     defaults = defaults_of(Sampling(), manifest.configs.get("transformer"), manifest.sampling)  # pyright: ignore[reportArgumentType]
     sidecars = Sidecars(audio_dir, sources, defaults.vocal_language)

@@ -22,6 +22,12 @@ from tests.folders import MODEL, SILENCE, assert_equal_arrays, edit_tensors, nat
 
 
 @pytest.fixture(scope="module")
+def tiny(standard):
+    """Return the checkpoint with the layers and blocks that the original layout takes for given."""
+    return standard
+
+
+@pytest.fixture(scope="module")
 def exported(tiny, tmp_path_factory):
     """The tiny checkpoint, converted and converted back to diffusers' layout."""
     folder = tmp_path_factory.mktemp("exported") / "diffusers"

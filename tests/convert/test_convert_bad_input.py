@@ -30,6 +30,12 @@ TABLE = "layers.1.scale_shift_table"
 
 
 @pytest.fixture(scope="module")
+def tiny(standard):
+    """Return the checkpoint with the layers and blocks that the original layout takes for given."""
+    return standard
+
+
+@pytest.fixture(scope="module")
 def original(tiny, tmp_path_factory):
     """The tiny checkpoint in the original layout: the folder above the model's."""
     folder = tmp_path_factory.mktemp("original")
@@ -169,8 +175,8 @@ def test_native_source(tiny, tmp_path):
 
 COMMANDS = {
     "dtype": (
-        ["from-torch", "{torch}", "{made}", "--dtype", "int8"],
-        "--dtype: 'int8' is no",
+        ["from-torch", "{torch}", "{made}", "--dtype", "int4"],
+        "--dtype: 'int4' is no",
     ),
     "layout": (
         ["to-torch", "{native}", "{made}", "--layout", "foo"],
@@ -195,7 +201,7 @@ def test_errors_of_the_command_line_are_one_line(tiny, tmp_path, capsys, case):
 
 
 def test_installed_command(tmp_path):
-    command = [sys.executable, "-m", "convert", "from-torch", str(tmp_path), str(tmp_path / "x"), "--dtype", "int8"]
+    command = [sys.executable, "-m", "convert", "from-torch", str(tmp_path), str(tmp_path / "x"), "--dtype", "int4"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr.count("\n") == 1 and "--dtype: 'int8' is no" in done.stderr
+    assert done.stderr.count("\n") == 1 and "--dtype: 'int4' is no" in done.stderr

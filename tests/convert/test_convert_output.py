@@ -20,10 +20,10 @@ DESTINATIONS = {
 
 
 @pytest.fixture(params=CONVERSIONS)
-def conversion(request, tiny):
-    """A conversion, its source and its options."""
+def conversion(request, standard):
+    """A conversion, its source, which is large enough to fill a disk, and its options."""
     convert, which, options = CONVERSIONS[request.param]
-    return convert, tiny[which], options
+    return convert, standard[which], options
 
 
 @pytest.mark.parametrize("case", DESTINATIONS)

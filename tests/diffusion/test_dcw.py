@@ -10,6 +10,9 @@ from tests.parity import assert_close, normal
 
 pytestmark = pytest.mark.unit
 
+# Compiled, because each of some forty operations of a filter on its own would be a program.
+low_band, correct = jax.jit(dcw.low_band, static_argnums=1), jax.jit(dcw.correct, static_argnums=3)
+
 
 @pytest.mark.parametrize("wavelet", dcw.WAVELETS)
 @pytest.mark.parametrize("frames", [1, 2, 7, 31, 64])
@@ -21,7 +24,7 @@ def test_low_band_matches_pywavelets(wavelet, frames):
     low, _ = pywt.dwt(d, wavelet, mode="zero", axis=1)
     expected = pywt.idwt(low, None, wavelet, mode="zero", axis=1)[:, :frames]
     with jax.enable_x64(True):
-        found = dcw.low_band(jnp.asarray(d), dcw.WAVELETS[wavelet])
+        found = low_band(jnp.asarray(d), dcw.WAVELETS[wavelet])
     np.testing.assert_allclose(found, expected, atol=1e-14)
 
 
@@ -33,8 +36,8 @@ def test_filters_are_orthogonal(wavelet):
         assert taps[shift:] @ taps[: len(taps) - shift] == pytest.approx(float(shift == 0), abs=1e-8)
     assert taps.sum() == pytest.approx(2**0.5)
     d = np.pad(normal(1, 40, 2), ((0, 0), (20, 20), (0, 0)))  # away from the ends, where d is cut
-    once = dcw.low_band(jnp.asarray(d), dcw.WAVELETS[wavelet])
-    assert_close(dcw.low_band(once, dcw.WAVELETS[wavelet]), once, 1e-5)
+    once = low_band(jnp.asarray(d), dcw.WAVELETS[wavelet])
+    assert_close(low_band(once, dcw.WAVELETS[wavelet]), once, 1e-5)
 
 
 def test_scales():
@@ -59,16 +62,16 @@ def test_haar_is_the_mean_of_pairs():
     d = np.pad((x - x0).astype(np.float64), ((0, 0), (0, 1), (0, 0)))
     mean = np.repeat((d[:, ::2] + d[:, 1::2]) / 2, 2, axis=1)
     expected = x + (0.3 * mean + 0.2 * (d - mean))[:, :7]
-    assert_close(dcw.correct(jnp.asarray(x), jnp.asarray(x0), jnp.float32([0.3, 0.2])), expected, 1e-6)
+    assert_close(correct(jnp.asarray(x), jnp.asarray(x0), jnp.float32([0.3, 0.2])), expected, 1e-6)
 
 
 @pytest.mark.parametrize("wavelet", ["haar", "sym8"])
 def test_padding_after_a_song_changes_nothing(wavelet):
     x, x0 = normal(1, 9, 3), normal(1, 9, 3, seed=1)
     scales = jnp.float32([0.3, 0.2])
-    alone = dcw.correct(jnp.asarray(x), jnp.asarray(x0), scales, wavelet)
+    alone = correct(jnp.asarray(x), jnp.asarray(x0), scales, wavelet)
     behind = np.full((1, 7, 3), 5.0, np.float32)
-    padded = dcw.correct(
+    padded = correct(
         jnp.asarray(np.concatenate([x, behind], 1)), jnp.asarray(np.concatenate([x0, behind], 1)), scales, wavelet
     )
     assert_close(padded[:, :9], alone, 1e-6)
@@ -78,5 +81,5 @@ def test_padding_after_a_song_changes_nothing(wavelet):
 def test_equal_scales_need_no_wavelet(wavelet):
     """Which is why `pix` has none."""
     x, x0 = normal(1, 9, 3), normal(1, 9, 3, seed=1)
-    found = dcw.correct(jnp.asarray(x), jnp.asarray(x0), jnp.float32([0.3, 0.3]), wavelet)
+    found = correct(jnp.asarray(x), jnp.asarray(x0), jnp.float32([0.3, 0.3]), wavelet)
     assert_close(found, x + 0.3 * (x - x0), 1e-6)

@@ -28,7 +28,8 @@ def velocity(name):
     return v
 
 
-def advance(state, clean, window, i=0, n=STEPS, **options):
+def program(clean, window, n, **options):
+    """Return the compiled function of a state and a step that makes n steps."""
     run = lambda state, i: flow_edit.advance(  # noqa: E731
         *(velocity(name) for name in ("source", "wanted")),
         state,
@@ -40,7 +41,11 @@ def advance(state, clean, window, i=0, n=STEPS, **options):
         keys=KEYS,
         **options,
     )
-    return jax.jit(run)(state, i)
+    return jax.jit(run)
+
+
+def advance(state, clean, window, **options):
+    return program(clean, window, STEPS, **options)(state, 0)
 
 
 def begun(clean):
@@ -95,8 +100,9 @@ def test_matches_the_equations(low, high, draws, ema):
 def test_steps_one_by_one_are_all_steps():
     clean = normal(2, FRAMES, 3)
     whole, state = advance(begun(clean), jnp.asarray(clean), (1, 4)), begun(clean)
+    one = program(jnp.asarray(clean), (1, 4), 1)
     for i in range(STEPS):
-        state = advance(state, jnp.asarray(clean), (1, 4), i, 1)
+        state = one(state, i)
     assert isinstance(state, State)
     assert_close(state.x, whole.x, 1e-6)
 

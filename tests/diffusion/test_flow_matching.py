@@ -13,6 +13,8 @@ from tests.parity import assert_close, normal, relative_error
 
 pytestmark = pytest.mark.unit
 
+RULES = {name: jax.jit(rule) for name, rule in GUIDANCE.items()}  # each operation on its own would be a program
+
 
 @pytest.mark.parametrize("steps, shift", [(8, 3.0), (8, 1.0), (50, 1.0), (13, 2.5), (1, 3.0)])
 def test_schedule_matches_diffusers(steps, shift):
@@ -73,7 +75,7 @@ def test_apg_matches_diffusers(size):
             use_original_formulation=True,
             norm_dim=(1,),
         )
-        ours, momentum = apg(g, 7.0)
+        ours, momentum = RULES["apg"](g, 7.0)
         assert_close(ours, expected.numpy(), 1e-6)
         assert_close(momentum, buffer.running_average.numpy(), 1e-6)
 
@@ -112,7 +114,7 @@ def numpy_cfg(g, scale):
 def test_guidance_matches_double_precision(name, size):
     """Small differences, which are turned by less than the greatest angle, and large ones."""
     g = guided(1, size, normal(2, 40, 8, seed=9))
-    ours = GUIDANCE[name](g, np.float32(4.5))
+    ours = RULES[name](g, np.float32(4.5))
     rule = dict(apg=numpy_apg, adg=numpy_adg, cfg=numpy_cfg)[name]
     theirs = rule(Guided(*(np.asarray(x, np.float64) for x in g)), 4.5)
     assert_close(ours[0], theirs[0], 1e-6)
@@ -221,7 +223,7 @@ def test_noisy_solvers_match_double_precision(solver):
 def test_noise_of_solvers_belongs_to_the_song_and_the_frame():
     """A song's noise is the same in any batch, and begins the same in a longer bucket."""
     keys, times = jax.random.split(jax.random.key(5), 2), jnp.asarray(schedule(3))
-    run = lambda x, keys: integrate(lambda x, i, m: (x, m), x, times, solver="sde", keys=keys)  # noqa: E731
+    run = jax.jit(lambda x, keys: integrate(lambda x, i, m: (x, m), x, times, solver="sde", keys=keys))
     x = normal(2, 9, 4)
     both, alone, longer = run(x, keys), run(x[1:], keys[1:]), run(np.pad(x, ((0, 0), (0, 7), (0, 0))), keys)
     assert_close(both[1:], alone, 1e-6)

@@ -17,7 +17,6 @@ pytestmark = pytest.mark.unit
 @pytest.fixture(scope="module")
 def qwen():
     """A tokenizer with Qwen's real vocabulary, which ends every text as that of Qwen3-Embedding does."""
-    pytest.importorskip("dashscope")
     vocabulary, merges = real_vocabulary()
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -124,6 +123,24 @@ def test_a_caption_of_one_endless_word_is_cut_within_it(qwen):
     text = prompt_text("a1b2" * 300, audio_duration=60)
     (ids,) = tokenize(qwen, [text], max_length=256, what="prompt")
     assert 250 <= len(ids) <= 256 and "- duration: 60 seconds" in qwen.decode(ids)
+
+
+def test_a_cut_is_the_librarys_own_and_leaves_the_tokenizer_alone(qwen):
+    """Threads share the tokenizer: what one of them cuts must not cut the text of another, or let it be too long."""
+    other = Tokenizer.from_str(qwen.to_str())
+    text = "la 你好 naïve ♪<|endoftext|> x " * 20
+    for most in (2, 3, 17, 256):
+        other.enable_truncation(most)
+        (got,) = tokenize(qwen, [text], max_length=most, what="lyrics")
+        assert got.tolist() == other.encode(text).ids and len(got) <= most
+    settings = ("enable_truncation", "no_truncation")
+
+    class Shared:
+        def __getattr__(self, name):
+            assert name not in settings
+            return getattr(qwen, name)
+
+    tokenize(Shared(), [text], max_length=5, what="lyrics")
 
 
 def test_padding_is_to_a_multiple(qwen):

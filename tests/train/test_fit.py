@@ -22,7 +22,7 @@ from diffusers import AceStepTransformer1DModel as TorchTransformer
 from huggingface_hub import constants
 from safetensors.numpy import load_file
 
-from acestep_jax import AceStepPipeline, InputError
+from acestep_jax import AceStepPipeline, InputError, cli
 from acestep_jax.cli import parser as program
 from acestep_jax.convert.to_torch import to_torch
 from acestep_jax.io import checkpoint
@@ -38,11 +38,7 @@ from acestep_jax.train.run import DivergedError
 from tests.folders import tensors
 from tests.parity import as_torch, assert_close, normal, relative_error
 from tests.processes import ends, free_port, start, terminate_when, together
-from tests.training import error_of, run_command, settings, write_songs
-
-# Without what is not tested: three networks and a program less to compile.
-ENDLESS = dict(lora__dropout=0.1, optimizer__ema_decay=0.9, examples__cover=0.0)
-SMALL = ENDLESS | dict(examples__validation_fraction=0.0)  # the same step, which then is compiled once
+from tests.training import ENDLESS, SMALL, error_of, run_command, settings, write_songs
 
 
 @pytest.fixture(scope="module")
@@ -275,27 +271,28 @@ def test_killed_at_any_moment(tiny, data, tmp_path, kills):
     assert rows(out, "loss", "validation_loss") == rows(whole, "loss", "validation_loss")
 
 
-TERMINATED = """
-import os, signal, sys
-from acestep_jax import cli
-from acestep_jax.train.loop import Trainer
-steps = Trainer.step
-def step(trainer, batch):
-    if int(trainer.state.step) == 2:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return steps(trainer, batch)
-Trainer.step = step
-sys.exit(cli.main(["train", "fit", "--config", sys.argv[1]]))
-"""
+def test_sigterm_saves_and_the_run_resumes_bit_for_bit(finished, tiny, data, tmp_path, monkeypatch, capsys):
+    """In step 3, of which there is no checkpoint otherwise.
 
-
-def test_sigterm_saves_and_the_run_resumes_bit_for_bit(finished, tiny, data, tmp_path):
-    """In step 3, of which there is no checkpoint otherwise."""
+    That other processes end so is in `test_sigterm_of_one_process_stops_both_at_one_step` and, by default, of a server
+    in `tests/cli/test_serve.py`.
+    """
     out = tmp_path / "run"
     config_file.write(tmp_path / "run.yaml", settings(data, tiny[1], out, **ENDLESS))
-    highest = dict(JAX_DEFAULT_MATMUL_PRECISION="highest")
-    ((status, _, error),) = ends([start(tmp_path / "run.yaml", code=TERMINATED, devices=8, **highest)])
-    assert status == 143 and error.endswith("acestep-jax: SIGTERM; the same command resumes from what was written\n")
+
+    def terminate(trainer, batch):
+        if int(trainer.state.step) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patched:
+        patched.setattr("acestep_jax.cli.runtime.use_compilation_cache", lambda: None)
+        before_step(patched, terminate)
+        assert cli.main(["train", "fit", "--config", str(tmp_path / "run.yaml")]) == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    error = capsys.readouterr().err
+    assert error.endswith("acestep-jax: SIGTERM; the same command resumes from what was written\n")
     with Checkpoints(out / "checkpoints", 2) as saved:
         assert saved.steps[-1] == 3
     assert not (out / "adapter").exists()
@@ -357,12 +354,14 @@ def test_sigterm_of_one_process_stops_both_at_one_step(tiny, data, tmp_path):
         assert saved.steps and saved.steps[-1] < 400
 
 
+# Forty seconds; `.ci/run` runs it. By default `test_full_step_matches_torch` shows the step.
+@pytest.mark.slow
 def test_full_fine_tuning_goes_back_to_torch(tiny, data, tmp_path):
     """`model/` is a whole checkpoint: the transformer is another, everything else the same, and diffusers runs it.
 
     This run learns covers as well.
     """
-    whole = dict(method="full", steps=2, examples__crop_seconds=(), examples__validation_fraction=0.0)
+    whole = dict(method="full", steps=2, examples__validation_fraction=0.0)
     result = fit(settings(data, tiny[1], tmp_path / "run", **whole))
     assert result == tmp_path / "run" / "model"
     to_torch(result, tmp_path / "torch", layout="diffusers")
@@ -406,24 +405,24 @@ def before_step(monkeypatch, change):
 
 
 def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(tiny, data, tmp_path, monkeypatch):
-    """Four good steps, then songs that are no numbers: two bad steps, and the weights are those of step 4."""
+    """Two good steps, then songs that are no numbers: two bad steps, and the weights are those of step 2."""
     expected = {}
 
     def change(trainer, batch):
-        if int(trainer.state.step) < 4:
+        if int(trainer.state.step) < 2:
             return batch
         expected.update({leaf: np.array(value) for leaf, value in trainer.state.params.items()})
         return batch._replace(mean=np.full_like(batch.mean, np.nan))
 
     before_step(monkeypatch, change)
-    config = settings(data, tiny[1], tmp_path / "run", max_bad_steps=2, **SMALL, keep=5, steps=9)
+    config = settings(data, tiny[1], tmp_path / "run", max_bad_steps=2, **SMALL, keep=5)
     with pytest.raises(
-        DivergedError, match=r"run: the loss or its gradient is non-finite since step 5, 2 consecutive steps\. .*rate"
+        DivergedError, match=r"run: the loss or its gradient is non-finite since step 3, 2 consecutive steps\. .*rate"
     ):
         fit(config)
     trainer = Trainer(config, None)
     with Checkpoints(tmp_path / "run" / "checkpoints", 5) as saved:
-        assert saved.steps[:2] == [2, 4] and saved.steps[-1] <= 6
+        assert saved.steps[:1] == [2] and saved.steps[-1] <= 4
         trainer.restore(saved, saved.steps[-1])
     for leaf, value in expected.items():
         np.testing.assert_array_equal(trainer.state.params[leaf], value)
@@ -462,7 +461,7 @@ def test_a_full_disk(tiny, data, tmp_path, monkeypatch):
     before_step(monkeypatch, change)
     try:
         with pytest.raises(InputError, match="disk is full, so a checkpoint could not be written; step 2 is the last"):
-            fit(settings(data, tiny[1], out, save_every=1, steps=9, **SMALL))
+            fit(settings(data, tiny[1], out, save_every=1, **SMALL))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 

@@ -7,10 +7,10 @@ import pytest
 
 from acestep_jax.inputs import tasks
 from acestep_jax.io import checkpoint
+from acestep_jax.train import objective
 from acestep_jax.train.config import TASKS, ObjectiveConfig
 from acestep_jax.train.objective import (
     context_latents,
-    draw,
     encode_condition,
     freeze,
     sample_times,
@@ -36,6 +36,9 @@ def frozen(tiny):
     networks = checkpoint.load(tiny[1], names=names)
     embedding = checkpoint.load(tiny[1], names=["text_encoder"])["text_encoder"].embed_tokens.embedding[...]
     return freeze(networks, embedding, 750)
+
+
+draw = jax.jit(objective.draw, static_argnums=(2, 3))
 
 
 def times(kind, step_size=8, count=MANY):
@@ -76,7 +79,7 @@ def test_turbo_times_are_the_eight_of_the_schedule():
 
 def many_examples(configs, count=4000):
     batch = random_batch(configs, frames=3, lengths=(3,) * count, tasks=(0,) * count)
-    return batch, jax.jit(lambda b: draw(b, jax.random.key(0), 8, ObjectiveConfig()))(batch)
+    return batch, draw(batch, jax.random.key(0), 8, ObjectiveConfig())
 
 
 def test_posterior_is_sampled_and_noise_is_normal(configs):

@@ -31,7 +31,7 @@ from acestep_jax.train.config import TASKS
 from acestep_jax.train.data_folder import crop_durations, fingerprint, read_index, read_records, text_key
 from tests import cloud
 from tests.parity import assert_close, normal
-from tests.processes import ends, start, together
+from tests.processes import ends, same_programs, start, together
 from tests.training import error_of, run_command
 
 RATE = 48000
@@ -269,7 +269,8 @@ preprocess.preprocess(sys.argv[1], sys.argv[2], checkpoint=sys.argv[3])
 def test_killed_and_resumed(tiny, songs, work):
     """Of four songs two were done; the result is that of an undisturbed run."""
     data = songs.parent / "data"
-    done = subprocess.run([sys.executable, "-c", KILLED, songs, data, tiny[1]], capture_output=True)
+    command = [sys.executable, "-c", KILLED, songs, data, tiny[1]]
+    done = subprocess.run(command, capture_output=True, env=os.environ | same_programs())
     assert done.returncode == -signal.SIGKILL, done.stderr
     with pytest.raises(InputError, match="stopped before its end; .* resumes it"):
         read_index(data)
