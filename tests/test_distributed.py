@@ -229,14 +229,9 @@ def transformer():
 
 # Those of one or two axes are parts of those of three; whole songs are made on data, tensor and sequence, see
 # `test_same_seed_on_one_device_or_eight`.
-@pytest.mark.parametrize(
-    "axes",
-    [
-        pytest.param(axes, marks=[pytest.mark.slow] * (axes != dict(fsdp=2, tensor=2, sequence=2)))
-        for axes in TRANSFORMER_MESHES
-    ],
-    ids=str,
-)
+# By default songs are, in `test_same_seed_on_one_device_or_eight`.
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", TRANSFORMER_MESHES, ids=str)
 def test_transformer_is_the_same_on_a_mesh(axes):
     """With padding of latents and condition; also that parameters really are split, and the result too."""
     model, run, expected = transformer()
