@@ -229,7 +229,6 @@ def transformer():
 
 # Those of one or two axes are parts of those of three; whole songs are made on data, tensor and sequence, see
 # `test_same_seed_on_one_device_or_eight`.
-# By default songs are, in `test_same_seed_on_one_device_or_eight`.
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", TRANSFORMER_MESHES, ids=str)
 def test_transformer_is_the_same_on_a_mesh(axes):

@@ -252,6 +252,7 @@ def test_an_upload_comes_back_to_be_heard_beside_the_song(http, finished):
 @pytest.mark.unit
 def test_long_parts_are_read_in_pieces(tmp_path, monkeypatch):
     """A column of a long song is not in memory as a whole, and is the same."""
+    pytest.importorskip("fastapi")
     from acestep_jax.serve import page
 
     path = tmp_path / "x.wav"
