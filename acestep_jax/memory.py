@@ -23,7 +23,7 @@ from acestep_jax.models.config import (
     TextEncoderConfig,
     TransformerConfig,
 )
-from acestep_jax.models.quantization import NETWORKS
+from acestep_jax.models.quantization import NETWORKS, quantized_layers
 
 # The transformer of each published size, beside the defaults of `TransformerConfig`.
 SIZES: Mapping[str, dict[str, Any]] = MappingProxyType(
@@ -90,7 +90,7 @@ def weight_bytes(
     found = {}
     for name, config in configs.items():
         leaves = leaf_shapes(name, config, quantization if name in NETWORKS else None)
-        own = {leaf.rpartition(".")[0] for leaf, shape in leaves.items() if shape.dtype.itemsize == 1}
+        own = quantized_layers(leaves)
         found[name] = sum(
             math.prod(shape.shape) * (shape.dtype.itemsize if leaf.rpartition(".")[0] in own else itemsize)
             for leaf, shape in leaves.items()

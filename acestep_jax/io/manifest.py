@@ -22,7 +22,7 @@ from acestep_jax.errors import InputError
 from acestep_jax.io.files import as_path
 from acestep_jax.models.config import MIXED, QUANTIZATIONS, NetworkConfig, check_dtype
 from acestep_jax.models.kernels.platform import default_precision
-from acestep_jax.models.quantization import NETWORKS
+from acestep_jax.models.quantization import NETWORKS, quantized_layers
 from acestep_jax.models.registry import FAMILY, SamplingDefaults
 
 FORMAT, FORMAT_VERSION, NEWEST_VERSION = "acestep-jax", 2, 3
@@ -179,7 +179,7 @@ def default_dtype(manifest: Manifest, name: str, stored: Mapping[str, jax.ShapeD
     if name in manifest.dtypes:
         return manifest.dtypes[name]
     sizes: Counter[str] = Counter()
-    quantized = {leaf.rpartition(".")[0] for leaf, found in stored.items() if np.dtype(found.dtype).itemsize == 1}
+    quantized = quantized_layers(stored)
     for leaf, found in stored.items():
         if leaf.rpartition(".")[0] not in quantized:
             sizes[np.dtype(found.dtype).name] += math.prod(found.shape)

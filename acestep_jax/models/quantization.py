@@ -35,6 +35,11 @@ NETWORKS: Mapping[str, bool] = MappingProxyType(
 )
 
 
+def quantized_layers(leaves: Mapping[str, Any]) -> set[str]:
+    """Return the dotted names of the layers of 8 bits among leaves, which have a `dtype`, by dotted name."""
+    return {name.rpartition(".")[0] for name, leaf in leaves.items() if jnp.dtype(leaf.dtype).itemsize == 1}
+
+
 class QuantizedLinear(nnx.Linear):
     """y = (x Q) s + b: a linear layer whose kernel Q [in, out] has 8 bits, with scales s [out] float32.
 

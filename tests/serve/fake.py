@@ -6,9 +6,11 @@ import time
 
 import numpy as np
 
+from acestep_jax import Request, Sampling
 from acestep_jax.errors import Cancelled
 from acestep_jax.io import checkpoint
 from acestep_jax.planner.metadata import Metadata
+from acestep_jax.serve.engine import Work
 from acestep_jax.serve.models import Model
 from acestep_jax.song import Song
 
@@ -170,3 +172,13 @@ def wait_until(happened, seconds=10.0):
     while not happened():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.005)
+
+
+def works(engine, *seeds, seconds=10.0, adapters=(), **sampling):
+    """Songs with these seeds, checked by an engine."""
+    found = []
+    for seed in seeds:
+        work = Work(Request("piano", audio_duration=seconds, seed=seed), Sampling(**sampling), "small", adapters)
+        engine.check(work)
+        found.append(work)
+    return found

@@ -13,7 +13,7 @@ from acestep_jax.serve.batcher import Program
 from acestep_jax.serve.engine import Work
 from acestep_jax.serve.local import OUT_OF_MEMORY, LocalEngine
 from acestep_jax.serve.thinking import Thought
-from tests.serve.fake import FakePipeline, Told, model, sound, wait_until
+from tests.serve.fake import FakePipeline, Told, model, sound, wait_until, works
 
 pytestmark = pytest.mark.unit
 
@@ -32,15 +32,6 @@ def made():
     yield make
     for engine in engines:
         engine.stop(0)
-
-
-def works(engine, *seeds, seconds=10.0, adapters=(), **sampling):
-    found = []
-    for seed in seeds:
-        work = Work(Request("piano", audio_duration=seconds, seed=seed), Sampling(**sampling), "small", adapters)
-        engine.check(work)
-        found.append(work)
-    return found
 
 
 def test_songs_of_a_queue_are_batched_and_each_gets_its_own(made):

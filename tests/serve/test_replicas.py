@@ -19,7 +19,7 @@ from acestep_jax.serve.replica import Replica
 from acestep_jax.serve.replicas import LOST_TWICE, ReplicaEngine
 from acestep_jax.serve.thinking import Thought
 from acestep_jax.song import Song
-from tests.serve.fake import FakePipeline, Told, model, sound, wait_until
+from tests.serve.fake import FakePipeline, Told, model, sound, wait_until, works
 
 pytestmark = pytest.mark.unit
 
@@ -85,15 +85,6 @@ def made(monkeypatch):
     yield make
     for engine in engines:
         engine.stop(0)
-
-
-def works(engine, *seeds, seconds=10.0, adapters=(), **sampling):
-    found = []
-    for seed in seeds:
-        work = Work(Request("piano", audio_duration=seconds, seed=seed), Sampling(**sampling), "small", adapters)
-        engine.check(work)
-        found.append(work)
-    return found
 
 
 def plans(engine, *seeds, required=False, is_song=True):

@@ -17,7 +17,7 @@ from acestep_jax.serve.channel import Channel, Listening, connect
 from acestep_jax.serve.engine import EngineLost, Work
 from acestep_jax.serve.slices import LeaderEngine
 from acestep_jax.serve.thinking import Thought
-from tests.serve.fake import FakePipeline, Told, model, sound, wait_until
+from tests.serve.fake import FakePipeline, Told, model, sound, wait_until, works
 from tests.serve.test_http_native import wav
 
 pytestmark = pytest.mark.unit
@@ -79,15 +79,6 @@ def made(monkeypatch):
     for thread in threading.enumerate():  # before `leave` is again what ends a process
         if thread.name == "leader":
             thread.join()
-
-
-def works(engine, *seeds, seconds=10.0, adapters=(), **sampling):
-    found = []
-    for seed in seeds:
-        work = Work(Request("piano", audio_duration=seconds, seed=seed), Sampling(**sampling), "small", adapters)
-        engine.check(work)
-        found.append(work)
-    return found
 
 
 def test_followers_make_the_batches_of_the_leader(made):
