@@ -26,7 +26,7 @@ from acestep_jax.io.planner import planner_folder
 from acestep_jax.io.planner_files import DEFAULT_SIZE, PREFIX
 from acestep_jax.io.planner_source import PlannerSource
 from acestep_jax.loaded import converted_dtype
-from acestep_jax.models.config import split_dtype
+from acestep_jax.models.runtime import split_dtype
 
 PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 KEY = "ACESTEP_API_KEY"
@@ -92,7 +92,9 @@ def add(commands: Any) -> None:
         help="Folder whose sound files clients may use as sources and references by their paths. Default: none; they "
         "upload.",
     )
-    parser.add_argument("--keep-gb", type=float, default=20.0, metavar="GB", help="Songs to keep. Default: 20 GB.")
+    parser.add_argument(
+        "--keep-gb", type=float, default=20.0, metavar="GB", help="Songs to keep, besides favourites. Default: 20 GB."
+    )
     parser.add_argument("--max-batch", type=int, default=4, metavar="N", help="Most songs made at once. Default: 4.")
     parser.add_argument(
         "--warm", metavar="S,...", help="Durations to compile before /ready, such as 30,60,120. Default: none."

@@ -54,6 +54,7 @@ def check(submission: Submission, engine: Engine, limits: Limits) -> tuple[list[
         elif request.audio_duration is None and "src_audio" not in files and request.audio_codes is None:
             _check_open(engine.models[model].seconds(sampling), limits)
         work = Work(request, sampling, model, tuple(sorted(submission.adapters.items())), thought=thought)
+        work.lrc = submission.lrc
         if works and not _differ(values, submission.songs[0]):
             first = works[0]
             work.group, work.kind, work.shape, work.steps = first.group, first.kind, first.shape, first.steps

@@ -1,5 +1,6 @@
 """The application: all protocols on one port, health, errors in each protocol's shape, and the process around it."""
 
+import functools
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from acestep_jax.errors import InputError
 from acestep_jax.io.files import DISK_FULL
@@ -21,14 +23,26 @@ from acestep_jax.serve.engine import BatchReport
 from acestep_jax.serve.envelope import envelope
 from acestep_jax.serve.errors import error_body
 from acestep_jax.serve.metrics import CONTENT_TYPE, Metrics
+from acestep_jax.serve.polls import Polls
 from acestep_jax.serve.security import COOKIE, LINK_SECONDS, Guard, Keys
 from acestep_jax.serve.service import Busy, Closing, Service
 from acestep_jax.serve.waiting import RETRY_SECONDS
 
 logger = logging.getLogger(__name__)
 
+MAX_HEAD = 2**16  # bytes of a head, as h11 has it
 MAX_KEY = 4096  # bytes
+HEAD_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 DESCRIPTION = "Songs from text, by ACE-Step 1.5 in JAX."
+
+
+class Application(FastAPI):
+    """FastAPI behind `front`, which every request passes first, and a poll alone."""
+
+    front: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.front(scope, receive, send)
 
 
 def create(
@@ -40,7 +54,7 @@ def create(
     origins: Collection[str] = (),
     metrics: Metrics | None = None,
     static: Path | None = page.FOLDER,
-) -> FastAPI:
+) -> Application:
     """Return the application around a service.
 
     Args:
@@ -48,9 +62,16 @@ def create(
         static: the folder of the page; None: no page is served.
     """
     metrics = metrics or Metrics()
-    app = FastAPI(title="acestep-jax", version=version, description=DESCRIPTION, redirect_slashes=False)
-    app.add_middleware(
-        Guard,
+    app = Application(title="acestep-jax", version=version, description=DESCRIPTION, redirect_slashes=False)
+    polls = Polls(
+        super(Application, app).__call__,
+        service=service,
+        songs=functools.partial(native.view, service, keys),
+        tasks=authors.Authors(service, keys).task,
+        jobs=cpp.state,
+    )
+    app.front = Guard(
+        polls,
         keys=keys,
         hosts=hosts,
         origins=origins,
@@ -156,6 +177,45 @@ def answer(request: Request, status: int, detail: str, headers: Any = None) -> R
     return JSONResponse(error_body(request.scope["path"], status, detail), status, headers=headers)
 
 
+def protocol() -> Any:
+    """Return what reads HTTP, as uvicorn takes it: httptools, or h11 where that is not installed.
+
+    h11 has a limit on heads. httptools gets one here: on the bytes that come without being the end of a head or a part
+    of a body, so that no path, header or trailer fills memory.
+    """
+    try:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    except ImportError:
+        return "h11"
+
+    class Limited(HttpToolsProtocol):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options)
+            self._loose = 0
+
+        def data_received(self, data: bytes) -> None:
+            self._loose += len(data)
+            super().data_received(data)
+            if self._loose > MAX_HEAD and not self.transport.is_closing():
+                if self.cycle is None or self.cycle.response_complete:  # else an answer may be under way
+                    self.transport.write(HEAD_TOO_LARGE)
+                self.transport.close()
+
+        def on_headers_complete(self) -> None:
+            self._loose = 0
+            super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            self._loose = 0
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._loose = 0
+            super().on_message_complete()
+
+    return Limited
+
+
 class Server(uvicorn.Server):
     """uvicorn's server with this one's end: SIGTERM lets the songs under way finish, a second signal ends at once."""
 
@@ -181,13 +241,33 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
+def settings(app: FastAPI, host: str, port: int, *, log_level: str, shutdown: int) -> uvicorn.Config:
+    """Return how uvicorn serves the application: nothing is done for every poll that nobody needs.
+
+    Args:
+        shutdown: seconds that connections get at the end.
+    """
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=protocol(),
+        log_level=log_level,
+        access_log=False,
+        ws="none",
+        lifespan="off",
+        timeout_graceful_shutdown=shutdown,
+        workers=1,
+    )
+
+
 def serve(app: FastAPI, service: Service, host: str, port: int, *, grace: float, log_level: str = "warning") -> int:
     """Serve until a signal; return the exit status: 1 if the engine has died.
 
     Raises:
         InputError: if the address cannot be used.
     """
-    config = uvicorn.Config(app, host=host, port=port, log_level=log_level, timeout_graceful_shutdown=5, workers=1)
+    config = settings(app, host, port, log_level=log_level, shutdown=5)
     server = Server(config, service, grace)
     service.on_death = server.end_dead
     try:

@@ -12,6 +12,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from acestep_jax.errors import InputError
+from acestep_jax.inputs.tasks import DEFAULT, TASKS
 from acestep_jax.planner.plan import Plan
 from acestep_jax.serve import asking, authors_request, sounds, uploads
 from acestep_jax.serve import authors_analysis as analysis
@@ -28,6 +29,7 @@ from acestep_jax.serve.thinking import LISTENING
 LATE_KEYS = ("/release_task", "/query_result", "/create_random_sample", "/format_input", "/cancel_task")
 FILE = re.compile(r"(?P<id>[0-9a-f-]{36})/(?P<index>\d{1,4})(?P<suffix>\.[a-z0-9.]{2,8})")
 SUFFIXES = {form.suffix: name for name, form in sounds.FORMATS.items()}
+MOST_IDS = 1000  # of one poll
 CODES = {"queued": 0, "running": 0, "done": 1, "failed": 2, "cancelled": 2}
 
 
@@ -53,6 +55,13 @@ class Authors:
             return [one]
         seeds = ",".join(str(song.seed) for song in record.songs)
         return [self._song(record, i, seeds) | common for i, song in enumerate(record.songs) if song.status == "done"]
+
+    def task(self, record: Record) -> dict[str, Any]:
+        """Return what a poll tells of a task."""
+        _, stage, step, steps = self.service.progress(record)
+        text = f"{stage} {step}/{steps}" if stage == "denoising" else stage
+        result = json.dumps(self.result(record), ensure_ascii=False)
+        return dict(task_id=record.id, status=CODES[record.status], result=result, progress_text=text)
 
     def _song(self, record: Record, index: int, seeds: str) -> dict[str, Any]:
         song, form = record.songs[index], sounds.FORMATS[record.format]
@@ -181,8 +190,8 @@ def router(service: Service, keys: Keys) -> APIRouter:
         ids = values.get("task_id_list", [])
         if isinstance(ids, str):
             ids = uploads.parse_json(ids) if ids.strip().startswith("[") else [ids]
-        if not isinstance(ids, list) or len(ids) > 1000:
-            raise InputError("task_id_list: expected an array of at most 1000 ids")
+        if not isinstance(ids, list) or len(ids) > MOST_IDS:
+            raise InputError(f"task_id_list: expected an array of at most {MOST_IDS} ids")
         return JSONResponse(envelope([_task(api, str(task_id)) for task_id in ids]))
 
     @routes.post("/cancel_task", summary="Cancel")
@@ -359,17 +368,15 @@ def _task(api: Authors, task_id: str) -> dict[str, Any]:
             gone = [dict(file="", wave="", status=2, progress=0.0, stage="failed", error="expired")]
             return dict(task_id=task_id, status=2, result=json.dumps(gone), progress_text="expired")
         return dict(task_id=task_id, status=0, result="[]", progress_text="")
-    _, stage, step, steps = api.service.progress(record)
-    text = f"{stage} {step}/{steps}" if stage == "denoising" else stage
-    result = json.dumps(api.result(record), ensure_ascii=False)
-    return dict(task_id=task_id, status=CODES[record.status], result=result, progress_text=text)
+    return api.task(record)
 
 
 def _leave_out_uploads(found: Any, body: uploads.Body) -> None:
     """Leave out a source that the task does not take: clients of this API keep sending it."""
-    task = found.songs[0].get("task_type", "text2music")
-    if task == "text2music" and "src_audio" in body.files:
+    name = found.songs[0].get("task_type", DEFAULT)
+    task = TASKS.get(name)
+    if task is not None and "src_audio" not in task.accepts and "src_audio" in body.files:
         body.files.remove("src_audio")
         assert body.uploads is not None
         (body.uploads / "src_audio").unlink()
-        found.notes.append("src_audio: text2music takes none; ignored")
+        found.notes.append(f"src_audio: {name} takes none; ignored")

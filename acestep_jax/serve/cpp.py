@@ -242,7 +242,7 @@ def router(service: Service, version: str) -> APIRouter:
         if record is None:
             raise HTTPException(404, "Job not found")
         if not _flag("result", result):
-            return JSONResponse(dict(status=STATES[record.status]))
+            return JSONResponse(state(record))
         if record.status == "failed":
             raise HTTPException(500, record.error or "failed")
         if record.status != "done":
@@ -262,7 +262,7 @@ def router(service: Service, version: str) -> APIRouter:
             raise HTTPException(404, "Job not found")
         if wanted:
             await run_in_threadpool(service.cancel, record)
-        return dict(status=STATES[record.status])
+        return state(record)
 
     @routes.get("/props", summary="Models and defaults")
     async def props() -> dict[str, Any]:
@@ -281,6 +281,11 @@ def router(service: Service, version: str) -> APIRouter:
         )
 
     return routes
+
+
+def state(record: Record) -> dict[str, str]:
+    """Return what a poll tells of a job."""
+    return dict(status=STATES[record.status])
 
 
 def _job_id(text: str) -> str:

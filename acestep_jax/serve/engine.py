@@ -6,6 +6,8 @@ import logging
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Protocol
 
+import jax
+
 from acestep_jax.errors import InputError
 from acestep_jax.planner.plan import Plan
 from acestep_jax.request import Request, Sampling
@@ -24,7 +26,7 @@ class Work:
     Attributes:
         adapters: (name, scale) of each, sorted.
         group, kind, shape: set by `Engine.check`, see `serve.batcher`.
-        stage: "queued", "loading", "planning", "encoding", "denoising" or "decoding".
+        stage: "queued", "loading", "planning", "encoding", "denoising", "decoding" or "aligning".
         step, steps: of planning or denoising.
         cancelled: whether nobody wants it any more.
         owner: the id of what it belongs to, for the log.
@@ -32,6 +34,7 @@ class Work:
         plan: what it wrote.
         is_song: whether a song is made at all; else the plan is all that is wanted.
         losses: how often the process that made it has gone, see `serve.replicas`.
+        lrc: whether the song is told with the times of its lyrics, see `Song.timestamps`.
         is_refused: whether it failed by an error of the request; else it is the server that could not make it.
     """
 
@@ -51,6 +54,7 @@ class Work:
     plan: Plan | None = None
     is_song: bool = True
     losses: int = 0
+    lrc: bool = False
     is_refused: bool = False
 
 
@@ -172,3 +176,8 @@ def message_of(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"a file of the server: {error.strerror or type(error).__name__}"
     return f"internal error ({type(error).__name__}); the server's log has the details"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that the device has too little memory."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)

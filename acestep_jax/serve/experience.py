@@ -2,8 +2,8 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, Protocol, TypeVar
 
 from acestep_jax.serve.batcher import Program, Shape, Waiting, batches, next_batch
 
@@ -101,6 +101,13 @@ class Experience:
             if other.kind == program.kind:
                 return seconds * size / max(1, other.shape.frames * other.size)
         return None if rate is None else rate * steps * size
+
+    def after_plans(self, works: Iterable[Any]) -> float | None:
+        """Return the seconds of the songs that follow the plans of works, each made alone; None: not known."""
+        songs = [work for work in works if work.thought is not None and work.is_song]
+        found = [self.estimate(Program(None, song.shape, 1), song.steps) for song in songs]
+        known = [one for one in found if one is not None]
+        return sum(known) if len(known) == len(found) else None
 
     def ends(self, queue: Sequence[S], version: Hashable) -> dict[int, float | None]:
         """Return in how many seconds each song of a queue ends, by its `id`, counted from when the first batch begins;

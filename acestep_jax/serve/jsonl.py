@@ -6,7 +6,8 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ logger = logging.getLogger(__name__)
 MAX_NAME = 255  # bytes, of the file systems in use
 _FILES = ("src_audio", "reference_audio")
 PENDING_BYTES = 2 * 2**30  # of sources and references that wait for their batch to fill up
+# Where planner and song exclude each other: how many songs are planned before they are made, and for how long, in
+# seconds. Loading the planner takes a small part of that; a run that is stopped loses no more plans.
+PLANNED_AHEAD = 256
+PLANNING_SECONDS = 300.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,9 +183,12 @@ def generate(
         lines = lines[jax.process_index() :: jax.process_count()]
     numbers = itertools.count()
 
-    def make(members: list[tuple[Line, Job]]) -> Iterator[tuple[Line, str | None]]:
+    def check() -> None:
         if preemption.requested_at(next(numbers)) if joint else preemption.requested():
             raise Preempted
+
+    def make(members: list[tuple[Line, Job]]) -> Iterator[tuple[Line, str | None]]:
+        check()
         return _make(pipe, members, about, overwrite, writes=not joint or jax.process_index() == 0)
 
     decisions = [_unfinished(line, about, overwrite) for line in lines]
@@ -191,7 +199,7 @@ def generate(
             unfinished.append(line)
         else:
             yield line, error or None
-    for line, job in _prepared(pipe, unfinished, batch_size):
+    for line, job in _prepared(pipe, unfinished, batch_size, check):
         if isinstance(job, str):
             yield line, job
             continue
@@ -206,20 +214,56 @@ def generate(
         yield from make(members)
 
 
-def _prepared(pipe: AceStepPipeline, lines: Sequence[Line], batch_size: int) -> Iterator[tuple[Line, Job | str]]:
+def _prepared(
+    pipe: AceStepPipeline, lines: Sequence[Line], batch_size: int, check: Callable[[], None]
+) -> Iterator[tuple[Line, Job | str]]:
     """Yield each line with its job, or with what is wrong with it. Successive lines of one `Planning` are planned as
-    one batch."""
+    one batch. Where memory holds the planner or a song, not both, many lines are planned before the first of them is
+    yielded, so that the planner is loaded once for all of them.
+
+    Args:
+        check: called before each further batch is planned; it may raise.
+    """
+    ahead: list[tuple[Line, Request]] = []  # planned, with no job yet, which may hold sound
+    began = time.monotonic()
     for (planning, sampling), group in itertools.groupby(lines, key=lambda line: (line.planning, line.sampling)):
         waiting = list(group)
         for i in range(0, len(waiting), batch_size):
+            if ahead:
+                check()
             usable = []
             for line in waiting[i : i + batch_size]:
                 try:
                     usable.append((line, pipe.prepare(line.request, sampling)))
                 except Exception as error:
                     yield line, _message(error)
-            if usable:
-                yield from _planned(pipe, usable, planning, sampling)
+            if not usable:
+                continue
+            for line, made in _planned(pipe, usable, planning, sampling):
+                if isinstance(made, str):
+                    yield line, made
+                elif pipe.needs_memory_of_planner():
+                    began = began if ahead else time.monotonic()
+                    ahead.append((line, made.request))
+                else:
+                    yield line, made
+            # Several processes must all take the same way, which their clocks would not tell them.
+            is_long = jax.process_count() == 1 and time.monotonic() - began > PLANNING_SECONDS
+            if len(ahead) >= PLANNED_AHEAD or ahead and is_long:
+                yield from _released(pipe, ahead)
+                ahead = []
+    if ahead:
+        yield from _released(pipe, ahead)
+
+
+def _released(pipe: AceStepPipeline, ahead: Sequence[tuple[Line, Request]]) -> Iterator[tuple[Line, Job | str]]:
+    """Free the planner's memory, and yield lines that it planned with their jobs."""
+    pipe.free_if_needed()
+    for line, request in ahead:
+        try:
+            yield line, pipe.prepare(request, line.sampling)
+        except Exception as error:
+            yield line, _message(error)
 
 
 def _planned(
@@ -229,7 +273,7 @@ def _planned(
     try:
         # Each line has the plan that it has alone, whatever else the file holds.
         seeds = None if planning.lm_seed is None else [planning.lm_seed] * len(members)
-        planned = pipe.planned([job.request for _, job in members], planning, sampling, seeds=seeds)
+        planned = pipe.planned([job.request for _, job in members], planning, sampling, seeds=seeds, keep=True)
         jobs = [
             job if plan is None else pipe.prepare(request, sampling)
             for (_, job), (request, plan) in zip(members, planned, strict=True)

@@ -1,20 +1,21 @@
 """The engine of one process: a thread that owns the device, and makes waiting songs in batches of equal programs."""
 
+import dataclasses
 import logging
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
-
 from acestep_jax.errors import Cancelled, InputError
 from acestep_jax.planner.plan import Plan
+from acestep_jax.planner.timestamps import check_alignment
 from acestep_jax.request import Request, Sampling
 from acestep_jax.serve.batcher import Program, Shape
-from acestep_jax.serve.engine import BatchReport, Listener, ServerError, Work, message_of, refuse
+from acestep_jax.serve.engine import BatchReport, Listener, ServerError, Work, is_out_of_memory, message_of, refuse
 from acestep_jax.serve.experience import Experience
 from acestep_jax.serve.models import Model
+from acestep_jax.serve.queue import QueueingEngine
 from acestep_jax.serve.thinking import think
 from acestep_jax.song import Song
 
@@ -26,7 +27,7 @@ OUT_OF_MEMORY = (
 )
 
 
-class LocalEngine:
+class LocalEngine(QueueingEngine):
     """Songs on the devices of this process.
 
     Args:
@@ -34,7 +35,12 @@ class LocalEngine:
         adapters: folders or files by name.
         max_batch: most songs made at once.
         warm: durations in seconds that are compiled, for batches of one and of `max_batch`, before `ready`.
+
+    Attributes:
+        alone: whether no other process runs the same programs, so that this one may leave some out.
     """
+
+    alone = True
 
     def __init__(
         self,
@@ -44,21 +50,19 @@ class LocalEngine:
         max_batch: int = 4,
         warm: Sequence[float] = (),
     ):
+        super().__init__()
         self.models = {model.name: model for model in models}
         self.adapters = dict(adapters or {})
         self.max_batch = max_batch
         self.experience = Experience(max_batch)
         self._warm = tuple(warm)
         self._warmed = not warm
-        self._queue: list[Work] = []
         self._running: list[Work] = []
         self._current: Program | None = None
         self._began = self._first_step = self._second_step = self._last_step = 0.0
-        self._changed = threading.Condition()
+        self._aligning = 0.0  # seconds of the batch that were spent on the times of lyrics
         self._stopping: float | None = None  # when the songs under way are stopped
-        self._version = 0  # of the queue
         self._loaded: tuple[str, Any] | None = None
-        self._listener: Any = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._guarded, name="engine", daemon=True)
 
@@ -81,6 +85,13 @@ class LocalEngine:
         if work.is_song:
             job = model.prepare(work.request, work.sampling)
             work.steps = model.steps(job, work.sampling)
+            if work.lrc and not model.has_alignment:
+                raise InputError(
+                    f"lrc: which heads of {model.name} follow the lyrics is not known, as it is of the 2B models; "
+                    "leave it out"
+                )
+            if work.lrc:
+                check_alignment(model.configs["transformer"], job)
             key = job.program_key
             rest = key._replace(frames=0, prompt_tokens=0, lyric_tokens=0)
             work.group = (work.model, work.adapters, work.sampling, job.task_type, rest)
@@ -96,31 +107,6 @@ class LocalEngine:
         self._listener = listener
         self._thread.start()
 
-    def submit(self, works: Sequence[Work]) -> None:
-        """See `Engine`."""
-        with self._changed:
-            self._set_queue([*self._queue, *(work for work in works if not work.cancelled)])
-            self._changed.notify_all()
-
-    def cancel(self, works: Sequence[Work]) -> None:
-        """See `Engine`."""
-        with self._changed:
-            for work in works:
-                work.cancelled = True
-            # They leave their places in the queue now, not when the batch that is running ends.
-            dropped = [work for work in self._queue if work.cancelled]
-            self._set_queue([work for work in self._queue if not work.cancelled])
-            self._changed.notify_all()
-        if self._listener is not None:  # which there is once the engine has started
-            for work in dropped:
-                self._listener.stopped(work)
-
-    def ahead(self, works: Sequence[Work]) -> int:
-        """See `Engine`."""
-        own = set(map(id, works))
-        with self._changed:
-            return next((i for i, work in enumerate(self._queue) if id(work) in own), 0)
-
     def remaining(self, works: Sequence[Work]) -> float | None:
         """See `Engine`."""
         own = set(map(id, works))
@@ -129,7 +115,7 @@ class LocalEngine:
             current, began, first_step = self._current, self._began, self._first_step
         left = 0.0
         if running and current is not None:
-            left = self._left(running[0], current, began, first_step)
+            left = self._left(running, current, began, first_step)
             if left is None:
                 return None
         places = [i for i, work in enumerate(queue) if id(work) in own]
@@ -137,15 +123,8 @@ class LocalEngine:
             return left if {id(work) for work in running} & own else 0.0
         ends = self.experience.ends(queue, version)
         seconds = [ends[id(queue[i])] for i in places]
-        known, songs = [one for one in seconds if one is not None], self._after_plans(queue[: places[-1] + 1])
+        known, songs = [one for one in seconds if one is not None], self.experience.after_plans(queue[: places[-1] + 1])
         return left + max(known) + songs if songs is not None and len(known) == len(seconds) else None
-
-    def _after_plans(self, works: Sequence[Work]) -> float | None:
-        """Return the seconds of the songs that follow the plans of works, by those of any step; None: not known."""
-        songs = (work for work in works if work.thought is not None and work.is_song)
-        found = [self.experience.estimate(Program(None, song.shape, 1), song.steps) for song in songs]
-        known = [one for one in found if one is not None]
-        return sum(known) if len(known) == len(found) else None
 
     def stop(self, grace: float) -> None:
         """See `Engine`."""
@@ -155,27 +134,19 @@ class LocalEngine:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(grace + 60)
 
-    def _set_queue(self, queue: list[Work]) -> None:
-        """Change the queue. Called with the lock."""
-        self._queue = queue
-        self._version += 1
-
-    def _put_first(self, works: Sequence[Work]) -> int:
-        """Let works whose plans are there have their places again; return how many wait now."""
-        with self._changed:
-            self._set_queue([*(work for work in works if not work.cancelled), *self._queue])
-            return len(self._queue)
-
-    def _left(self, work: Work, program: Program, began: float, first_step: float) -> float | None:
-        """Return how long a batch under way still takes: by its own steps, or by earlier batches."""
-        now = time.monotonic()
-        whole = self.experience.estimate(program, work.steps)
+    def _left(self, works: Sequence[Work], program: Program, began: float, first_step: float) -> float | None:
+        """Return how long a batch under way still takes, with the songs of its plans: by its own steps, or by earlier
+        batches; None: not known."""
+        now, work = time.monotonic(), works[0]
+        whole, songs = self.experience.estimate(program, work.steps), self.experience.after_plans(works)
+        if songs is None or work.stage == "aligning":  # which nothing is known of; the song is there
+            return songs
         if work.step >= 2 and work.steps > work.step:
             each = (now - first_step) / work.step
             # What comes after the steps took that part of earlier batches which is not steps; unknown ones get nothing.
             after = max(0.0, whole - each * work.steps) if whole is not None else 0.0
-            return each * (work.steps - work.step) + after
-        return None if whole is None else max(0.0, whole - (now - began))
+            return each * (work.steps - work.step) + after + songs
+        return None if whole is None else max(0.0, whole - (now - began)) + songs
 
     def _guarded(self) -> None:
         try:
@@ -211,8 +182,7 @@ class LocalEngine:
             if self._stopping is not None:
                 return None
             works, program = self.experience.next_batch(self._queue)
-            taken = set(map(id, works))
-            self._set_queue([work for work in self._queue if id(work) not in taken])
+            self._take(works)
             self._running = works
             return works, program
 
@@ -242,7 +212,8 @@ class LocalEngine:
             return
         seconds = time.monotonic() - began
         steps = 0 if plans else works[0].step - 1
-        self.experience.ran(program, seconds, steps, self._last_step - self._second_step)
+        # Songs with and without the times of their lyrics are of one program.
+        self.experience.ran(program, seconds - self._aligning, steps, self._last_step - self._second_step)
         if quiet:
             return
         again = []
@@ -253,8 +224,10 @@ class LocalEngine:
                 work.thought, work.plan = None, plans[i]
                 again += self._with_plan(work)
             else:
+                if work.lrc and songs[i].timestamps is None:
+                    self._listener.noted(work, "lrc: the times of its lyrics could not be found")
                 self._listener.done(work, songs[i])
-        waiting = self._put_first(again)
+        waiting = self.put_first(again)
         self._listener.reported(BatchReport(works, program, seconds, first, waiting, bool(plans)))
 
     def _with_plan(self, work: Work) -> list[Work]:
@@ -278,7 +251,7 @@ class LocalEngine:
 
     def plans(self, works: list[Work], program: Program) -> list[Plan]:
         """Return what the planner writes for a batch; see `songs`."""
-        model = self.models[works[0].model]
+        model, self._aligning = self.models[works[0].model], 0.0
         self._tell(works, "loading" if self._loaded is None or self._loaded[0] != model.name else "planning")
         pipe = self._pipeline(model)
         self._tell(works, "planning")
@@ -304,7 +277,7 @@ class LocalEngine:
         Raises:
             Cancelled: if all of them were cancelled, or the engine stops.
         """
-        model = self.models[works[0].model]
+        model, self._aligning = self.models[works[0].model], 0.0
         self._tell(works, "loading" if self._loaded is None or self._loaded[0] != model.name else "encoding")
         pipe = self._pipeline(model, works[0].adapters)
         jobs = [model.prepare(work.request, work.sampling) for work in works]
@@ -325,7 +298,39 @@ class LocalEngine:
             self._tell(works, "denoising")
             return self._is_over(works)
 
-        return pipe.run(jobs, works[0].sampling, should_stop=should_stop)
+        songs = list(pipe.run(jobs, works[0].sampling, should_stop=should_stop))
+        if any(work.lrc for work in works):
+            self._tell(works, "aligning")
+            began = time.monotonic()
+            for i, work in enumerate(works):
+                if work.lrc:
+                    songs[i] = self._aligned(pipe, work, songs[i], works)
+            self._aligning = time.monotonic() - began
+        return songs
+
+    def _aligned(self, pipe: Any, work: Work, song: Song, works: Sequence[Work]) -> Song:
+        """Return a song of a batch with the times of its lyrics, or as it is if they cannot be found: whatever fails
+        here, the song is there.
+
+        All of a slice's processes do the same here: that a song was cancelled they know at other times, and an error
+        of the device may be one of them alone.
+
+        Raises:
+            Cancelled: see `songs`.
+        """
+        if self.alone and self._is_over(works):
+            raise Cancelled
+        if self.alone and work.cancelled:
+            return song
+        try:
+            return dataclasses.replace(song, timestamps=pipe.timestamps(song, work.request, work.sampling))
+        except InputError as error:
+            logger.warning("%s: no times of its lyrics: %s", work.owner, error)
+        except Exception:
+            if not self.alone:
+                raise
+            logger.exception("%s: no times of its lyrics", work.owner)
+        return song
 
     def _tell(self, works: Sequence[Work], stage: str) -> None:
         for work in works:
@@ -391,9 +396,4 @@ class LocalEngine:
         self._listener.noted(work, f"thinking: made without the planner ({message})")
         work.thought, seconds = None, self.models[work.model].seconds(work.sampling)
         work.request = thought.forgone(work.request, seconds)
-        self._put_first(self._checked(work))
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error says that the device has too little memory."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+        self.put_first(self._checked(work))

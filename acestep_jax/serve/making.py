@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from acestep_jax.io import audio
 from acestep_jax.planner.plan import Plan
+from acestep_jax.planner.timestamps import write_lrc
 from acestep_jax.serve import sounds
 from acestep_jax.serve.engine import BatchReport, Engine, Work, message_of
 from acestep_jax.serve.errands import Errands
 from acestep_jax.serve.records import Records
-from acestep_jax.serve.store import Record, now
+from acestep_jax.serve.store import LRC, Record, now
 from acestep_jax.serve.submission import with_fields
 from acestep_jax.song import Song
 
@@ -155,6 +156,7 @@ class Making:
         with self._lock:
             if (place := self._places.get(id(work))) is not None and note not in place[0].notes:
                 place[0].notes.append(note)
+                self.kept.touch(place[0])
 
     def done(self, work: Work, song: Song) -> None:
         self._unwritten.acquire()
@@ -197,18 +199,28 @@ class Making:
             record, i = place
             assert song.audio is not None
             try:
+                if song.timestamps is not None:  # the sound last: with it, all of the song is there
+                    write_lrc(self.store.song_path(record, i, LRC), song.timestamps, overwrite=True)
                 sounds.write_latents(self.store.song_path(record, i, ".latents"), song.latents)
                 audio.write(self.store.song_path(record, i), song.audio, song.sample_rate, overwrite=True)
             except Exception as problem:  # a full disk fails the song, not the server
                 self._finish(work, "failed", f"cannot be kept: {message_of(problem)}")
             else:
-                self._finish(work, "done", seconds=song.audio.shape[1] / song.sample_rate)
+                seconds = song.audio.shape[1] / song.sample_rate
+                self._finish(work, "done", seconds=seconds, lrc=song.timestamps is not None)
         except Exception:
             logger.exception("a song was not kept")
         finally:
             self._unwritten.release()
 
-    def _finish(self, work: Work, status: str, message: str | None = None, seconds: float | None = None) -> None:
+    def _finish(
+        self,
+        work: Work,
+        status: str,
+        message: str | None = None,
+        seconds: float | None = None,
+        lrc: bool | None = None,
+    ) -> None:
         """Keep how a song ended, and forget its work; end its record after the last one."""
         with self.kept.ending:
             with self._lock:
@@ -219,7 +231,7 @@ class Making:
                 if message is not None:
                     paths = {field: self.store.upload_path(record, field) for field in record.files}
                     song.error = with_fields(message, paths).replace(str(self.store.folder), "the server's folder")
-                song.status, song.seconds = status, seconds
+                song.status, song.seconds, song.lrc = status, seconds, lrc
                 self._works[record.id] = left = [one for one in self._works[record.id] if one is not work]
                 if not left:
                     self._forget(record)

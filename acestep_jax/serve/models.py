@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
 from acestep_jax.inputs.collate import check_sampling, sampling_schedule
 from acestep_jax.inputs.prepare import Job, prepare
 from acestep_jax.inputs.prompt import prompt_text
 from acestep_jax.inputs.settings import defaults_of, settled
 from acestep_jax.io import checkpoint
+from acestep_jax.models.alignment import alignment_heads
 from acestep_jax.models.registry import SamplingDefaults
 from acestep_jax.pipeline import AceStepPipeline
 from acestep_jax.request import MAX_DURATION, Request, Sampling
@@ -63,6 +65,15 @@ class Model:
     def has_codes(self) -> bool:
         """Whether it makes audio codes of a song, and a song of them."""
         return self.configs.keys() >= {"audio_tokenizer", "audio_token_detokenizer"}
+
+    @property
+    def has_alignment(self) -> bool:
+        """Whether the heads of its attention that follow lyrics are known, so that it tells when these are sung."""
+        try:
+            alignment_heads(self.configs["transformer"])
+        except InputError:
+            return False
+        return True
 
     @property
     def tasks(self) -> list[str]:

@@ -15,7 +15,7 @@ from acestep_jax.errors import InputError
 from acestep_jax.serve import schema, sounds, uploads
 from acestep_jax.serve.security import Keys
 from acestep_jax.serve.service import Service
-from acestep_jax.serve.store import FILE_FIELDS, Record
+from acestep_jax.serve.store import FILE_FIELDS, LRC, Record
 from acestep_jax.serve.submission import (
     FIELDS,
     Submission,
@@ -88,7 +88,9 @@ def submission_of(service: Service, body: uploads.Body, client: str) -> Submissi
     if not isinstance(values, dict):
         raise InputError('expected a JSON object such as {"prompt": "lofi piano"}')
     values, planning = split_planning(values)
-    count, form = values.pop("variations", 1), values.pop("format", "flac")
+    count, form, with_lrc = values.pop("variations", 1), values.pop("format", "flac"), values.pop("lrc", False)
+    if not isinstance(with_lrc, bool):
+        raise InputError(f"lrc: expected true or false, found {shown(with_lrc)}")
     model, adapters = values.pop("model", None), values.pop("adapters", None) or {}
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= service.limits.variations:
         raise InputError(f"variations: expected 1 to {service.limits.variations}, found {shown(count)}")
@@ -118,6 +120,7 @@ def submission_of(service: Service, body: uploads.Body, client: str) -> Submissi
         api="native",
         thought=thought,
         plan=plan,
+        lrc=with_lrc,
         model=model,
         adapters=adapters,
         format=sounds.check_format(form),
@@ -153,10 +156,13 @@ def view(service: Service, keys: Keys, record: Record) -> dict[str, Any]:
     songs = []
     for i, song in enumerate(record.songs):
         values: dict[str, Any] = dict(index=i, status=song.status, seed=song.seed, seconds=song.seconds)
+        values["favourite"] = song.favourite
         if song.status == "done":
             base = f"/v1/songs/{record.id}/{i}"
             values["audio"] = keys.link(f"{base}.{record.format}")
             values["latents"] = keys.link(f"{base}.latents")
+        if song.lrc:
+            values["lrc"] = keys.link(f"/v1/songs/{record.id}/{i}.lrc")
         if song.plan is not None:
             values["plan"] = {name: value for name, value in song.plan.items() if name != "audio_codes"}
             values["plan_file"] = keys.link(f"/v1/songs/{record.id}/{i}.plan")
@@ -179,6 +185,7 @@ def view(service: Service, keys: Keys, record: Record) -> dict[str, Any]:
         model=record.model,
         adapters=record.adapters,
         format=record.format,
+        lrc=record.lrc,
         notes=record.notes,
         error=record.error,
         request=first.request | first.sampling,
@@ -218,7 +225,8 @@ def router(service: Service, keys: Keys) -> APIRouter:
 
     @routes.get("/v1/songs/{record_id}", summary="One record")
     async def get(record_id: str) -> Response:
-        return JSONResponse(view(service, keys, find(service, record_id)))  # as it is: clients poll many times a second
+        """Return the record. Polls of known ids are answered before this, see `serve.polls`, with an ETag."""
+        return JSONResponse(view(service, keys, find(service, record_id)))
 
     @routes.post("/v1/songs/{record_id}/cancel", summary="Stop what is not finished")
     async def cancel(record_id: str) -> dict[str, Any]:
@@ -233,6 +241,16 @@ def router(service: Service, keys: Keys) -> APIRouter:
         await run_in_threadpool(service.delete if was_final else service.cancel, record)
         return dict(id=record.id, status="removed" if was_final else record.status)
 
+    @routes.put("/v1/songs/{record_id}/{index}/favourite", summary="Mark a song as a favourite", status_code=204)
+    @routes.delete("/v1/songs/{record_id}/{index}/favourite", summary="Unmark it", status_code=204)
+    async def favourite(record_id: str, index: int, request: Request) -> Response:
+        """Favourites are not removed when `--keep-gb` is reached."""
+        record = find(service, record_id)
+        if not 0 <= index < len(record.songs) or record.songs[index].status != "done":
+            raise HTTPException(404, "this song is not finished")
+        await run_in_threadpool(service.kept.set_favourite, record, index, request.method == "PUT")
+        return Response(status_code=204)
+
     @routes.get("/v1/songs/{record_id}/events", summary="Progress as server-sent events")
     async def events(record_id: str, request: Request) -> StreamingResponse:
         """Events queued, running, done, failed and cancelled, each with the record. Last-Event-ID is heeded."""
@@ -246,7 +264,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
     @routes.head("/v1/songs/{record_id}/{name}", include_in_schema=False)
     async def file(record_id: str, name: str, download: bool = False) -> Response:
         """Return song I as I.flac, .wav, .mp3, .ogg, .opus, .wav24 or .wav32, with ranges; as I.latents, float32
-        [frames, channels]; its settings as I.json; or its plan as I.plan, in JSON."""
+        [frames, channels]; its settings as I.json, its plan as I.plan; or when its lyrics are sung as I.lrc."""
         record = find(service, record_id)
         found = FILE.fullmatch(name)
         index = int(found["index"]) if found else -1
@@ -262,7 +280,13 @@ def router(service: Service, keys: Keys) -> APIRouter:
             if record.songs[index].plan is None:
                 raise HTTPException(404, "this song has no plan")
             return JSONResponse(record.songs[index].plan)
-        if suffix == "latents":
+        if suffix == "lrc":
+            path = service.store.song_path(record, index, LRC)
+            found_path = path if record.songs[index].lrc and path.exists() else None
+            if found_path is None:
+                raise HTTPException(404, "this song has no times of its lyrics; request it with lrc")
+            media = "text/plain; charset=utf-8"
+        elif suffix == "latents":
             path = service.store.song_path(record, index, ".latents")
             found_path = path if record.songs[index].status == "done" and path.exists() else None
             media = "application/octet-stream"
@@ -271,7 +295,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
             media = sounds.FORMATS[suffix].media_type
         else:
             raise HTTPException(
-                404, f"unknown kind of file; expected one of {', '.join(sounds.FORMATS)}, latents, json"
+                404, f"unknown kind of file; expected one of {', '.join(sounds.FORMATS)}, latents, json, lrc"
             )
         if found_path is None:
             raise HTTPException(404, "this song is not finished")
@@ -290,6 +314,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
                     sample_rate=model.sample_rate,
                     frame_rate=model.frame_rate,
                     planner=model.planner,
+                    lrc=model.has_alignment,
                 )
                 for name, model in service.engine.models.items()
             ],
@@ -313,11 +338,11 @@ def router(service: Service, keys: Keys) -> APIRouter:
 async def _events(service: Service, keys: Keys, record: Record, last: str) -> AsyncIterator[str]:
     sent, told, place = last, time.monotonic(), None
     async for _ in changes(service, record, REFRESH_SECONDS):
-        values = view(service, keys, record)
-        now, event_id = time.monotonic(), f"{PROCESS}-{record.version}"
+        event_id, status = f"{PROCESS}-{record.version}", record.status  # before the view: what changes meanwhile is
+        now, values = time.monotonic(), view(service, keys, record)  # told again, also if that is the last change
         if event_id != sent or values["position"] != place and place is not None:
             text = json.dumps(values, ensure_ascii=False)
-            yield f"id: {event_id}\nevent: {record.status}\ndata: {text}\n\n"
+            yield f"id: {event_id}\nevent: {status}\ndata: {text}\n\n"
             sent, told = event_id, now
         elif now - told >= COMMENT_SECONDS:
             yield ": waiting\n\n"

@@ -12,8 +12,8 @@ import jax
 from acestep_jax.errors import Cancelled, InputError
 from acestep_jax.request import Request, Sampling
 from acestep_jax.serve.batcher import Program, Shape
-from acestep_jax.serve.engine import Work
-from acestep_jax.serve.local import LocalEngine, is_out_of_memory
+from acestep_jax.serve.engine import ServerError, Work, is_out_of_memory
+from acestep_jax.serve.local import LocalEngine
 from acestep_jax.serve.thinking import Thought
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def pack(works: Sequence[Work], program: Program) -> Parcel:
         values = {field.name: getattr(work.request, field.name) for field in dataclasses.fields(work.request)}
         named = {name: str(values.pop(name)) for name in SOUNDS if values[name] is not None}
         thought = None if work.thought is None else work.thought.to_dict()
-        songs.append(dict(request=values, files=named, thought=thought))
+        songs.append(dict(request=values, files=named, thought=thought, lrc=work.lrc))
         files += [Path(path).read_bytes() for path in named.values()]
     first = works[0]
     about = dict(
@@ -87,7 +87,8 @@ def unpack(parcel: Parcel, folder: str | Path) -> Unpacked:
             path.write_bytes(next(waiting))
             paths[name], names[str(path)] = str(path), original
         thought = None if song["thought"] is None else Thought.from_dict(song["thought"])
-        works.append(Work(Request(**song["request"], **paths), sampling, about["model"], adapters, thought=thought))
+        request = Request(**song["request"], **paths)
+        works.append(Work(request, sampling, about["model"], adapters, thought=thought, lrc=song["lrc"]))
     return Unpacked(works, Program(None, Shape(0, 0, 0), about["size"]), names)
 
 
@@ -96,9 +97,11 @@ class Outcome:
     """How a batch ended in another process.
 
     Attributes:
-        kind: "done", "cancelled", "input" (the message is for the user), "memory" or "internal" (it is for the log).
+        kind: "done", "cancelled", "input" or "server" (the message is for the user; the request is wrong, or right, but
+            cannot be made here), "memory" or "internal" (it is for the log).
         made: the songs, or the plans.
         step, stepping: the last step, and the seconds between the first one and that.
+        aligning: the seconds that the times of lyrics took.
     """
 
     kind: str
@@ -106,6 +109,7 @@ class Outcome:
     made: Sequence[Any] = ()
     step: int = 0
     stepping: float = 0.0
+    aligning: float = 0.0
 
     def result(self) -> list[Any]:
         """Return what was made, or raise what was raised there."""
@@ -115,6 +119,8 @@ class Outcome:
             raise Cancelled
         if self.kind == "input":
             raise InputError(self.message)
+        if self.kind == "server":
+            raise ServerError(self.message)
         if self.kind == "memory":
             raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {self.message}")
         raise RuntimeError(self.message)
@@ -127,7 +133,7 @@ def outcome_of(make: Callable[[], Sequence[Any]], names: Mapping[str, str]) -> O
     except Cancelled:
         return Outcome("cancelled")
     except InputError as error:
-        return Outcome("input", with_names(error, names))
+        return Outcome("server" if isinstance(error, ServerError) else "input", with_names(error, names))
     except Exception as error:
         if is_out_of_memory(error):
             return Outcome("memory", str(error))

@@ -29,6 +29,7 @@ class Records:
 
     Attributes:
         all: the records by id.
+        on_remove: called with each record that is removed, from any thread.
         ending: held while a record ends or is removed, which writes to the disk. Whoever holds it may take other locks,
             but nobody takes it who holds one: those who only look do not wait for the disk.
     """
@@ -36,10 +37,12 @@ class Records:
     def __init__(self, store: Store):
         self.store = store
         self.all: dict[str, Record] = {}
+        self.on_remove: list[Callable[[Record], object]] = []
         self.ending = threading.RLock()
         self._lock = threading.RLock()
         self._short: dict[str, str] = {}
         self._sizes: dict[str, int] = {}
+        self._told_full = False  # whether the log says that favourites alone are beyond what may be kept
         self._watchers: dict[str, list[Callable[[], None]]] = {}
 
     def load(self) -> list[Record]:
@@ -104,6 +107,8 @@ class Records:
             self.all.pop(record.id, None)
             self._short.pop(short_id(record.id), None)
             self._sizes.pop(record.id, None)
+        for forget in self.on_remove:
+            forget(record)
         self.store.remove(record)
         self.wake(record)
 
@@ -119,16 +124,26 @@ class Records:
                 self._sizes[record.id] = size
 
     def beyond(self, most_bytes: int, most_records: int, newest: Record | None = None) -> list[Record]:
-        """Return the oldest records that have ended, as many as are beyond what may be kept; never the newest."""
+        """Return the oldest records that have ended, as many as are beyond what may be kept; never the newest. Those
+        with a favourite stay, and come on top: beside many of them, too, new songs are kept."""
         with self._lock:
-            total, count = sum(self._sizes.values()), len(self.all)
+            starred = {record.id for record in self.all.values() if any(song.favourite for song in record.songs)}
+            on_top = sum(self._sizes.get(one, 0) for one in starred)
+            total, count = sum(self._sizes.values()) - on_top, len(self.all) - len(starred)
             found = []
             for record in self.all.values():
                 if total <= most_bytes and count <= most_records:
                     break
-                if record.final and record is not newest:
+                if record.final and record is not newest and record.id not in starred:
                     total, count = total - self._sizes.get(record.id, 0), count - 1
                     found.append(record)
+            is_full = on_top > most_bytes or len(starred) > most_records
+            tell, self._told_full = is_full and not self._told_full, is_full
+        if tell:
+            logger.warning(
+                "%d records with favourites take %.1f GB, more than --keep-gb or 10,000 records; they are kept on top",
+                *(len(starred), on_top / 10**9),
+            )
         return found
 
     def sound(self, record: Record, index: int, name: str) -> tuple[Path | None, bool]:
@@ -143,6 +158,19 @@ class Records:
             sounds.convert(original, path, form)
             self.measure(record)
         return path if path.is_file() and not path.is_symlink() else None, is_new
+
+    def set_favourite(self, record: Record, index: int, favourite: bool) -> None:
+        """Mark a song as a favourite, or not; nothing if its record is removed meanwhile.
+
+        Raises:
+            OSError: if that cannot be written; then it is as it was.
+        """
+        with self.ending:
+            if record.id not in self.all:
+                return
+            self.store.keep_favourite(record, index, favourite)
+            record.songs[index].favourite = favourite
+            self.touch(record)
 
     def use_song(self, uploads: Path, field: str, record: Record, index: int) -> None:
         """Give a finished song of this server to a field of a submission, as an upload.

@@ -18,7 +18,7 @@ class Progress(NamedTuple):
 
     Attributes:
         stage, step, steps: see `Work`.
-        seconds: since the first step began.
+        seconds: since the first step of denoising began; 0 in other stages.
     """
 
     stage: str
@@ -48,7 +48,7 @@ class Replica(LocalEngine):
             finally:
                 self._running = []
             stepping = self._last_step - self._second_step
-            return dataclasses.replace(outcome, step=works[0].step, stepping=stepping)
+            return dataclasses.replace(outcome, step=works[0].step, stepping=stepping, aligning=self._aligning)
 
     def progress(self) -> Progress:
         """Return how far the batch under way is; called from another thread."""

@@ -8,7 +8,6 @@ one is started, and the songs are made once more.
 import heapq
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +16,11 @@ from typing import Any
 from acestep_jax.planner.plan import Plan
 from acestep_jax.serve.batcher import Program, batches, next_batch
 from acestep_jax.serve.engine import BatchReport, EngineLost, Listener, Work
+from acestep_jax.serve.experience import Experience
 from acestep_jax.serve.local import LocalEngine
 from acestep_jax.serve.models import Model
 from acestep_jax.serve.parcel import Outcome, pack
+from acestep_jax.serve.queue import QueueingEngine
 from acestep_jax.serve.replica import Progress, Remote
 from acestep_jax.song import Song
 
@@ -60,7 +61,7 @@ class Lane(LocalEngine):
             began, first_step = self._began, self._first_step
         if not running or current is None:
             return running, 0.0
-        return running, self._left(running[0], current, began, first_step)
+        return running, self._left(running, current, began, first_step)
 
     def songs(self, works: list[Work], program: Program) -> list[Song]:
         """See `LocalEngine`."""
@@ -92,7 +93,8 @@ class Lane(LocalEngine):
         told: Progress | None = None
         while not isinstance(found := self._remote.look(POLL_SECONDS), Outcome):
             if found.stage != "queued" and (told is None or found[:3] != told[:3]):
-                self._first_step = time.monotonic() - found.seconds
+                if found.stage == "denoising":
+                    self._first_step = time.monotonic() - found.seconds
                 for work in works:
                     work.step = found.step
                     work.steps = found.steps or work.steps  # a song's are known here
@@ -102,7 +104,7 @@ class Lane(LocalEngine):
                 self._remote.halt()
         for work in works:
             work.step = found.step
-        self._second_step, self._last_step = 0.0, found.stepping
+        self._second_step, self._last_step, self._aligning = 0.0, found.stepping, found.aligning
         return found.result()
 
     def _compile_ahead(self) -> None:
@@ -115,7 +117,7 @@ class Lane(LocalEngine):
         self._settled.clear()
         return self._engine.next_of(self)
 
-    def _put_first(self, works: Sequence[Work]) -> int:
+    def put_first(self, works: Sequence[Work]) -> int:
         return self._engine.put_first(works)
 
     def _make(self, works: list[Work], program: Program, *, quiet: bool = False) -> None:
@@ -166,7 +168,7 @@ class Lane(LocalEngine):
                 logger.warning("replica %d has not started in %g s; is there room for it?", self.index, PATIENCE)
 
 
-class ReplicaEngine:
+class ReplicaEngine(QueueingEngine):
     """Songs by several replicas, see the module.
 
     Args:
@@ -185,18 +187,15 @@ class ReplicaEngine:
         max_batch: int = 4,
         warm: Sequence[float] = (),
     ):
+        super().__init__()
         self.models: Mapping[str, Model] = {model.name: model for model in models}
         self.adapters: dict[str, str] = dict(adapters or {})
         self.max_batch = max_batch
         self.start_replica = start
-        self._queue: list[Work] = []
-        self._changed = threading.Condition()
         self._idle = 0  # lanes that wait for songs
-        self._version = 0  # of the queue and of what the lanes know
         self._planned: tuple[int, list[tuple[set[int], float | None]]] = -1, []
         self._stopping = False
         self._died = False
-        self._listener: Any = None
         self.lanes = [Lane(self, index, warm) for index in range(replicas)]
 
     # What the server calls, see `Engine`
@@ -216,28 +215,6 @@ class ReplicaEngine:
         self._listener = listener
         for lane in self.lanes:
             lane.start(self)
-
-    def submit(self, works: Sequence[Work]) -> None:
-        """See `Engine`."""
-        with self._changed:
-            self._set_queue([*self._queue, *(work for work in works if not work.cancelled)])
-
-    def cancel(self, works: Sequence[Work]) -> None:
-        """See `Engine`."""
-        with self._changed:
-            for work in works:
-                work.cancelled = True
-            dropped = [work for work in self._queue if work.cancelled]
-            self._set_queue([work for work in self._queue if not work.cancelled])
-        if self._listener is not None:
-            for work in dropped:
-                self._listener.stopped(work)
-
-    def ahead(self, works: Sequence[Work]) -> int:
-        """See `Engine`."""
-        own = set(map(id, works))
-        with self._changed:
-            return next((i for i, work in enumerate(self._queue) if id(work) in own), 0)
 
     def remaining(self, works: Sequence[Work]) -> float | None:
         """See `Engine`. Each batch of the queue is given to the lane that is free first."""
@@ -280,12 +257,6 @@ class ReplicaEngine:
         for lane in self.lanes:
             lane.close()
 
-    def _set_queue(self, queue: list[Work]) -> None:
-        """Change the queue, and wake the lanes. Called with the lock."""
-        self._queue = queue
-        self._version += 1
-        self._changed.notify_all()
-
     def _batches(self, queue: Sequence[Work], version: int) -> list[tuple[set[int], float | None]]:
         """Return the works of each batch of a queue, by their `id`, and its seconds. Many ask, and the answer is
         computed once for each version."""
@@ -300,10 +271,17 @@ class ReplicaEngine:
             limits |= sizes
         found = []
         for works, program in batches(queue, compiled, self.max_batch, limits):
-            seconds = (lane.experience.estimate(program, works[0].steps) for lane in self.lanes)
-            found.append(({id(work) for work in works}, next((one for one in seconds if one is not None), None)))
+            seconds = self._first_known(lambda known: known.estimate(program, works[0].steps))  # noqa: B023
+            songs = self._first_known(lambda known: known.after_plans(works))  # noqa: B023  (both are called at once)
+            whole = None if seconds is None or songs is None else seconds + songs
+            found.append(({id(work) for work in works}, whole))
         self._planned = version, found
         return found
+
+    def _first_known(self, ask: Callable[[Experience], float | None]) -> float | None:
+        """Return what the first lane answers that has learnt enough of it; None: no lane has."""
+        answers = (ask(lane.experience) for lane in self.lanes)
+        return next((one for one in answers if one is not None), None)
 
     # What the lanes call
 
@@ -320,17 +298,10 @@ class ReplicaEngine:
                 if self._stopping:
                     return None
                 works, program = lane.take(self._queue, math.ceil(len(self._queue) / self._idle))
-                taken = set(map(id, works))
-                self._set_queue([work for work in self._queue if id(work) not in taken])
+                self._take(works)
                 return works, program
             finally:
                 self._idle -= 1
-
-    def put_first(self, works: Sequence[Work]) -> int:
-        """Put works at the head of the queue, but for those that nobody wants any more; return how many wait then."""
-        with self._changed:
-            self._set_queue([*(work for work in works if not work.cancelled), *self._queue])
-            return len(self._queue)
 
     def lost(self, works: Sequence[Work]) -> None:
         """Let the songs of a lost batch be made again, but for those that were lost before."""

@@ -13,6 +13,9 @@ _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 EXTRA: dict[str, Any] = {
     "variations": dict(type="integer", minimum=1, default=1, description="Songs to make, of consecutive seeds."),
     "format": dict(type="string", enum=list(NAMES), default="flac", description="Sound file of the links."),
+    "lrc": dict(
+        type="boolean", default=False, description="Whether each song gets an LRC file, which says when lines are sung."
+    ),
     "model": dict(type="string", description="One of the server's models. Default: the first."),
     "adapters": dict(
         type="object",

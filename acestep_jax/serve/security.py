@@ -5,13 +5,14 @@ A server of one's own machine is reached by every page that the browser has open
 """
 
 import asyncio
+import functools
 import hashlib
 import hmac
 import ipaddress
 import json
 import re
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from urllib.parse import parse_qs
 
 from starlette.exceptions import HTTPException
@@ -21,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from acestep_jax.serve.errors import error_body
 
 COOKIE = "acestep-session"
-LINK_SECONDS = 24 * 3600
+LINK_SECONDS, LINK_STEP = 24 * 3600, 3600
 BODY_SECONDS = 60.0  # for a body, and as long as it comes
 BODY_RATE = 2**18  # bytes in a second, at which a large one may come
 LARGE_BODY, LARGE_BODIES = 2**20, 4  # bytes, and how many beyond that are read at once
@@ -32,8 +33,8 @@ CSP = b"default-src 'self'; media-src 'self' blob:; img-src 'self' blob: data:; 
 READING = ("GET", "HEAD", "OPTIONS")
 LATE_KINDS = ("", "application/json", "application/x-www-form-urlencoded")  # uploads need the key first
 HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([\w.-]+))(?::\d{1,5})?", re.ASCII)
-ALLOWED = "authorization, content-type, range, last-event-id, x-api-key"
-EXPOSED = "content-range, content-length, retry-after, x-acestep-ignored"
+ALLOWED = "authorization, content-type, range, last-event-id, if-none-match, x-api-key"
+EXPOSED = "content-range, content-length, retry-after, etag, x-acestep-ignored"
 
 
 class Keys:
@@ -65,10 +66,13 @@ class Keys:
         return self._is_signed("session", until, signature)
 
     def link(self, path: str) -> str:
-        """Return a path with a signature that is valid for a day, or as it is if there is no key."""
+        """Return a path with a signature that is valid for a day at least, or as it is if there is no key.
+
+        It ends with an hour: what is told again within one has the same links, and so the same ETag.
+        """
         if self.key is None:
             return path
-        until = int(time.time()) + LINK_SECONDS
+        until = -(-(int(time.time()) + LINK_SECONDS) // LINK_STEP) * LINK_STEP
         return f"{path}{'&' if '?' in path else '?'}exp={until}&sig={self._signature(path, until)}"
 
     def knows_link(self, path: str, query: str) -> bool:
@@ -87,9 +91,9 @@ class Keys:
         return hmac.compare_digest(self._signature(subject, int(until)).encode(), signature.encode())
 
 
-def given_key(request: Request) -> str | None:
+def given_key(given: Mapping[bytes, str]) -> str | None:
     """Return the key that a request carries in its headers: a bearer token, the bare key, or X-API-Key."""
-    value = request.headers.get("authorization") or request.headers.get("x-api-key")
+    value = given.get(b"authorization") or given.get(b"x-api-key")
     if value is None:
         return None
     scheme, _, rest = value.partition(" ")
@@ -126,15 +130,16 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request = Request(scope)
-        origin = request.headers.get("origin")
+        # A poll passes here a thousand times a second: one dictionary, in which the first of equal names counts.
+        given = {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}
+        origin = given.get(b"origin")
         allowed = origin is not None and origin.lower() in self.origins
         headers = _cors(origin) if allowed and origin is not None else []
-        if problem := self._problem(request, origin, allowed):
+        if problem := self._problem(scope, given, allowed):
             status, text = problem
             await _answer(send, status, error_body(scope["path"], status, text), headers)
             return
-        if request.method == "OPTIONS" and "access-control-request-method" in request.headers:
+        if scope["method"] == "OPTIONS" and b"access-control-request-method" in given:
             status = 204 if allowed else 403
             await _answer(send, status, None if allowed else {"detail": "origin not allowed"}, headers)
             return
@@ -157,53 +162,60 @@ class Guard:
         finally:
             body.release()
 
-    def _problem(self, request: Request, origin: str | None, allowed: bool) -> tuple[int, str] | None:
+    def _problem(self, scope: Scope, given: Mapping[bytes, str], allowed: bool) -> tuple[int, str] | None:
         """Return the status and the text of a refusal."""
-        if not self._is_own(request.headers.get("host", "")):
+        host, origin = given.get(b"host", ""), given.get(b"origin")
+        if not self._is_own(host):
             return 421, "Host: this server is not called that; start it with --public-host NAME"
-        if origin is not None and not allowed and request.method not in READING:
-            if origin.lower().partition("://")[2] != request.headers.get("host", "").lower():
+        if origin is not None and not allowed and scope["method"] not in READING:
+            if origin.lower().partition("://")[2] != host.lower():
                 return 403, "Origin: pages of other hosts may not do this; start the server with --cors ORIGIN"
-        length = request.headers.get("content-length", "")
+        length = given.get(b"content-length", "")
         if length and not (length.isascii() and length.isdigit()):
             return 400, "Content-Length: expected a number"
         if length and (len(length) > 15 or int(length) > self.max_bytes):
             return 413, f"the body is larger than {self.max_bytes // 2**20} MB"
-        if self.keys.key is None or self._is_open(request):
-            request.scope.setdefault("state", {})["authorised"] = True
+        if self.keys.key is None or self._is_open(scope, given):
+            scope.setdefault("state", {})["authorised"] = True
             return None
-        key = given_key(request)
+        key = given_key(given)
         if key is None:
-            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if request.scope["path"] in self.late_keys and kind in LATE_KINDS:
+            kind = given.get(b"content-type", "").partition(";")[0].strip().lower()
+            if scope["path"] in self.late_keys and kind in LATE_KINDS:
                 return None
             return 401, "Missing Authorization header"
         if not self.keys.accepts(key):
             return 401, "Invalid API key"
-        request.scope.setdefault("state", {})["authorised"] = True
+        scope.setdefault("state", {})["authorised"] = True
         return None
 
-    def _is_open(self, request: Request) -> bool:
-        path = request.scope["path"]  # not that of the URL, which some versions of Starlette make of the Host header
-        if path == "/" or path in OPEN or path.startswith(OPEN_FOLDERS) or request.method == "OPTIONS":
+    def _is_open(self, scope: Scope, given: Mapping[bytes, str]) -> bool:
+        path = scope["path"]  # not that of the URL, which some versions of Starlette make of the Host header
+        if path == "/" or path in OPEN or path.startswith(OPEN_FOLDERS) or scope["method"] == "OPTIONS":
             return True
-        if request.method in ("GET", "HEAD") and self.keys.knows_link(
-            _raw_path(request), request.scope["query_string"].decode("latin-1")
-        ):
+        query = scope["query_string"].decode("latin-1")
+        if scope["method"] in ("GET", "HEAD") and "sig=" in query and self.keys.knows_link(_raw_path(scope), query):
             return True
-        return self.keys.knows_session(request.cookies.get(COOKIE))
+        return b"cookie" in given and self.keys.knows_session(Request(scope).cookies.get(COOKIE))
 
     def _is_own(self, host: str) -> bool:
         """Return whether a Host header names this server: an address cannot be another name's, a name must be known."""
-        found = HOST.fullmatch(host)
-        if found is None:
-            return False
-        name = found[1] or found[2]
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return name.lower() in self.hosts
-        return True
+        name = name_of(host)
+        return name is not None and (not name or name in self.hosts)
+
+
+@functools.lru_cache(256)
+def name_of(host: str) -> str | None:
+    """Return the name in a Host header, in small letters; "" for an address, None for what is neither."""
+    found = HOST.fullmatch(host)
+    if found is None:
+        return None
+    name = found[1] or found[2]
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name.lower()
+    return ""
 
 
 class _Body:
@@ -221,7 +233,8 @@ class _Body:
             return await self._receive()
         left = self._end + self._count / BODY_RATE - time.monotonic()
         try:
-            message = await asyncio.wait_for(self._receive(), max(0.0, min(BODY_SECONDS, left)))
+            async with asyncio.timeout(max(0.0, min(BODY_SECONDS, left))):  # unlike wait_for, without a task of its own
+                message = await self._receive()
         except TimeoutError:
             raise HTTPException(408, "the body did not come in time") from None
         if message["type"] == "http.request":
@@ -252,14 +265,14 @@ class _Body:
         self._end += time.monotonic() - began
 
 
-def _raw_path(request: Request) -> str:
-    return request.scope.get("raw_path", request.scope["path"].encode()).decode("latin-1").partition("?")[0]
+def _raw_path(scope: Scope) -> str:
+    return scope.get("raw_path", scope["path"].encode()).decode("latin-1").partition("?")[0]
 
 
 def _cors(origin: str) -> list[tuple[bytes, bytes]]:
     values = {
         "access-control-allow-origin": origin,
-        "access-control-allow-methods": "GET, POST, DELETE, OPTIONS",
+        "access-control-allow-methods": "GET, POST, PUT, DELETE, OPTIONS",
         "access-control-allow-headers": ALLOWED,
         "access-control-expose-headers": EXPOSED,
         "vary": "Origin",

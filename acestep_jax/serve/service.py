@@ -19,7 +19,7 @@ from acestep_jax.serve.errands import Errand, Errands
 from acestep_jax.serve.inputs import Inputs
 from acestep_jax.serve.making import Making
 from acestep_jax.serve.records import Records
-from acestep_jax.serve.store import FILE_FIELDS, Record, Store, now
+from acestep_jax.serve.store import FILE_FIELDS, LRC, Record, Store, now
 from acestep_jax.serve.submission import (
     NO_PLANNER,
     Limits,
@@ -248,6 +248,7 @@ class Service:
             notes=list(submission.notes),
             extra=submission.extra,
             files=list(submission.files),
+            lrc=submission.lrc,
         )
         return record, works
 
@@ -261,6 +262,7 @@ class Service:
             if path.exists():
                 try:
                     song.status, song.seconds = "done", _seconds(path)
+                    song.lrc = self.store.song_path(record, i, LRC).exists()
                     continue
                 except Exception as error:  # it is made again
                     logger.warning("%s: not a sound file (%s)", path, error)
@@ -268,7 +270,7 @@ class Service:
                 if is_at_fault:
                     raise InputError(f"the server ended {ATTEMPTS} times while it made this; it is not tried again")
                 request, sampling = request_and_sampling(song.request | song.sampling, files)
-                work = Work(request, sampling, record.model, tuple(sorted(record.adapters.items())))
+                work = Work(request, sampling, record.model, tuple(sorted(record.adapters.items())), lrc=record.lrc)
                 if record.model not in self.engine.models:
                     raise InputError(f"model: the server was started without {record.model}")
                 if song.thought is not None and song.plan is not None:  # which was written before the end
@@ -288,9 +290,10 @@ class Service:
 
     def _trim(self, newest: Record | None = None) -> None:
         """Remove the oldest records beyond what may be kept, but for the one that has just ended."""
-        for record in self.kept.beyond(self.limits.keep_bytes, self.limits.keep_records, newest):
-            logger.info("%s: removed, --keep-gb is reached", record.id)
-            self.delete(record)
+        with self.kept.ending:  # or a song would go that becomes a favourite
+            for record in self.kept.beyond(self.limits.keep_bytes, self.limits.keep_records, newest):
+                logger.info("%s: removed, --keep-gb is reached", record.id)
+                self.delete(record)
 
     def _reported(self, report: BatchReport) -> None:
         if self.on_report is not None:

@@ -81,6 +81,8 @@ class LeaderEngine(LocalEngine):
         models, options: see `LocalEngine`.
     """
 
+    alone = False
+
     def __init__(self, models: Sequence[Model], channels: Mapping[int, Channel], **options: Any):
         super().__init__(models, **options)
         self._channels = channels
@@ -142,7 +144,7 @@ class LeaderEngine(LocalEngine):
                     work.request = copy.request  # which only this thread reads while a batch is made
                 made = make(works, program)
             except InputError as error:
-                failure = InputError(with_names(error, names))
+                failure = type(error)(with_names(error, names))  # InputError, or ServerError
             except Exception as error:
                 failure = error
             finally:
@@ -223,6 +225,8 @@ class LeaderEngine(LocalEngine):
 
 class FollowerEngine(LocalEngine):
     """The engine of another process: without a queue, it makes the batches of the leader."""
+
+    alone = False
 
     def __init__(self, models: Sequence[Model], channel: Channel, **options: Any):
         super().__init__(models, **options)

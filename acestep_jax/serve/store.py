@@ -4,6 +4,8 @@
     DATA/songs/<id>/src_audio       an upload, under the name of its field
     DATA/songs/<id>/0.flac          a song, and 0.latents beside it; other formats are made when they are asked for
     DATA/songs/<id>/0.plan          what the planner wrote for it
+    DATA/songs/<id>/0.lrc           when its lyrics are sung
+    DATA/songs/<id>/0.favourite     that it is one
     DATA/songs/<id>/result.json     how it ended
     DATA/songs/<id>/attempts        a byte for each process that died while it made this, with nothing finished before
     DATA/incoming/                  uploads that are not accepted yet
@@ -31,9 +33,9 @@ from acestep_jax.io.files import publish_file
 logger = logging.getLogger(__name__)
 
 MAX_REMOVED = 100_000  # ids of removed records that are remembered
-PLAN = ".plan"  # suffix
+PLAN, LRC, FAVOURITE = ".plan", ".lrc", ".favourite"  # suffixes
 FINAL = ("done", "failed", "cancelled")
-ENDED = ("status", "error", "seconds")  # of a song, as it ended
+ENDED = ("status", "error", "seconds", "lrc")  # of a song, as it ended
 FILE_FIELDS = ("src_audio", "reference_audio")
 
 
@@ -44,6 +46,8 @@ class SongRecord:
     Attributes:
         thought: what the planner was asked, see `thinking.Thought.to_dict`; None: nothing.
         plan: what it wrote, or the client gave, see `Plan.to_dict`.
+        lrc: whether there is a file that says when its lyrics are sung.
+        favourite: whether the user has marked it, so that it is not removed to make room.
     """
 
     request: dict[str, Any]
@@ -53,6 +57,8 @@ class SongRecord:
     status: str = "queued"
     error: str | None = None
     seconds: float | None = None
+    lrc: bool | None = None
+    favourite: bool = False
 
     @property
     def seed(self) -> int | None:
@@ -71,6 +77,7 @@ class Record:
         notes: what of the request was ignored or replaced, in sentences.
         extra: what only its protocol knows.
         files: the fields that have an upload.
+        lrc: see `Submission`.
         status: "queued", "running", "done", "failed" or "cancelled".
         version: increases with every change, for those who watch.
     """
@@ -85,6 +92,7 @@ class Record:
     notes: list[str] = dataclasses.field(default_factory=list)
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     files: list[str] = dataclasses.field(default_factory=list)
+    lrc: bool = False
     status: str = "queued"
     started: float | None = None
     finished: float | None = None
@@ -175,6 +183,14 @@ class Store:
         assert plan is not None
         _write_json(self.song_path(record, index, PLAN), plan)
 
+    def keep_favourite(self, record: Record, index: int, favourite: bool) -> None:
+        """Keep whether a song is a favourite."""
+        path = self.song_path(record, index, FAVOURITE)
+        if favourite:
+            path.touch()
+        else:
+            path.unlink(missing_ok=True)
+
     def finish(self, record: Record) -> None:
         """Keep how a record ended."""
         values = dict(
@@ -244,6 +260,7 @@ class Store:
         for i, song in enumerate(record.songs):
             if (plan := folder / f"{i}{PLAN}").exists():
                 song.plan = json.loads(plan.read_text(encoding="utf-8"))
+            song.favourite = (folder / f"{i}{FAVOURITE}").exists()
         result = folder / "result.json"
         if result.exists():
             ended: Mapping[str, Any] = json.loads(result.read_text(encoding="utf-8"))

@@ -67,6 +67,7 @@ class Submission:
         client: the address, for limits.
         thought: what the planner is asked for each song that it writes for; None: nothing.
         plan: what the client gave of a plan, which is in `songs` already.
+        lrc: whether each song gets a file that says when its lyrics are sung.
     """
 
     songs: list[dict[str, Any]]
@@ -81,6 +82,7 @@ class Submission:
     client: str = "127.0.0.1"
     thought: Thought | None = None
     plan: Plan | None = None
+    lrc: bool = False
 
 
 def variations(values: Mapping[str, Any], count: int) -> list[dict[str, Any]]:

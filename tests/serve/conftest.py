@@ -44,18 +44,19 @@ def serving(service, *, key=None, **options):
     import httpx
     import uvicorn
 
-    from acestep_jax.serve.app import create
+    from acestep_jax.serve.app import create, settings
     from acestep_jax.serve.security import Keys
 
     app = create(service, Keys(key, service.store.secret()), version="test", **options)
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(settings(app, "127.0.0.1", port, log_level="error", shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, headers=headers) as client:
+            client.app = app
             yield client
     finally:
         server.should_exit = True

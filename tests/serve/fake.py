@@ -7,9 +7,10 @@ import time
 import numpy as np
 
 from acestep_jax import Request, Sampling
-from acestep_jax.errors import Cancelled
+from acestep_jax.errors import Cancelled, InputError
 from acestep_jax.io import checkpoint
 from acestep_jax.planner.metadata import Metadata
+from acestep_jax.planner.timestamps import Line, Timestamps
 from acestep_jax.serve.engine import Work
 from acestep_jax.serve.models import Model
 from acestep_jax.song import Song
@@ -23,6 +24,7 @@ class FakePipeline:
         batches: (seeds, sampling, adapters) of every batch that ran.
         failing: called with the seeds of a batch; what it raises is the batch's error.
         planner: writes plans.
+        unsung: the seed of a song whose lyrics cannot be timed.
     """
 
     configs = checkpoint.read_manifest(checkpoint.SMALL_MODEL).configs
@@ -33,6 +35,7 @@ class FakePipeline:
         self.batches = []
         self.failing = lambda seeds: None
         self.planner = FakePlanner(delay)
+        self.unsung = None
 
     def on_mesh(self):
         return contextlib.nullcontext()
@@ -52,6 +55,12 @@ class FakePipeline:
 
     def set_adapters(self, scales):
         self.adapters = dict(scales)
+
+    def timestamps(self, song, request, sampling):
+        if request.seed == self.unsung:
+            raise InputError("song: not sung")
+        lines = [Line(float(i), i + 1.0, text) for i, text in enumerate(request.lyrics.splitlines())]
+        return Timestamps(tuple(lines), 0.5, 0.5)
 
     def run(self, jobs, sampling, *, should_stop):
         seeds = [job.request.seed for job in jobs]
@@ -122,6 +131,14 @@ def latents(job):
 def model(pipe, name="small", planner=None):
     """Return the small model of the package, with another pipeline."""
     return Model(name, checkpoint.SMALL_MODEL, load=lambda: pipe, planner=planner)
+
+
+def sung(pipe, name="sung"):
+    """Return the small model as one whose heads that follow lyrics are known."""
+    made = model(pipe, name)
+    config = dataclasses.replace(made.configs["transformer"], lyric_alignment_layers_config=((0, (0,)),))
+    made.configs = {**made.configs, "transformer": config}
+    return made
 
 
 @dataclasses.dataclass

@@ -122,6 +122,10 @@ test("lines of lyrics", () => {
     parse("[offset:+500]\n[00:02.00]early").map((line) => line.time),
     [1.5],
   );
+  assert.deepEqual(
+    parse("[00:01.00][Verse]\n[00:02.00]sung").map((line) => line.text),
+    ["sung"],
+  );
 });
 
 test("a tag goes on a line of its own, and no word is lost", () => {

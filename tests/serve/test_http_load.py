@@ -20,6 +20,7 @@ from acestep_jax.io.checkpoint import SMALL_MODEL
 from acestep_jax.pipeline import AceStepPipeline
 from acestep_jax.serve.local import LocalEngine
 from acestep_jax.serve.models import Model
+from tests.parity import relative_error
 from tests.serve.fake import FakePipeline, wait_until
 from tests.serve.test_http_native import SONG, wav
 
@@ -28,9 +29,12 @@ STEPS = 4
 
 
 def mixed(number):
-    """Return the request of a song, and its upload: lengths, tasks, seeds, and every tenth one is bad."""
+    """Return the request of a song, and its upload: lengths, tasks, seeds, every second one without guidance, and every
+    tenth one bad."""
     choose = random.Random(number)
     values = dict(prompt=f"song {number}", seed=number, num_inference_steps=STEPS)
+    if not is_guided(number):
+        values["guidance_scale"] = 1.0
     values["audio_duration"] = choose.choice([10.0, 10.2, 20.0])
     if number % 10 == 7:
         return values | dict(bpm=1000), None
@@ -40,8 +44,16 @@ def mixed(number):
     return values, None
 
 
+def is_guided(number):
+    return number % 2 == 1
+
+
 def test_fifty_songs_from_ten_clients(http):
-    """All are answered; each is the song that it is alone, to 1e-5 and the 24 bits of FLAC; compilations are few."""
+    """All are answered; each is the song that it is alone, to 1e-5 and the 24 bits of FLAC; compilations are few.
+
+    With guidance the limit is wider: batches of other sizes round otherwise, and guidance multiplies the difference of
+    two predictions, and so what they round, by its scale.
+    """
     import json
 
     import httpx
@@ -75,7 +87,7 @@ def test_fifty_songs_from_ten_clients(http):
     together = time.monotonic() - began
     assert {records[record_id].status for record_id in good.values()} == {"done"}
     shapes, programs = {program.shape for program in engine.compiled}, len(engine.compiled)
-    worst, alone = 0.0, 0.0
+    alone, latents, sound = 0.0, {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
     for number, record_id in good.items():
         values, upload = mixed(number)
         if upload is not None:
@@ -84,32 +96,42 @@ def test_fifty_songs_from_ten_clients(http):
         (song,) = pipe(**values)
         alone += time.monotonic() - start
         found, _ = soundfile.read(io.BytesIO(client.get(f"/v1/songs/{record_id}/0.flac").content), dtype="float32")
-        worst = max(worst, float(np.abs(found.T - song.audio).max()))
+        guided = is_guided(number)
+        sound[guided] = max(sound[guided], relative_error(found.T, song.audio))
+        served = np.frombuffer(client.get(f"/v1/songs/{record_id}/0.latents").content, "<f4")
+        latents[guided] = max(latents[guided], relative_error(served.reshape(song.latents.shape), song.latents))
     print(f"\n50 songs from 10 clients: {together:.1f} s, one at a time {alone:.1f} s, ratio {alone / together:.2f};")
-    print(f"{programs} programs of {len(shapes)} shapes, largest difference {worst:.2e}")
-    assert worst < 1e-5 + 2**-23
-    assert programs <= 3 * 2 * len(shapes)
+    print(f"{programs} programs of {len(shapes)} shapes;")
+    for guided, scale in ((False, 1.0), (True, pipe.defaults.guidance_scale)):
+        print(f"guidance {scale:g}: difference of latents {latents[guided]:.2e}, of sound {sound[guided]:.2e}")
+        assert latents[guided] < 1e-5 * scale and sound[guided] < 1e-5 * scale + 2**-23
+    assert pipe.defaults.guidance_scale > 1
+    assert programs <= 3 * 2 * 2 * len(shapes)  # of each size, two tasks, with guidance and without
 
 
 POLLING = """
-import sys, threading, time
-import httpx
-url, rate, threads = sys.argv[1], 1000.0, 4
-count, lock = [0], threading.Lock()
-def poll(number):
-    with httpx.Client() as own:
-        due = time.monotonic() + number * threads / rate / threads
-        while True:
-            assert own.get(url).status_code == 200
-            with lock:
-                count[0] += 1
-            due = max(due + threads / rate, time.monotonic() - 0.1)  # what was missed is not made up for
-            time.sleep(max(0.0, due - time.monotonic()))
-for number in range(threads):
-    threading.Thread(target=poll, args=(number,), daemon=True).start()
+import socket, sys, threading, time
+port, path, rate, count = int(sys.argv[1]), sys.argv[2], 1000.0, 10
+ask = f"GET {path} HTTP/1.1\\r\\nHost: 127.0.0.1:{port}\\r\\n\\r\\n".encode()
+clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(count)]
+for client in clients:
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    client.sendall(ask)
+ended = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.readline(), ended.set()), daemon=True).start()
 print("polling", flush=True)
-sys.stdin.readline()
-print(count[0], flush=True)
+polls, due, began = 0, time.monotonic(), time.process_time()
+while not ended.is_set():
+    client = clients[polls % count]  # each polls a hundred times a second; its last answer has come meanwhile
+    found = client.recv(65536)
+    while not found.endswith(b"}"):  # head and body may come apart
+        found += client.recv(65536)
+    assert found.startswith(b"HTTP/1.1 200"), found
+    client.sendall(ask)
+    polls += 1
+    due = max(due + 1 / rate, time.monotonic() - 0.1)  # what was missed is not made up for
+    time.sleep(max(0.0, due - time.monotonic()))
+print(polls, time.process_time() - began, flush=True)
 """
 
 
@@ -119,39 +141,47 @@ def test_a_thousand_polls_a_second_beside_a_batch(http):
     engine = LocalEngine([Model("small", SMALL_MODEL, load=lambda: pipe)], max_batch=2)
     client = http(engine=engine)
 
-    def batch():
+    def submit():
         record_id = client.post("/v1/songs", json=SONG | dict(num_inference_steps=30, variations=2)).json()["id"]
-        record = client.service.records[record_id]
+        return client.service.records[record_id]
+
+    def seconds(record):
         wait_until(lambda: record.final, 300)
-        return record.finished - record.started, record_id
+        return record.finished - record.started
 
-    batch()
-    times, counted, record_id = {True: [], False: []}, [], batch()[1]
-
-    def polling():
-        command = [sys.executable, "-c", POLLING, f"{str(client.base_url).rstrip('/')}/v1/songs/{record_id}"]
+    def polling(record):
+        command = [sys.executable, "-c", POLLING, str(client.base_url.port), f"/v1/songs/{record.id}"]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "polling\n"
         return process, time.monotonic()
 
     def stop(process, began):
         told, _ = process.communicate("\n")
-        counted.append(int(told) / (time.monotonic() - began))
+        polls, used = told.split()
+        return int(polls) / (time.monotonic() - began), float(used) / int(polls)
 
-    for _ in range(5):  # in turn: other work on the machine comes and goes
-        times[False].append(batch()[0])
-        process = polling()
-        times[True].append(batch()[0])
-        stop(*process)
-    process, before = polling(), time.process_time()
+    seconds(submit())  # compiles
+    times, rates = {True: [], False: []}, []
+    for _ in range(4):  # in turn: other work on the machine comes and goes
+        times[False].append(seconds(submit()))
+        record = submit()
+        process = polling(record)  # of the song that is being made
+        times[True].append(seconds(record))
+        rates.append(stop(*process)[0])
+    process, before = polling(record), time.process_time()
     time.sleep(3.0)
     used = time.process_time() - before
-    stop(*process)
+    rate, client_used = stop(*process)
     quiet, busy = (statistics.median(times[on]) for on in (False, True))
-    print(f"\n{counted[-1]:.0f} polls a second without a batch, {statistics.median(counted[:-1]):.0f} beside one;")
-    print(f"a poll takes {1e6 * used / (3.0 * counted[-1]):.0f} us of the server's processor")
+    print(f"\n{rate:.0f} polls a second without a batch, {statistics.median(rates):.0f} beside one;")
+    print(
+        f"a poll takes {1e6 * used / (3.0 * rate):.0f} us of the server's processor, {1e6 * client_used:.0f} us of ours"
+    )
     print(f"a batch takes {quiet:.2f} s without and {busy:.2f} s with them, {busy / quiet:.3f} times as long")
     assert {client.service.records[one].status for one in client.service.records} == {"done"}
+    # Not quite the thousand that are asked for: the client catches up to 0.1 s of delay only.
+    assert rate > 900 and statistics.median(rates) > 900
+    assert used / (3.0 * rate) < 350e-6  # on a busy machine, too; 700 before answers were kept
 
 
 def test_an_upload_of_300_mb_and_a_flac_of_three_hours(http):

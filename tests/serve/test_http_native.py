@@ -1,5 +1,6 @@
 """The server's own protocol, over real HTTP."""
 
+import asyncio
 import io
 import json
 import threading
@@ -12,6 +13,7 @@ from acestep_jax.arguments import arguments
 from acestep_jax.request import Request, Sampling
 from acestep_jax.serve.submission import Limits
 from tests.serve.fake import FakePipeline, sound, wait_until
+from tests.serve.test_service import submit
 
 SONG = dict(prompt="lofi piano", audio_duration=10.0)
 
@@ -88,6 +90,33 @@ def test_events_tell_each_step_and_end(http):
     last = {"last-event-id": f"0-{versions[-1]}"}
     with client.stream("GET", f"/v1/songs/{record['id']}/events", headers=last) as response:
         assert [name for _, name, _ in events(response)] == ["done"]
+
+
+def test_an_end_that_comes_while_an_event_is_written_is_told(service, monkeypatch):
+    """A record that ends after it was looked at, and before the event is sent, is told again."""
+    pytest.importorskip("fastapi")
+    from acestep_jax.serve import native
+    from acestep_jax.serve.security import Keys
+
+    made = service(started=False)
+    record = submit(made)
+    whole = native.view
+
+    def view(*given):
+        values = whole(*given)
+        if not record.final:
+            with made.kept.ending:
+                made.kept.end(record, "done")
+        return values
+
+    monkeypatch.setattr(native, "view", view)
+
+    async def told():
+        return [event async for event in native._events(made, Keys(None, b""), record, "")]
+
+    first, last = asyncio.run(told())
+    assert "\nevent: queued\n" in first and "\nevent: done\n" in last
+    assert json.loads(last.partition("data: ")[2])["status"] == "done"
 
 
 def test_cancel_and_delete(http, finished):
@@ -235,3 +264,25 @@ def test_openapi_has_every_argument(http):
     assert client.get("/docs").status_code == 200
     about = client.get("/v1/server").json()
     assert [model["name"] for model in about["models"]] == ["small", "other"] and not about["planner"]
+
+
+def test_favourites_are_kept_and_not_removed_to_make_room(http, finished, tmp_path):
+    client = http(folder=tmp_path / "songs", limits=Limits(keep_records=1))
+    first = client.post("/v1/songs", json=SONG | dict(variations=2)).json()["id"]
+    finished(client, first)
+    path = f"/v1/songs/{first}"
+    assert client.put(f"{path}/1/favourite").status_code == 204
+    assert [song["favourite"] for song in client.get(path).json()["songs"]] == [False, True]
+    for _ in range(3):
+        last = client.post("/v1/songs", json=SONG).json()["id"]
+        finished(client, last)
+    wait_until(lambda: list(client.service.records) == [first, last])
+    client.service.close(0)
+    client.service.store.close()
+    again = http(folder=tmp_path / "songs")
+    assert [song["favourite"] for song in again.get(path).json()["songs"]] == [False, True]
+    assert again.delete(f"{path}/1/favourite").status_code == 204
+    assert not again.get(path).json()["songs"][1]["favourite"]
+    for method, index in (("PUT", 2), ("DELETE", -1), ("PUT", 9999)):
+        assert again.request(method, f"{path}/{index}/favourite").status_code == 404
+    assert again.put(f"{path}/x/favourite").status_code == 422

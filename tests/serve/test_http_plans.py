@@ -200,7 +200,7 @@ def test_no_plan_is_longer_than_the_server_allows(http, finished):
         (dict(wish="x" * 5000), "prompt: expected at most 4096 characters"),
         (dict(wish=["a"]), "prompt: expected"),
         (dict(plan=dict(caption="a", colour="b")), "plan: colour: unknown key"),
-        (dict(plan=dict(caption="a", audio_codes=[-1])), "plan: codes: expected whole numbers"),
+        (dict(plan=dict(caption="a", audio_codes=[-1])), "plan: audio_codes: expected whole numbers"),
         (dict(plan="a"), "plan: expected an object"),
         (dict(wish="a", model="none"), "model: expected one of small, other"),
         (dict(wish="a", model={}), "model: expected one of small, other"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import socket
 import time
 
@@ -21,6 +22,54 @@ def raw(client, text):
         while block := connection.recv(65536):
             answer += block
         return answer.decode("utf-8", "replace")
+
+
+START = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+CHUNKED = b"POST /v1/songs HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "block"),
+    [
+        (b"GET /", b"x" * 2**16),
+        (START + b"x: ", b"x" * 2**16),
+        (START, b"x: y\r\n" * 2**13),
+        (START, b"x" * 2**16),
+        (CHUNKED + b"0\r\n", b"x: y\r\n" * 2**13),
+        (CHUNKED + b"1;", b"x" * 2**16),
+    ],
+    ids=["path", "one header", "many headers", "name", "trailers", "extension of a chunk"],
+)
+def test_a_head_of_50_mb_is_cut_off(http, start, block):
+    """So that who has no key cannot fill memory."""
+    client = http(key=KEY)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sent, answer = 0, b""
+    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=5) as connection:
+        try:
+            connection.sendall(start)
+            while sent < 50e6:
+                connection.sendall(block)
+                sent += len(block)
+        except OSError:  # closed
+            pass
+        assert sent < 30e6  # what the kernel holds
+        try:
+            answer = connection.recv(64)
+        except OSError:  # closed before all of it was read, so that the answer may be lost
+            pass
+    assert not answer or answer.startswith((b"HTTP/1.1 431", b"HTTP/1.1 401"))
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 30  # MB
+    assert client.get("/v1/songs").status_code == 200
+
+
+def test_heads_and_bodies_up_to_the_limits_pass(http):
+    client = http(started=False)
+    for _ in range(3):  # by one connection
+        assert client.get("/health", headers={"x": "y" * 40_000}).status_code == 200
+    pieces = [json.dumps(SONG).encode(), *[b" " * 1000] * 300]
+    assert client.post("/v1/songs", content=iter(pieces)).status_code == 202
+    assert client.post("/v1/songs", content=b"".join(pieces)).status_code == 202
 
 
 def get(client, path, host=None):
@@ -116,6 +165,24 @@ def test_the_cookie_is_good_for_the_authors_api(http):
     assert client.post("/query_result", json={"task_id_list": []}).status_code == 200
 
 
+def test_links_are_the_same_for_an_hour_and_valid_for_a_day(monkeypatch):
+    pytest.importorskip("fastapi")
+    from acestep_jax.serve.security import Keys
+
+    keys, now = Keys(KEY, b"secret"), [1_800_000_000.0]  # the beginning of an hour
+    monkeypatch.setattr("time.time", lambda: now[0])
+    links = []
+    for seconds in (1, 3600, 3601):
+        now[0] = 1_800_000_000.0 + seconds
+        links.append(keys.link("/v1/songs/x/0.flac"))
+    assert links[0] == links[1] != links[2]
+    path, _, query = links[1].partition("?")
+    now[0] += 24 * 3600 - 1
+    assert keys.knows_link(path, query)
+    now[0] += 3600
+    assert not keys.knows_link(path, query)
+
+
 def test_links_are_signed(http, finished, monkeypatch):
     client = http(key=KEY)
     record = finished(client, client.post("/v1/songs", json=SONG).json()["id"])
@@ -175,6 +242,8 @@ def test_an_origin_that_is_not_ours(http):
     asked = {"origin": "http://studio.example", "access-control-request-method": "POST"}
     flight = client.options("/v1/songs", headers=asked)
     assert flight.status_code == 204 and "authorization" in flight.headers["access-control-allow-headers"]
+    assert "if-none-match" in flight.headers["access-control-allow-headers"]
+    assert "etag" in flight.headers["access-control-expose-headers"]
     assert client.options("/v1/songs", headers=asked | {"origin": "http://evil.example"}).status_code == 403
 
 

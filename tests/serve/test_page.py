@@ -91,7 +91,7 @@ def test_no_script_or_style_stands_in_the_page(page):
 def test_controls_have_names(page):
     """In the page as it is written; `test_page_browser.py` looks at what scripts add."""
     labelled = {attrs["for"] for tag, attrs in page.elements if tag == "label" and "for" in attrs}
-    within = {"model", "only-favourites", "explain", "import", "source-file", "reference-file"}  # within their labels
+    within = {"model", "only-favourites", "explain", "import", "source-file", "reference-file", "lrc"}  # their labels
     for tag, attrs in page.elements:
         if tag in ("input", "select", "textarea"):
             assert attrs["id"] in labelled | within or attrs.get("aria-label"), attrs
@@ -119,6 +119,18 @@ def test_logic(tmp_path):
     ran = subprocess.run([node, "--test", str(tmp_path / "page.test.js")], capture_output=True, text=True)
     assert not ran.returncode, ran.stdout + ran.stderr
     assert "# pass 0" not in ran.stdout
+
+
+@pytest.mark.unit
+def test_colours_have_a_value_for_browsers_without_light_dark():
+    """That of light, in front of the block that such browsers skip; so they do not take a dark scheme either."""
+    plain, supports, rest = (FOLDER / "style.css").read_text().partition("@supports (color: light-dark(#fff, #000)) {")
+    dark, end, rest = rest.partition("\n}\n")
+    assert supports and end and "light-dark(" not in plain.replace("no light-dark()", "") + rest
+    assert "color-scheme: light;" in plain and "color-scheme: light dark" not in plain
+    light = re.sub(r"light-dark\(([^,]+), [^)]+\)", r"\1", dark)
+    values = re.findall(r"(--[\w-]+: [^;]+;)", light)
+    assert len(values) == 14 and all(value in plain for value in values)
 
 
 def test_it_is_served_with_a_policy(http):

@@ -15,7 +15,7 @@ import shutil
 import pytest
 
 from acestep_jax.serve.local import LocalEngine
-from tests.serve.fake import FakePipeline, model, wait_until
+from tests.serve.fake import FakePipeline, model, sung, wait_until
 from tests.serve.test_http_native import wav
 from tests.serve.test_page import FOLDER
 
@@ -502,6 +502,7 @@ def test_adapters_pictures_favourites_and_files(visit, http, service):
     assert saved.value.suggested_filename.startswith("sax-") and saved.value.path().read_bytes()[:4] == b"RIFF"
     page.keyboard.press("Escape")
     page.click(".star")
+    wait_until(lambda: any(record.songs[0].favourite for record in client.service.records.values()))
     generate_other = page.locator("#prompt")
     generate_other.fill("other")
     page.click("[data-testid=generate]")
@@ -526,6 +527,21 @@ def test_lyrics_are_shown_while_they_are_sung(visit):
     page.reload()
     page.click("[data-testid=play]")
     page.wait_for_selector("#sung:not([hidden])")
+
+
+@pytest.mark.slow
+def test_lyrics_are_timed_by_the_server(visit):
+    pipe = FakePipeline()
+    page, _ = visit(pipe=pipe, engine=LocalEngine([sung(pipe), model(pipe)]))
+    page.fill("#lyrics", "first\nsecond")
+    page.locator("label", has_text="Time the lyrics").click()
+    generate(page, "song")
+    page.click("[data-testid=play]")
+    until(page, "document.querySelector('#sung-now').textContent === 'first'")
+    page.evaluate("document.querySelector('#sound-a').currentTime = 1.5")
+    until(page, "document.querySelector('#sung-now').textContent === 'second'")
+    page.select_option("#model", "small")  # whose heads are not known
+    assert not page.locator("#lrc-field").is_visible()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Several replicas and one queue, with replicas in threads of this process and a pipeline that computes nothing."""
 
 import threading
+import time
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from acestep_jax.errors import Cancelled, InputError
 from acestep_jax.request import Planning
 from acestep_jax.serve import replicas
 from acestep_jax.serve.batcher import Program, Shape
-from acestep_jax.serve.engine import EngineLost, Work
+from acestep_jax.serve.engine import EngineLost, ServerError, Work
 from acestep_jax.serve.experience import Newest
 from acestep_jax.serve.local import OUT_OF_MEMORY
 from acestep_jax.serve.parcel import Outcome, Parcel, outcome_of, pack, unpack
@@ -139,6 +140,29 @@ def test_steps_are_told_and_time_is_estimated(made):
     engine.submit(waiting)
     assert engine.remaining(waiting[:4]) == engine.remaining(waiting) == 10.0  # two batches of four, at once
     assert engine.ahead(waiting[3:]) == 3
+
+
+def test_the_times_of_lyrics_do_not_count_as_steps(made):
+    """While they are found the remaining time does not jump back, and what was learnt of a song is without them."""
+    engine, told, started = made(count=1)
+    engine.start(told)
+    wait_until(lambda: started and engine.ready)
+    stages, left = [], []
+
+    def changed(work):
+        stages.append(work.stage)
+        left.append(engine.remaining([work]))
+
+    told.changed = changed
+    started[0].pipe.timestamps = lambda *_: time.sleep(0.2)
+    for seed in range(2):  # of which the first compiles
+        songs = works(engine, seed)
+        songs[0].lrc = True
+        engine.submit(songs)
+        wait_until(lambda: len(told.reports) == seed + 1)  # noqa: B023  (called at once)
+    assert stages[-1] == "aligning" and left[-1] == 0.0
+    (seconds,) = engine.lanes[0].experience._seconds.values()
+    assert seconds + 0.2 <= told.reports[1].seconds
 
 
 def test_songs_of_a_lost_replica_are_made_once_more(made):
@@ -319,6 +343,42 @@ def test_errors_of_a_replica_are_those_of_its_songs(made):
     assert told.errors[songs[3]].startswith("internal error")
 
 
+def test_a_model_that_a_replica_cannot_load_is_no_error_of_the_request(made):
+    def new(index):
+        near = Near(FakePipeline())
+
+        def load():
+            raise OSError("no such folder")
+
+        near.replica.models["small"].load = load
+        return near
+
+    engine, told, _ = made(count=1, new=new)
+    songs = works(engine, 0)
+    engine.submit(songs)
+    engine.start(told)
+    wait_until(lambda: told.errors)
+    assert told.errors[songs[0]].startswith("model: small cannot be loaded") and not songs[0].is_refused
+
+
+def test_songs_behind_their_plans_count_among_what_remains(made):
+    """Two plans of one lane, and then their songs; as in `test_engine`."""
+    engine, _, _ = made(count=2)
+    planned = plans(engine, 1, 2)
+    (song,) = works(engine, 3)
+    engine.lanes[0]._error = EngineLost("gone")  # the other lane makes all of them
+    engine.submit(planned)
+    known = engine.lanes[1].experience
+    program = Program(planned[0].kind, planned[0].shape, 2)
+    known.ran(program, 9.0, 0, 0.0)
+    known.ran(program, 2.0, 0, 0.0)  # the first run compiles
+    engine._version += 1
+    assert engine.remaining(planned) is None
+    known.ran(Program(song.kind, song.shape, 1), 9.0, song.steps - 1, 3.0 * (song.steps - 1))
+    engine._version += 1
+    assert engine.remaining(planned) == pytest.approx(2.0 + 2 * 3.0 * song.steps)
+
+
 def test_a_replica_that_does_not_start_is_given_up_and_the_last_one_ends_the_engine(made):
     def new(index):
         near = Near(FakePipeline())
@@ -377,7 +437,7 @@ def test_a_batch_survives_its_way(tmp_path):
     request = Request("piano", task_type="repaint", src_audio=str(source), repainting_start=(1.0, 3.5), bpm=90, seed=7)
     sampling = Sampling(timesteps=(1.0, 0.3), guidance_scale=3.1)
     thought = Thought(planning=Planning(lm_seed=5, lm_temperature=0.3), codes=False)
-    work = Work(request, sampling, "small", (("jazz", 0.1), ("rock", 1.0)), thought=thought)
+    work = Work(request, sampling, "small", (("jazz", 0.1), ("rock", 1.0)), thought=thought, lrc=True)
     about, files = pack([work, work], Program("kind", Shape(1, 2, 3), 4))
     import json
 
@@ -388,7 +448,7 @@ def test_a_batch_survives_its_way(tmp_path):
         assert names[path] == str(source) and (tmp_path / f"{i}-src_audio").read_bytes() == b"sound"
         assert other.request == Request(**{**vars(request), "src_audio": path})
         assert (other.sampling, other.adapters, other.model) == (sampling, work.adapters, "small")
-        assert other.thought == thought
+        assert other.thought == thought and other.lrc
 
 
 def test_how_a_batch_ends_is_told_and_raised_again():
@@ -409,4 +469,6 @@ def test_how_a_batch_ends_is_told_and_raised_again():
         raising(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 5 GB")).result()
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         raising(ZeroDivisionError()).result()
+    with pytest.raises(ServerError, match="^model: cannot be loaded$"):  # whose request is right
+        raising(ServerError("model: cannot be loaded")).result()
     assert Outcome("done").result() == []

@@ -109,7 +109,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("accepted", [1, 6, 20])
+@pytest.mark.parametrize("accepted", [1, pytest.param(6, marks=pytest.mark.slow), 20])
 def test_every_accepted_song_ends_once_after_kill_9(tmp_path, service, accepted):
     """Whatever the process was doing: what it told to be accepted is made, with the seeds that it told."""
     process = subprocess.Popen(

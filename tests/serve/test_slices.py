@@ -354,3 +354,17 @@ def test_processes_that_were_started_differently_are_named(monkeypatch):
     with pytest.raises(InputError, match="distributed: dtype of process 1 differs; start all processes alike"):
         slices.lead([pipe], {}, dtype="float32", mesh="data=2")
     assert '"key"' in told[0]
+
+
+def test_a_slice_does_not_go_on_after_an_error_that_may_be_one_process_s_alone(made, monkeypatch):
+    """As where the times of lyrics are found: without the error's process the others wait on their devices."""
+    pipes = [FakePipeline(), FakePipeline()]
+    for pipe in pipes:
+        monkeypatch.setattr(pipe, "timestamps", lambda *_: 1 / 0)
+    one = made(*pipes, started=False)
+    songs = works(one.engine, 4)
+    songs[0].lrc = True
+    one.engine.submit(songs)
+    one.engine.start(one.told)
+    wait_until(lambda: one.told.errors)
+    assert "ZeroDivisionError" in one.told.errors[songs[0]] and not one.told.songs

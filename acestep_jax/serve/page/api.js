@@ -68,6 +68,8 @@ export const history = (limit, before) => json(`/v1/songs?limit=${limit}${before
 export const record = (id) => json(`/v1/songs/${id}`);
 export const cancel = (id) => json(`/v1/songs/${id}/cancel`, { method: "POST" });
 export const remove = (id) => json(`/v1/songs/${id}`, { method: "DELETE" });
+export const favourite = (id, index, yes) =>
+  call(`/v1/songs/${id}/${index}/favourite`, { method: yes ? "PUT" : "DELETE" });
 export const peaks = (id, index, count) => json(`/v1/songs/${id}/${index}/peaks?count=${count}`);
 export const tokens = (texts) => post("/v1/tokens", texts);
 export const uploadPath = (id, field) => `/v1/songs/${id}/uploads/${field}`;

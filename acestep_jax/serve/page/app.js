@@ -65,6 +65,9 @@ function showModels() {
   select.replaceChildren(...about.models.map(({ name }) => el("option", { value: name }, name)));
   select.value = modelOf(state.model).name;
   state.model = select.value === about.models[0].name ? null : select.value;
+  const timed = modelOf(state.model).lrc;
+  byId("lrc-field").hidden = !timed;
+  if (!timed) state.lrc = byId("lrc").checked = false;
 }
 
 function showScales() {
@@ -191,6 +194,7 @@ async function adopt(body, { sounds = {}, seed = true } = {}) {
   Object.assign(state, next, sounds);
   byId("variations").value = state.variations;
   byId("format").value = state.format;
+  byId("lrc").checked = state.lrc;
   showModels();
   showChoices();
   showScales();
@@ -212,6 +216,7 @@ async function useRecord(record, seed) {
     adapters: record.adapters,
     variations: record.songs.length,
     format: record.format,
+    lrc: record.lrc,
   };
   const sounds = {};
   try {
@@ -281,6 +286,9 @@ function connectForm() {
   format.replaceChildren(...options.formats.map((name) => el("option", { value: name }, name)));
   format.value = state.format;
   format.addEventListener("change", () => ((state.format = format.value), save()));
+  const timed = byId("lrc");
+  timed.checked = state.lrc;
+  timed.addEventListener("change", () => ((state.lrc = timed.checked), form.clearError("lrc"), save()));
   byId("model").addEventListener("change", (event) => {
     state.model = event.target.value;
     showModels();

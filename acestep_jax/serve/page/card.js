@@ -8,7 +8,7 @@ const STATES = { queued: "waiting", running: "in progress", done: "", failed: "f
 /**
  * Return a card: {element, record, heard, update, setProgress, played, redraw, text, title}.
  *
- * `actions` are {use, send, cancel, remove, isFavourite, setFavourite, modelOf}.
+ * `actions` are {use, send, cancel, remove, setFavourite, modelOf}.
  */
 export function createCard(record, options, actions) {
   const takes = new Map(); // index -> take

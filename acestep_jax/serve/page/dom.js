@@ -82,8 +82,14 @@ export function settle(act, pause) {
   };
 }
 
-/** Return a colour of the theme. */
-export const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+let probe = null;
+
+/** Return a colour of the theme, such as "--wave", as a canvas takes it: the one of light and dark that is in use. */
+export function colour(name) {
+  if (!probe) document.body.append((probe = el("i", { hidden: true })));
+  probe.style.color = `var(${name})`;
+  return getComputedStyle(probe).color;
+}
 
 /** Save a text as a file. */
 export function saveText(name, text, type = "application/json") {

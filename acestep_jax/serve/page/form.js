@@ -15,12 +15,19 @@ const FRONT = [
 ];
 // Written in the page itself, because they are larger than a control.
 const LARGE = ["prompt", "lyrics"];
+const SHORT = 12; // letters that a small control has room for
 const GROUPS = { request: "More about the song", planning: "Planner", sampling: "How it is computed" };
 
 /** Return what a field is where nothing is set, in words. */
 function meaning(field) {
   if (field.meaning !== null) return field.meaning;
   return field.default === null || Array.isArray(field.default) ? "" : String(field.default);
+}
+
+/** Return what a small control shows where nothing is set: that it is chosen, if how is too long; its title says that. */
+function shortly(field) {
+  const words = meaning(field);
+  return words.length > SHORT ? "auto" : words;
 }
 
 /**
@@ -105,7 +112,8 @@ export function createForm(state, options, planner, changed) {
           autocomplete: "off",
           inputMode: isNumber ? (field.types.includes("whole") ? "numeric" : "decimal") : "text",
         });
-    input.placeholder = meaning(field);
+    input.placeholder = field.long ? meaning(field) : shortly(field);
+    if (!field.long) input.title = meaning(field);
     input.addEventListener("input", () => store(name, readValue(field, input.value)));
     const written = () => [].concat(state.values[name] ?? []).join(", ");
     const set = () => {
@@ -120,8 +128,8 @@ export function createForm(state, options, planner, changed) {
     const open = meaning(field);
     const input = el(
       "select",
-      { id },
-      el("option", { value: "" }, open || "default"),
+      { id, title: open },
+      el("option", { value: "" }, shortly(field) || "default"),
       values.map((value) => el("option", { value }, field.names?.[value] ?? words[value] ?? value)),
     );
     input.addEventListener("change", () => store(name, readValue(field, input.value)));
@@ -149,7 +157,8 @@ export function createForm(state, options, planner, changed) {
       max: 1,
       step: "any",
       inputMode: "decimal",
-      placeholder: meaning(field),
+      placeholder: shortly(field),
+      title: meaning(field),
     });
     const range = el("input", { type: "range", min: 0, max: 1, step: 0.05, tabIndex: -1, aria: { hidden: "true" } });
     input.addEventListener("input", () => {
@@ -170,7 +179,7 @@ export function createForm(state, options, planner, changed) {
 
   function seed(name, field, id) {
     const made = text(name, field, id);
-    made.input.placeholder = "new each time";
+    made.input.placeholder = "any";
     const roll = el(
       "button",
       { type: "button", class: "quiet", aria: { label: "Forget the seed: a new one each time" } },

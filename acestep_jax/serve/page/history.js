@@ -4,7 +4,6 @@ import { createCard } from "./card.js";
 import { announce, byId, toast } from "./dom.js";
 import { follower, oldest, vanished } from "./order.js";
 import * as player from "./player.js";
-import * as storage from "./storage.js";
 import { progressText } from "./time.js";
 
 const FINAL = ["done", "failed", "cancelled"];
@@ -20,18 +19,16 @@ const RETRY = 4000;
 export function createHistory(options, actions, reachable) {
   const list = byId("songs");
   const cards = new Map(); // id -> card, in no order: the page has it
-  const favourites = new Set(storage.read("favourites", []));
   const removed = new Set(); // ids, which an answer that was on its way may still name
   let stopWatching = null;
   let watched = null;
 
   const own = {
     ...actions,
-    isFavourite: (key) => favourites.has(key),
-    setFavourite(key, yes) {
-      if (yes) favourites.add(key);
-      else favourites.delete(key);
-      storage.write("favourites", [...favourites]);
+    async setFavourite(id, index, yes) {
+      await api.favourite(id, index, yes);
+      const song = cards.get(id)?.record.songs[index];
+      if (song) song.favourite = yes;
       filter();
     },
     async cancel(record) {
@@ -170,7 +167,7 @@ export function createHistory(options, actions, reachable) {
     for (const card of cards.values()) {
       const fits =
         card.text().includes(words) &&
-        (!starred || card.record.songs.some((_, i) => favourites.has(`${card.record.id}/${i}`)));
+        (!starred || card.record.songs.some((song) => song.favourite));
       card.element.hidden = !fits;
       visible += fits;
     }

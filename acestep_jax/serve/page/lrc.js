@@ -1,9 +1,13 @@
 // Lyrics with times, as LRC files hold them: [mm:ss.xx]text. No DOM here.
 
 const STAMP = /\[(\d{1,3}):(\d{1,2}(?:[.:]\d{1,3})?)\]/g;
+const TAG = /^\[[^\]]*\]$/;
 const OFFSET = /^\[offset:\s*([+-]?\d+)\s*\]\s*$/i;
 
-/** Return the lines of an LRC text, [{time, text}] in the order of their times; lines without a time are left out. */
+/**
+ * Return the lines of an LRC text, [{time, text}] in the order of their times; lines without a time are left out, and
+ * tags such as [Verse], which nobody sings.
+ */
 export function parse(text) {
   let shift = 0;
   const lines = [];
@@ -14,6 +18,7 @@ export function parse(text) {
     if (!stamps.length) continue;
     const last = stamps[stamps.length - 1];
     const words = line.slice(last.index + last[0].length).trim();
+    if (TAG.test(words)) continue;
     for (const stamp of stamps) {
       lines.push({ time: Number(stamp[1]) * 60 + Number(stamp[2].replace(":", ".")), text: words });
     }

@@ -1,11 +1,11 @@
 // From what the form holds to a request, and back. No DOM here.
 //
-// The form's state is {task, values, regions, adapters, source, reference, model, variations, format, plan}. `values` has
+// The form's state is {task, values, regions, adapters, source, reference, model, variations, format, lrc, plan}. `values` has
 // a field of the server's list for each that was set; what is not there is left to the server.
 import { fromFields, toFields } from "./regions.js";
 
 const REGIONS = ["repainting_start", "repainting_end"];
-const OWN = ["model", "adapters", "variations", "format", "plan"];
+const OWN = ["model", "adapters", "variations", "format", "lrc", "plan"];
 /** Fields that the form has in another shape than a control of their own. */
 export const ELSEWHERE = ["task_type", "src_audio", "reference_audio", ...REGIONS];
 // What a plan says takes the place of these, as `prompt` its caption.
@@ -32,6 +32,7 @@ export const EMPTY = {
   model: null,
   variations: 1,
   format: "flac",
+  lrc: false,
   plan: null,
 };
 
@@ -86,6 +87,7 @@ export function toRequest(state, options, planner = false) {
   if (state.model) body.model = state.model;
   if (state.variations > 1) body.variations = state.variations;
   if (state.format !== "flac") body.format = state.format;
+  if (state.lrc) body.lrc = true;
   if (usesPlan(state, planner)) {
     for (const name of PLANNED) delete body[name];
     body.plan = state.plan;

@@ -88,16 +88,20 @@ export function createTake(record, song, title, options, actions) {
       data: { testid: `to-${task}` },
     });
   };
-  const starred = actions.isFavourite(key);
   const star = el(
     "button",
-    { type: "button", class: "icon-button star", aria: { label: `Favourite: ${name}`, pressed: String(starred) } },
+    { type: "button", class: "icon-button star", aria: { label: `Favourite: ${name}`, pressed: String(song.favourite) } },
     icon("star"),
   );
-  star.addEventListener("click", () => {
+  star.addEventListener("click", async () => {
     const yes = star.getAttribute("aria-pressed") !== "true";
     star.setAttribute("aria-pressed", yes);
-    actions.setFavourite(key, yes);
+    try {
+      await actions.setFavourite(record.id, song.index, yes);
+    } catch (error) {
+      star.setAttribute("aria-pressed", !yes);
+      toast(`It could not be marked: ${error.message}`);
+    }
   });
   const picture = el(
     "button",
@@ -189,6 +193,7 @@ export function createTake(record, song, title, options, actions) {
     player.playFrom(track, ((event.clientX - box.left) / box.width) * song.seconds);
   });
   element.addEventListener("seen", async () => {
+    if (song.lrc && !track.lines.length) api.text(song.lrc).then(setLines, () => {}); // without, it plays all the same
     try {
       peaks = (await api.peaks(record.id, song.index, COLUMNS)).peaks;
       redraw();

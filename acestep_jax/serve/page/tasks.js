@@ -2,7 +2,7 @@
 import { byId, el } from "./dom.js";
 import { reasonAgainst } from "./request.js";
 
-const NAMES = { text2music: "New song" };
+const NAMES = { text2music: "New song", "cover-nofsq": "Close cover" };
 
 /** Show the tasks; `choose(name)` is called when another one is chosen. */
 export function showTasks(options, model, chosen, choose) {

@@ -25,6 +25,7 @@ const STAGES = {
   loading: "loading the model",
   encoding: "reading the words",
   denoising: "composing",
+  aligning: "timing the lyrics",
   decoding: "turning it into sound",
 };
 

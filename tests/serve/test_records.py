@@ -1,0 +1,72 @@
+"""What is kept of records: favourites, and what is removed to make room."""
+
+import threading
+
+import pytest
+
+from acestep_jax.serve.submission import Limits
+from tests.serve.fake import wait_until
+from tests.serve.test_service import ended, submit
+
+pytestmark = pytest.mark.unit
+
+
+def test_favourites_come_on_top_of_what_is_kept(service, caplog):
+    """Else the newest songs would go, as soon as the next one ends, or at a restart."""
+    made = service()
+    starred = [submit(made, seed=seed) for seed in (0, 1)]
+    for record in starred:
+        ended(record)
+        made.kept.set_favourite(record, 0, True)
+    size = made.store.size(starred[0])
+    made.limits = Limits(keep_bytes=int(1.5 * size), keep_records=1)  # less than the favourites take
+    new = [submit(made, seed=seed) for seed in (2, 3)]
+    assert [ended(record) for record in new] == ["done", "done"]
+    wait_until(lambda: new[0].id not in made.records)
+    assert list(made.records) == [starred[0].id, starred[1].id, new[1].id]
+    assert caplog.text.count("2 records with favourites take") == 1
+    made.close(0)
+    made.store.close()
+    again = service(limits=made.limits)
+    assert again.records.keys() == {starred[0].id, starred[1].id, new[1].id}
+
+
+def test_a_song_that_becomes_a_favourite_stays(service, monkeypatch):
+    made = service()
+    record = submit(made, seed=0)
+    ended(record)
+    made.limits = Limits(keep_records=0)
+    begun, go = threading.Event(), threading.Event()
+    keep = made.store.keep_favourite
+
+    def slow(*args):
+        begun.set()
+        assert go.wait(10)
+        keep(*args)
+
+    monkeypatch.setattr(made.store, "keep_favourite", slow)
+    marking = threading.Thread(target=made.kept.set_favourite, args=(record, 0, True))
+    marking.start()
+    assert begun.wait(10)
+    trimming = threading.Thread(target=made._trim)
+    trimming.start()
+    trimming.join(0.2)
+    go.set()
+    trimming.join(10)
+    marking.join(10)
+    assert record.id in made.records and made.store.song_path(record, 0, ".favourite").exists()
+
+
+def test_a_favourite_that_cannot_be_written_is_none(service, monkeypatch):
+    made = service()
+    record = submit(made, seed=0)
+    ended(record)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(made.store, "keep_favourite", full)
+    before = record.version
+    with pytest.raises(OSError, match="No space left"):
+        made.kept.set_favourite(record, 0, True)
+    assert not record.songs[0].favourite and record.version == before
