@@ -1,4 +1,4 @@
-"""A loaded model with a planner: words to a plan, and which requests are planned before they become songs."""
+"""Planning: from a few words to a plan, and which requests are planned before their songs are generated."""
 
 import contextlib
 import dataclasses
@@ -35,14 +35,14 @@ class PlanningModel(LoadedModel):
 
     _planner: Planner | None = None
     _is_given = False  # whether the user set the planner, so that it cannot be loaded again
-    _is_missing = False  # whether it was looked for in vain
+    _is_missing = False  # whether an earlier search found none
 
     @property
     def planner(self) -> Planner:
-        """The planner, which is found and loaded now if it was not yet; see `unload_planner`.
+        """The planner. The first access finds and loads it; see `unload_planner`.
 
         Raises:
-            InputError: if there is none, or it cannot be downloaded or read.
+            InputError: if there is no planner, or it cannot be downloaded or read.
         """
         if self._planner is None:
             if self.planner_source is None:
@@ -56,12 +56,12 @@ class PlanningModel(LoadedModel):
         self._planner, self._is_given = planner, planner is not None
 
     def unload_planner(self) -> None:
-        """Free the memory of the planner; it is loaded again when it is needed."""
+        """Free the memory of the planner. It is loaded again when it is needed."""
         self._planner = None
 
     def _thinks(self, planning: Planning, sampling: Sampling) -> bool:
-        """Return whether requests are planned. By default they are where a planner is found; one that should be with
-        the model but cannot be had is a warning, one that the user named an error."""
+        """Return whether requests are planned: by default, if there is a planner. If the model's own planner cannot be
+        loaded, that is a warning; if it is one that the user named, an error."""
         if planning.thinking is not None:
             return planning.thinking
         if not compat_of(sampling).thinking:
@@ -75,22 +75,27 @@ class PlanningModel(LoadedModel):
             # Of several processes on one mesh, all must do the same.
             if source is None or source.named or spans_processes(self.mesh):
                 raise
-            logger.warning("thinking: songs are made without the planner (%s); thinking=False says no more", error)
+            logger.warning("thinking: the planner is not used (%s); thinking=False silences this warning", error)
             self._is_missing = True
             return False
 
     def free_if_needed(self) -> None:
         """Free the planner's memory where the networks of a song need it; see `unload_planner`."""
+        if self.needs_memory_of_planner():
+            logger.info("planner: dropped, for the song needs its memory")
+            self.unload_planner()
+
+    def needs_memory_of_planner(self) -> bool:
+        """Return whether there is a planner in memory that the networks of a song leave no room for."""
         limit = memory_limit(first_device())
         if limit is None or self._planner is None or self._is_given:
-            return
+            return False
         network = self._planner.model
         mine = sum(leaf.nbytes for leaf in jax.tree.leaves(network))
         kind = self.transformer.runtime.quantization if self.transformer is not None else None
         needed = needed_bytes(self.configs, network.runtime.param_dtype, jax.default_backend(), quantization=kind)
-        if self.placement.offloads or mine + needed > limit * (self.mesh.size if self.mesh is not None else 1):
-            logger.info("planner: dropped, for the song needs its memory")
-            self.unload_planner()
+        needed += self.placement.second_copy
+        return self.placement.offloads or mine + needed > limit * (self.mesh.size if self.mesh is not None else 1)
 
     @overload
     def plan(self, wish: Wish, **keywords: Any) -> Plan: ...
@@ -106,22 +111,22 @@ class PlanningModel(LoadedModel):
         should_stop: Callable[[], bool] | None = None,
         **keywords: Any,
     ) -> Plan | list[Plan]:
-        """Return a plan: caption, lyrics, metadata and audio codes. What the user gives stays; the planner writes the
-        rest given that.
+        """Return a plan: caption, lyrics, metadata and audio codes. The planner keeps every field that is given, and
+        writes the others to match.
 
         Args:
-            wish: a few words, such as "a sad song about the sea", of which the planner makes a caption and lyrics; or
-                a `Request`, or words with `lyrics`, whose lyrics stay; or a plan, which gets new codes; or several,
-                which are one batch.
-            instrumental: whether the song shall have no vocals.
-            codes: whether the planner writes audio codes, too.
-            on_progress: called with the number of codes that are written, and of all.
-            should_stop: asked now and then; if it returns true, the call ends.
-            keywords: fields of `Request` for words, and of `Planning`.
+            wish: a few words, such as "a sad song about the sea", for which the planner writes a caption and lyrics;
+                a `Request`, or words together with `lyrics`, which are kept; or a plan, which gets new codes. A list
+                of these, all of one kind, is a batch.
+            instrumental: whether the song is to have no vocals.
+            codes: whether to write audio codes as well.
+            on_progress: called with the number of codes written so far, and in total.
+            should_stop: called regularly; if it returns true, the call ends.
+            keywords: fields of `Planning` and, where the wish is words, of `Request`.
 
         Raises:
             InputError: if there is no planner, an argument is unknown or out of range, or a text is too long.
-            Cancelled: if `should_stop` said so.
+            Cancelled: if `should_stop` returned true.
         """
         requested, planning = split_planning(keywords)
         if instrumental and requested.get("lyrics"):
@@ -131,7 +136,7 @@ class PlanningModel(LoadedModel):
         are_plans = [isinstance(item, Plan) for item in items]
         are_wishes = [isinstance(i, str) and not r.lyrics for i, r in zip(items, requests, strict=True)]
         if any(len(set(each)) > 1 for each in (are_plans, are_wishes)):
-            raise InputError("wish: expected words, requests or plans in all of a batch, found several kinds")
+            raise InputError("wish: expected a batch of only words, only requests or only plans, found several kinds")
         if are_plans[0]:  # their words stay
             planning = dataclasses.replace(planning, use_cot_caption=False)
         with self.on_mesh(), _watched(on_progress) as progress:
@@ -153,10 +158,10 @@ class PlanningModel(LoadedModel):
         return plans if isinstance(wish, list | tuple) else plans[0]
 
     def rewrite(self, prompt: str, lyrics: str = "", **keywords: Any) -> Plan:
-        """Return a caption with more detail, lyrics in the model's form, and metadata, without audio codes.
+        """Return a more detailed caption, lyrics in the model's format, and metadata, without audio codes.
 
         Args:
-            keywords: fields of `Request` that stay as they are given, and of `Planning`.
+            keywords: fields of `Request`, which are kept, and of `Planning`.
 
         Raises:
             InputError: see `plan`.
@@ -176,29 +181,31 @@ class PlanningModel(LoadedModel):
         *,
         finished: Collection[int] = (),
         seeds: Sequence[int] | None = None,
+        keep: bool = False,
         on_progress: Progress | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[tuple[Request, Plan | None]]:
-        """Return each request as it is to be made: with the plan of the planner, or as it is, see `Planning.thinking`.
+        """Return each request together with its plan, or unchanged if it is not planned, see `Planning.thinking`.
 
-        A song without a seed gets one here, so that the plan and the noise have the same.
+        A request without a seed gets one here, so that its plan and its noise use the same seed.
 
         Args:
             finished: indices of requests that come of plans, which are planned again only with `thinking=True`.
             seeds: of the plans, one for each request; None: see `Planning.lm_seed`.
+            keep: whether the planner stays in memory for further requests, whatever a song needs; see `free_if_needed`.
             on_progress, should_stop: see `plan`.
 
         Raises:
-            InputError: if a plan is asked for, and there is no planner; or see `plan`.
-            Cancelled: if `should_stop` said so.
+            InputError: if a plan is requested but there is no planner; or see `plan`.
+            Cancelled: if `should_stop` returned true.
         """
         made: list[tuple[Request, Plan | None]] = [(request, None) for request in requests]
         asked = bool(planning.thinking)
         chosen = [i for i, r in enumerate(requests) if can_be_planned(r) and (asked or i not in finished)]
         if asked and len(chosen) < len(requests):
             logger.warning(
-                "thinking: the planner writes for text2music without audio codes, a source or latents; %d of %d songs "
-                "are made without it",
+                "thinking: only text2music without audio codes, a source or latents can be planned; %d of %d songs "
+                "are generated without the planner",
                 len(requests) - len(chosen),
                 len(requests),
             )
@@ -206,11 +213,11 @@ class PlanningModel(LoadedModel):
             return made
         if self.adapters and planning.use_cot_caption is None:
             logger.warning(
-                "use_cot_caption: the planner's caption takes the place of the prompt, which adapters may need as it "
-                "is; use_cot_caption=False keeps the prompt"
+                "use_cot_caption: the planner's caption replaces the prompt, but adapters may need the exact prompt; "
+                "use_cot_caption=False keeps it"
             )
         if not (codes := codebook_size(self.configs) is not None):
-            logger.warning("thinking: this model has no audio tokenizer; the planner writes words alone, no codes")
+            logger.warning("thinking: this model has no audio tokenizer, so the planner writes only text, no codes")
         mine, joint = [requests[i] for i in chosen], spans_processes(self.mesh)
         if any(request.seed is None for request in mine):  # the plan and the noise of a song have one seed
             fresh = seeds_of(mine, Planning(), joint=joint)
@@ -234,7 +241,8 @@ class PlanningModel(LoadedModel):
                 raise
             logger.warning("thinking: made without the planner (%s)", error)  # which reads less than the transformer
             return made
-        self.free_if_needed()
+        if not keep:
+            self.free_if_needed()
         for i, request, plan in zip(chosen, mine, plans, strict=True):
             made[i] = plan.request(request), plan
         return made

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from acestep_jax import AceStepPipeline, InputError, Plan, Planning, Request, Sampling, cli
+from acestep_jax import AceStepPipeline, InputError, Plan, Planning, Request, Sampling, cli, planning
 from acestep_jax.planner.metadata import Metadata
 from acestep_jax.planner.tokenizer import Mark
 from acestep_jax.request import split
+from acestep_jax.serve import jsonl
+from acestep_jax.song import Song
 from tests.planner import small
 
 WORDS = dict(caption="a caption of its own", bpm=70, keyscale="A minor", timesignature="3", duration=10, language="en")
@@ -101,7 +104,7 @@ def test_without_an_audio_tokenizer(loaded, caplog):
     without = AceStepPipeline(**networks, tokenizer=loaded.tokenizer)
     without.planner = Scripted()
     song = songs(without, "prompt", seed=3)[0]
-    assert song.plan.caption == WORDS["caption"] and not song.plan.audio_codes and "words alone" in caplog.text
+    assert song.plan.caption == WORDS["caption"] and not song.plan.audio_codes and "only text, no codes" in caplog.text
 
 
 def test_what_the_planner_cannot_read_is_made_without_it(pipe, monkeypatch, caplog):
@@ -156,7 +159,7 @@ def test_other_tasks_are_not_planned(pipe, caplog):
     assert [plan for _, plan in pipe.planned(requests, Planning(), Sampling())] == [None] * 3 and not caplog.text
     planned = pipe.planned([*requests, Request("b", seed=0)], Planning(thinking=True), Sampling())
     assert [plan is None for _, plan in planned] == [True] * 3 + [False]
-    assert "3 of 4 songs are made without it" in caplog.text
+    assert "3 of 4 songs are generated without the planner" in caplog.text
 
 
 def test_wishes(pipe):
@@ -202,7 +205,7 @@ def test_sampling_of_the_planner(pipe):
 def test_captions_and_adapters(pipe, monkeypatch, caplog):
     monkeypatch.setattr(AceStepPipeline, "adapters", {"mine": 1.0})
     pipe.planned([Request("a", seed=0)], Planning(), Sampling())
-    assert "use_cot_caption=False keeps the prompt" in caplog.text
+    assert "use_cot_caption=False keeps it" in caplog.text
     ((request, _),) = pipe.planned([Request("a", seed=0)], Planning(use_cot_caption=False), Sampling())
     assert request.prompt == "a" and not pipe.planner.told[-1]["rewrite_caption"]
 
@@ -251,6 +254,51 @@ def test_jsonl(tiny, tmp_path, monkeypatch, capsys):
     assert [settings.get("plan", {}).get("lm_seed") for settings in found] == [1, None, 3, 9, 9]
     assert found[0]["request"] == lines[0] | dict(num_inference_steps=1)
     assert sum(len(told["known"]) for told in planner.told) == 4
+
+
+@pytest.mark.parametrize(
+    ("is_tight", "seconds", "times"), [(True, 300.0, 1), (True, -1.0, 4), (False, 300.0, 1)], ids=["", "slow", "ample"]
+)
+def test_jsonl_loads_the_planner_once(loaded, tmp_path, monkeypatch, is_tight, seconds, times):
+    """Where memory holds the planner or a song, not both, lines are planned before the first song is made: all of them,
+    or, where planning takes long, those of a while."""
+    monkeypatch.setattr(jsonl, "PLANNING_SECONDS", seconds)
+    network = SimpleNamespace(nbytes=1, runtime=SimpleNamespace(param_dtype="float32"))
+    loads, made = [], []
+
+    def load(mesh):
+        loads.append(mesh)
+        return SimpleNamespace(network=network, folder=tmp_path)
+
+    def run(jobs, sampling):
+        made.append((len(jobs), loaded._planner is None))
+        sound = np.full((2, 480), 0.1, np.float32)
+        return [Song(sound, np.zeros((1, 4), np.float32), 48_000, job.request.seed) for job in jobs]
+
+    def planner(network, *_):
+        found = Scripted()
+        found.model = network
+        return found
+
+    monkeypatch.setattr(planning, "Planner", planner)
+    monkeypatch.setattr(planning.PlannerTokenizer, "from_folder", lambda folder: None)
+    monkeypatch.setattr(planning, "memory_limit", lambda device: 1 if is_tight else 2**60)
+    monkeypatch.setattr(loaded, "planner_source", SimpleNamespace(load=load, is_possible=True, named=True))
+    monkeypatch.setattr(loaded, "run", run)
+    lines = [dict(prompt=str(i), seed=i, bpm=60 + i) for i in range(5)]
+    lines += [dict(prompt="plain", thinking=False, audio_duration=10), dict(prompt="own", lm_top_k=3)]
+    (tmp_path / "songs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    read, errors = jsonl.read(tmp_path / "songs.jsonl", tmp_path / "out", {})
+    (tmp_path / "out").mkdir()
+    try:
+        found = list(jsonl.generate(loaded, read, 2, {}))
+    finally:
+        loaded.unload_planner()
+    assert not errors and [error for _, error in found] == [None] * 7
+    assert len(loads) == times and sum(count for count, _ in made) == 7
+    assert [dropped for _, dropped in made] == [is_tight] * len(made)
+    plans = {line.values["prompt"]: line.plan for line, _ in found}
+    assert plans["plain"] is None and [plans[str(i)].bpm for i in range(5)] == [60, 61, 62, 63, 64] and plans["own"]
 
 
 def test_describing(pipe, tmp_path, monkeypatch, capsys, tiny):

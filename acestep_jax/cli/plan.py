@@ -30,15 +30,15 @@ def add(commands: Any) -> None:
     plan = Parser(
         description="Plan a song: caption, lyrics, metadata and audio codes, which `acestep-jax generate --plan` reads."
     )
-    plan.add_argument("wish", metavar="WISH", help='What the song shall be, such as "a sad song about the sea".')
+    plan.add_argument("wish", metavar="WISH", help='What the song should be like, such as "a sad song about the sea".')
     plan.add_argument("--instrumental", action="store_true", help="Plan music without vocals.")
-    plan.add_argument("--no-codes", dest="codes", action="store_false", help="Write words alone, without audio codes.")
-    rewrite = Parser(description="Write a caption with more detail, lyrics in the model's form, and metadata.")
+    plan.add_argument("--no-codes", dest="codes", action="store_false", help="Write only text, without audio codes.")
+    rewrite = Parser(description="Write a more detailed caption, lyrics in the model's format, and metadata.")
     rewrite.add_argument("wish", metavar="PROMPT", help="Description of the music.")
     for name, parser in (("plan", plan), ("rewrite", rewrite)):
         add_fields(parser, Request, SONG)
         add_fields(parser, Planning, (*SAMPLING, "use_cot_caption", "best_of") if name == "plan" else TEXT_SAMPLING)
-        parser.add_argument("--out", metavar="FILE", help="File for the plan, as JSON. Default: it is printed.")
+        parser.add_argument("--out", metavar="FILE", help="File to write the plan to, as JSON. Default: print it.")
         _add_model(parser)
         add_devices(parser)
         commands.add_subcommand(name, parser, help=parser.description)
@@ -55,7 +55,7 @@ def add(commands: Any) -> None:
 
 
 def _add_model(parser: Parser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="Replace outputs that exist.")
+    parser.add_argument("--overwrite", action="store_true", help="Overwrite existing outputs.")
     add_checkpoint(parser)
     add_planner(parser)
     add_dtype(parser)

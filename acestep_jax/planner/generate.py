@@ -23,7 +23,7 @@ from acestep_jax.distributed import on_host, shard
 from acestep_jax.errors import Cancelled
 from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS
 from acestep_jax.models.qwen3 import Qwen3ForCausalLM
-from acestep_jax.planner import grammar
+from acestep_jax.planner import grammar, loops
 from acestep_jax.planner.sampling import Drawing, draw, guide, penalise, step_keys
 
 A = TypeVar("A")  # jax.Array within a program; np.ndarray before it is called
@@ -58,6 +58,7 @@ class CodeInputs(NamedTuple, Generic[A]):
     targets: A  # [B] int32, how many codes; 0 for a row that only fills the batch
     keys: jax.Array  # [B]
     drawing: Drawing[A]
+    ends_in_loop: A  # bool, whether a song ends early where its codes repeat themselves, for it is to be drawn again
 
 
 class State(NamedTuple):
@@ -71,6 +72,7 @@ class State(NamedTuple):
     done: [B] bool.
     seen: [B, V] bool, which have been written.
     place: in the grammar; None for audio codes.
+    repeats: [B, PERIODS] int32, see `loops`; None for text.
     """
 
     step: jax.Array
@@ -81,6 +83,7 @@ class State(NamedTuple):
     done: jax.Array
     seen: jax.Array
     place: grammar.State | None
+    repeats: jax.Array | None
 
 
 def windows(prompt: int, slots: int) -> tuple[int, ...]:
@@ -98,7 +101,9 @@ def begin(model: Qwen3ForCausalLM, inputs: TextInputs | CodeInputs, *, slots: in
     songs = inputs.targets.shape[0]
     hidden, cache = model.prefill(tokens, start, model.init_cache(tokens.shape[0], slots))
     place, size = None, model.planner.num_codes
+    repeats = jnp.zeros((songs, loops.PERIODS), jnp.int32)
     if isinstance(inputs, TextInputs):
+        repeats = None
         place = grammar.State(jnp.full(songs, inputs.first, jnp.int32), jnp.zeros(songs, jnp.int32))
         size = model.planner.first_code
     return State(
@@ -110,6 +115,7 @@ def begin(model: Qwen3ForCausalLM, inputs: TextInputs | CodeInputs, *, slots: in
         done=inputs.targets <= 0,
         seen=shard(jnp.zeros((songs, size), bool), "batch", None),
         place=place,
+        repeats=repeats,
     )
 
 
@@ -135,12 +141,17 @@ def advance(
         tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], (jnp.int32(0), state.step))
         lengths = jnp.where(state.done, state.lengths, state.step + 1)
         done = state.done | (lengths >= inputs.targets)
+        repeats = state.repeats
+        if isinstance(inputs, CodeInputs):
+            assert repeats is not None
+            repeats = loops.count_repeats(repeats, state.tokens, token, state.step)
+            done |= inputs.ends_in_loop & loops.is_loop(repeats)
         if place is not None:
             done |= place.state == grammar.DONE
         fed = jnp.concatenate([fed] * (state.hidden.shape[0] // fed.shape[0]))
         hidden, cache = model.decode(fed, prompt + state.step, inputs.prompts.start, state.cache, window=window)
         seen = state.seen.at[rows, token].set(True)
-        return State(state.step + 1, hidden, cache, tokens, lengths, done, seen, place)
+        return State(state.step + 1, hidden, cache, tokens, lengths, done, seen, place, repeats)
 
     return jax.lax.while_loop(unfinished, one, state)
 

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from acestep_jax.planner.metadata import CODES_PER_SECOND
@@ -38,3 +40,23 @@ def find_loop(codes: np.ndarray) -> Loop | None:
             if length > (LONGEST_RUN if period == 1 else LONGEST_REPEAT) and (not longest or length > longest.length):
                 longest = Loop(int(begin), length, period, distinct)
     return longest
+
+
+def count_repeats(repeats: jax.Array, tokens: jax.Array, token: jax.Array, step: jax.Array) -> jax.Array:
+    """Return how many of the last codes of each song equal those of p before, for p = 1 to `PERIODS`.
+
+    Args:
+        repeats: [B, PERIODS] int32, before this code.
+        tokens: [B, N] int32, of which the first `step` are written.
+        token: [B] int32, the next one.
+        step: int32.
+    """
+    periods = jnp.arange(1, PERIODS + 1)
+    earlier = jnp.take(tokens, jnp.maximum(step - periods, 0), axis=1)  # [B, PERIODS]
+    return jnp.where((earlier == token[:, None]) & (step >= periods), repeats + 1, 0)
+
+
+def is_loop(repeats: jax.Array) -> jax.Array:
+    """Return for which songs `find_loop` finds a loop that ends with the last code, [B] bool; see `count_repeats`."""
+    most = np.array([LONGEST_RUN if period == 1 else LONGEST_REPEAT for period in range(1, PERIODS + 1)])
+    return (repeats + np.arange(1, PERIODS + 1) > most).any(-1)

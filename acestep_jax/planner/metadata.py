@@ -92,13 +92,13 @@ def check_duration(duration: float) -> None:
         )
 
 
-def check_codes(codes: Sequence[int]) -> tuple[int, ...]:
-    """Return audio codes as a tuple; raise InputError unless they are whole numbers within the codebook."""
+def check_codes(codes: Sequence[int], name: str = "codes") -> tuple[int, ...]:
+    """Return audio codes as a tuple; raise InputError, with the name, unless they are whole and in the codebook."""
     for code in codes:
-        check_number("codes", code, whole=True)
+        check_number(name, code, whole=True)
         if not 0 <= code < CODEBOOK_SIZE:
             raise InputError(
-                f"codes: expected whole numbers from 0 to {CODEBOOK_SIZE - 1}, the size of the codebook, found {code}"
+                f"{name}: expected whole numbers from 0 to {CODEBOOK_SIZE - 1}, the size of the codebook, found {code}"
             )
     return tuple(int(code) for code in codes)
 

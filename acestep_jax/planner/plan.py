@@ -53,7 +53,7 @@ class Plan:
         codes = self.audio_codes
         if not isinstance(codes, Sequence | np.ndarray) or isinstance(codes, str):
             raise InputError(f"audio_codes: expected a list of whole numbers, found {codes!r}")
-        object.__setattr__(self, "audio_codes", check_codes(codes))
+        object.__setattr__(self, "audio_codes", check_codes(codes, "audio_codes"))
         Planning(lm_seed=self.lm_seed)  # which checks it
         checked = Request(self.prompt, **{name: getattr(self, name) for name in _SHARED})
         for name in _SHARED:
@@ -148,6 +148,7 @@ class Plan:
             duration=seconds,
             language=self.vocal_language,
             codes=len(self.audio_codes) or None,
+            score=None if self.score is None else f"{self.score:.3f}",
         )
         lines = [f"{name.replace('_', ' ')}: {value}" for name, value in fields.items() if value not in (None, "")]
         return "\n".join([*lines, *([] if not self.lyrics else ["", self.lyrics])])

@@ -135,7 +135,8 @@ class Planner:
             known: as for `write_metadata`: the model reads the user's own caption and lyrics.
             metadata: what the songs are to be; their durations must be known.
             seeds: of each song, 0 to 2^32 - 1.
-            attempts: how often the codes of a song are drawn at most, while they repeat themselves.
+            attempts: how often the codes of a song are drawn at most, while they repeat themselves. All but the last
+                attempt end where a loop is found; in a batch, the others go on.
             on_progress: called now and then with the number of steps made, and of steps at most.
             should_stop: asked now and then.
 
@@ -176,6 +177,7 @@ class Planner:
                 targets=wanted,
                 keys=_keys(seeds, count, _CODES, attempt),
                 drawing=Drawing.of(sampling, count),
+                ends_in_loop=np.array(attempt + 1 < attempts),
             )
             written = self._write(inputs, slots, on_progress, should_stop)
             for i in pending:

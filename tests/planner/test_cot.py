@@ -67,9 +67,10 @@ def captions(count):
         yield " ".join(rng.choice(words, rng.integers(1, 30))) + rng.choice(["", " ", ":", "\nmore", ".\n\nmore"])
 
 
-def test_ten_thousand_captions():
+@pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_thousands_of_captions(count):
     """Our parser reads what the dumper wrote as PyYAML does."""
-    for caption in captions(10_000):
+    for caption in captions(count):
         text = cot.dump(caption=caption, keyscale="C major")
         theirs = yaml.load(text, FAST)
         assert set(theirs) <= {"caption", "keyscale"} and theirs.get("caption", caption) in (caption, _number(caption))

@@ -11,8 +11,9 @@ from flax import nnx
 from acestep_jax import make_mesh
 from acestep_jax.distributed import variable_sharding
 from acestep_jax.io import checkpoint
-from acestep_jax.models.config import PlannerConfig, Runtime
+from acestep_jax.models.config import PlannerConfig
 from acestep_jax.models.qwen3 import Qwen3ForCausalLM
+from acestep_jax.models.runtime import Runtime
 from acestep_jax.planner import generate
 from acestep_jax.planner.metadata import Known, Metadata
 from acestep_jax.planner.sampling import Drawing, LanguageSampling
@@ -111,6 +112,7 @@ def test_codes_across_the_edge_of_a_window(planner):
         targets=np.int32([steps]),
         keys=jax.random.split(jax.random.key(0), 1),
         drawing=Drawing.of(greedy, 1),
+        ends_in_loop=np.array(False),
     )
     tokens, lengths = generate.write(planner.model, inputs, slots=1280)
     assert lengths[0] == steps and generate.windows(256, 1280)[0] == 512

@@ -1,9 +1,11 @@
 """Audio codes that repeat themselves are found, and others are not."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from acestep_jax.planner.loops import Loop, find_loop
+from acestep_jax.planner.loops import PERIODS, Loop, count_repeats, find_loop, is_loop
 
 pytestmark = pytest.mark.unit
 
@@ -37,3 +39,22 @@ def test_planted_loops(start, length, period):
 def test_what_is_said():
     assert str(Loop(10, 736, 1, 12)) == "one code repeated for 147.2 s from 2 s on (12 distinct codes in the song)"
     assert str(Loop(0, 200, 4, 90)).startswith("4 codes repeated for 40 s")
+
+
+def test_loops_are_found_on_the_device_as_they_arise():
+    """At the first code with which `find_loop` finds one."""
+    songs = [codes(), planted(100, 50, 1), planted(100, 100, 5), planted(30, 51, 1), planted(0, 300, 3)]
+    songs += [planted(400, 500, 8), planted(5, 101, 2), np.zeros(1200, np.int32)]
+    tokens = jnp.asarray(np.stack(songs))
+
+    def step(repeats, i):
+        repeats = count_repeats(repeats, tokens, tokens[:, i], i)
+        return repeats, is_loop(repeats)
+
+    _, found = jax.lax.scan(step, jnp.zeros((len(songs), PERIODS), jnp.int32), jnp.arange(tokens.shape[1]))
+    for song, flags in zip(songs, np.asarray(found).T, strict=True):
+        if find_loop(song) is None:
+            assert not flags.any()
+        else:
+            first = int(np.argmax(flags))
+            assert flags[first] and find_loop(song[: first + 1]) is not None and find_loop(song[:first]) is None

@@ -53,9 +53,7 @@ def test_what_is_given_beside_a_plan_takes_its_place():
 BAD = {
     "plan.json: version: expected a plan of version 1, found 2": dict(version=2),
     "plan.json: bpm: expected 30 to 300": dict(bpm=999),
-    "plan.json: audio_codes: expected|plan.json: codes: expected whole numbers from 0 to 63999": dict(
-        audio_codes=[64000]
-    ),
+    "plan.json: audio_codes: expected whole numbers from 0 to 63999": dict(audio_codes=[64000]),
     "plan.json: audio_codes: expected a list": dict(audio_codes="<|audio_code_1|>"),
     "plan.json: captions: unknown key; did you mean caption": dict(captions="x"),
     "plan.json: keyscale: expected A to G": dict(keyscale="banana"),

@@ -158,15 +158,19 @@ def test_repetition_penalty(planner):
 
 
 def test_loops_are_told_and_drawn_again(caplog):
-    """The scripted model writes code 0 for ever."""
+    """The scripted model writes code 0 for ever. An attempt that is not the last ends where the loop is found."""
     stuck = scripted("")
-    known = [dataclasses.replace(WRITTEN, duration=11)]
+    known, steps = [dataclasses.replace(WRITTEN, duration=40)], []
     with caplog.at_level(logging.WARNING):
-        (codes,) = stuck.write_codes([WISH], known, seeds=[0], attempts=2)
-    assert codes.tolist() == [0] * 55
+        (codes,) = stuck.write_codes(
+            [WISH], known, seeds=[0], attempts=2, on_progress=lambda made, most: steps.append(made)
+        )
+    assert codes.tolist() == [0] * 200
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2 and all("codes: one code repeated for 11 s from 0 s on" in text for text in said)
+    assert len(said) == 2 and "codes: one code repeated for 10.2 s from 0 s on" in said[0]
+    assert "codes: one code repeated for 40 s from 0 s on" in said[1]
     assert said[0].endswith("they are drawn again") and said[1].endswith("try another seed, or more attempts")
+    assert steps[:3] == [32, 51, 32] and steps[-1] == 200
 
 
 def test_another_attempt_draws_other_codes(planner, monkeypatch):
