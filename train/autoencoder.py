@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from acestep_jax.diffusion import noise
-from acestep_jax.io import checkpoint
+from acestep_jax.io import checkpoint, checkpoint_writer
 from acestep_jax.io.files import as_path
 from acestep_jax.models.autoencoder import AutoencoderOobleck, DiagonalGaussian
 from acestep_jax.models.config import AutoencoderConfig
@@ -118,7 +118,7 @@ class AutoencoderTraining(Trainer):
         arrays = rescale(weights, np.maximum(notes["square"], 1e-8))
         names = checkpoint.leaf_shapes("vae", config.model.network)
         pairs = [(f"vae.{name}", np.asarray(arrays[name])) for name in names]
-        checkpoint.save(path, {"vae": config.model.network}, pairs, tokenizer=None, tokenizer_config={})
+        checkpoint_writer.save(path, {"vae": config.model.network}, pairs, tokenizer=None, tokenizer_config={})
 
 
 def make_step(

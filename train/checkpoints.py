@@ -11,8 +11,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from acestep_jax.errors import InputError
-from acestep_jax.io.checkpoint import flatten, host_sharding, is_disk_full, nest
-from acestep_jax.io.files import absolute
+from acestep_jax.io.checkpoint import flatten, host_sharding, nest
+from acestep_jax.io.files import absolute, is_disk_full
 from acestep_jax.train.step import TrainState
 
 METRIC = "validation_loss"

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from acestep_jax.errors import InputError
-from acestep_jax.io import checkpoint
-from acestep_jax.io.files import as_path
+from acestep_jax.io.files import as_path, check_new
 from acestep_jax.train import config_file
 from acestep_jax.train.autoencoder import AutoencoderTraining
 from acestep_jax.train.checkpoints import Checkpoints
@@ -29,7 +28,7 @@ def export(run: str | Path, destination: str | Path, *, step: int | None = None,
         InputError: if `run` holds no run or no such step, or `destination` exists.
     """
     run, destination = as_path(run), as_path(destination)
-    checkpoint.check_new(destination)
+    check_new(destination)
     config = config_file.read(run / CONFIG)
     of_autoencoder, averages = isinstance(config, AutoencoderTrainConfig), bool(config.optimizer.ema_decay)
     if ema and not averages:

@@ -19,9 +19,10 @@ from acestep_jax.distributed import all_succeed, parse_mesh, variable_sharding
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
 from acestep_jax.inputs.programs import REFERENCE_FRAMES
-from acestep_jax.io import checkpoint
+from acestep_jax.io import checkpoint, checkpoint_writer
 from acestep_jax.io.adapter import Adapter, save_adapter
 from acestep_jax.io.files import as_path
+from acestep_jax.io.manifest import check_unquantized
 from acestep_jax.io.native import find_native
 from acestep_jax.models.lora import add_lora
 from acestep_jax.models.registry import FAMILY
@@ -139,7 +140,7 @@ class FineTuning(Trainer):
         path = as_path(config.checkpoint)
         tokenizes = config.examples.tokenizes
         manifest = checkpoint.read_manifest(path)
-        checkpoint.check_unquantized(path, manifest, "training needs")
+        check_unquantized(path, manifest, "training needs")
         if tokenizes and (missing := [n for n in FAMILY.optional if n not in manifest.configs]):
             names = " and ".join(f"examples.{name}" for name in TASKS if tasks.TASKS[name].tokenized)
             raise InputError(f"{path}: has no {' and '.join(missing)}, which covers need; set {names} to 0")
@@ -231,7 +232,7 @@ class FineTuning(Trainer):
         if config.method == "lora":
             save_adapter(path, Adapter(config.lora, weights))
         else:
-            checkpoint.save_changed(config.checkpoint, path, "transformer", weights)
+            checkpoint_writer.save_changed(config.checkpoint, path, "transformer", weights)
 
 
 def _check_batch(config: TrainConfig, mesh: Mesh | None) -> None:

@@ -36,11 +36,11 @@ from acestep_jax.io.files import (
     remove_tree,
     size_and_time,
 )
-from acestep_jax.io.manifest import default_dtype
+from acestep_jax.io.manifest import check_unquantized, default_dtype
 from acestep_jax.models.autoencoder import AutoencoderOobleck
-from acestep_jax.models.config import check_dtype
 from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS
 from acestep_jax.models.qwen3 import Qwen3Model
+from acestep_jax.models.runtime import check_dtype
 from acestep_jax.request import MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS, Sampling
 from acestep_jax.settings import with_own_settings
 from acestep_jax.train import data_folder
@@ -76,7 +76,7 @@ def preprocess(
         data_dir: created if it does not exist.
         checkpoint: native; its autoencoder, text encoder and tokenizer are used.
         crop_seconds: lengths of the crops to train on, in seconds, 1 to 600.
-        dtype: of weights and computation, one of `config.DTYPES`; None: as stored.
+        dtype: of weights and computation, one of `runtime.DTYPES`; None: as stored.
 
     Returns:
         The index. Files that cannot be used (unreadable, silent, shorter than a second) are in `skipped`, with reasons.
@@ -94,7 +94,7 @@ def preprocess(
     sources, others = find_files(audio_dir)
     _check_destination(data_dir)
     manifest = checkpoints.read_manifest(checkpoint)
-    checkpoints.check_unquantized(checkpoint, manifest, "training needs")
+    check_unquantized(checkpoint, manifest, "training needs")
     # A language that is left open is the same here as in generating.
     defaults = defaults_of(Sampling(), manifest.configs.get("transformer"), manifest.sampling)  # pyright: ignore[reportArgumentType]
     sidecars = Sidecars(audio_dir, sources, defaults.vocal_language)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from acestep_jax.io import audio
 from acestep_jax.io.files import files_below, is_remote, publish_file, upload
-from acestep_jax.train import step as steps
+from acestep_jax.train.adamw import learning_rate
 from acestep_jax.train.config import Config
 from acestep_jax.train.step import Metrics
 
@@ -61,7 +61,7 @@ class Report:
     ):
         self.folder, self.log_every = folder, config.report.log_every
         self.rate, self.summarise, self.panels = rate, summarise, panels
-        self.learning_rate = steps.learning_rate(config.optimizer, config.steps)
+        self.learning_rate = learning_rate(config.optimizer, config.steps)
         self.writes = jax.process_index() == 0
         self._since = time.perf_counter()
         self._steps: list[Metrics] = []  # since the last line

@@ -20,12 +20,10 @@ from acestep_jax.diffusion import noise
 from acestep_jax.distributed import variable_sharding
 from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS, training_options
 from acestep_jax.models.lora import DropoutKey, without_dropout
+from acestep_jax.train.adamw import AdamW, Optimizer, Params, apply
 from acestep_jax.train.config import AdamConfig, TrainConfig
 from acestep_jax.train.objective import Batch, Frozen, draw, stratified_time, velocity_losses
 
-DECAYING = ("kernel", "lora_a", "lora_b")
-
-Params = dict[str, jax.Array]  # by dotted path
 Shardings = Any  # of a `TrainState`, as a `TrainState` of them
 
 
@@ -87,40 +85,12 @@ class Model:
         return nnx.merge(self.graphdef, learnt, nnx.from_flat_state(fresh), frozen)
 
 
-def learning_rate(config: AdamConfig, steps: int) -> optax.Schedule:
-    """Return the schedule: linear warm-up, then a cosine to a hundredth of the peak at the last of `steps`."""
-    peak = config.learning_rate
-    warmup = min(100, steps // 10) if config.warmup_steps is None else config.warmup_steps
-    if not warmup:
-        return optax.cosine_decay_schedule(peak, steps, 0.01)
-    # The warm-up starts above 0, at which the first step would learn nothing.
-    return optax.warmup_cosine_decay_schedule(peak / warmup, peak, warmup, steps, 0.01 * peak)
-
-
-def make_optimizer(config: AdamConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: AdamConfig, steps: int) -> Optimizer:
     """Return AdamW with clipping. Steps with non-finite gradients are skipped and counted."""
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
-            learning_rate(config, steps),
-            config.beta1,
-            config.beta2,
-            config.eps,
-            weight_decay=config.weight_decay,
-            mask=_decaying,
-        ),
-    )
-    return optax.apply_if_finite(optimizer, max_consecutive_errors=2**30)
+    return AdamW(config, steps)
 
 
-def _decaying(params: Any) -> Any:
-    """Return whether each parameter decays."""
-    return {name: name.rpartition(".")[2] in DECAYING for name in params}
-
-
-def initial_state(
-    params: Params, optimizer: optax.GradientTransformation, config: AdamConfig, shardings: Shardings
-) -> TrainState:
+def initial_state(params: Params, optimizer: Optimizer, config: AdamConfig, shardings: Shardings) -> TrainState:
     """Return the state before the first step; it takes over the buffers of `params`."""
 
     def init(params: Params) -> TrainState:
@@ -133,9 +103,7 @@ def initial_state(
     return jax.jit(init, out_shardings=shardings, donate_argnums=0)(given)
 
 
-def state_shardings(
-    model: Model, params: Params, optimizer: optax.GradientTransformation, config: AdamConfig
-) -> Shardings:
+def state_shardings(model: Model, params: Params, optimizer: Optimizer, config: AdamConfig) -> Shardings:
     """Return the sharding of every array of a state: moments and averages as their weights, counters replicated."""
     first = next(iter(model.shardings.values()))
     whole: Any = NamedSharding(first.mesh, P()) if isinstance(first, NamedSharding) else first
@@ -152,25 +120,25 @@ def state_shardings(
 def update(
     state: TrainState,
     gradients: Params,
-    optimizer: Any,  # of `make_optimizer`
+    optimizer: Optimizer,
     config: AdamConfig,
     *,
+    divisor: jax.Array | float = 1.0,
     loss: jax.Array,
     frames: jax.Array,
     details: dict[str, jax.Array],
 ) -> tuple[TrainState, Metrics]:
-    """Apply gradients to a state; return the next state and the metrics of the step.
+    """Apply gradients / divisor to a state; return the next state and the metrics of the step.
 
     ema = d ema + (1 - d) params with d = `ema_decay`. If a gradient is non-finite, weights and moments stay.
     """
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
+    params, opt_state, norm = apply(optimizer, gradients, state.opt_state, state.params, divisor)
     ema, decay = state.ema, config.ema_decay
     if decay:
         ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)
     metrics = Metrics(
         loss=loss,
-        grad_norm=optax.tree.norm(gradients),
+        grad_norm=norm,
         bad_steps=opt_state.notfinite_count,
         updates=state.step - state.opt_state.total_notfinite,
         frames=frames,
@@ -222,9 +190,7 @@ def place(
     return Batch(*map(put, batch))
 
 
-def make_step(
-    model: Model, optimizer: optax.GradientTransformation, config: TrainConfig, shardings: Shardings
-) -> Callable[..., Any]:
+def make_step(model: Model, optimizer: Optimizer, config: TrainConfig, shardings: Shardings) -> Callable[..., Any]:
     """Return the jitted step: (state, frozen transformer, Frozen, batch [accumulation, B, ...]) -> (state, Metrics).
 
     Gradients and the number of elements are summed over devices and accumulation before one is divided by the other, so
@@ -244,22 +210,30 @@ def make_step(
             errors, elements = velocity_losses(transformer, frozen, part, draws, attention_key)
             return errors.sum(), (errors, elements, draws.t)
 
-        def accumulate(gradients: Params, xs):
+        def differentiate(xs):
             i, part = xs
             key = jax.random.fold_in(dropout_key, state.step * config.optimizer.accumulation + i)
             new, sums = jax.grad(squared_error, has_aux=True)(state.params, part, key)
             # Without this, the partitioner may keep whole gradients on every device.
-            new = jax.lax.with_sharding_constraint(new, shardings.params)
+            return jax.lax.with_sharding_constraint(new, shardings.params), sums
+
+        def accumulate(gradients: Params, xs):
+            new, sums = differentiate(xs)
             return jax.tree.map(jnp.add, gradients, new), sums
 
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
         parts = jnp.arange(config.optimizer.accumulation), batch
-        gradients, (errors, elements, t) = jax.lax.scan(accumulate, zeros, parts)
+        if config.optimizer.accumulation == 1:  # gradients are not added to zeros
+            gradients, sums = differentiate(jax.tree.map(lambda leaf: leaf[0], parts))
+            errors, elements, t = jax.tree.map(lambda leaf: leaf[None], sums)
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            gradients, (errors, elements, t) = jax.lax.scan(accumulate, zeros, parts)
         total = elements.sum()
-        gradients = jax.tree.map(lambda g: g / total, gradients)
         details = dict(t=t.reshape(-1), errors=(errors / jnp.maximum(elements, 1.0)).reshape(-1))
         loss, frames = errors.sum() / total, total / batch.mean.shape[-1]
-        return update(state, gradients, optimizer, config.optimizer, loss=loss, frames=frames, details=details)
+        return update(
+            state, gradients, optimizer, config.optimizer, divisor=total, loss=loss, frames=frames, details=details
+        )
 
     return compiled(step, shardings)
 

@@ -266,6 +266,7 @@ preprocess.preprocess(sys.argv[1], sys.argv[2], checkpoint=sys.argv[3])
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tiny, songs, work):
     """Of four songs two were done; the result is that of an undisturbed run."""
     data = songs.parent / "data"

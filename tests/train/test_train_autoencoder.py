@@ -251,6 +251,7 @@ def test_unusable_audio(songs, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_other_settings_or_songs_is_not_resumed(run, songs, tmp_path):
     _, folder = run
     with pytest.raises(InputError, match=r"other settings \(model.latent_channels was 6, now 8"):
