@@ -20,13 +20,13 @@ from acestep_jax.io.files import as_path
 from acestep_jax.io.manifest import pick_dtype
 from acestep_jax.io.native import native_folder
 from acestep_jax.io.planner_source import PlannerSource
-from acestep_jax.memory import needed_bytes
+from acestep_jax.memory import needed_bytes, weight_bytes
 from acestep_jax.models.audio_tokenizer import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer
 from acestep_jax.models.autoencoder import AutoencoderOobleck
 from acestep_jax.models.condition_encoder import AceStepConditionEncoder
-from acestep_jax.models.config import MIXED, split_dtype
 from acestep_jax.models.qwen3 import Qwen3Model
 from acestep_jax.models.registry import FAMILY, SamplingDefaults
+from acestep_jax.models.runtime import MIXED, split_dtype
 from acestep_jax.models.transformer import AceStepTransformer1DModel
 from acestep_jax.placement import Placement, choose
 from acestep_jax.request import Sampling
@@ -34,15 +34,15 @@ from acestep_jax.settings import own_settings, with_own_settings
 
 
 class LoadedModel:
-    """The networks of a checkpoint, put together.
+    """The networks of a checkpoint, and the adapters and the planner that belong to them.
 
     Args:
-        transformer, condition_encoder, text_encoder, vae, audio_tokenizer, audio_token_detokenizer: the networks; those
-            that are None are not needed for what is done.
+        transformer, condition_encoder, text_encoder, vae, audio_tokenizer, audio_token_detokenizer: the networks; None
+            for those that are not needed. A method that needs one of these raises InputError.
         tokenizer: of the text encoder.
-        mesh: what the networks lie on; None: one device.
-        placement: whether they are copied to the device when they are used, see `acestep_jax.placement`.
-        sampling_defaults: of this checkpoint, in place of those of its variant in `models.registry`.
+        mesh: the device mesh that holds the networks; None: one device.
+        placement: whether networks stay on the host until they are used, see `acestep_jax.placement`.
+        sampling_defaults: of this checkpoint; they override those of its variant in `models.registry`.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class LoadedModel:
         sampling_defaults: Mapping[str, Any] | None = None,
         placement: Placement | None = None,
     ):
+        self.placement = placement or Placement()
         self.transformer = transformer
         self.condition_encoder = condition_encoder
         self.text_encoder = text_encoder
@@ -66,7 +67,6 @@ class LoadedModel:
         self.audio_tokenizer = audio_tokenizer
         self.audio_token_detokenizer = audio_token_detokenizer
         self.mesh = mesh
-        self.placement = placement or Placement()
         self.sampling_defaults = dict(sampling_defaults or {})
         self.loaded_from: Path | None = None  # the native checkpoint, if there is one
         self.planner_source: PlannerSource | None = None
@@ -89,27 +89,28 @@ class LoadedModel:
         planner: str | Path | None = None,
         **unknown: Any,
     ) -> Self:
-        """Load a model, after downloading and converting it if need be; both are done once.
+        """Load a model. If necessary it is first downloaded and converted; both results are kept.
 
         Args:
             source: the id of a repository on the Hugging Face hub, such as "ACE-Step/Ace-Step1.5"; a PyTorch
                 checkpoint: a folder in ACE-Step's or diffusers' layout, or a file of ComfyUI; or the folder of a native
                 checkpoint. By default the small model of this package.
             variant: "turbo", "base", "sft", "xl-turbo", ..., where the source has several.
-            dtype: "float32", "bfloat16", "float16" or "mixed_float16", of weights and computation, see `Runtime.of`;
-                None: what the checkpoint asks for, or else what suits the device, see `precision_for`. "int8" and "fp8"
-                are of the weights of layers, see `models.quantization`; the rest is what None gives.
+            dtype: dtype of weights and computation, "float32", "bfloat16", "float16" or "mixed_float16", see
+                `Runtime.of`; None: the checkpoint's own, or else what suits the device. "int8" and "fp8" quantise the
+                weights of layers, see `models.quantization`; everything else is then as for None.
             mesh: from `acestep_jax.make_mesh`; None: the first device.
-            revision: branch, tag or commit of the repository; None: the newest.
-            token: of the hub, for private and gated repositories; None: that of `hf auth login` or HF_TOKEN.
+            revision: branch, tag or commit of the repository; None: its main branch.
+            token: access token of the hub, for private and gated repositories; None: that of `hf auth login` or
+                HF_TOKEN.
             cache_dir: folder for downloads and converted weights; None: the hub's cache, and acestep-jax/models in the
                 user's cache folder.
-            local_files_only: download nothing.
+            local_files_only: whether to use only files that are already on this machine.
             networks: names of the networks to load; None: all.
-            offload: whether networks stay in the host's memory but for those in use; None: if the device has too little
-                memory for all of them and a song of ten minutes. Not with a mesh.
+            offload: whether to keep networks in the host's memory except while they are used; None: only if the device
+                has too little memory for all of them and a song of ten minutes. Not with a mesh.
             planner: the language model that plans songs: a folder, or the id of a repository such as
-                "ACE-Step/acestep-5Hz-lm-0.6B"; None: the one that is with the model. It is loaded when it is needed.
+                "ACE-Step/acestep-5Hz-lm-0.6B"; None: the model's own. It is loaded when it is first needed.
 
         Raises:
             InputError: if the model cannot be found, downloaded or read, or an argument is unknown.
@@ -125,7 +126,8 @@ class LoadedModel:
         counted = precision or manifest.dtypes.get("transformer", "float32")
         kind = quantization or manifest.quantization.get("transformer")
         needed = needed_bytes(configs, counted, jax.default_backend(), quantization=kind)
-        placement = choose(needed, offload, mesh)
+        weights = weight_bytes(configs, counted, kind)
+        placement = choose(needed, offload, mesh, weights.get("transformer", 0))
         loaded: dict[str, Any] = checkpoint.load(
             path,
             dtype=precision,
@@ -143,13 +145,13 @@ class LoadedModel:
     from_checkpoint = from_pretrained
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model as a native checkpoint with a model card: each array as it is in memory, with its dtype.
+        """Write the model as a native checkpoint with a model card. Arrays keep the dtype that they have in memory.
 
         Args:
             folder: must not exist yet.
 
         Raises:
-            InputError: if it exists, the disk has no room, a network was not loaded, or an adapter is on.
+            InputError: if it exists, the disk has no room, a network was not loaded, or an adapter is active.
         """
         self._save(as_path(folder))
 
@@ -165,8 +167,8 @@ class LoadedModel:
 
         Args:
             repo_id: OWNER/NAME; created if it does not exist.
-            token: with the right to write; None: that of `hf auth login` or HF_TOKEN.
-            private: whether a new repository is private; None: as the owner's settings say.
+            token: access token with write permission; None: that of `hf auth login` or HF_TOKEN.
+            private: whether a new repository is private; None: as in the owner's settings.
             commit_message: None: "Upload with acestep-jax".
 
         Raises:
@@ -199,16 +201,17 @@ class LoadedModel:
 
     @property
     def transformer(self) -> AceStepTransformer1DModel | None:
-        """The diffusion transformer, with the adapters that are loaded. Assigning another one discards them."""
+        """The diffusion transformer with the adapters that are loaded. Assigning another transformer discards them."""
         return self._loaded.network
 
     @transformer.setter
     def transformer(self, network: AceStepTransformer1DModel | None) -> None:
+        self.placement.forget()
         self._loaded = LoadedAdapters.none(network)
 
     @property
     def adapters(self) -> Mapping[str, float]:
-        """The scale of each adapter that is loaded, by name; 0 is off. Read only, see `set_adapters`."""
+        """The scale of each loaded adapter, by name; 0 turns it off. Read-only, see `set_adapters`."""
         return self._loaded.scales
 
     def load_lora(
@@ -218,13 +221,13 @@ class LoadedModel:
         *,
         name: str | Sequence[str] | None = None,
     ) -> None:
-        """Load LoRA or DoRA adapters beside the weights of `transformer`; the changes of all loaded adapters add up.
+        """Load LoRA or DoRA adapters in addition to those that are loaded; their changes to the weights add up.
 
         Args:
-            adapters: a folder that training wrote, a folder or .safetensors file of PyTorch, what `load_adapter` read,
-                or several.
-            scale: 1 is what was trained, 0 nothing; one for all or one for each.
-            name: one for each; None: the names of their folders, followed by -2, -3, ... where a name is taken.
+            adapters: a folder that training wrote, a folder or .safetensors file of PyTorch, the result of
+                `load_adapter`, or a list of these.
+            scale: 1 applies the adapter as trained, 0 turns it off; one value for all adapters or one for each.
+            name: one for each adapter; None: the name of its folder, followed by -2, -3, ... if that name is taken.
 
         Raises:
             InputError: if there is no adapter, it is damaged or for another model, a scale is not a finite number, or a
@@ -244,12 +247,12 @@ class LoadedModel:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> None:
-        """Load an adapter at scale 1, as `load_lora` does, also from the Hugging Face hub; diffusers' name for it.
+        """Load an adapter at scale 1, from this machine or the Hugging Face hub: diffusers' name for `load_lora`.
 
         Args:
             adapter: a folder, a file, the id of a repository, or OWNER/NAME/FILE.safetensors.
-            adapter_name: for `set_adapters`; None: the name of its folder, file or repository.
-            weight_name: the file to use where a folder or repository holds several adapters.
+            adapter_name: name for `set_adapters`; None: that of the folder, file or repository.
+            weight_name: the file to use if a folder or repository holds several adapters.
             revision, token, cache_dir, local_files_only: of the hub, see `from_pretrained`.
 
         Raises:
@@ -277,11 +280,11 @@ class LoadedModel:
         scales: Mapping[str, float] | str | Sequence[str],
         adapter_weights: float | Sequence[float | None] | None = None,
     ) -> None:
-        """Change the scales of loaded adapters, which compiles nothing; those that are not named are off.
+        """Set the scales of loaded adapters, without compiling anything; adapters that are not named are turned off.
 
         Args:
-            scales: by name; or, as in diffusers, a name or several.
-            adapter_weights: of names, the scale of all or of each; None: 1.
+            scales: scale by name; or, as in diffusers, a name or a list of names.
+            adapter_weights: with names, one scale for all or one for each; None: 1.
 
         Raises:
             InputError: if a name is unknown, or a scale is not a finite number.
@@ -290,7 +293,7 @@ class LoadedModel:
             self._loaded = self._loaded.set(scales_by_name(scales, adapter_weights))
 
     def unload_lora(self, names: str | Iterable[str] | None = None) -> None:
-        """Remove adapters, None: all; the weights are then what they were, bit for bit.
+        """Remove adapters, all of them by default, and restore the weights, bit for bit.
 
         Raises:
             InputError: if a name is unknown.
@@ -299,7 +302,7 @@ class LoadedModel:
             self._loaded = self._loaded.unload(names)
 
     def unload_lora_weights(self) -> None:
-        """Remove all adapters; the weights are then what they were, bit for bit. Diffusers' name for `unload_lora`."""
+        """Remove all adapters: diffusers' name for `unload_lora`."""
         self.unload_lora()
 
     @property
@@ -315,17 +318,17 @@ class LoadedModel:
 
     @property
     def sample_rate(self) -> int:
-        """Hz."""
+        """Sample rate of songs, in Hz."""
         return self.need("vae").config.sampling_rate
 
     @property
     def latents_per_second(self) -> float:
-        """Latent frames in a second, Hz."""
+        """Number of latent frames per second."""
         return self.sample_rate / self.need("vae").hop_length
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """What `Sampling` leaves open: the variant's defaults, or the checkpoint's own."""
+        """Defaults for what `Sampling` leaves open: the checkpoint's own, or else the variant's."""
         return defaults_of(Sampling(), self.need("transformer").config, self.sampling_defaults)
 
     def need(self, name: str) -> Any:
@@ -337,15 +340,15 @@ class LoadedModel:
 
     @contextlib.contextmanager
     def on_mesh(self) -> Iterator[None]:
-        """Compute on the mesh of this model, with this library's settings."""
+        """Activate the mesh of this model, and this library's settings of JAX."""
         with own_settings(), contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             yield
 
 
 def converted_dtype(dtype: str | None) -> str | None:
-    """Return what weights are converted to, once, for the dtype that a user gave; None: as they are.
+    """Return the dtype that weights are stored in after conversion, for the dtype that a user gave; None: unchanged.
 
-    The mixed precision is of the computation; weights are rounded to it as they are loaded.
+    Mixed precision does not change what is stored: weights are rounded when they are loaded.
     """
     precision, quantization = split_dtype(dtype)
     return quantization if precision in (None, MIXED) else precision

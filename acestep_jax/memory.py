@@ -19,11 +19,11 @@ from acestep_jax.models.config import (
     AutoencoderConfig,
     ConditionEncoderConfig,
     NetworkConfig,
-    Runtime,
     TextEncoderConfig,
     TransformerConfig,
 )
 from acestep_jax.models.quantization import NETWORKS, quantized_layers
+from acestep_jax.models.runtime import Runtime
 
 # The transformer of each published size, beside the defaults of `TransformerConfig`.
 SIZES: Mapping[str, dict[str, Any]] = MappingProxyType(
@@ -81,10 +81,10 @@ def configs_of(size: str) -> dict[str, NetworkConfig]:
 def weight_bytes(
     configs: Mapping[str, NetworkConfig], precision: str, quantization: str | None = None
 ) -> dict[str, int]:
-    """Return the bytes of the weights of each network in a precision of `config.PRECISIONS`.
+    """Return the bytes of the weights of each network in a precision of `runtime.PRECISIONS`.
 
     Args:
-        quantization: of the networks that `models.quantization` knows, one of `config.QUANTIZATIONS`; None: none.
+        quantization: of the networks that `models.quantization` knows, one of `runtime.QUANTIZATIONS`; None: none.
     """
     itemsize = jnp.dtype(Runtime.of(precision).param_dtype).itemsize
     found = {}
@@ -127,7 +127,10 @@ def needed_bytes(
     seconds: float = LONGEST,
     quantization: str | None = None,
 ) -> int:
-    """Return what a song takes with all networks on one device, with guidance unless the transformer is turbo's."""
+    """Return what a song takes with all networks on one device, with guidance unless the transformer is turbo's.
+
+    It does not count the second copy of the layers that a GPU with enough memory keeps, see `placement`.
+    """
     weights = sum(weight_bytes(configs, precision, quantization).values())
     working = working_bytes(configs, precision, platform, seconds)
     return weights + max(_branches(configs) * working["denoise"], working["decode"])

@@ -46,11 +46,11 @@ from acestep_jax.song import AudioPipelineOutput, Song
 
 
 class AceStepPipeline(PlanningModel):
-    """A loaded model that makes songs. Text encoding, denoising and decoding are a compiled program each.
+    """A loaded model that generates songs. Text encoding, denoising and decoding are one compiled program each.
 
     `Job.program_key` names the programs that a song needs. A new batch size, number of steps or program key
-    compiles once; prompts, seeds, times, regions and scales are data. One pipeline serves one thread at a time.
-    Arguments of the constructor: see `LoadedModel`.
+    compiles once; prompts, seeds, times, regions and scales are data and compile nothing. Use a pipeline from one
+    thread at a time. Arguments of the constructor: see `LoadedModel`.
     """
 
     @takes(Arguments)
@@ -66,25 +66,25 @@ class AceStepPipeline(PlanningModel):
 
         Args:
             {arguments}
-            generator: in place of `seed`: a `torch.Generator`, or one for each prompt, whose `initial_seed()` is the
-                seed. With `noise="torch"` the noise is PyTorch's, too.
-            output_type: "np", or "latent" to leave out the decoding.
+            generator: a `torch.Generator`, or one for each prompt, whose `initial_seed()` is used instead of `seed`.
+                With `noise="torch"`, the noise is also the one that PyTorch draws.
+            output_type: "np", or "latent" to skip decoding.
             callback_on_step_end: called after each step with its index, the time t at its beginning and the latents
-                [B, frames, C] at its end; what it raises ends the call.
+                [B, frames, C] at its end. An exception that it raises ends the call.
 
-        A list of prompts is a batch; every argument of a song may then be a list with one value for each prompt. Song i
-        of one seed s has the seed s + i. The same seed gives the same song, alone or in any batch.
+        A list of prompts is a batch; every argument of a song may then be a list with one value for each prompt. With a
+        single seed s, song i gets the seed s + i. The same seed gives the same song, by itself and in any batch.
 
         Returns:
-            The songs. Each has a peak of -1 dBFS, but for repaint, and for lego in regions: these are their source
-            outside of the regions, sample for sample, and have its level.
+            The songs, normalised to a peak of -1 dBFS. Repainted songs, and lego in regions, keep the level of their
+            source instead, and equal it outside of the regions, sample for sample.
 
         Raises:
             InputError: if an argument is unknown, out of range, of the wrong shape, or not accepted by the task.
             OSError: if a sound file cannot be read.
         """
         requests, planning, sampling = requests_of(from_torch(keywords, generator))
-        jobs = [self.prepare(request, sampling) for request in requests]  # what is wrong is found before it is planned
+        jobs = [self.prepare(request, sampling) for request in requests]  # errors come before planning
         prompts = keywords["prompt"] if isinstance(keywords["prompt"], list | tuple) else [keywords["prompt"]]
         finished = [i for i, prompt in enumerate(prompts) if isinstance(prompt, Plan)]
         planned = self.planned(requests, planning, sampling, finished=finished)
@@ -105,7 +105,7 @@ class AceStepPipeline(PlanningModel):
         """Read the files of a request, check all of it, and return the job, see `inputs.prepare`.
 
         Args:
-            sampling: how it will be run; its `compat` decides what the request leaves open.
+            sampling: how the job will be run; its `compat` fills in what the request leaves open.
 
         Raises:
             InputError: if the request cannot be fulfilled.
@@ -128,13 +128,14 @@ class AceStepPipeline(PlanningModel):
         Args:
             output_type: see `__call__`.
             on_step: called after each step with its index, the time t at its beginning and the latents
-                [B, frames, C] at its end; what it raises ends the run.
-            should_stop: asked before each step, in all processes alike; if it returns true, the run ends.
+                [B, frames, C] at its end. An exception that it raises ends the run.
+            should_stop: called before each step; if it returns true, the run ends. With several processes, it must
+                return the same value in all of them.
 
         Raises:
-            InputError: if the sampling is not accepted by a job's task, its times are out of range, or a song comes out
-                with values that are not finite.
-            Cancelled: if `should_stop` said so.
+            InputError: if a job's task does not accept the sampling, a timestep is out of range, or a song has
+                non-finite values.
+            Cancelled: if `should_stop` returned true.
         """
         if output_type not in ("np", "latent"):
             advice = "; torch.from_numpy(song.audio) makes a tensor" if output_type == "pt" else ""
@@ -146,9 +147,10 @@ class AceStepPipeline(PlanningModel):
         config = transformer.config
         given, sampling = sampling, settled(sampling, config, defaults_of(sampling, config, self.sampling_defaults))
         ineffective.warn_of_sampling(ineffective.Batch(jobs, given, sampling, config.turbo))
-        schedule = times, _, scale = sampling_schedule(sampling, turbo=config.turbo)
+        schedule = sampling_schedule(sampling, turbo=config.turbo)
+        times, _, scale = schedule
         steps, count, joint = len(times) - 1, len(jobs), spans_processes(self.mesh)
-        # One song is replicated over the mesh; several are filled up with copies of the last one.
+        # One song is replicated over the mesh; a batch is padded with copies of its last song.
         multiple = 1 if self.mesh is None or count == 1 else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         retake_seeds, copies = draw_retake_seeds(jobs, joint=joint), -count % multiple
         jobs = [*jobs, *[jobs[-1]] * copies]
@@ -194,24 +196,7 @@ class AceStepPipeline(PlanningModel):
             inputs = loop_inputs(jobs, batch, sampling, schedule, drawn, clean_and_source, conditions, keys, method)
             bar.update()
             bar.set_description("denoising")
-            # A bar advances by step; but all processes must run the same programs, and only the first has a bar.
-            watched = on_step is not None or should_stop is not None or not bar.disable and jax.process_count() == 1
-            with self.placement.stage(self.networks) as networks:
-                used = networks["transformer"], networks["condition_encoder"]
-                if watched:
-                    x = denoise.denoise_in_pieces(
-                        *used,
-                        inputs,
-                        method=method,
-                        on_step=on_step,
-                        should_stop=should_stop,
-                        progress=bar.update,
-                    )
-                    x.block_until_ready()
-                else:
-                    x = denoise.denoise(*used, inputs, method=method)
-                    x.block_until_ready()
-                    bar.update(steps)
+            x = self._denoise(inputs, method, bar, on_step, should_stop)
             if sampling.latent_rescale != 1 or sampling.latent_shift != 0:
                 x = x * np.float32(sampling.latent_rescale) + np.float32(sampling.latent_shift)
             audios, latents = None, [row[: job.frames] for row, job in zip(np.asarray(on_host(x)), jobs, strict=True)]
@@ -235,6 +220,26 @@ class AceStepPipeline(PlanningModel):
             for i, job in enumerate(jobs[:count])
         ]
 
+    def _denoise(
+        self,
+        inputs: denoise.Inputs,
+        method: denoise.Method,
+        bar: Any,
+        on_step: StepCallback | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> jax.Array:
+        """Return the latents [B, T, C] float32; in pieces if the loop is watched, which a progress bar does too."""
+        # With several processes a bar must not decide: all have to run the same programs, and only the first has one.
+        watched = on_step is not None or should_stop is not None or not bar.disable and jax.process_count() == 1
+        with self.placement.stage(self.networks) as networks:
+            used = self.placement.for_denoising(networks["transformer"]), networks["condition_encoder"]
+            if watched:
+                hooks = dict(on_step=on_step, should_stop=should_stop, progress=bar.update)
+                return denoise.denoise_in_pieces(*used, inputs, method=method, **hooks).block_until_ready()
+            x = denoise.denoise(*used, inputs, method=method).block_until_ready()
+        bar.update(len(inputs.times) - 1)
+        return x
+
     def song_to_codes(self, song: Audio) -> np.ndarray:
         """Return the audio codes of a song, [n] int32, 5 for each second.
 
@@ -242,7 +247,7 @@ class AceStepPipeline(PlanningModel):
             song: a sound file, or an array [channels, samples].
 
         Raises:
-            InputError: if there is no audio tokenizer, or the song cannot be read.
+            InputError: if the model has no audio tokenizer, or the song cannot be read.
         """
         self._check_tokenizer()
         with self.on_mesh(), self.placement.stage(self.networks) as networks:
@@ -250,7 +255,7 @@ class AceStepPipeline(PlanningModel):
             return sources.tokenize(networks, latents, [frames])[0]
 
     def _latents_of(self, networks: Mapping[str, Any], song: Audio) -> tuple[np.ndarray, int]:
-        """Return the latents of a song, [1, bucket, C], zero where they are padding, and how many frames it has."""
+        """Return the latents of a song, [1, bucket, C] with zeros as padding, and its number of frames."""
         vae = self.need("vae")
         wave = load_audio(song, "song", vae.config)
         wave = np.pad(wave, ((0, 0), (0, -wave.shape[1] % vae.hop_length)))
@@ -260,7 +265,7 @@ class AceStepPipeline(PlanningModel):
         return latents, frames
 
     def describe(self, song: Audio | Sequence[int], **keywords: Any) -> Plan:
-        """Return what the planner hears in a song: caption, lyrics, tempo, key, language, and the song's audio codes.
+        """Return the planner's description of a song: caption, lyrics, tempo, key, language, and the audio codes.
 
         Args:
             song: a sound file, an array [channels, samples], or audio codes.
@@ -272,7 +277,7 @@ class AceStepPipeline(PlanningModel):
         """
         requested, planning = split_planning(keywords)
         if requested:
-            raise InputError(f"{next(iter(requested))}: what is heard is described; leave it out")
+            raise InputError(f"{next(iter(requested))}: a description comes from the song; leave it out")
         codes = song if isinstance(song, list | tuple) else self.song_to_codes(cast(Audio, song))
         with self.on_mesh():
             return describe_codes(self.planner, np.asarray(codes), planning)
@@ -286,13 +291,14 @@ class AceStepPipeline(PlanningModel):
         """Return when each line of the lyrics is sung, and how well the song fits its lyrics.
 
         Args:
-            song: what a pipeline made, a sound file, or an array [channels, samples].
-            request: what it was made from, `song.plan` included, or a caption and the lyrics of any song.
-            sampling: how it was made.
+            song: a result of a pipeline, a sound file, or an array [channels, samples].
+            request: the request or the plan (`song.plan`) that the song was made from; for any other song, a request
+                with its caption and lyrics.
+            sampling: how the song was sampled.
 
         Raises:
-            InputError: if the request has no lyrics, the song another length, or the heads of this model's attention
-                that follow lyrics are not known, as of XL models.
+            InputError: if the request has no lyrics, the song has another length, or it is not known which attention
+                heads of this model follow the lyrics, as for XL models.
             OSError: if there is no such file.
         """
         request = request.request() if isinstance(request, Plan) else request
@@ -317,10 +323,10 @@ class AceStepPipeline(PlanningModel):
             return timestamps.align(networks, self.need("tokenizer"), job, latents, steps=steps)
 
     def codes_to_song(self, text: str) -> np.ndarray:
-        """Return the audio [channels, samples] float32 that codes as text stand for, with a peak of -1 dBFS.
+        """Decode audio codes, given as text, to audio [channels, samples] float32 with a peak of -1 dBFS.
 
         Raises:
-            InputError: if there is no audio tokenizer, no code in the text, or one that is out of range.
+            InputError: if the model has no audio tokenizer, or the text has no code or one that is out of range.
         """
         codes = tasks.codes_from_text(text, self._check_tokenizer())
         frames = len(codes) * self.need("audio_tokenizer").config.pool_window_size
@@ -333,7 +339,7 @@ class AceStepPipeline(PlanningModel):
         return made
 
     def _check_tokenizer(self) -> int:
-        """Return how many audio codes there are; raise InputError if the networks for them are missing."""
+        """Return the size of the codebook; raise InputError if the networks for audio codes are missing."""
         size = codebook_size(self.configs)
         if size is None:
             raise InputError("the checkpoint has no audio tokenizer and detokenizer; convert one that has them")

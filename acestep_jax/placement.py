@@ -1,15 +1,17 @@
-"""Where the networks of a pipeline are: all on the device, or on the host but for those in use.
+"""Where the networks of a pipeline are kept: on the device, or on the host except while they are used.
 
     with placement.stage(networks) as placed:
-        encode(placed["text_encoder"], ...)     # copied to the device when it is first asked for
+        encode(placed["text_encoder"], ...)     # copied to the device when it is first read
     with placement.stage(networks) as placed:   # and dropped when the stage ends
         denoise(placed["transformer"], ...)
 
-The programs and their arguments are the same, and so are the results, bit for bit. For one device, not for a mesh.
+The compiled programs are the same either way, and so are the results, bit for bit; but where a GPU keeps a second copy
+of the transformer's layers, songs are equal only up to rounding. For one device, not for a mesh.
 """
 
 import contextlib
 import logging
+import operator
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,15 +20,23 @@ import jax
 from jax.sharding import Mesh
 
 from acestep_jax.errors import InputError
+from acestep_jax.models.kernels.unstacked import unstacking_pays
+from acestep_jax.models.transformer import AceStepTransformer1DModel
 
 logger = logging.getLogger(__name__)
 
 
 class Placement:
-    """Copies networks to `device` for a stage; with None they are there already, and nothing is copied."""
+    """Copies networks to `device` for the duration of a stage; None: they are on the device already.
 
-    def __init__(self, device: Any = None):
-        self.device = device
+    second_copy: bytes of a second copy of the transformer's layers, which denoising uses, see `kernels.unstacked`; 0:
+        there is none.
+    """
+
+    def __init__(self, device: Any = None, *, second_copy: int = 0):
+        self.device, self.second_copy = device, second_copy
+        self._unstacked: AceStepTransformer1DModel | None = None
+        self._made_of: list[jax.Array] = []
 
     @property
     def offloads(self) -> bool:
@@ -35,16 +45,46 @@ class Placement:
 
     @contextlib.contextmanager
     def stage(self, networks: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-        """Give the networks by name, on the device. What was copied is dropped at the end: wait for results before."""
+        """Yield the networks by name, on the device. Copies are freed at the end, so wait for results before."""
         placed = _Placed(networks, self.device)
         try:
             yield placed
         finally:
             placed.drop()
 
+    def for_denoising(self, transformer: AceStepTransformer1DModel) -> AceStepTransformer1DModel:
+        """Return a transformer in the form in which this device makes steps."""
+        if not self.second_copy:
+            return transformer
+        arrays = jax.tree.leaves(transformer)  # a module can be changed in place; its arrays cannot
+        is_same = len(arrays) == len(self._made_of) and all(map(operator.is_, arrays, self._made_of))
+        if self._unstacked is None or not is_same:
+            self.forget()  # frees the memory before the next one is made
+            try:
+                self._unstacked = jax.block_until_ready(_unstack(transformer))
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                logger.warning(
+                    "no memory for a second copy of the transformer's layers, %.1f GB: denoising copies the weights of "
+                    "each layer in every step instead, which takes longer",
+                    self.second_copy / 1e9,
+                )
+                self.second_copy = 0
+                return transformer
+            self._made_of = arrays
+        return self._unstacked
+
+    def forget(self) -> None:
+        """Free the second copy of the layers; the next song makes it again."""
+        self._unstacked, self._made_of = None, []
+
+
+_unstack = jax.jit(AceStepTransformer1DModel.unstacked)
+
 
 class _Placed(Mapping[str, Any]):
-    """Networks by name, copied when they are asked for."""
+    """Networks by name, copied when they are first read."""
 
     def __init__(self, networks: Mapping[str, Any], device: Any):
         self._networks, self._device = networks, device
@@ -81,16 +121,17 @@ class _Placed(Mapping[str, Any]):
         self._placed.clear()
 
 
-def choose(needed: int, offload: bool | None, mesh: Mesh | None) -> Placement:
-    """Return where the networks of a pipeline are to be.
+def choose(needed: int, offload: bool | None, mesh: Mesh | None, transformer_bytes: int = 0) -> Placement:
+    """Return where to keep the networks of a pipeline.
 
     Args:
-        needed: bytes of all weights and of what a song takes beside them, see `memory.needed_bytes`.
-        offload: whether they are kept on the host; None: if the first device has less memory than that.
-        mesh: what they lie on; then they are never kept on the host.
+        needed: bytes of all weights and of generating a song, see `memory.needed_bytes`.
+        offload: whether to keep them on the host; None: if the first device has less memory than `needed`.
+        mesh: the device mesh that holds them; networks on a mesh are never kept on the host.
+        transformer_bytes: size of the weights of the transformer, of which a GPU with enough memory keeps two forms.
 
     Raises:
-        InputError: if they should be kept on the host, but there is a mesh or JAX may not use the host.
+        InputError: if they should be kept on the host, but there is a mesh, or JAX may not use the host.
     """
     if mesh is not None:
         if offload:
@@ -102,21 +143,22 @@ def choose(needed: int, offload: bool | None, mesh: Mesh | None) -> Placement:
         offload = limit is not None and needed > limit
         if offload:
             logger.warning(
-                "the networks and a song of ten minutes need %.1f GB, and %s gives JAX %.1f GB: the networks stay on "
-                "the host, and are copied to the device in turn",
+                "the networks and a song of ten minutes need %.1f GB, but JAX has only %.1f GB on %s: the networks "
+                "stay on the host, and are copied to the device in turn",
                 needed / 1e9,
-                device,
                 (limit or 0) / 1e9,
+                device,
             )
     if not offload:
-        return Placement()
+        pays = unstacking_pays(needed + transformer_bytes, limit)
+        return Placement(second_copy=transformer_bytes if pays else 0)
     try:
         jax.local_devices(backend="cpu")
     except RuntimeError:  # JAX raises nothing narrower
         wanted = os.environ.get("JAX_PLATFORMS", "")
         raise InputError(
-            f"JAX_PLATFORMS: the networks do not fit the device, and JAX may not keep them on the host, found "
-            f"{wanted!r}; set it to {wanted + ',cpu'!r}"
+            f"JAX_PLATFORMS: the networks do not fit on the device, and {wanted!r} does not let JAX keep them on the "
+            f"host; set it to {wanted + ',cpu'!r}"
         ) from None
     return Placement(device)
 
@@ -127,5 +169,5 @@ def first_device() -> Any:
 
 
 def memory_limit(device: Any) -> int | None:
-    """Return how many bytes of its memory JAX may take; None where that is not known, as on a CPU."""
+    """Return the number of bytes that JAX may use on a device; None if it is not known, as on a CPU."""
     return (device.memory_stats() or {}).get("bytes_limit")

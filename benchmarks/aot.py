@@ -14,7 +14,7 @@ from benchmarks.targets import Target, devices_of, make_mesh, mesh_text, target_
 import jax
 from jax.sharding import Mesh
 
-from acestep_jax.models.config import QUANTIZATIONS
+from acestep_jax.models.runtime import QUANTIZATIONS
 from benchmarks.floor import PLANNER_SIZES, TRANSFORMER_SIZES
 from benchmarks.programs import Program, programs
 
@@ -98,7 +98,7 @@ def print_programs(options: argparse.Namespace, device_sets: Iterable[tuple[str,
         for batch in options.batch:
             mesh = make_mesh(devices, options.mesh, batch)
             for seconds in options.seconds:
-                for program in programs(options, mesh, seconds, batch, target.precision):
+                for program in programs(options, mesh, seconds, batch, target.precision, target.usable):
                     label = f"{count} x {name}" if count > 1 else name
                     row = [program.name, f"{seconds:g} s", str(batch), label, mesh_text(mesh)]
                     print_row(row + _cells(program, mesh, target, row, options, columns, describe))

@@ -15,7 +15,7 @@ from benchmarks.targets import devices_of, make_mesh, target_of  # isort: skip
 from acestep_jax import memory as budget
 from acestep_jax.cli.info import fits
 from acestep_jax.inputs.buckets import BUCKETS
-from acestep_jax.models.config import Runtime
+from acestep_jax.models.runtime import Runtime
 from benchmarks.floor import FRAMES_PER_SECOND, TRANSFORMER_SIZES
 from benchmarks.programs import decode_program, denoise_program
 

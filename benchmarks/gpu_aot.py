@@ -19,6 +19,7 @@ COLUMNS = (
     "TFLOP needed",
     "TFLOP in kernels",
     "kernels",
+    "kernels a step",
     "kernels of a period of layers",
     "copied GB a step",
     "traffic GB a step",
@@ -30,7 +31,8 @@ NOTES = f"""
 All figures are of one card. total: arguments + temporary + output; the program fits if that is within what JAX takes of
 the card's memory. TFLOP needed: matrix products (benchmarks/floor.py); in kernels: of the products, convolutions and
 attention kernels in the program, with loops multiplied out. kernels: launches of the program, by kind. A period of
-layers is one pass of the loop over layers: a layer with a window and one without. copied: read and written by kernels
+layers is one pass of the loop over layers: a layer with a window and one without; where memory allows, denoising has no
+such loop, but unstacked layers. copied: read and written by kernels
 that only move values. A step is one of the {STEPS} of denoising, of training or of the planner, or any other program.
 floor: FLOPs needed at the peak, or weights read once a step at the memory's rate, whichever takes longer.
 bound: the sum over kernels of their FLOPs at the peak or their bytes at the memory's rate, whichever takes longer:
@@ -60,6 +62,7 @@ def describe(program: Program, compiled: aot.Compiled, card: Card, mesh: Mesh) -
         f"{needed / 1e12:.2f}",
         f"{found.flops / 1e12:.2f}",
         f"{sum(found.kernels.values())}: {hlo_gpu.text_of(found.kernels)}",
+        f"{sum(found.kernels.values()) / program.steps:.0f}",
         "" if layer is None else f"{sum(layer.values())}: {hlo_gpu.text_of(layer)}",
         f"{found.copied / program.steps / 1e9:.2f}",
         f"{found.traffic / program.steps / 1e9:.2f}",

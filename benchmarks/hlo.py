@@ -16,7 +16,6 @@ MOVES = frozenset(
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
 _VIEWS = ("bitcast", "reshape")
-_FREE = frozenset((*_VIEWS, "constant", "get-tuple-element", "iota", "parameter", "tuple"))
 _FREE = {*_VIEWS, "constant", "get-tuple-element", "iota", "parameter", "tuple"}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
@@ -150,11 +149,14 @@ class Module:
                 yield from ((c, i, n * times) for c, i, n in self.schedule(inner))
 
     def collectives(self) -> dict[str, list[tuple[int, Instruction]]]:
-        """Return how often each collective runs, by kind. One that is split into start, steps and end is one."""
+        """Return how often each collective runs, by kind. One that is split into start, steps and end is one; on TPUs,
+        a computation that sums and takes a part is a reduce-scatter."""
         channels: dict[tuple[str, str], tuple[int, Instruction]] = {}
         for name, runs in self.runs.items():
             for instruction in self.computations.get(name, {}).values():
                 kind = instruction.opcode.removesuffix("-start")
+                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                    kind = "reduce-scatter"
                 if kind not in COLLECTIVES:
                     continue
                 channel = re.search(r"channel_id=(\d+)", instruction.rest)
@@ -170,13 +172,16 @@ class Module:
         seconds = 0.0
         for kind, entries in self.collectives().items():
             for runs, instruction in entries:
-                size = max(shape.bytes for shape in instruction.shapes)
+                arrays = [shape.bytes for shape in instruction.shapes if shape.dims]  # several go together as a tuple
+                if instruction.opcode.endswith("-start") and kind != "all-reduce":  # operands, then results
+                    arrays = arrays[len(arrays) // 2 :]
+                size = sum(arrays)
                 group = _group_size(instruction.rest, devices)
                 share = (group - 1) / group
                 if kind == "all-reduce":
                     size *= 2 * share
-                elif kind == "reduce-scatter":
-                    size = min(shape.bytes for shape in instruction.shapes) * (group - 1)
+                elif kind == "reduce-scatter" and instruction.opcode == kind:
+                    size *= group - 1  # of results
                 elif kind != "collective-permute":
                     size *= share
                 seconds += runs * size / link

@@ -14,7 +14,7 @@ from benchmarks.targets import Chip
 
 KERNEL_RATE = 0.6  # of the peak, what a Pallas kernel is taken to reach
 # Products of scores' size that each kernel of splash attention computes.
-_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 5}
+_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "dkv and dq": 5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +83,8 @@ def kernel_flops(computation: Computation, instruction: Instruction) -> float:
                     queries = min(queries, lists[0][-2] * sizes["block_q_dkv"])
                 else:
                     keys = min(keys, lists[0][-1] * sizes["block_kv_dq" if kind == "dq" else "block_kv"])
+            if kind == "dkv" and any(len(shape.dims) > len(q) for shape in instruction.shapes):
+                kind = "dkv and dq"  # a sum by queries of each block of keys, [blocks, ..., T, H]
             return 2.0 * _PRODUCTS[kind] * math.prod(q) / q[-2] * queries * keys
     return 0.0
 

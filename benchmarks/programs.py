@@ -17,7 +17,7 @@ from acestep_jax.inputs import programs as stages
 from acestep_jax.inputs.buckets import BUCKETS
 from acestep_jax.inputs.collate import Tokens
 from acestep_jax.io import checkpoint
-from acestep_jax.memory import weight_bytes
+from acestep_jax.memory import configs_of, needed_bytes, weight_bytes
 from acestep_jax.models.config import (
     AudioTokenDetokenizerConfig,
     AudioTokenizerConfig,
@@ -26,13 +26,16 @@ from acestep_jax.models.config import (
     LoRAConfig,
     NetworkConfig,
     PlannerConfig,
-    Runtime,
     TextEncoderConfig,
     TransformerConfig,
 )
+from acestep_jax.models.kernels.platform import platform
+from acestep_jax.models.kernels.unstacked import unstacking_pays
 from acestep_jax.models.lora import add_lora
 from acestep_jax.models.registry import FAMILY
+from acestep_jax.models.runtime import Runtime
 from acestep_jax.models.scan import period
+from acestep_jax.models.transformer import AceStepTransformer1DModel
 from acestep_jax.planner import generate as planner
 from acestep_jax.planner.sampling import Drawing, LanguageSampling
 from acestep_jax.planner.writer import CODE_BUCKETS, PROMPT_BUCKETS
@@ -78,16 +81,29 @@ class Program:
 
 
 def programs(
-    options: argparse.Namespace, mesh: Mesh, seconds: float, batch: int, precision: str = "bfloat16"
+    options: argparse.Namespace,
+    mesh: Mesh,
+    seconds: float,
+    batch: int,
+    precision: str = "bfloat16",
+    usable: float | None = None,
 ) -> Iterator[Program]:
-    """Yield the requested programs. Every frame of a bucket counts as one of the song."""
+    """Yield the requested programs. Every frame of a bucket counts as one of the song.
+
+    Args:
+        usable: bytes that JAX may use of a device. One GPU with enough denoises with unstacked layers, as the pipeline.
+    """
     frames, runtime = round(seconds * FRAMES_PER_SECOND), Runtime.of(precision)
     if "encode" in options.stage:
         yield encode_program(options, mesh, batch, runtime)
     if "denoise" in options.stage:
         for size in options.size:
             quantized = dataclasses.replace(runtime, quantization=options.quantization)
-            yield denoise_program(options, mesh, size, BUCKETS.frames_of(frames), batch, quantized)
+            with jax.set_mesh(mesh):
+                needed = needed_bytes(configs_of(size), precision, platform(), quantization=options.quantization)
+                needed += leaf_bytes("transformer", transformer_config(options, size), quantized)
+                unstacked = mesh.size == 1 and unstacking_pays(int(needed), usable)
+            yield denoise_program(options, mesh, size, BUCKETS.frames_of(frames), batch, quantized, unstacked)
     if "train" in options.stage:
         for size in options.size:
             for method in options.method:
@@ -139,6 +155,7 @@ def plan_program(mesh: Mesh, size: str, seconds: float, batch: int, runtime: Run
         counts,
         keys,
         drawing,
+        ends_in_loop=jax.ShapeDtypeStruct((), jnp.bool_),
     )
     with jax.set_mesh(mesh):
         state = jax.eval_shape(lambda m, i: planner.begin(m, i, slots=slots), model, inputs)
@@ -163,7 +180,13 @@ def decode_program(mesh: Mesh, frames: int, batch: int, runtime: Runtime = BFLOA
 
 
 def denoise_program(
-    options: argparse.Namespace, mesh: Mesh, size: str, frames: int, batch: int, runtime: Runtime = BFLOAT16
+    options: argparse.Namespace,
+    mesh: Mesh,
+    size: str,
+    frames: int,
+    batch: int,
+    runtime: Runtime = BFLOAT16,
+    unstacked: bool = False,
 ) -> Program:
     config, tokens = transformer_config(options, size), options.condition_tokens
     width = config.encoder_hidden_size or config.hidden_size
@@ -181,15 +204,15 @@ def denoise_program(
         guided=jax.ShapeDtypeStruct((STEPS + 1,), jnp.bool_),
         guidance_scale=jax.ShapeDtypeStruct((), jnp.float32),
     )
-    arguments = (
-        abstract("transformer", config, mesh, runtime=runtime),
-        abstract("condition_encoder", ConditionEncoderConfig(), mesh, runtime=runtime),
-        inputs,
-    )
+    transformer = abstract("transformer", config, mesh, runtime=runtime)
+    if unstacked:
+        transformer = jax.eval_shape(AceStepTransformer1DModel.unstacked, transformer)
+    encoder = abstract("condition_encoder", ConditionEncoderConfig(), mesh, runtime=runtime)
+    arguments = transformer, encoder, inputs
     flops = STEPS * transformer_flops(config, frames, tokens, batch)
     weights = STEPS * leaf_bytes("transformer", config, runtime)
     method = dict(method=denoise.Method())
-    trips = config.num_hidden_layers // period(config.windows(config.num_hidden_layers))
+    trips = None if unstacked else config.num_hidden_layers // period(config.windows(config.num_hidden_layers))
     return Program(f"denoise {size}", denoise.denoise, arguments, method, flops, weights, STEPS, trips)
 
 

@@ -18,11 +18,12 @@ from flax import nnx
 
 from acestep_jax.diffusion.schedule import schedule
 from acestep_jax.io import checkpoint
-from acestep_jax.models.config import QUANTIZATIONS, NetworkConfig, PlannerConfig, Runtime, TransformerConfig
+from acestep_jax.models.config import NetworkConfig, PlannerConfig, TransformerConfig
 from acestep_jax.models.kernels import quantized
 from acestep_jax.models.layers import rotary_embedding
 from acestep_jax.models.quantization import QuantizedLinear, parts, quantize
 from acestep_jax.models.registry import PLANNER
+from acestep_jax.models.runtime import QUANTIZATIONS, Runtime
 from acestep_jax.models.transformer import AceStepTransformer1DModel
 from benchmarks import measure
 from benchmarks.floor import FRAMES_PER_SECOND, TRANSFORMER_SIZES

@@ -6,7 +6,7 @@ PyTorch is imported where it is needed, so that unit tests take `normal` and `as
 import jax
 import numpy as np
 
-from acestep_jax.models.config import Runtime
+from acestep_jax.models.runtime import Runtime
 
 DIFFUSERS = dict(compat="diffusers")  # what every comparison of songs with diffusers' needs
 

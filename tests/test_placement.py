@@ -6,8 +6,11 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from acestep_jax import AceStepPipeline, InputError, Request, Sampling, make_mesh, placement
+from acestep_jax.models.kernels import unstacked
+from tests.parity import assert_close
 
 unit = pytest.mark.unit
 
@@ -60,6 +63,33 @@ def test_the_same_song_in_less_memory(whole, offloaded, monkeypatch):
     assert {d for leaf in jax.tree.leaves(offloaded.networks) for d in leaf.devices()} == {jax.devices()[0]}
 
 
+def test_unstacked_layers_make_the_same_song(whole, monkeypatch):
+    """Layers are unstacked once, and again for other weights."""
+    (expected,) = whole.run([whole.prepare(REQUEST)], SAMPLING, output_type="latent")
+    monkeypatch.setattr(whole, "placement", placement.Placement(second_copy=1))
+    (song,) = whole.run([whole.prepare(REQUEST)], SAMPLING, output_type="latent")
+    assert_close(song.latents, expected.latents)
+    made = whole.placement.for_denoising(whole.transformer)
+    assert isinstance(made.layers, nnx.List) and whole.placement.for_denoising(whole.transformer) is made
+    other = nnx.merge(*nnx.split(whole.transformer))  # another module of the same arrays, which then changes in place
+    assert whole.placement.for_denoising(other) is made
+    other.norm_out.scale[...] = 2 * other.norm_out.scale[...]
+    changed = whole.placement.for_denoising(other)
+    assert changed is not made
+    np.testing.assert_array_equal(changed.norm_out.scale[...], other.norm_out.scale[...])
+
+
+@unit
+def test_no_memory_for_unstacked_layers(monkeypatch, caplog):
+    def fail(transformer):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+    monkeypatch.setattr(placement, "_unstack", fail)
+    placed, transformer = placement.Placement(second_copy=3_200_000_000), {"x": np.ones(3)}
+    assert placed.for_denoising(transformer) is transformer and placed.second_copy == 0
+    assert "3.2 GB" in caplog.text
+
+
 @pytest.mark.slow
 def test_codes(whole, offloaded):
     """By default `test_the_same_song_in_less_memory` shows it of a song, whose stages take the same way."""
@@ -94,6 +124,11 @@ def test_choice(monkeypatch, caplog):
     assert placement.choose(9_000_000_000, True, None).offloads
     assert not placement.choose(11_000_000_000, False, None).offloads
     assert len(caplog.records) == 1  # what was asked for is not said
+    assert not placement.choose(5_000_000_000, None, None, 2_000_000_000).second_copy  # on a CPU
+    monkeypatch.setattr(unstacked, "platform", lambda: "gpu")
+    assert placement.choose(5_000_000_000, None, None, 2_000_000_000).second_copy
+    assert not placement.choose(7_000_000_000, None, None, 2_000_000_000).second_copy
+    assert not placement.choose(5_000_000_000, True, None, 2_000_000_000).second_copy
     monkeypatch.setattr(placement, "first_device", lambda: jax.devices()[0])
     assert not placement.choose(10**15, None, None).offloads  # a CPU's memory is the host's
 

@@ -1,11 +1,12 @@
-"""The denoising loop: x_1 = noise to x_0 = latents, by dx/dt = v(x, t) with v from the transformer.
+"""The denoising loop: from x_1 = noise to x_0 = latents along dx/dt = v(x, t), with v from the transformer.
 
-    fixed, state = begin(...)            what does not depend on the step: keys and values, context, time embeddings
-    state = advance(..., state, i, n=n)  steps i, ..., i + n - 1
+    fixed, state = begin(...)            computes what does not depend on the step: keys and values, context, times
+    state = advance(..., state, i, n=n)  makes steps i, ..., i + n - 1
     latents = finish(fixed, state)
 
-`denoise` is all of it as one compiled program, the usual case. To watch or stop a song, the same three functions run as
-programs of their own, a step at a time; they call nothing back, so JAX's persistent cache keeps them.
+`denoise` runs all three as one compiled program, the usual case. To watch or to stop the loop, `denoise_in_pieces` runs
+them as programs of their own, one step at a time. The programs have no callbacks, because JAX's persistent cache does
+not keep programs that do.
 """
 
 from collections.abc import Callable
@@ -30,46 +31,50 @@ A = TypeVar("A")  # jax.Array within a program; np.ndarray as well, before it is
 
 
 class Condition(NamedTuple):
-    """Condition tokens of a batch, and how many of each song's are valid."""
+    """Condition tokens of a batch, and the number of valid tokens of each song."""
 
     tokens: jax.Array  # [B, S, E]
     lengths: jax.Array  # [B] int32
 
 
 class Inputs(NamedTuple, Generic[A]):
-    """What a batch of songs is denoised from. Optional fields are None where no song of the batch needs them."""
+    """The inputs of denoising a batch. Optional fields are None if no song of the batch needs them."""
 
     x: A  # [B, T, C] float32, at times[0]
     lengths: A  # [B] int32, frames; the rest is padding
     condition: Condition
     source: A  # [B, T, C] float32, source latents
-    silent: A  # [B, T] bool, where silence replaces them
-    mask: A  # [B, T] bool or float32, the chunk mask: 1 for what is generated
+    silent: A  # [B, T] bool, true where silence replaces them
+    mask: A  # [B, T] bool or float32, the chunk mask: 1 where the song is generated
     times: A  # [N + 1] float32, decreasing to 0
-    guided: A  # [N + 1] bool, the times at which guidance acts; a solver may evaluate at the end of a step
+    guided: A  # [N + 1] bool, whether guidance is applied at each time; a solver may evaluate at the end of a step
     guidance_scale: A  # float32
-    keys: jax.Array | None = None  # [B], of the songs, for solvers that draw noise
-    # Partial covers follow their source in part, and text to music for the rest.
+    keys: jax.Array | None = None  # [B], one for each song, for solvers that draw noise
+    # Partial covers follow their source in part, and otherwise this condition, that of text2music.
     plain_condition: Condition | None = None
     cover_strength: A | None = None  # [B] float32
-    # Injection: the source is put back, at the noise level of the time, where a song keeps it, after the first steps.
+    # Injection: after each of the first steps the source, with noise of that level, is restored where it is kept.
     kept: A | None = None  # [B, T] bool
     clean: A | None = None  # [B, T, C] float32, the source's latents as the autoencoder gives them
     noise: A | None = None  # [B, T, C] float32
     injected_steps: A | None = None  # int32
-    made: A | None = None  # [B, T] float32, the share of what was made in the latents at the end; `clean` is the rest
+    made: A | None = None  # [B, T] float32, weight of the result in the final latents; `clean` has the rest
     dcw: A | None = None  # [N, 2] float32, the scales of both bands in each step, see `diffusion.dcw`
-    velocity_norm: A | None = None  # float32, the greatest norm of a song's velocity, in norms of the song
+    velocity_norm: A | None = None  # float32, bound of a velocity's norm, relative to that of x
     velocity_ema: A | None = None  # float32, see `solvers.Step.ema`
-    # Editing by flow: x is the source's latents, `clean`, and keys are given.
-    edited: Condition | None = None  # of the texts that describe the source
+    # FlowEdit: x is the latents of the source, `clean`, and keys are given.
+    edited: Condition | None = None  # from the texts that describe the source
     edit_window: A | None = None  # [2] int32, see `flow_edit`
 
 
 class Method(NamedTuple):
-    """What of the sampling is compiled: the solver, the guidance rule (None: no guidance), whether partial covers blend
-    velocities or, if false, change to text to music after a part of the steps, whether the last step is Euler's, the
-    wavelet of DCW, and the draws in each step of editing by flow (0: nothing is edited)."""
+    """The static part of sampling, which a program is compiled for.
+
+    guidance: the rule; None: no guidance.
+    blend: whether partial covers blend velocities; otherwise they switch to text2music after some steps.
+    euler_end: whether the last step is Euler's.
+    edit_draws: noises in each step of FlowEdit; 0: no editing.
+    """
 
     solver: str = "euler"
     guidance: str | None = None
@@ -80,13 +85,13 @@ class Method(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What `begin` computes once for all steps. R branches are evaluated at once, along the batch axis."""
+    """What `begin` computes once for all steps. R branches are evaluated together, along the batch axis."""
 
     inputs: Inputs[jax.Array]
     context: jax.Array  # [B, T, 2 C]
     time: TimeEmbedding  # of all times, [N + 1, ...]
-    condition: tuple[KeysValues, jax.Array]  # [L, R * B, S, K, H] each, and lengths [R * B]
-    plain_context: jax.Array | None  # [B, T, 2 C], of partial covers that switch
+    condition: tuple[KeysValues, jax.Array]  # [L, R * B, S, K, H] each, or lists of L, and lengths [R * B]
+    plain_context: jax.Array | None  # [B, T, 2 C], that partial covers switch to
     plain_condition: tuple[KeysValues, jax.Array] | None
     edited: tuple[KeysValues, jax.Array] | None
 
@@ -97,8 +102,8 @@ def context_latents(source: jax.Array, silence: jax.Array, silent: jax.Array, ma
     Args:
         source: [B, T, C], source latents.
         silence: [1, T, C], latents of silence.
-        silent: [B, T] bool, where silence replaces the source.
-        mask: [B, T], the chunk mask, which every channel gets.
+        silent: [B, T] bool, true where silence replaces the source.
+        mask: [B, T], the chunk mask, which is repeated for every channel.
     """
     source = jnp.where(silent[:, :, None], silence, source)
     return jnp.concatenate([source, jnp.broadcast_to(mask[:, :, None], source.shape).astype(source.dtype)], axis=-1)
@@ -111,13 +116,13 @@ def begin(
     *,
     method: Method,
 ) -> tuple[Fixed, solvers.State]:
-    """Compute what does not depend on the step, and the state before the first one."""
+    """Compute what does not depend on the step, and the state before the first step."""
     frames = inputs.x.shape[1]
     silence = condition_encoder.silence(frames).astype(jnp.float32)
     null = condition_encoder.null_condition_emb[...].astype(inputs.condition.tokens.dtype)
 
     def branch_keys_values(first: Condition) -> tuple[KeysValues, jax.Array]:
-        """Keys, values and lengths of all branches: the condition, none, and what a blended cover is mixed with."""
+        """Keys, values and lengths of all branches: with the condition, without it, and with text2music's to blend."""
         branches = [first]
         if method.guidance:
             branches.append(Condition(jnp.broadcast_to(null, first.tokens.shape), first.lengths))
@@ -154,7 +159,7 @@ def advance(
     n: int,
     method: Method,
 ) -> solvers.State:
-    """Make steps i to i + n - 1; n is static, i is not. Guidance costs as much at all times."""
+    """Make steps i to i + n - 1; n is static, i is not. Steps without guidance cost as much as those with it."""
     inputs, times, scale = fixed.inputs, fixed.inputs.times, fixed.inputs.guidance_scale
     steps = times.shape[0] - 1
     valid = (jnp.arange(inputs.x.shape[1]) < inputs.lengths[:, None])[:, :, None]  # [B, T, 1]
@@ -166,7 +171,9 @@ def advance(
         branches = counts.shape[0] // x.shape[0]
         if fixed.plain_condition is not None:
             assert inputs.cover_strength is not None and fixed.plain_context is not None
-            plain = step >= jnp.floor(steps * inputs.cover_strength + 1e-6)  # [B], which have changed to text to music
+            plain = step >= jnp.floor(
+                steps * inputs.cover_strength + 1e-6
+            )  # [B], whether it has switched to text2music
             rows = _tile(plain, branches)
             context = jnp.where(plain[:, None, None], fixed.plain_context, context)
             counts = jnp.where(rows, fixed.plain_condition[1], counts)
@@ -184,8 +191,8 @@ def advance(
         return jnp.split(v.astype(jnp.float32), branches)
 
     def further(g: Guided) -> tuple[jax.Array, None]:
-        """Guide a further evaluation within a step. It has no momentum to go by, so APG is plain CFG there; ADG is too
-        at t = 0, where it is not defined. Source: ACE-Step 1.5, base."""
+        """Guide a further evaluation within a step. It does not have APG's momentum, so APG becomes CFG; so does ADG at
+        t = 0, where it is undefined. Source: ACE-Step 1.5, base."""
         plain, _ = GUIDANCE["cfg"](g, scale)
         if method.guidance != "adg":
             return plain, None
@@ -198,7 +205,7 @@ def advance(
         momentum: jax.Array | None,
         condition: tuple[KeysValues, jax.Array] = fixed.condition,
     ) -> tuple[jax.Array, jax.Array | None]:
-        step = i if momentum is not None else i - 1  # a further evaluation is made at the end of its step
+        step = i if momentum is not None else i - 1  # a further evaluation is at the end of its step
         v, *others = branch_velocities(x, i, step, condition)
         if method.guidance:
             g = Guided(v, others[0], x, times[i], momentum)
@@ -212,8 +219,8 @@ def advance(
             weight = inputs.cover_strength[:, None, None]
             v = weight * v + (1 - weight) * others[-1]
         if inputs.velocity_norm is not None:
-            norm, most = (jnp.linalg.norm(jnp.where(valid, a, 0), axis=(1, 2), keepdims=True) for a in (v, x))
-            v = v * jnp.minimum(1.0, inputs.velocity_norm * most / jnp.maximum(norm, 1e-10))
+            norm_v, norm_x = (jnp.linalg.norm(jnp.where(valid, a, 0), axis=(1, 2), keepdims=True) for a in (v, x))
+            v = v * jnp.minimum(1.0, inputs.velocity_norm * norm_x / jnp.maximum(norm_v, 1e-10))
         return v, momentum
 
     def inject(x: jax.Array, i: jax.Array) -> jax.Array:
@@ -261,7 +268,7 @@ def advance(
 
 
 def finish(fixed: Fixed, state: solvers.State) -> jax.Array:
-    """Return the latents, [B, T, C] float32; those from a song's length on are padding."""
+    """Return the latents, [B, T, C] float32; those after a song's length are padding."""
     made, clean = fixed.inputs.made, fixed.inputs.clean
     if made is None:
         return state.x
@@ -298,18 +305,18 @@ def denoise_in_pieces(
     should_stop: Callable[[], bool] | None = None,
     progress: Callable[[], object] | None = None,
 ) -> jax.Array:
-    """Denoise a step at a time, so that it can be watched and stopped; the result is that of `denoise`.
+    """Denoise one step at a time, which can be watched and stopped; the result equals that of `denoise`.
 
-    Of several processes, all must run this or all `denoise`: their programs differ.
+    With several processes, all of them must call this, or all `denoise`: the programs differ.
 
     Args:
-        on_step: called after each step with its index, the time at its beginning and the latents at its end; what it
-            raises ends the run.
-        should_stop: asked before each step; if it returns true, the run ends.
+        on_step: called after each step with its index, the time at its beginning and the latents at its end. An
+            exception that it raises ends the loop.
+        should_stop: called before each step; if it returns true, the loop ends.
         progress: called after each step.
 
     Raises:
-        Cancelled: if `should_stop` said so.
+        Cancelled: if `should_stop` returned true.
     """
     steps, longest = len(inputs.times) - 1, int(np.max(inputs.lengths))
     fixed, state = begin_program(transformer, condition_encoder, inputs, method=method)

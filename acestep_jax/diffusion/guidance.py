@@ -1,4 +1,4 @@
-"""Guidance rules: how the velocities with and without the condition combine. Pure functions, in float32."""
+"""Guidance rules, which combine the velocities with and without the condition. Pure functions, in float32."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,10 +15,10 @@ ADG_MIN_ANGLE = float(np.arccos(1 - 1e-6))
 
 
 class Guided(NamedTuple):
-    """What guidance combines: the velocities with the condition and without it, at x and t.
+    """The arguments of a rule: the velocities with and without the condition, at x and t.
 
-    cond, null, x: [B, T, C]; t: scalar; momentum: of the earlier steps, [B, T, C], zeros before the first, None where
-    the rule reads none.
+    cond, null, x: [B, T, C]; t: scalar; momentum: state from the previous step, [B, T, C], zeros before the first step;
+    None for rules without momentum.
     """
 
     cond: jax.Array
@@ -50,9 +50,9 @@ def apg(g: Guided, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def adg(g: Guided, scale: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Apply angle-based guidance: turn the predicted x0 of each frame away from the one without condition.
+    """Apply angle-based guidance: rotate the predicted x0 of each frame away from the one without condition.
 
-    The angle between both, times w = max(scale - 1, 0) + 0.001 and at most 30 degrees, is the one that x0 is turned by.
+    It is rotated by the angle between both, times w = max(scale - 1, 0) + 0.001, and by at most 30 degrees.
     Source: ACE-Step 1.5.
     """
     inner = lambda a, b: jnp.sum(a * b, axis=-1, keepdims=True)  # noqa: E731  over channels, for each frame
@@ -60,7 +60,7 @@ def adg(g: Guided, scale: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     weight = jnp.maximum(scale - 1.0, 0.0) + ADG_MIN_WEIGHT
     away = with_condition - without
     away = away - inner(away, without) / (inner(without, without) + 1e-8) * without
-    # The arc cosine of the original, in a form that does not lose small angles to rounding.
+    # The arc cosine of the original, in a form that is accurate for small angles.
     along = inner(with_condition, without) / jnp.sqrt(jnp.maximum(inner(without, without), 1e-30))
     angle = jnp.arctan2(jnp.sqrt(inner(away, away)), along)
     angle = jnp.clip(angle, ADG_MIN_ANGLE, np.pi - ADG_MIN_ANGLE)

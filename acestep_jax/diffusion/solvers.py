@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# (x, i, momentum) -> (v, momentum) at times[i]. A momentum of None: a further evaluation within a step, which must
-# leave the momentum as it was.
+# (x, i, momentum) -> (v, momentum) at times[i]. With the momentum None it is a further evaluation within a step, which
+# does not update the momentum.
 Velocity = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
@@ -19,8 +19,8 @@ class Step(NamedTuple):
 
     x, v: the state and its velocity, [B, T, C]; past: see `State`.
     keys: [B], of each song's noise in step i; None for solvers that draw no noise.
-    ema: the share of the velocity before in each velocity; None: it has none.
-    euler_end: whether the last step makes one evaluation only, so that none is made at t = 0.
+    ema: fraction of the previous step's velocity in each velocity; None: 0.
+    euler_end: whether the last step is Euler's, so that the velocity is not evaluated at t = 0.
     """
 
     x: jax.Array
@@ -38,14 +38,14 @@ class Step(NamedTuple):
         return self.times[self.i - back] - self.times[self.i - back + 1]
 
     def ahead(self, x: jax.Array) -> jax.Array:
-        """Return the velocity of a further evaluation, at x and the end of the step."""
+        """Evaluate the velocity once more, at x and the end of the step."""
         v, _ = self.velocity(x, self.i + 1, None)
         return blend(v.astype(self.v.dtype), self.v, self.ema)
 
 
-def blend(v: jax.Array, before: jax.Array, share: jax.Array | None) -> jax.Array:
-    """Return (1 - share) v + share before; v without a share."""
-    return v if share is None else (1 - share) * v + share * before
+def blend(v: jax.Array, before: jax.Array, fraction: jax.Array | None) -> jax.Array:
+    """Return (1 - fraction) v + fraction before; None: v."""
+    return v if fraction is None else (1 - fraction) * v + fraction * before
 
 
 def euler(s: Step) -> jax.Array:
@@ -54,7 +54,7 @@ def euler(s: Step) -> jax.Array:
 
 
 def heun(s: Step) -> jax.Array:
-    """Use the mean of the velocities here and where Euler would go: second order, two evaluations in each step."""
+    """Use the mean of the velocities at x and at Euler's result: second order, two evaluations per step."""
 
     def mean() -> jax.Array:
         return s.x - s.length() * (s.v + s.ahead(euler(s))) / 2
@@ -65,14 +65,14 @@ def heun(s: Step) -> jax.Array:
 
 
 def ab2(s: Step) -> jax.Array:
-    """Integrate the line through the last two velocities: Adams-Bashforth of second order, steps of any length."""
+    """Integrate the line through the last two velocities: second-order Adams-Bashforth for variable step sizes."""
     h, h1 = s.length(), s.length(1)
     second = s.x - h * s.v - h**2 / (2 * h1) * (s.v - s.past[0])
     return jnp.where(s.i == 0, euler(s), second)
 
 
 def ab3(s: Step) -> jax.Array:
-    """Integrate the parabola through the last three velocities: Adams-Bashforth of third order.
+    """Integrate the parabola through the last three velocities: third-order Adams-Bashforth.
 
     The first step is Heun's and the second `ab2`, so that the start does not lower the order.
     """
@@ -84,12 +84,12 @@ def ab3(s: Step) -> jax.Array:
 
 
 def sde(s: Step) -> jax.Array:
-    """Go to the predicted x0, and back to the next time with fresh noise. Source: ACE-Step 1.5, turbo."""
+    """Predict x0, and add new noise at the level of the next time. Source: ACE-Step 1.5, turbo."""
     return _renoise(s, reached("sde", s.times, s.i))
 
 
 def sde_linear(s: Step) -> jax.Array:
-    """Do as `sde`, but go back to 1 - (i + 1) / N whatever the schedule. Source: ACE-Step 1.5, base."""
+    """Do as `sde`, but with noise at the level 1 - (i + 1) / N for any schedule. Source: ACE-Step 1.5, base."""
     return _renoise(s, reached("sde_linear", s.times, s.i))
 
 
@@ -100,7 +100,7 @@ def _renoise(s: Step, t: jax.Array) -> jax.Array:
 
 
 def reached(solver: str, times: jax.Array, i: jax.Array) -> jax.Array:
-    """Return the noise level that a solver's step i ends at."""
+    """Return the noise level at the end of step i."""
     steps = times.shape[0] - 1
     return (steps - 1.0 - i) / steps if solver == "sde_linear" else times[i + 1]
 
@@ -112,10 +112,10 @@ STOCHASTIC = ("sde", "sde_linear")  # solvers that draw noise, from a key for ea
 
 
 class State(NamedTuple):
-    """What a step hands on to the next.
+    """What is passed from step to step.
 
-    x: [B, T, C], float32 at least; momentum: of guidance, a pytree.
-    past: the velocities of the last two steps, the latest first, [B, T, C] each; arbitrary where there was none.
+    x: [B, T, C], float32 or wider; momentum: of guidance, a pytree.
+    past: the velocities of the last two steps, the latest first, [B, T, C] each; arbitrary before there were any.
     """
 
     x: jax.Array
@@ -124,7 +124,7 @@ class State(NamedTuple):
 
 
 def start(x: jax.Array, momentum: Any = None) -> State:
-    """Return the state before the first step, with x taken to float32 at least."""
+    """Return the state before the first step, with x in float32 or wider."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return State(x, momentum, (jnp.zeros_like(x), jnp.zeros_like(x)))
 
@@ -146,15 +146,15 @@ def advance(
     """Integrate dx/dt = v from times[i] to times[i + n], as one scan.
 
     Args:
-        velocity: (x, i, momentum) -> (v, momentum) at time times[i]; the momentum is what guidance carries along.
+        velocity: (x, i, momentum) -> (v, momentum) at times[i]; the momentum is the state of guidance.
         state: at times[i].
         times: [N + 1] float32, strictly decreasing.
-        i: the step to begin with; may be traced.
-        n: the number of steps, static.
+        i: first step; may be traced.
+        n: number of steps, static.
         solver: one of `SOLVERS`.
-        keys: [B], one for each song, where the solver draws noise. The noise of a frame does not depend on T.
-        after_step: (x, i) -> x, applied after each step.
-        correct: (x, x0, i) -> x, applied before that; x0 is what the velocity at the beginning of the step predicted.
+        keys: [B], one for each song, if the solver draws noise. The noise of a frame does not depend on T.
+        after_step: (x, i) -> x, applied at the end of each step.
+        correct: (x, x0, i) -> x, applied before `after_step`; x0 is predicted by the velocity at the step's beginning.
         ema, euler_end: see `Step`.
     """
 
@@ -168,7 +168,7 @@ def advance(
         s = Step(x, v, past, i, times, velocity, step_keys, ema, euler_end)
         made = SOLVERS[solver](s)
         if ema is not None and solver == "heun":
-            v = (x - made) / s.length()  # the mean of both evaluations is what the next step remembers
+            v = (x - made) / s.length()  # the next step blends with the mean of both evaluations
         if correct is not None:
             made = correct(made, x - times[i] * s.v, i)
         if after_step is not None:

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 
 from acestep_jax.distributed import partition_spec
 from acestep_jax.errors import InputError
-from acestep_jax.models.kernels.products import float16_dot_general
+from acestep_jax.models.kernels.products import accumulated, float16_dot_general
 from acestep_jax.models.lora import (
     Network,
     Parameters,
@@ -51,7 +51,7 @@ class AdaptedLinear(nnx.Module):
         self.kernel, self.bias, self.dtype = base.kernel, base.bias, base.dtype
         self.scale = nnx.data(base.scale if isinstance(base, QuantizedLinear) else None)
         is_own = base.dot_general is float16_dot_general or self.scale is not None
-        self.product = base.dot_general if is_own else jax.lax.dot_general
+        self.product = base.dot_general if is_own else accumulated
         axes = _axes(base.kernel)
         self.lora_a = lora_parameter(a, *axes["lora_a"])
         self.lora_b = lora_parameter(b, *axes["lora_b"])
@@ -260,7 +260,7 @@ def dora_gain(
     return magnitude / column_norm(weight + product(a, b, scaling))
 
 
-def _accumulate(x: jax.Array, w: jax.Array, product: Callable = jax.lax.dot_general) -> jax.Array:
+def _accumulate(x: jax.Array, w: jax.Array, product: Callable = accumulated) -> jax.Array:
     """Return x w before it is rounded to their dtype: float32 of what the product adds up anyway."""
     dimensions = (((x.ndim - 1,), (0,)), ((), ()))
     return product(x, w, dimensions, preferred_element_type=jnp.float32)

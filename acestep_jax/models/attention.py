@@ -1,4 +1,4 @@
-"""Scaled dot-product attention behind one function, and the module that uses it."""
+"""Scaled dot-product attention as one function, whatever the backend or mesh, and the module that uses it."""
 
 import functools
 from typing import NamedTuple
@@ -9,11 +9,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from acestep_jax.distributed import log_once, partition_spec, shard
-from acestep_jax.models.config import DEFAULT_RUNTIME, AttentionConfig, Runtime
+from acestep_jax.models.config import AttentionConfig
+from acestep_jax.models.kernels import heads_gpu
 from acestep_jax.models.kernels.attention import attend, choose_kernel
 from acestep_jax.models.kernels.heads import Rope, as_it_comes, normalise, suits
 from acestep_jax.models.kernels.products import to_float16
+from acestep_jax.models.kernels.unstacked import FusedLinear
 from acestep_jax.models.layers import RMSNorm, apply_rotary, linear
+from acestep_jax.models.runtime import DEFAULT_RUNTIME, Runtime
 
 
 class KeysValues(NamedTuple):
@@ -36,29 +39,30 @@ def attention(
     kernel: str = "auto",
     products: str | None = None,
 ) -> jax.Array:
-    """Compute softmax(q k^T / sqrt(H)) v, the softmax in float32; no array of [T, S] scores on any backend.
+    """Compute softmax(q k^T / sqrt(H)) v with the softmax in float32, without an array of [T, S] scores.
 
-    On a mesh in use (`jax.set_mesh`) it runs within `jax.shard_map`: batch over data and fsdp, heads over tensor,
-    queries over sequence. There, a window exchanges its halo with the neighbours; full attention gathers all keys.
+    Under `jax.set_mesh` it runs within `jax.shard_map`: the batch is split over data and fsdp, heads over tensor, and
+    queries over sequence. With queries split, attention with a window exchanges a halo of keys between neighbouring
+    devices, and full attention gathers all keys.
 
     Args:
         q: [B, T, N, H].
         k, v: [B, S, K, H]; N is a multiple of K, and query head n reads key head n // (N / K).
-        window: key j is visible to query i if |i - j| <= window; S = T. Costs O(T * window).
+        window: key j is visible to query i if |i - j| <= window, which costs O(T * window) and requires S = T.
         causal: key j is visible to query i if j <= i. Not together with `window`.
-        key_lengths: [B] int32; keys from there on are padding, which no query sees. None: there is none.
-        dropout: the rate of attention weights to drop; none without `dropout_key`.
-        kernel: "xla", plain JAX; "cudnn", for GPUs, and a Pallas kernel where there is a window; "splash", Pallas on
-            TPU; "auto", what suits the backend. Causal attention and dropout are always computed in plain JAX. "cudnn"
-            without a window and "splash" have no derivative in forward mode; choose "xla" for `jax.jvp` on an
+        key_lengths: [B] int32, number of valid keys of each item; later keys are padding, which no query sees. None: S.
+        dropout: rate at which attention weights are dropped; it has no effect without `dropout_key`.
+        kernel: "xla", plain JAX; "cudnn", for GPUs, with a Pallas kernel if there is a window; "splash", Pallas on
+            TPUs; "auto", the fastest of these for the backend. Causal attention and dropout always use plain JAX.
+            "cudnn" without a window and "splash" have no forward-mode derivative: choose "xla" for `jax.jvp` on an
             accelerator.
         products: see `Runtime.products`.
 
     Returns:
-        [B, T, N, H] in q's dtype. A query that sees no key gets some finite value.
+        [B, T, N, H] in q's dtype. The result of a query that sees no key is arbitrary, but finite.
 
     Raises:
-        InputError: if there is no such kernel, or it is not for this backend or dtype.
+        InputError: if the kernel is unknown, or does not support this backend or dtype.
     """
     if causal and window is not None:
         raise ValueError("attention is causal or has a window, not both")
@@ -67,7 +71,7 @@ def attention(
     if dropout_key is None:
         dropout = 0.0
     if products is not None:
-        # Queries and keys are normalised. The result is a mean of values, so it takes their scale.
+        # Only values need a scale: queries and keys are normalised. The result is a mean of values and has their scale.
         half, scale = to_float16(v, (1, 3))  # scale: [B, 1, K, 1]
         y = attention(
             q.astype(products),
@@ -90,7 +94,7 @@ def attention(
         dropout_key=dropout_key if dropout else None,
         kernel=choose_kernel(kernel, q, k),
     )
-    # Dropout is left to the partitioner, so that the same weights are dropped on every mesh.
+    # With dropout XLA partitions the computation, so that the same weights are dropped on every mesh.
     if mesh.empty or mesh.size == 1 or dropout:
         return local(q, k, v, key_lengths)
     return _sharded(local, mesh, q, k, v, key_lengths, window, causal)
@@ -104,12 +108,12 @@ def _sharded(local, mesh, q, k, v, key_lengths, window, causal):
         if t // shards < window:
             log_once(f"{t} tokens on sequence={shards} are fewer than the window of {window} each: replicated")
             sequence = None
-        elif key_lengths is None:  # the local number of keys says nothing
+        elif key_lengths is None:  # one device does not see how many keys there are in all
             key_lengths = jnp.full((b,), t)
 
     key_heads = heads if heads and k.shape[2] % mesh.shape["tensor"] == 0 else None
     local_heads = n // mesh.shape["tensor"] if heads else n
-    # Query heads of one device that share a key head can do without the others; else all heads stay together.
+    # Heads can be split further than key heads if the query heads of a device all read the same key head.
     if heads and not key_heads and (n // k.shape[2]) % local_heads:
         log_once(f"{n} query and {k.shape[2]} key heads do not divide by tensor={mesh.shape['tensor']}: replicated")
         heads, local_heads = None, n
@@ -133,7 +137,7 @@ def _sharded(local, mesh, q, k, v, key_lengths, window, causal):
 
 
 def _exchange_halo(x: jax.Array, window: int, shards: int) -> jax.Array:
-    """Extend [B, T, K, H] of one device by `window` keys of either neighbour; zeros at the ends of the mesh."""
+    """Extend one device's [B, T, K, H] by `window` keys from each neighbour, or by zeros at the ends of the mesh."""
     before = jax.lax.ppermute(x[:, -window:], "sequence", [(i, i + 1) for i in range(shards - 1)])
     after = jax.lax.ppermute(x[:, :window], "sequence", [(i + 1, i) for i in range(shards - 1)])
     return jnp.concatenate([before, x, after], axis=1)
@@ -180,17 +184,25 @@ class Attention(nnx.Module):
         return sharded(x, norm.scale[...], rope)
 
     def queries(self, x: jax.Array, *, time: str | None = None, rope: Rope | None = None) -> jax.Array:
-        """Project x [B, T, D] to normalised queries [B, T, N, H], and rotate them by tables [T, H / 2].
+        """Project x [B, T, D] to normalised queries [B, T, N, H].
 
         Args:
-            time: the name of the axis of time.
+            time: logical name of the time axis on a mesh, "sequence" if it may be split; None: it is replicated.
+            rope: cos and sin of the rotation, [T, H / 2] each; None: no rotation.
         """
         return self._normalised(self.to_q(x), self.norm_q, time, rope)
 
     def keys_values(self, context: jax.Array, *, time: str | None = None, rope: Rope | None = None) -> KeysValues:
-        """Project a context [B, S, D]; in cross-attention it is the same at every step. Arguments as of `queries`."""
+        """Project a context [B, S, D] to normalised keys and to values. Other arguments: see `queries`."""
         keys = self._normalised(self.to_k(context), self.norm_k, time, rope)
         return KeysValues(keys, self._heads(self.to_v(context), time))
+
+    def _self_projections(self, x: jax.Array, rope: Rope | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        if isinstance(self.to_q, FusedLinear) and rope is not None:  # with to_k and to_v
+            scales, ends, eps = (self.norm_q.scale[...], self.norm_k.scale[...]), self.to_q.ends, self.norm_q.eps
+            return heads_gpu.split(self.to_q.linear(x), *scales, rope, ends=ends, eps=eps, plain=self.kernel == "xla")
+        k, v = self.keys_values(x, time="sequence", rope=rope)
+        return self.queries(x, time="sequence", rope=rope), k, v
 
     def __call__(
         self,
@@ -203,12 +215,11 @@ class Attention(nnx.Module):
         key_lengths: jax.Array | None = None,  # [B]
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:  # [B, T, D]
-        q = self.queries(x, time="sequence", rope=rope)
         if context is None:
-            context = self.keys_values(x, time="sequence", rope=rope)
-        elif not isinstance(context, KeysValues):
-            context = self.keys_values(context)
-        k, v = context
+            q, k, v = self._self_projections(x, rope)
+        else:
+            q = self.queries(x, time="sequence", rope=rope)
+            k, v = context if isinstance(context, KeysValues) else self.keys_values(context)
         y = attention(
             q,
             k,

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from acestep_jax.models.config import DEFAULT_RUNTIME, AudioTokenDetokenizerConfig, AudioTokenizerConfig, Runtime
+from acestep_jax.models.config import AudioTokenDetokenizerConfig, AudioTokenizerConfig
 from acestep_jax.models.encoder import Encoder
 from acestep_jax.models.layers import linear, parameter
+from acestep_jax.models.runtime import DEFAULT_RUNTIME, Runtime
 
 
 class ResidualFSQ(nnx.Module):

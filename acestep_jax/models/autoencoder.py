@@ -14,10 +14,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from acestep_jax.errors import InputError
-from acestep_jax.models.config import DEFAULT_RUNTIME, AutoencoderConfig, Runtime
+from acestep_jax.models.config import AutoencoderConfig
 from acestep_jax.models.kernels.convolution import convolve, convolve_transposed, default_tile_frames
 from acestep_jax.models.kernels.sine import sine
 from acestep_jax.models.layers import parameter
+from acestep_jax.models.runtime import DEFAULT_RUNTIME, Runtime
 
 
 class Snake(nnx.Module):

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from acestep_jax.models.config import DEFAULT_RUNTIME, ConditionEncoderConfig, Runtime
+from acestep_jax.models.config import ConditionEncoderConfig
 from acestep_jax.models.encoder import Encoder
 from acestep_jax.models.layers import linear, parameter
+from acestep_jax.models.runtime import DEFAULT_RUNTIME, Runtime
 
 SILENCE_FRAMES = 15000  # ten minutes of encoded silence ship with every checkpoint
 

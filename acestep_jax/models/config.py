@@ -1,23 +1,17 @@
-"""Configurations: the architecture of each network, and beside them how a network is computed.
+"""The architecture of each network, as a configuration that is stored with its weights.
 
-Fields of an architecture carry the names, meanings and defaults of the `config.json` that diffusers and transformers
-write beside the weights. `Runtime` is given when weights are loaded and is never stored.
+Fields carry the names, meanings and defaults of the `config.json` that diffusers and transformers write beside the
+weights. How a network is computed is not part of it, see `models.runtime`.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 from acestep_jax.errors import InputError
 
-DTYPES = ("float32", "bfloat16", "float16")
-MIXED = "mixed_float16"
-PRECISIONS = (*DTYPES, MIXED)
-QUANTIZATIONS = ("int8", "fp8")  # of weights, see `models.quantization`
 LAYER_TYPES = ("sliding_attention", "full_attention")
-REMAT = ("none", "dots", "full")
-ATTENTION_KERNELS = ("auto", "xla", "cudnn", "splash")
 
 
 def _is_size(value: Any) -> bool:
@@ -32,93 +26,6 @@ _VALUES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     bool: ("true or false", lambda value: type(value) is bool),
     tuple[int, ...]: ("positive integers", lambda value: type(value) is tuple and all(map(_is_size, value))),
 }
-
-
-def check_dtype(name: str, argument: str = "dtype", choices: Collection[str] = DTYPES) -> str:
-    """Return `name` if it is one of `choices`; raise InputError otherwise."""
-    if name not in choices:
-        raise InputError(f"{argument}: {name!r} is no dtype of this library; use one of {', '.join(choices)}")
-    return name
-
-
-def check_stored(name: str, argument: str = "dtype") -> str:
-    """Return `name` if weights can be stored as it, one of `DTYPES` or `QUANTIZATIONS`; raise InputError otherwise."""
-    return check_dtype(name, argument, (*DTYPES, *QUANTIZATIONS))
-
-
-def check_precision(name: str, argument: str = "dtype") -> str:
-    """Return `name` if it is one of `PRECISIONS`; raise InputError otherwise."""
-    return check_dtype(name, argument, PRECISIONS)
-
-
-def split_dtype(name: str | None, argument: str = "dtype") -> tuple[str | None, str | None]:
-    """Return the precision and the quantisation that a user asked for, one of `PRECISIONS` or of `QUANTIZATIONS`; what
-    was not asked for is None.
-
-    Raises:
-        InputError: if it is neither.
-    """
-    if name is None or name in QUANTIZATIONS:
-        return None, name
-    return check_dtype(name, argument, (*PRECISIONS, *QUANTIZATIONS)), None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Runtime:
-    """How a network is computed, whatever its architecture.
-
-    dtype: of activations and matrix products. Norm statistics, softmax, sinusoids and FSQ stay in float32.
-    param_dtype: of the weights in memory, but for those that are quantised.
-    quantization: of the weights of layers, one of `QUANTIZATIONS`, see `models.quantization`; None: none.
-    products: dtype of what linear layers and attention multiply, "float16", each row scaled to its range; sums and
-        results are float32, as `dtype` then is. None: `dtype`. Convolutions are computed in `dtype`. For inference:
-        derivatives would be rounded to float16 without such a scale.
-    remat: what the backward pass recomputes of a layer: cheap elementwise work ("none"), all but products with weights
-        ("dots") or all ("full").
-    attention: the kernel of full attention, see `models.attention.attention`.
-    """
-
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    quantization: str | None = None
-    products: str | None = None
-    remat: str = "none"
-    attention: str = "auto"
-
-    def __post_init__(self):
-        check_dtype(self.dtype, "Runtime.dtype")
-        check_dtype(self.param_dtype, "Runtime.param_dtype")
-        if self.products is not None and (self.products, self.dtype) != ("float16", "float32"):
-            raise InputError(
-                "Runtime.products: expected None, or 'float16' with the dtype 'float32', found "
-                f"{self.products!r} with {self.dtype!r}"
-            )
-        choices_of = {"remat": REMAT, "attention": ATTENTION_KERNELS, "quantization": (None, *QUANTIZATIONS)}
-        for field, choices in choices_of.items():
-            if (value := getattr(self, field)) not in choices:
-                raise InputError(f"Runtime.{field}: expected one of {', '.join(map(str, choices))}, found {value!r}")
-
-    @classmethod
-    def of(cls, precision: str, **options: Any) -> Self:
-        """Return the runtime of a precision: a dtype of everything, or "mixed_float16".
-
-        That is for cards with fast float16 and no bfloat16. The range of float16 ends at 65504, which the residual
-        stream and the product within the MLP of a transformer leave; so only what is multiplied is float16.
-
-        Args:
-            options: further fields; they take the place of what the precision says.
-
-        Raises:
-            InputError: if the precision is unknown.
-        """
-        if check_precision(precision) == MIXED:
-            chosen = dict(dtype="float32", param_dtype="float16", products="float16")
-        else:
-            chosen = dict(dtype=precision, param_dtype=precision)
-        return cls(**(chosen | options))
-
-
-DEFAULT_RUNTIME = Runtime()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,11 +82,10 @@ class AttentionConfig(NetworkConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        name = type(self).__name__
-        if self.num_attention_heads % self.num_key_value_heads:
+        name, heads, key_heads = type(self).__name__, self.num_attention_heads, self.num_key_value_heads
+        if heads % key_heads:
             raise InputError(
-                f"{name}: num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})"
+                f"{name}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({key_heads})"
             )
         if self.head_dim % 2:
             raise InputError(f"{name}.head_dim: expected an even number (rotary embedding), found {self.head_dim}")
@@ -362,11 +268,10 @@ class TextEncoderConfig(AttentionConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannerConfig(TextEncoderConfig):
-    """Qwen3 as the 5 Hz language model. The defaults are acestep-5Hz-lm-1.7B's, but for the architecture's, which are
-    the 0.6B's.
+    """Qwen3 as the 5 Hz language model. Defaults: the sizes of acestep-5Hz-lm-0.6B, the tokens of all.
 
     first_code: token of the audio code 0; the tokens before it are text.
-    num_codes: codes of the codebook, 0 to num_codes - 1. The published vocabulary has 65535 tokens for them.
+    num_codes: size of the codebook. The published vocabulary has 65535 tokens for codes.
     eos_token_id: ends a turn.
     """
 
@@ -419,10 +324,10 @@ class PlannerConfig(TextEncoderConfig):
 class AutoencoderConfig(NetworkConfig):
     """Oobleck, from waveform to latents and back. The defaults are ACE-Step's: 48 kHz stereo, 25 frames a second.
 
-    encoder_hidden_size: what the encoder gives for a frame, mean and scale of each channel.
-    encoder_channels: of the encoder's first layer; None: encoder_hidden_size, the one width that diffusers knows.
-    patch_size: samples that the outermost layers take as one step, side by side in their channels; diffusers knows 1.
-        What costs most at few channels are the layers at full rate.
+    encoder_hidden_size: outputs of the encoder per frame, mean and scale of each channel.
+    encoder_channels: width of the encoder's first layer; None: encoder_hidden_size, as in diffusers.
+    patch_size: samples that the outermost layers process as one step, stacked as channels, which makes these layers
+        cheaper; diffusers has only 1.
     """
 
     encoder_hidden_size: int = 128
@@ -440,14 +345,14 @@ class AutoencoderConfig(NetworkConfig):
         if odd := [ratio for ratio in self.downsampling_ratios if ratio % 2]:
             raise InputError(f"AutoencoderConfig.downsampling_ratios: expected even numbers, found {odd}")
         if len(self.channel_multiples) != len(self.downsampling_ratios):
+            sizes = f"{self.channel_multiples} and {self.downsampling_ratios}"
             raise InputError(
-                "AutoencoderConfig: channel_multiples and downsampling_ratios must be of one length, found "
-                f"{self.channel_multiples} and {self.downsampling_ratios}"
+                f"AutoencoderConfig: channel_multiples and downsampling_ratios must be of one length, found {sizes}"
             )
 
     @property
     def hop_length(self) -> int:
-        """Return the samples of a latent frame."""
+        """Return the number of samples in a latent frame."""
         return self.patch_size * math.prod(self.downsampling_ratios)
 
     def to_hf(self) -> dict[str, Any]:
@@ -463,11 +368,12 @@ class AutoencoderConfig(NetworkConfig):
 class LoRAConfig:
     """Low-rank adapters, see `models.lora`.
 
-    rank: r, of the two factors.
-    alpha: adapters count alpha / rank times.
-    dropout: the rate of inputs that the adapters, not the layers, drop in training.
-    targets: regular expressions for the ends of the dotted paths of linear layers, see `models.lora.targets`.
-    use_dora: trains the norm of each output's weights apart from their direction.
+    Args:
+        rank: Rank of the two factors.
+        alpha: Scale of an adapter, divided by the rank.
+        dropout: Rate at which the inputs of adapters, not those of layers, are dropped in training.
+        targets: Regular expressions that match the ends of the dotted paths of linear layers, such as to_q.
+        use_dora: Whether to train the norm of each output's weights separately from their direction.
     """
 
     rank: int = 64

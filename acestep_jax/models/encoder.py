@@ -5,8 +5,9 @@ from flax import nnx
 
 from acestep_jax.distributed import shard
 from acestep_jax.models.attention import Attention
-from acestep_jax.models.config import AttentionConfig, Runtime
+from acestep_jax.models.config import AttentionConfig
 from acestep_jax.models.layers import RMSNorm, SwiGLU, rotary_embedding
+from acestep_jax.models.runtime import Runtime
 from acestep_jax.models.scan import scan_layers, stack_layers
 
 

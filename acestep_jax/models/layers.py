@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 
 from acestep_jax.distributed import shard
-from acestep_jax.models.config import Runtime
 from acestep_jax.models.kernels.products import product_of
+from acestep_jax.models.kernels.unstacked import project
+from acestep_jax.models.runtime import Runtime
 
 
 def parameter(value: jax.Array, *axes: str | None) -> nnx.Param:
@@ -73,8 +74,8 @@ class SwiGLU(nnx.Module):
         self.down_proj = linear(intermediate_size, hidden_size, ("mlp", "embed"), runtime, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, D]
-        hidden = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(shard(hidden, "batch", "sequence", "mlp"))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(shard(jax.nn.silu(gate) * up, "batch", "sequence", "mlp"))
 
 
 def sinusoid(t: jax.Array, channels: int = 256, max_period: float = 10000.0) -> jax.Array:

@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from acestep_jax.models.config import Runtime
 from acestep_jax.models.kernels import quantized
 from acestep_jax.models.kernels.products import float16_dot_general, product_of
 from acestep_jax.models.kernels.stack import restored, stored
 from acestep_jax.models.layers import parameter
+from acestep_jax.models.runtime import Runtime
 
 Network = TypeVar("Network", bound=nnx.Module)
 
@@ -108,7 +108,7 @@ def quantize(network: Network, kind: str, *, activations: bool = False) -> Netwo
     """Return a copy of the network with weights of 8 bits, computed from those that it has.
 
     Args:
-        kind: one of `config.QUANTIZATIONS`.
+        kind: one of `runtime.QUANTIZATIONS`.
         activations: see `NETWORKS`.
     """
     network = nnx.merge(*nnx.split(network))

@@ -13,12 +13,13 @@ from flax import nnx
 
 from acestep_jax.distributed import shard
 from acestep_jax.models.attention import KeysValues, attention
-from acestep_jax.models.config import DEFAULT_RUNTIME, PlannerConfig, Runtime, TextEncoderConfig
+from acestep_jax.models.config import PlannerConfig, TextEncoderConfig
 from acestep_jax.models.encoder import Encoder, EncoderLayer
-from acestep_jax.models.kernels.stack import pick, restored, split, stored
+from acestep_jax.models.kernels.stack import multiply_rows, pick, restored, split, stored
 from acestep_jax.models.kv_cache import KVCache, attend_to_cache, empty_cache
 from acestep_jax.models.layers import apply_rotary, rotary_embedding, rotary_frequencies
 from acestep_jax.models.quantization import QuantizedEmbed
+from acestep_jax.models.runtime import DEFAULT_RUNTIME, Runtime
 
 Cache = TypeVar("Cache", KVCache, None)
 
@@ -216,7 +217,7 @@ class Qwen3ForCausalLM(Qwen3Model):
         if head.scale is not None:
             # Within a loop, XLA would convert all rows before it, and read them in twice the bytes or more.
             rows, hidden = jax.lax.optimization_barrier((rows, hidden))
-        logits = jnp.einsum("...d,vd->...v", hidden, rows.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = multiply_rows(hidden, rows.astype(hidden.dtype))
         return logits if head.scale is None else logits * head.scale
 
     def _loop(self, block, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:

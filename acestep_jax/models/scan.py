@@ -6,6 +6,7 @@ is x, outputs[i] = block(x, layers[i], windows[i], per_layer[i]) for i = 0 .. L 
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,12 +19,13 @@ from acestep_jax.models.kernels.stack import pick_row
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
-# The name, for `jax.checkpoint`, of results besides products with weights that cost much to compute again.
+# Modules give this name (`jax.ad_checkpoint.checkpoint_name`) to results, other than products with weights, that are
+# expensive to recompute.
 KEPT = "kept"
 
-# By `Runtime.remat`, what the backward pass finds instead of computing it again: products with weights and what is
-# named KEPT, only the products, or nothing. Elementwise work costs less to do again than to keep, and a layer's
-# weights, sliced out of their stack, would be kept as a copy of all weights.
+# What the backward pass reads from memory instead of recomputing it, by `Runtime.remat`: products with weights and
+# results named KEPT, only the products, or nothing. Elementwise results are always recomputed, which is cheaper than
+# storing them; storing the weights of each layer, sliced out of their stack, would copy all weights.
 _PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 _SAVEABLE = {
     "none": jax.checkpoint_policies.save_from_both_policies(
@@ -35,7 +37,7 @@ _SAVEABLE = {
 
 
 def stack_layers(make: Callable[[nnx.Rngs], Layer], num_layers: int, rngs: nnx.Rngs) -> Layer:
-    """Return one module whose leaves carry a leading [L] axis; row i is layer i."""
+    """Return one module whose parameters have a leading axis of length L; row i is layer i."""
 
     @nnx.split_rngs(splits=num_layers)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -47,7 +49,7 @@ def stack_layers(make: Callable[[nnx.Rngs], Layer], num_layers: int, rngs: nnx.R
 
 
 def period(pattern: tuple) -> int:
-    """Return the length of the shortest prefix that, repeated a whole number of times, gives `pattern`."""
+    """Return the length of the shortest prefix whose repetition gives `pattern`."""
     n = len(pattern)
     return next(p for p in range(1, n + 1) if n % p == 0 and pattern == pattern[:p] * (n // p))
 
@@ -63,19 +65,26 @@ def scan_layers(
 ) -> tuple[jax.Array, Any]:
     """Compute x, outputs[i] <- block(x, layers[i], windows[i], per_layer[i]) for each layer, as a scan.
 
-    The window of a layer is static, so the scan is over periods of `windows`, and a period is unrolled within its body:
-    two layers for the usual sliding, full, sliding, full, ...; all of them where the pattern does not repeat.
+    Windows are static, so the scan runs over the periods of `windows`, and its body holds the layers of one period: two
+    for the usual pattern of sliding, full, sliding, full, ...; all of them if the pattern does not repeat.
 
     Args:
         block: one layer; it may close over arrays, which all layers share.
-        layers: a stacked module, leaves [L, ...].
+        layers: a stacked module, leaves [L, ...]; or a list of L modules, whose loop is unrolled.
         windows: the sliding window of each layer, None for full attention.
-        per_layer: a pytree with leaves [L, ...], sliced along with the layers.
-        remat: see `Runtime.remat`; it acts only where there is a derivative.
+        per_layer: a pytree with leaves [L, ...], or lists of L in their place, taken along with the layers.
+        remat: see `Runtime.remat`; it acts only where there is a derivative, and not on a list.
 
     Returns:
         The last x, and the outputs of all layers, leaves [L, ...].
     """
+    if isinstance(layers, nnx.List):  # see `kernels.unstacked`
+        outputs = []
+        for i, (layer, window) in enumerate(zip(layers, windows, strict=True)):
+            extra = jax.tree.map(operator.itemgetter(i), per_layer, is_leaf=lambda node: isinstance(node, list))
+            x, output = block(x, layer, window, extra)
+            outputs.append(output)
+        return x, jax.tree.map(lambda *rows: jnp.stack(rows), *outputs)
     size = period(windows)
     stacks = layers, per_layer
     periods = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), stacks)
@@ -96,14 +105,22 @@ def scan_layers(
     return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
 
 
+def map_layers(function: Callable[[Any], Any], layers: nnx.Module, part: str) -> Any:
+    """Return function(layers[i].part) for each layer: leaves [L, ...], or lists of L for a list of modules."""
+    if isinstance(layers, nnx.List):
+        return jax.tree.map(lambda *rows: list(rows), *(function(getattr(layer, part)) for layer in layers))
+    return jax.lax.map(function, getattr(layers, part))
+
+
 def _pick(stack: jax.Array, rows: jax.Array, *, layer: jax.Array, row: int) -> jax.Array:
     """Return stack[layer], which is rows[row]; the value is read from `stack`, the derivative goes to `rows`.
 
-    XLA reads what is indexed in the whole stack in place, but first copies what the scan slices a period at a time. The
-    compiler's estimate for a TPU (2B, 240 s, v5e 2x2) is 0.211 s with `stack` and was 0.276 with `rows`; on a CPU (four
-    layers of width 512, 30 s) a forward program accesses 0.28 GB against 0.31, a gradient of all weights 1.43 against
-    1.49. But the derivative with respect to the whole stack would be a sum over all periods of arrays of its size;
-    with respect to what is scanned, each period writes its own part. What is no float, or of 8 bits, has none.
+    `stack` is the whole array, `rows` the slice of it that the scan passes to this period. XLA reads an index into the
+    whole stack in place, but copies a scanned slice first. The compiler's estimate for a TPU (2B, 240 s, v5e 2x2) is
+    0.211 s with `stack` and was 0.276 s with `rows`; on a CPU (four layers of width 512, 30 s) a forward program
+    accesses 0.28 GB instead of 0.31, and a gradient of all weights 1.43 GB instead of 1.49. The derivative with respect
+    to the whole stack, however, would be a sum of arrays of its size over all periods, while with respect to the slices
+    each period writes only its own part. Integers and 8-bit floats have no derivative.
     """
     if not jnp.issubdtype(stack.dtype, jnp.inexact) or stack.dtype.itemsize == 1:
         return pick_row(stack, layer)
@@ -112,7 +129,7 @@ def _pick(stack: jax.Array, rows: jax.Array, *, layer: jax.Array, row: int) -> j
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _read(stack, rows, layer, row):
-    return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False, allow_negative_indices=False)
+    return pick_row(stack, layer)
 
 
 # With symbolic zeros, what has no tangent, such as frozen weights under an adapter, stays out of the derivative.

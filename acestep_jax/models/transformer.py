@@ -4,7 +4,7 @@ It predicts the velocity v = noise - x0 of x_t = t * noise + (1 - t) * x0 over 2
 Source: diffusers `AceStepTransformer1DModel`, whose module tree and names these are. Axis letters: see layers.py.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,18 @@ from flax import nnx
 
 from acestep_jax.distributed import shard
 from acestep_jax.models.attention import Attention, KeysValues
-from acestep_jax.models.config import DEFAULT_RUNTIME, Runtime, TransformerConfig
+from acestep_jax.models.config import TransformerConfig
+from acestep_jax.models.kernels.unstacked import unstack
 from acestep_jax.models.layers import RMSNorm, SwiGLU, TimestepEmbedding, linear, parameter, rotary_embedding
-from acestep_jax.models.scan import scan_layers, stack_layers
+from acestep_jax.models.runtime import DEFAULT_RUNTIME, Runtime
+from acestep_jax.models.scan import map_layers, scan_layers, stack_layers
+
+# Linear layers of a block that have one input.
+FUSED = (("self_attn.to_q", "self_attn.to_k", "self_attn.to_v"), ("mlp.gate_proj", "mlp.up_proj"))
 
 
 class TimeEmbedding(NamedTuple):
-    """What the network needs of its two timesteps."""
+    """The embedded timesteps: `temb` for the output norm, `modulation` for the layers."""
 
     temb: jax.Array  # [B, D]
     modulation: jax.Array  # [B, 6, D]
@@ -76,7 +81,7 @@ class AceStepTransformerBlock(nnx.Module):
         lengths: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Compute the first of the three lines: what cross-attention then reads. Arguments as in `__call__`."""
+        """Compute only the first of the three lines, the input of cross-attention. Arguments as in `__call__`."""
         shift, scale, gate = self._modulation(x, modulation)[:3]
         h = self.self_attn_norm(x) * (1 + scale) + shift
         return x + gate * self.self_attn(h, rope=rope, window=window, key_lengths=lengths, dropout_key=dropout_key)
@@ -89,12 +94,12 @@ class AceStepTransformerBlock(nnx.Module):
 class AceStepTransformer1DModel(nnx.Module):
     """x_t, t, r, condition, context -> velocity.
 
-    `layers` is one block whose leaves carry a leading [L] axis; row i is torch's `layers.i`.
+    `layers` is one block whose parameters have a leading axis of length L; row i is torch's `layers.i`.
 
     Args:
         config: see `TransformerConfig`; its defaults are the 2B model.
-        runtime: how it is computed.
-        rngs: of the initial weights.
+        runtime: dtypes, rematerialisation and attention kernel, see `Runtime`.
+        rngs: random keys of the initial weights.
     """
 
     def __init__(self, config: TransformerConfig, *, runtime: Runtime = DEFAULT_RUNTIME, rngs: nnx.Rngs):
@@ -129,13 +134,15 @@ class AceStepTransformer1DModel(nnx.Module):
 
         Args:
             hidden_states: [B, T, 64], the noisy latents x_t.
-            timestep: [B], t in [0, 1]; or what `embed_time` made of both timesteps.
-            timestep_r: [B], r, equal to t at inference; None where `timestep` is already embedded.
-            encoder_hidden_states: [B, S, E], the condition tokens; or what `embed_condition` made of them.
+            timestep: [B], t in [0, 1]; or the result of `embed_time`, for both timesteps.
+            timestep_r: [B], r, equal to t at inference; None if `timestep` is a result of `embed_time`.
+            encoder_hidden_states: [B, S, E], the condition tokens; or the result of `embed_condition`.
             context_latents: [B, T, 128], source latents and chunk mask.
-            lengths: [B] int32, the frames of each item; what follows is padding, and zero in the result. None: T.
-            encoder_lengths: [B] int32, the valid condition tokens of each item; None: all are, as in the torch model.
-            dropout_key: of the attention dropout; without it there is none.
+            lengths: [B] int32, number of frames of each item; later frames are padding, and zero in the result.
+                None: T.
+            encoder_lengths: [B] int32, number of valid condition tokens of each item; None: all of them, as in the
+                torch model.
+            dropout_key: random key of the attention dropout; None: no dropout.
 
         Returns:
             [B, T, 64] in the runtime's dtype.
@@ -155,7 +162,8 @@ class AceStepTransformer1DModel(nnx.Module):
         token_lengths = valid = None
         if lengths is not None:
             valid = (jnp.arange(frames) < lengths[:, None])[:, :, None]  # [B, frames, 1]
-            x = jnp.where(valid, x, 0)  # the last token of an odd number of frames is half zeros, as without padding
+            # The last token of an odd number of frames is then half zeros, as it is without padding.
+            x = jnp.where(valid, x, 0)
             token_lengths = (lengths + config.patch_size - 1) // config.patch_size
         x = shard(self.proj_in_conv(x), "batch", "sequence", None)  # [B, T, D]
 
@@ -193,18 +201,24 @@ class AceStepTransformer1DModel(nnx.Module):
     def embed_condition(self, encoder_hidden_states: jax.Array) -> KeysValues:
         """Compute keys and values of the condition for all layers, [L, B, S, K, H] each, the same at every step."""
         condition = self._embed(encoder_hidden_states)
-        return jax.lax.map(lambda attn: attn.keys_values(condition), self.layers.cross_attn)
+        return map_layers(lambda attn: attn.keys_values(condition), self.layers, "cross_attn")
+
+    def unstacked(self) -> Self:
+        """Return this network with its layers as GPUs run them fastest, for inference: see `kernels.unstacked`."""
+        network = nnx.merge(*nnx.split(self))
+        network.layers = unstack(network.layers, FUSED)
+        return network
 
     def _embed(self, encoder_hidden_states: jax.Array) -> jax.Array:  # [B, S, E] -> [B, S, D]
         condition = self.condition_embedder(encoder_hidden_states.astype(self.runtime.dtype))
-        # Not left to XLA's partitioner: on a mesh of data, fsdp and tensor it gets this kernel's gradient wrong.
+        # Without this, XLA's partitioner computes a wrong gradient of the kernel on a mesh of data, fsdp and tensor.
         return shard(condition, "batch", None, None)
 
 
 class Patchify(nnx.Module):
-    """[B, frames, C] -> [B, ceil(frames / P), D]: a convolution of kernel and stride P, as a matrix product.
+    """[B, frames, C] -> [B, ceil(frames / P), D]: a convolution with kernel size and stride P, as a matrix product.
 
-    Zeros pad the last patch. kernel: [P, C, D].
+    The last patch is padded with zeros. kernel: [P, C, D].
     """
 
     def __init__(self, config: TransformerConfig, *, runtime: Runtime, rngs: nnx.Rngs):
@@ -222,7 +236,7 @@ class Patchify(nnx.Module):
 
 
 class Unpatchify(nnx.Module):
-    """[B, T, D] -> [B, T * P, C]: the transposed convolution of kernel and stride P. kernel: [D, P, C]."""
+    """[B, T, D] -> [B, T * P, C]: the transposed convolution with kernel size and stride P. kernel: [D, P, C]."""
 
     def __init__(self, config: TransformerConfig, *, runtime: Runtime, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))

@@ -78,3 +78,28 @@ def test_copies_and_what_they_read():
 def test_collectives_are_charged_for_what_they_send():
     """Of two devices each sends its half."""
     assert hlo.Module(TEXT).collective_seconds(link=64.0, devices=4) == 1.0
+
+
+GATHER = "ROOT %all = bf16[8,8]{1,0} all-gather(%last), channel_id=1, replica_groups={{0,1}}, dimensions={0}"
+# Other collectives of two devices over bf16[4,8], 64 bytes, and what each device sends of it.
+OTHERS = {
+    "ROOT %all = bf16[4,8] all-reduce(%last), channel_id=1, replica_groups={{0,1}}": 64,
+    "ROOT %all = (bf16[4,8], bf16[4,8]) all-reduce(%last, %last), channel_id=1, replica_groups={{0,1}}": 128,
+    "%all = (bf16[4,8], bf16[8,8]) all-gather-start(%last), channel_id=1, replica_groups={{0,1}}": 64,
+    "ROOT %all = bf16[2,8] reduce-scatter(%last), channel_id=1, replica_groups={{0,1}}": 32,
+    "ROOT %all = bf16[2,8] fusion(%last), kind=kCustom, calls=%all-reduce-scatter.1": 32,
+}
+SUM_AND_SLICE = """
+%all-reduce-scatter.1 (whole: bf16[4,8]) -> bf16[2,8] {
+  %whole = bf16[4,8]{1,0} parameter(0)
+  %sum = bf16[4,8]{1,0} all-reduce(%whole), channel_id=2, replica_groups={{0,1}}
+  ROOT %part = bf16[2,8]{1,0} slice(%sum), slice={[0:2], [0:8]}
+}
+
+ENTRY"""
+
+
+@pytest.mark.parametrize("line", OTHERS)
+def test_what_each_collective_sends(line):
+    text = TEXT.replace(GATHER, line).replace("\nENTRY", SUM_AND_SLICE)
+    assert hlo.Module(text).collective_seconds(link=1.0, devices=4) == OTHERS[line]

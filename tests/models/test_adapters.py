@@ -13,9 +13,10 @@ from acestep_jax.distributed import variable_sharding
 from acestep_jax.io import checkpoint
 from acestep_jax.io.adapter import merge_adapters
 from acestep_jax.models.adapters import AdaptedLinear, apply_adapters, dora_gain, prepare_adapter, rescale_adapters
-from acestep_jax.models.config import Runtime, TransformerConfig
+from acestep_jax.models.config import TransformerConfig
 from acestep_jax.models.layers import linear
 from acestep_jax.models.lora import merge_loras
+from acestep_jax.models.runtime import Runtime
 from acestep_jax.models.transformer import AceStepTransformer1DModel
 from tests.adapters import (
     ATTENTION,

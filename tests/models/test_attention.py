@@ -1,4 +1,4 @@
-"""All forms of attention against a dense masked softmax in float64, and the choice among them."""
+"""Attention in plain JAX against a dense masked softmax in float64, and the choice among its kernels."""
 
 import functools
 
@@ -10,45 +10,21 @@ from flax import nnx
 
 from acestep_jax import InputError
 from acestep_jax.models.attention import Attention, attention
-from acestep_jax.models.config import AttentionConfig, Runtime
+from acestep_jax.models.config import AttentionConfig
 from acestep_jax.models.kernels import attention as kernels
-from acestep_jax.models.kernels import blockwise, fused, windowed
+from acestep_jax.models.kernels import blockwise, fused
 from acestep_jax.models.kernels.attention import choose_kernel
+from acestep_jax.models.runtime import Runtime
+from tests.attention import band, dense, inputs, within
 from tests.jaxprs import equations
 from tests.parity import assert_close, normal, relative_error
 
 pytestmark = pytest.mark.unit
 
 
-def dense(q, k, v, mask):
-    """[B, T, N, H] in float64, every score computed. mask broadcasts to [B, 1, T, S]."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    groups = q.shape[2] // k.shape[2]
-    k, v = np.repeat(k, groups, axis=2), np.repeat(v, groups, axis=2)
-    scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
-    scores = np.where(mask, scores, -1e30)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
-
-
-def inputs(t, s=None, heads=4, key_heads=2, head_dim=8):
-    s = t if s is None else s
-    shapes = (2, t, heads, head_dim), (2, s, key_heads, head_dim), (2, s, key_heads, head_dim)
-    return tuple(normal(*shape, seed=i) for i, shape in enumerate(shapes))
-
-
 def run(*arrays, key_lengths=None, **static):
     """`attention`, compiled anew, because tests change the constants that it reads."""
     return jax.jit(functools.partial(attention, **static))(*arrays, key_lengths=key_lengths)
-
-
-def within(lengths, s):
-    """[B, 1, 1, S]: the keys before these lengths; all of them for None."""
-    return True if lengths is None else (np.arange(s) < np.asarray(lengths)[:, None])[:, None, None]
-
-
-def band(t, window):
-    return abs(np.arange(t)[:, None] - np.arange(t)) <= window
 
 
 # The smallest window and a larger one by default.
@@ -171,103 +147,6 @@ def test_dropout_keeps_the_mean(window):
     assert relative_error(dropped[0], plain) > 0.05
     assert relative_error(jnp.mean(dropped, 0), plain) < 0.05
     np.testing.assert_array_equal(run(q, k, v, window=window, dropout=0.2), plain)
-
-
-def splash(*arrays, lengths=None):
-    return fused.splash(*arrays, key_lengths=lengths, interpret=True)
-
-
-# T, S and key lengths: several tiles, of which the last are padded; padding alone, and neither.
-SPLASH = [(200, 300, (300, 170)), (130, 70, None), (128, 256, None)]
-
-
-@pytest.mark.parametrize(("t", "s", "lengths"), SPLASH)
-def test_splash(t, s, lengths, monkeypatch):
-    monkeypatch.setattr(fused, "SPLASH_BLOCK", 128)
-    q, k, v = inputs(t, s, head_dim=128)
-    lengths = None if lengths is None else np.array(lengths, np.int32)
-    assert_close(jax.jit(splash)(q, k, v, lengths=lengths), dense(q, k, v, within(lengths, s)), 1e-5)
-
-
-def test_splash_gradients():
-    arrays = inputs(140, 200, head_dim=128)
-    lengths, weights = np.array([200, 90], np.int32), normal(2, 140, 4, 128, seed=3)
-
-    def gradients(kernel):
-        loss = jax.grad(lambda *x: jnp.sum(kernel(*x) * weights), argnums=(0, 1, 2))
-        return jax.jit(loss)(*arrays)
-
-    expected = gradients(lambda *x: blockwise.chunked(*x, key_lengths=lengths))
-    for found, reference in zip(gradients(lambda *x: splash(*x, lengths=lengths)), expected, strict=True):
-        assert_close(found, reference, 1e-4)
-
-
-def windowed_splash(q, k, v, first_query, lengths, window):
-    return fused.splash(q, k, v, window=window, first_query=first_query, key_lengths=lengths, interpret=True)
-
-
-def windowed_triton(q, k, v, first_query, lengths, window):
-    return windowed.windowed(q, k, v, jnp.int32(first_query), lengths, window, True)
-
-
-@pytest.fixture(params=[(windowed_splash, 128), (windowed_triton, 16)], ids=["splash", "triton"])
-def windowed_kernel(request, monkeypatch):
-    """A kernel with a window in interpret mode, of small tiles, and the head dim that it takes."""
-    monkeypatch.setattr(fused, "WINDOW_BLOCKS", (128, 128))
-    monkeypatch.setattr(windowed, "QUERIES", 32)
-    monkeypatch.setattr(windowed, "KEYS", 16)
-    kernel, head_dim = request.param
-    return jax.jit(kernel, static_argnums=5), head_dim
-
-
-# Tokens, window and key lengths: several tiles, a window that is no multiple of one, fewer keys than a tile visits.
-WINDOWED = [(300, 20, (300, 170)), (256, 64, (256, 1)), (40, 30, (40, 39))]
-
-
-@pytest.mark.parametrize(("t", "window", "lengths"), WINDOWED)
-def test_windowed_kernels(windowed_kernel, t, window, lengths):
-    kernel, head_dim = windowed_kernel
-    q, k, v = inputs(t, head_dim=head_dim)
-    lengths = np.array(lengths, np.int32)
-    expected = dense(q, k, v, band(t, window) & within(lengths, t))
-    got = kernel(q, k, v, 0, lengths, window)
-    sees = (np.arange(t) - window < lengths[:, None])[:, :, None, None]  # others see nothing, and get anything finite
-    assert np.isfinite(got).all()
-    assert_close(np.where(sees, got, 0), np.where(sees, expected, 0), 1e-5)
-
-
-@pytest.mark.parametrize("part", range(3))
-def test_windowed_kernels_of_a_part_of_the_queries(windowed_kernel, part):
-    """As on a mesh split along time: with the neighbours' keys, zeros before the first and after the last."""
-    kernel, head_dim = windowed_kernel
-    t, window, size = 300, 20, 100
-    q, k, v = inputs(t, head_dim=head_dim)
-    lengths = np.array([300, 170], np.int32)
-    expected = dense(q, k, v, band(t, window) & within(lengths, t))
-    first = part * size
-    around = [
-        np.pad(x, ((0, 0), (window, window), (0, 0), (0, 0)))[:, first : first + size + 2 * window] for x in (k, v)
-    ]
-    got = kernel(q[:, first : first + size], *around, first, lengths, window)
-    sees = (np.arange(first, first + size) - window < lengths[:, None])[:, :, None, None]
-    assert_close(np.where(sees, got, 0), np.where(sees, expected[:, first : first + size], 0), 1e-5)
-
-
-def test_derivatives_of_windowed_kernels(windowed_kernel):
-    """In reverse mode, against the plain form; the one for GPUs has derivatives in forward mode as well."""
-    kernel, head_dim = windowed_kernel
-    arrays = inputs(140, head_dim=head_dim)
-    lengths, weights = np.array([140, 90], np.int32), normal(*arrays[0].shape, seed=3)
-    plain = lambda *x: attention(*x, window=20, key_lengths=lengths)  # noqa: E731
-    fast = lambda *x: kernel(*x, 0, lengths, 20)  # noqa: E731
-    gradients = lambda f: jax.jit(jax.grad(lambda *x: jnp.sum(f(*x) * weights), argnums=(0, 1, 2)))(*arrays)  # noqa: E731
-    # What sees nothing is anything, and so are its derivatives.
-    weights = np.where((np.arange(140) < lengths[:, None] + 20)[:, :, None, None], weights, 0)
-    for found, expected in zip(gradients(fast), gradients(plain), strict=True):
-        assert_close(found, expected, 1e-4)
-    if head_dim == 16:
-        slopes = [jax.jvp(f, arrays, arrays)[1] for f in (fast, plain)]
-        assert_close(*slopes, 1e-5)
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from diffusers.pipelines.ace_step.modeling_ace_step import AceStepAudioTokenizer
 
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
-from acestep_jax.models.config import AudioTokenDetokenizerConfig, AudioTokenizerConfig, Runtime
+from acestep_jax.models.config import AudioTokenDetokenizerConfig, AudioTokenizerConfig
+from acestep_jax.models.runtime import Runtime
 from tests.parity import as_torch, assert_close, convert, make_pair, normal, relative_error, run_torch
 
 ATTENTION = dict(

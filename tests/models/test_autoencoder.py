@@ -15,8 +15,9 @@ from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
 from acestep_jax.io.pretrained import fold
 from acestep_jax.models import autoencoder
-from acestep_jax.models.config import AutoencoderConfig, Runtime
+from acestep_jax.models.config import AutoencoderConfig
 from acestep_jax.models.kernels.sine import sine
+from acestep_jax.models.runtime import Runtime
 from tests.parity import assert_close, make_pair, normal, relative_error, run_jax, run_torch
 
 CASES = {
@@ -105,7 +106,7 @@ def test_reach_is_what_a_frame_depends_on(case):
 # One frame of a window is kept; a last window that is moved back, with two of five frames; three windows of one size.
 # Five blocks are windowed as two are, and take twice as long to compile.
 TILES = [
-    ("two_blocks", 41, 42, 0),
+    pytest.param("two_blocks", 41, 42, 0, marks=pytest.mark.slow),
     ("two_blocks", 45, 87, 7),
     pytest.param("ace_step", 21, FRAMES, 640, marks=pytest.mark.slow),
 ]

@@ -8,7 +8,6 @@ from acestep_jax.models.config import (
     AudioTokenizerConfig,
     AutoencoderConfig,
     ConditionEncoderConfig,
-    Runtime,
     TextEncoderConfig,
     TransformerConfig,
 )
@@ -42,9 +41,6 @@ REFUSED = {
     ),
     "few layer types": (TransformerConfig, dict(layer_types=[FULL]), "24 layers need as many entries, found 1"),
     "unknown layer type": (AudioTokenDetokenizerConfig, dict(layer_types=["foo"]), "layer_types: expected sliding_att"),
-    "remat": (Runtime, dict(remat="all"), "Runtime.remat: expected one of none, dots, full, found 'all'"),
-    "dtype": (Runtime, dict(dtype="float64"), "Runtime.dtype: 'float64' is no dtype"),
-    "param dtype": (Runtime, dict(param_dtype="int8"), "Runtime.param_dtype: 'int8' is no dtype"),
     "odd ratio": (AutoencoderConfig, dict(downsampling_ratios=(2, 3, 4, 6, 10)), "expected even numbers, found [3]"),
     "ratios": (AutoencoderConfig, dict(downsampling_ratios=(2, 4)), "must be of one length"),
     "bad ratio": (AutoencoderConfig, dict(channel_multiples=[1, "2"]), "channel_multiples: expected positive integers"),

@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 from acestep_jax.models.attention import attention
-from acestep_jax.models.config import Runtime, TransformerConfig
+from acestep_jax.models.config import TransformerConfig
 from acestep_jax.models.kernels import blockwise
+from acestep_jax.models.runtime import Runtime
 from acestep_jax.models.transformer import AceStepTransformer1DModel
 from tests.parity import assert_close, normal
 

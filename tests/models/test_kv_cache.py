@@ -16,8 +16,9 @@ from transformers import Qwen3ForCausalLM as TorchQwen3
 from acestep_jax.distributed import make_mesh, variable_sharding
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
-from acestep_jax.models.config import PlannerConfig, Runtime
+from acestep_jax.models.config import PlannerConfig
 from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS
+from acestep_jax.models.runtime import Runtime
 from tests.parity import assert_close, make_pair
 
 VOCABULARY = dict(first_code=31, num_codes=130, eos_token_id=5)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from acestep_jax.models.config import Runtime
 from acestep_jax.models.layers import RMSNorm, SwiGLU, TimestepEmbedding, apply_rotary, rotary_embedding, sinusoid
+from acestep_jax.models.runtime import Runtime
 from tests.parity import assert_close, normal
 
 pytestmark = pytest.mark.unit

@@ -13,18 +13,12 @@ from acestep_jax import InputError, make_mesh
 from acestep_jax.distributed import variable_sharding
 from acestep_jax.io import checkpoint
 from acestep_jax.models.adapters import AdaptedLinear, apply_adapters, prepare_adapter
-from acestep_jax.models.config import (
-    QUANTIZATIONS,
-    LoRAConfig,
-    PlannerConfig,
-    Runtime,
-    TextEncoderConfig,
-    TransformerConfig,
-)
+from acestep_jax.models.config import LoRAConfig, PlannerConfig, TextEncoderConfig, TransformerConfig
 from acestep_jax.models.layers import rotary_embedding
 from acestep_jax.models.lora import add_lora, merge_loras
 from acestep_jax.models.quantization import QuantizedLinear, dequantize, parts, quantize, quantize_array
 from acestep_jax.models.qwen3 import Qwen3ForCausalLM, Qwen3Model
+from acestep_jax.models.runtime import QUANTIZATIONS, Runtime
 from acestep_jax.models.transformer import AceStepTransformer1DModel
 from tests.parity import assert_close, normal, relative_error
 
@@ -62,7 +56,8 @@ def restored(made):
 @unit
 def test_what_is_quantised():
     """The linear layers of stacks, and tables of embeddings; nothing else."""
-    found = set(parts(network("int8")))
+    made = checkpoint.abstract("transformer", CONFIG, Runtime(quantization="int8"))
+    found = set(parts(made))
     linears = {f"{a}.{b}" for a in ("self_attn", "cross_attn") for b in ("to_q", "to_k", "to_v", "to_out")}
     linears |= {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
     assert found == {f"layers.{name}.kernel" for name in linears}
@@ -71,10 +66,9 @@ def test_what_is_quantised():
     assert "embed_tokens.embedding" in parts(encoder) and encoder.embed_tokens.scale.shape == (9,)
     assert encoder.runtime.quantization == "fp8"
     with pytest.raises(ValueError, match="layers.* quantised already"):
-        quantize(network("int8"), "int8")
+        quantize(made, "int8")
 
 
-@unit
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
 def test_a_network_that_is_not_there_has_the_same_leaves(kind):
     made = checkpoint.abstract("transformer", CONFIG, Runtime(quantization=kind))

@@ -11,8 +11,9 @@ from transformers import Qwen3Model as TorchQwen3
 
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
-from acestep_jax.models.config import Runtime, TextEncoderConfig
+from acestep_jax.models.config import TextEncoderConfig
 from acestep_jax.models.kernels.blockwise import QUERY_BLOCK
+from acestep_jax.models.runtime import Runtime
 from tests.parity import assert_close, make_pair, relative_error, run_torch
 
 SMALL = dict(

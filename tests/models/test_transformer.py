@@ -11,8 +11,9 @@ from diffusers import AceStepTransformer1DModel as TorchTransformer
 from flax import nnx
 
 from acestep_jax.io import checkpoint
-from acestep_jax.models.config import Runtime, TransformerConfig
+from acestep_jax.models.config import TransformerConfig
 from acestep_jax.models.layers import RMSNorm
+from acestep_jax.models.runtime import Runtime
 from acestep_jax.models.scan import period
 from acestep_jax.models.transformer import AceStepTransformer1DModel
 from tests.parity import as_torch, assert_close, convert, make_pair, normal, relative_error, run_jax, run_torch

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from acestep_jax.errors import InputError
-from acestep_jax.models.config import ATTENTION_KERNELS
 from acestep_jax.models.kernels import blockwise, fused
 from acestep_jax.models.kernels.platform import compute_capability, platform
 from acestep_jax.models.kernels.windowed import HEAD_DIMS, windowed
+from acestep_jax.models.runtime import ATTENTION_KERNELS
 
 
 def choose_kernel(kernel: str, q: jax.Array, k: jax.Array) -> str:

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from acestep_jax.models.kernels.platform import platform
-from acestep_jax.models.kernels.products import dot_general
+from acestep_jax.models.kernels.products import dot_general, operand
 from acestep_jax.models.scan import KEPT
 
 # Queries that share one pass over the keys in full attention: no array of [T, T] scores is ever made.
@@ -41,6 +41,8 @@ def chunked(
     s, groups = k.shape[1], k.shape[2]
     num_blocks = -(-t // QUERY_BLOCK)
     size = -(-t // num_blocks)
+    dtype = q.dtype
+    q, k, v = operand(q), operand(k), operand(v)
 
     q = pad_time(q, 0, num_blocks * size - t).reshape(b, num_blocks, size, groups, n // groups, h)
     q = q.transpose(0, 3, 1, 4, 2, 5).reshape(b * groups, num_blocks, n // groups, size, h)
@@ -64,7 +66,7 @@ def chunked(
 
     y = _over_rows(head, (jnp.arange(b * groups), q, k, v, lengths), n // groups * size * s)
     y = y.reshape(b, groups, num_blocks, n // groups, size, h).transpose(0, 2, 4, 1, 3, 5)
-    return y.reshape(b, num_blocks * size, n, h)[:, :t]
+    return y.reshape(b, num_blocks * size, n, h)[:, :t].astype(dtype)
 
 
 def banded(
@@ -88,6 +90,8 @@ def banded(
     num_blocks = -(-t // window)
     tail = num_blocks * window - t
     rows = b * groups * num_blocks
+    dtype = q.dtype
+    q, k, v = operand(q), operand(k), operand(v)
 
     q = pad_time(q, 0, tail).reshape(b, num_blocks, window, groups, n // groups, h)
     q = q.transpose(0, 3, 1, 4, 2, 5).reshape(rows, n // groups, window, h)
@@ -111,7 +115,7 @@ def banded(
     xs = jnp.arange(rows), q, neighbourhood(k), neighbourhood(v), lengths
     y = _over_rows(block, xs, 3 * n // groups * window**2)
     y = y.reshape(b, groups, num_blocks, n // groups, window, h).transpose(0, 2, 4, 1, 3, 5)
-    return y.reshape(b, num_blocks * window, n, h)[:, :t]
+    return y.reshape(b, num_blocks * window, n, h)[:, :t].astype(dtype)
 
 
 @jax.custom_jvp

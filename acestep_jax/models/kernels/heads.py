@@ -2,7 +2,7 @@
 
 XLA reads and writes the array two or three times for it. It also folds the split into heads into the product before,
 whose weights it therefore copies in another layout; and splash attention wants heads before time. This kernel takes the
-product's own layout, and gives splash's. On GPUs such a kernel was tried: no fewer kernels, and more copies of weights.
+product's own layout, and gives splash's; a second one computes the derivative. For GPUs there is `heads_gpu`.
 """
 
 import functools
@@ -16,8 +16,8 @@ from acestep_jax.models.layers import apply_rotary, rms_norm
 
 Rope = tuple[jax.Array, jax.Array]
 
-ROWS = (256, 128)  # tokens of a tile, the first that divides them
-TILE_BYTES = 2 << 20  # at most, of more than the fewest tokens: a chip holds two tiles of input and two of output
+ROWS = range(256, 63, -16)  # tokens of a tile, the first that divides them
+TILE_BYTES = 4 << 20  # of a tile's arrays at most: a chip holds two of each, in 16 MB
 
 
 def normalise(x: jax.Array, scale: jax.Array, rope: Rope | None = None, *, eps: float) -> jax.Array:
@@ -29,7 +29,7 @@ def normalise(x: jax.Array, scale: jax.Array, rope: Rope | None = None, *, eps: 
         rope: tables [T, H / 2] each; None: no rotation.
         eps: of the norm.
     """
-    if not suits(x.shape[-1]) or x.shape[1] % ROWS[-1]:
+    if not suits(x.shape[-1]) or _tile_rows(x, 3) is None:
         return _plain(x, scale, rope, eps)
     return _fused(x, scale, rope, eps, False)
 
@@ -50,57 +50,125 @@ def _plain(x: jax.Array, scale: jax.Array, rope: Rope | None, eps: float) -> jax
     return x if rope is None else apply_rotary(x, rope)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _fused(x: jax.Array, scale: jax.Array, rope: Rope | None, eps: float, interpret: bool) -> jax.Array:
-    """Compute `_plain` by a kernel, with its derivatives. interpret: step by step in JAX, on any backend."""
-    return _call(x, scale.astype(x.dtype)[None], rope, eps, interpret)
-
-
-@_fused.defjvp
-def _fused_jvp(eps, interpret, primals, tangents):
-    return jax.jvp(lambda x, scale, rope: _plain(x, scale, rope, eps), primals, tangents)
-
-
-def _call(x, scale, rope, eps, interpret):
+    """Compute `_plain` by a kernel. It has a derivative in reverse mode, as splash attention, which takes the result;
+    the tables have none. interpret: step by step in JAX, on any backend."""
     b, t, n, h = x.shape
-    fit = (
-        size for size in ROWS if t % size == 0 and (size == ROWS[-1] or size * n * h * x.dtype.itemsize <= TILE_BYTES)
-    )
-    rows = next(fit)
-    tables, specs = (), []
-    if rope is not None:
-        cos, sin = rope
-        # y = x * cos + turned(x) * sin, where turned(x) has the halves of x in each other's place.
-        tables = jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
-        specs = [pl.BlockSpec((rows, h), lambda batch, i: (i, 0))] * 2
+    rows = _tile_rows(x, 2)
+    assert rows
+    tables, specs = _tables(rope, rows)
     y = pl.pallas_call(
         functools.partial(_kernel, eps=eps, heads=n),
         grid=(b, t // rows),
-        in_specs=[
-            pl.BlockSpec((None, rows, n * h), lambda batch, i: (batch, i, 0)),
-            pl.BlockSpec((1, h), lambda batch, i: (0, 0)),
-            *specs,
-        ],
-        out_specs=pl.BlockSpec((None, n, rows, h), lambda batch, i: (batch, 0, i, 0)),
+        in_specs=[*_specs(rows, n, h)[:2], *specs],
+        out_specs=_specs(rows, n, h)[2],
         out_shape=jax.ShapeDtypeStruct((b, n, t, h), x.dtype),
         interpret=interpret,
         name="normalise_heads",
-    )(x.reshape(b, t, n * h), scale, *tables)
+    )(x.reshape(b, t, n * h), scale.astype(x.dtype)[None], *tables)
     return y.swapaxes(1, 2)
 
 
-def _kernel(x_ref, scale_ref, *refs, eps: float, heads: int):
+def _fused_forward(x, scale, rope, eps, interpret):
+    return _fused(x, scale, rope, eps, interpret), (x, scale, rope)
+
+
+def _fused_backward(eps, interpret, kept, slope):
+    """With u = x r, r = 1 / rms(x), and g the slope turned back: dscale = sum u g and
+    dx = r (scale g - u mean(u scale g))."""
+    x, scale, rope = kept
+    b, t, n, h = x.shape
+    rows = _tile_rows(x, 3)
+    assert rows
+    tables, specs = _tables(rope, rows)
+    products, scales, heads_first = _specs(rows, n, h)
+    dx, dscale = pl.pallas_call(
+        functools.partial(_backward_kernel, eps=eps, heads=n),
+        grid=(b, t // rows),
+        in_specs=[products, scales, heads_first, *specs],
+        out_specs=[products, scales],
+        out_shape=[jax.ShapeDtypeStruct((b, t, n * h), x.dtype), jax.ShapeDtypeStruct((1, h), jnp.float32)],
+        interpret=interpret,
+        name="normalise_heads_backward",
+    )(x.reshape(b, t, n * h), scale.astype(x.dtype)[None], slope.swapaxes(1, 2), *tables)
+    return dx.reshape(x.shape), dscale[0].astype(scale.dtype), jax.tree.map(jnp.zeros_like, rope)
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _tile_rows(x: jax.Array, arrays: int) -> int | None:
+    """Return how many tokens of x [B, T, N, H] a tile has, where a kernel holds so many arrays of them; None if no
+    tile suits."""
+    _, t, n, h = x.shape
+    size = n * h * x.dtype.itemsize * arrays
+    return next((rows for rows in ROWS if t % rows == 0 and rows * size <= TILE_BYTES), None)
+
+
+def _specs(rows: int, n: int, h: int) -> tuple[pl.BlockSpec, ...]:
+    """Return how tiles lie in a product [B, T, N * H], a scale [1, H] and heads [B, N, T, H]."""
+    return (
+        pl.BlockSpec((None, rows, n * h), lambda batch, i: (batch, i, 0)),
+        pl.BlockSpec((1, h), lambda batch, i: (0, 0)),
+        pl.BlockSpec((None, n, rows, h), lambda batch, i: (batch, 0, i, 0)),
+    )
+
+
+def _tables(rope: Rope | None, rows: int) -> tuple[tuple[jax.Array, ...], list[pl.BlockSpec]]:
+    """Return tables [T, H] and how their tiles lie: y = x * cos + turned(x) * sin, where turned(x) has the halves of x
+    in each other's place."""
+    if rope is None:
+        return (), []
+    cos, sin = rope
+    tables = jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+    return tables, [pl.BlockSpec((rows, tables[0].shape[-1]), lambda batch, i: (i, 0))] * 2
+
+
+def _turned(x: jax.Array) -> jax.Array:
     # Importing it takes a second, which only a TPU's users should pay.
     from jax.experimental.pallas import tpu
 
+    return tpu.roll(x, x.shape[-1] // 2, 1)
+
+
+def _kernel(x_ref, scale_ref, *refs, eps: float, heads: int):
     *tables, y_ref = refs
     h = scale_ref.shape[-1]
     for head in range(heads):
         y = _rounded_norm(x_ref[:, head * h : (head + 1) * h], scale_ref[...], eps)
         if tables:
             cos_ref, sin_ref = tables
-            y = y * cos_ref[...] + tpu.roll(y, h // 2, 1) * sin_ref[...]
+            y = y * cos_ref[...] + _turned(y) * sin_ref[...]
         y_ref[head] = y.astype(y_ref.dtype)
+
+
+def _backward_kernel(x_ref, scale_ref, slope_ref, *refs, eps: float, heads: int):
+    """Compute dx of a tile, and add the tile's part to dscale, which all tiles share."""
+    *tables, dx_ref, dscale_ref = refs
+    h = scale_ref.shape[-1]
+    scale = scale_ref[...].astype(jnp.float32)
+    dscale = jnp.zeros((1, h), jnp.float32)
+    for head in range(heads):
+        x = x_ref[:, head * h : (head + 1) * h].astype(jnp.float32)
+        g = slope_ref[head].astype(jnp.float32)
+        if tables:
+            cos_ref, sin_ref = tables
+            g = g * cos_ref[...] + _turned(g * sin_ref[...])
+        r = jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+        u = x * r
+        dscale += jnp.sum(u * g, 0, keepdims=True)
+        g = g * scale
+        dx = r * (g - u * jnp.mean(u * g, -1, keepdims=True))
+        dx_ref[:, head * h : (head + 1) * h] = dx.astype(dx_ref.dtype)
+
+    first = (pl.program_id(0) == 0) & (pl.program_id(1) == 0)
+
+    @pl.when(first)
+    def _():
+        dscale_ref[...] = jnp.zeros_like(dscale)
+
+    dscale_ref[...] += dscale
 
 
 def _rounded_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

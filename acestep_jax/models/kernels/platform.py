@@ -2,12 +2,13 @@
 
 import functools
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from acestep_jax.models.config import MIXED
+from acestep_jax.models.runtime import MIXED
 
 # By the name of an NVIDIA GPU. A mesh that a program is traced for tells no more of devices that are not attached.
 _CAPABILITIES = (
@@ -26,6 +27,27 @@ def platform() -> str:
     compilation), or else the default backend's."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return jax.default_backend() if device is None else device.platform
+
+
+@functools.cache
+def cpu_favours_bfloat16() -> bool:
+    """Return whether this processor multiplies bfloat16 faster than float32, as far as is known.
+
+    Intel's AVX512-BF16 has one unit where float32 has two, each with half as many products: the same rate, unless there
+    is AMX. AMD's has twice the rate of float32. Without either, x86 has no such products. What is not known,
+    as outside of Linux and x86, is taken to be faster.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return True
+    return favours_bfloat16(text)
+
+
+def favours_bfloat16(cpuinfo: str) -> bool:
+    """Return what `cpu_favours_bfloat16` does, of the text of /proc/cpuinfo."""
+    flags = set((re.findall(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE) or [""])[0].split())
+    return not flags or "amx_bf16" in flags or "AuthenticAMD" in cpuinfo and "avx512_bf16" in flags
 
 
 def compute_capability() -> float:
@@ -58,7 +80,7 @@ def default_precision(mesh: Mesh | None = None) -> str:
 
 
 def precision_for(platform: str, capability: float) -> str:
-    """Return one of `config.PRECISIONS`.
+    """Return one of `runtime.PRECISIONS`.
 
     bfloat16 on TPUs and on NVIDIA GPUs that have it, from compute capability 8.0 on (A100, L4, H100). Older ones (T4,
     V100) multiply fast in float16 only. float32 on CPUs, where XLA widens stacks of bfloat16 weights as it runs, and

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from acestep_jax.models.kernels.platform import compute_capability, platform
 
-# Dtype of the values and the largest of them that is used, by `config.QUANTIZATIONS`.
+# Dtype of the values and the largest of them that is used, by `runtime.QUANTIZATIONS`.
 KINDS = {"int8": (jnp.dtype(jnp.int8), 127.0), "fp8": (jnp.dtype(jnp.float8_e4m3fn), 448.0)}
 FLOAT8_CAPABILITY = 8.9
 

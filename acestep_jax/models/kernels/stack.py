@@ -4,9 +4,10 @@ An accelerator reads a layer within the stack of all of them. XLA for CPUs would
 doubles the time or more; there, each matrix is an array of its own, and a `switch` over the layers multiplies by it
 where it lies. `split` makes such rows of stacks, and `pick` takes a layer of either.
 
-In half precision such a row is the transposed matrix, and a product of few vectors is computed in float32: on two cores
-of an Intel Xeon, [2, 1024] x [1024, 3072] in bfloat16 takes 0.55 ms, against 0.9 ms not transposed and 1.3 ms with a
-bfloat16 result. In float32, and for many vectors, neither gains anything.
+Such a row is the transposed matrix, and a product of few vectors is computed in float32: on two cores of an Intel Xeon,
+[2, 1024] x [1024, 3072] in bfloat16 takes 0.55 ms, against 0.9 ms not transposed and 1.3 ms with a bfloat16 result. In
+float32 it is read at 16 to 19 GB/s where it is the left operand, see `multiply_rows`, at 11 to 12 as the right one, and
+at 9 to 11 not transposed. For many vectors, none of this gains anything.
 """
 
 import functools
@@ -16,11 +17,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from acestep_jax.models.kernels import products
 from acestep_jax.models.kernels.platform import platform
 
 Layer = TypeVar("Layer", bound=nnx.Module)
-
-FEW = 16  # vectors at most, whose product is bound by reading the matrix
 
 
 def split(layers: Layer) -> Layer:
@@ -50,22 +50,40 @@ def pick(layers: Layer, index: jax.Array) -> Layer:
 
 
 def _arranged(matrix: jax.Array) -> jax.Array:
-    return matrix.T if _is_half(matrix.dtype) else matrix
+    return matrix.T if _is_float(matrix.dtype) else matrix
 
 
 def _product(rows: list[jax.Array], index: jax.Array, dot_general, x: jax.Array, _: jax.Array, *dimensions, **options):
     """Compute `dot_general` with the row `index` in place of the matrix that is given."""
     ((contracted, _), batch), *rest = dimensions
-    transposed, quantised = _is_half(rows[0].dtype), rows[0].dtype.itemsize == 1
+    transposed, quantised = _is_float(rows[0].dtype), rows[0].dtype.itemsize == 1
     numbers = ((contracted, (1,) if transposed else (0,)), batch)
-    if transposed and x.size // x.shape[-1] <= FEW:
+    few = transposed and x.size // x.shape[-1] <= products.FEW
+    if few:
         options |= {"preferred_element_type": jnp.float32}
+    is_plain = few and dot_general is products.dot_general
 
     def multiply(row: jax.Array, x: jax.Array) -> jax.Array:
+        if is_plain:
+            return multiply_rows(x, row.astype(x.dtype)).astype(x.dtype)
         made = dot_general(x, row.astype(x.dtype), numbers, *rest, **options)
         return made if quantised else made.astype(x.dtype)  # what is quantised has a scale to come, see QuantizedLinear
 
     return jax.lax.switch(index, [functools.partial(multiply, row) for row in rows], x)
+
+
+def multiply_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """Return the products of few vectors [..., D] and rows [N, D], [..., N] float32.
+
+    XLA for CPUs reads float32 rows fastest as the left operand, which two cores share, and as which nothing is packed.
+    Rows of two dimensions would become the right operand again, to save a transpose of the small result.
+    """
+    is_few = x.size // x.shape[-1] <= products.FEW and jax.sharding.get_abstract_mesh().empty
+    if rows.dtype == jnp.float32 and platform() == "cpu" and is_few and len(rows) % 2 == 0:
+        halves, vectors = rows.reshape(2, -1, rows.shape[1]), x.reshape(-1, x.shape[-1])
+        made = jnp.einsum("bd,snd->sbn", vectors, halves, preferred_element_type=jnp.float32)
+        return made.transpose(1, 0, 2).reshape(*x.shape[:-1], len(rows))
+    return jnp.einsum("...d,vd->...v", x, rows, preferred_element_type=jnp.float32)
 
 
 def storage_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -91,13 +109,16 @@ def restored(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def pick_row(stack: jax.Array, index: jax.Array) -> jax.Array:
     """Return stack[index], read in place: see `storage_dtype`."""
+    if storage_dtype(stack.dtype) != stack.dtype:
+        # XLA would take the bits of the whole stack, which are a copy of it, before the loop that reads layers.
+        stack, index = jax.lax.optimization_barrier((stack, index))
     return restored(
         jax.lax.dynamic_index_in_dim(stored(stack), index, keepdims=False, allow_negative_indices=False), stack.dtype
     )
 
 
-def _is_half(dtype: jnp.dtype) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 2
+def _is_float(dtype: jnp.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize > 1
 
 
 def _linears(module: nnx.Module) -> list[nnx.Linear]:

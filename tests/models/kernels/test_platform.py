@@ -4,7 +4,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from acestep_jax.models.kernels.platform import compute_capability, platform
+from acestep_jax.models.kernels.platform import compute_capability, favours_bfloat16, platform
 
 pytestmark = pytest.mark.unit
 
@@ -31,3 +31,21 @@ def test_the_mesh_is_asked(kind, expected):
 
 def test_without_a_mesh_the_attached_device_is_asked():
     assert compute_capability() == 0.0
+
+
+INTEL, AMD = "vendor_id\t: GenuineIntel\n", "vendor_id\t: AuthenticAMD\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        (INTEL + "flags\t\t: fpu avx512f avx512_bf16 avx512_fp16\n", False),
+        (INTEL + "flags\t\t: fpu avx512f avx512_bf16 amx_bf16 amx_tile\n", True),
+        (INTEL + "flags\t\t: fpu avx2\n", False),
+        (AMD + "flags\t\t: fpu avx512f avx512_bf16\n", True),
+        (AMD + "flags\t\t: fpu avx2\n", False),
+        ("CPU implementer\t: 0x41\nFeatures\t: fp asimd bf16\n", True),
+    ],
+)
+def test_processors_that_multiply_bfloat16_faster(cpuinfo, expected):
+    assert favours_bfloat16(cpuinfo) is expected

@@ -1,0 +1,123 @@
+"""Queries, keys and values out of one fused product, in one kernel for GPUs, in Pallas' dialect for Triton.
+
+    x [B, T, (N + 2 K) H] -> q [B, T, N, H], k [B, T, K, H], normalised and rotated, and v [B, T, K, H]
+
+XLA makes four kernels of it, and copies of their results, which attention wants as arrays of their own.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from acestep_jax.models.kernels.platform import compute_capability, platform
+from acestep_jax.models.layers import apply_rotary, rms_norm
+
+ROWS = 32  # tokens of a tile
+
+Parts = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def split(
+    x: jax.Array,
+    q_scale: jax.Array,
+    k_scale: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    *,
+    ends: tuple[int, ...],
+    eps: float,
+    plain: bool = False,
+) -> Parts:
+    """Return rope(rms_norm(q)), rope(rms_norm(k)) and v, by head.
+
+    Args:
+        x: [B, T, (N + 2 K) * H], queries, keys and values side by side.
+        q_scale, k_scale: [H], of the norms.
+        rope: cos and sin, [T, H / 2] each.
+        ends: where queries and keys end along the last axis of x.
+        eps: of the norms.
+        plain: whether to do without the kernel.
+    """
+    h = q_scale.shape[0]
+    suits = platform() == "gpu" and compute_capability() >= 8 and x.shape[1] >= ROWS and h in (32, 64, 128)
+    return (_fused if suits and not plain else _plain)(x, q_scale, k_scale, rope, ends, eps)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
+def _fused(x, q_scale, k_scale, rope, ends, eps, interpret=False) -> Parts:
+    """Compute `split` by a kernel. interpret: step by step in JAX, on any backend."""
+    b, t, size = x.shape
+    h = q_scale.shape[0]
+    n, groups = ends[0] // h, (ends[1] - ends[0]) // h
+    # Each head is written to one of the results; the places of the other two are not touched.
+    out = lambda first, count: pl.BlockSpec(  # noqa: E731
+        (None, t, h), lambda i, batch, head: (batch, 0, jnp.clip(head - first, 0, count - 1))
+    )
+    whole = lambda *shape: pl.BlockSpec(shape, lambda i, batch, head: (0, 0))  # noqa: E731
+    parts = pl.pallas_call(
+        functools.partial(_kernel, eps=eps, n=n, groups=groups),
+        grid=(-(-t // ROWS), b, size // h),
+        in_specs=[
+            pl.BlockSpec((None, t, h), lambda i, batch, head: (batch, 0, head)),
+            whole(1, h),
+            whole(1, h),
+            whole(t, h // 2),
+            whole(t, h // 2),
+        ],
+        out_specs=[out(0, n), out(n, groups), out(n + groups, groups)],
+        out_shape=[jax.ShapeDtypeStruct((b, t, count * h), x.dtype) for count in (n, groups, groups)],
+        interpret=interpret,
+        name="split_heads",
+        **({} if interpret else _options()),
+    )(x, q_scale.astype(x.dtype)[None], k_scale.astype(x.dtype)[None], *rope)
+    q, k, v = (part.reshape(b, t, -1, h) for part in parts)
+    return q, k, v
+
+
+def _options() -> dict:
+    # Importing it takes time that only a GPU's users should pay.
+    from jax.experimental.pallas import triton
+
+    return dict(compiler_params=triton.CompilerParams(num_warps=4, num_stages=1))
+
+
+def _kernel(x_ref, q_scale_ref, k_scale_ref, cos_ref, sin_ref, q_ref, k_ref, v_ref, *, eps: float, n: int, groups: int):
+    head = pl.program_id(2)
+    t, h = x_ref.shape
+    dtype = x_ref.dtype
+    # The last tile ends with the tokens: what it shares with the one before, both compute.
+    rows = pl.ds(jnp.minimum(pl.program_id(0) * ROWS, t - ROWS), ROWS)
+    halves = pl.ds(0, h // 2), pl.ds(h // 2, h // 2)
+
+    def rotate(scale_ref, out_ref):
+        low, high = (x_ref[rows, half].astype(jnp.float32) for half in halves)
+        mean = ((low * low).sum(-1) + (high * high).sum(-1)) / h
+        factor = jax.lax.rsqrt(mean + eps)[:, None]
+        # Rounded where `rms_norm` rounds.
+        low, high = (
+            ((part * factor).astype(dtype) * scale_ref[0, half][None]).astype(jnp.float32)
+            for part, half in zip((low, high), halves, strict=True)
+        )
+        cos, sin = cos_ref[rows, :], sin_ref[rows, :]
+        out_ref[rows, halves[0]] = (low * cos - high * sin).astype(dtype)
+        out_ref[rows, halves[1]] = (high * cos + low * sin).astype(dtype)
+
+    pl.when(head < n)(lambda: rotate(q_scale_ref, q_ref))
+    pl.when((head >= n) & (head < n + groups))(lambda: rotate(k_scale_ref, k_ref))
+
+    @pl.when(head >= n + groups)
+    def _():
+        v_ref[rows, :] = x_ref[rows, :]
+
+
+@_fused.defjvp
+def _fused_jvp(ends, eps, interpret, primals, tangents):
+    return jax.jvp(functools.partial(_plain, ends=ends, eps=eps), primals, tangents)
+
+
+def _plain(x, q_scale, k_scale, rope, ends, eps) -> Parts:
+    """Compute `split` in plain JAX."""
+    h = q_scale.shape[0]
+    q, k, v = (part.reshape(*part.shape[:2], -1, h) for part in jnp.split(x, ends, -1))
+    return apply_rotary(rms_norm(q, q_scale, eps), rope), apply_rotary(rms_norm(k, k_scale, eps), rope), v

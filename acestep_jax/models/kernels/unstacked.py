@@ -1,0 +1,85 @@
+"""Layers in the form that a GPU runs fastest: each with arrays of its own, and linear layers of one input fused.
+
+A network is loaded, trained and saved with stacks of weights [L, in, out], and loops over them. On GPUs, XLA's matrix
+products do not read a slice of a stack in place: the loop copies the weights of each layer first, in every step of
+denoising. Unstacked layers need no such copies. They take the memory of the layers once more, and their loop is
+unrolled, so that it takes longer to compile.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from acestep_jax.models.kernels.platform import platform
+
+
+class FusedLinear(nnx.Module):
+    """x -> (x W_0 + b_0, x W_1 + b_1, ...) as one matrix product: linear layers side by side."""
+
+    def __init__(self, linears: Sequence[nnx.Linear]):
+        sizes = [linear.kernel.shape[-1] for linear in linears]
+        self.ends = tuple(int(end) for end in np.cumsum(sizes)[:-1])
+        self.linear = linears[0]
+        for name in ("kernel", "scale", "bias"):  # quantised layers have scales
+            if (first := getattr(self.linear, name, None)) is not None:
+                first.set_value(jnp.concatenate([getattr(linear, name)[...] for linear in linears], -1))
+
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        return jnp.split(self.linear(x), self.ends, -1)
+
+
+def project(x: jax.Array, *linears: Any) -> list[jax.Array]:
+    """Return linear(x) for each linear layer, also where `unstack` has fused them into the first one."""
+    return linears[0](x) if isinstance(linears[0], FusedLinear) else [linear(x) for linear in linears]
+
+
+def unstacking_pays(needed: int, limit: int | None) -> bool:
+    """Return whether to keep unstacked layers beside the stacks: on a GPU, where a quarter of the memory that JAX may
+    use, `limit`, remains for batches of songs. needed: bytes for both and for a song."""
+    return platform() == "gpu" and limit is not None and needed <= 0.75 * limit
+
+
+def unstack(layers: nnx.Module, groups: Sequence[tuple[str, ...]] = ()) -> nnx.List:
+    """Return the layers of a stack as modules with arrays of their own, for inference only.
+
+    Args:
+        layers: leaves [L, ...].
+        groups: dotted names of linear layers with the same input. Those of a group are fused, unless one of them has an
+            adapter, or only some are quantised.
+    """
+    graph, state = nnx.split(layers)
+    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+
+    def row(variable: nnx.Variable, i: int) -> nnx.Variable:
+        axes = variable.get_metadata("out_sharding", None)
+        return variable.replace(variable[...][i], out_sharding=axes and axes[1:])
+
+    count = jax.tree.leaves(state)[0].shape[0]
+    rows = nnx.List()
+    for i in range(count):
+        layer = nnx.merge(graph, jax.tree.map(lambda v, i=i: row(v, i), state, is_leaf=is_variable))
+        for names in groups:
+            _fuse(layer, names)
+        rows.append(layer)
+    return rows
+
+
+def _fuse(layer: nnx.Module, names: tuple[str, ...]) -> None:
+    """Replace the first of these linear layers by all of them fused, and the others by None."""
+    places = []
+    for name in names:
+        *path, last = name.split(".")
+        owner: Any = layer
+        for part in path:
+            owner = getattr(owner, part)
+        places.append((owner, last))
+    linears = [getattr(owner, last) for owner, last in places]
+    if not isinstance(linears[0], nnx.Linear) or len({type(linear) for linear in linears}) > 1:
+        return  # one has an adapter, or an adapter was merged into a quantised one
+    fused = FusedLinear(linears)
+    for i, (owner, last) in enumerate(places):
+        setattr(owner, last, nnx.data(None) if i else fused)
