@@ -1,7 +1,7 @@
 """Devices and hosts: one mesh with four axes, one table from logical axis names to mesh axes, several processes.
 
-Parameters carry logical names (`kernel: ("embed", "mlp")`), activations get them from `shard`. Nothing else in
-the library knows the mesh; without one, `shard` does nothing.
+Parameters carry logical axis names (`kernel: ("embed", "mlp")`), and `shard` gives them to activations. No other code
+depends on the mesh; without a mesh, `shard` does nothing.
 """
 
 import contextlib
@@ -67,8 +67,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) 
 
 
 def local_mesh() -> Mesh | None:
-    """Return a mesh for the share of one of several processes: a copy of the model on each device of this process, or
-    None if there is only one."""
+    """Return a mesh over the devices of this process only, with a copy of the model on each; None if there is one."""
     count = jax.local_device_count()
     return _mesh((count, 1, 1, 1), jax.local_devices()) if count > 1 else None
 
@@ -83,9 +82,10 @@ def spans_processes(mesh: Mesh | None) -> bool:
 
 
 def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> P:
-    """Return the mesh axes of an array with these logical names.
+    """Return the mesh axes of an array, given its logical axis names.
 
-    An axis whose size they do not divide is split over the first of them that do, or replicated, with a warning.
+    If the mesh axes do not divide the size of an axis, it is split over only the first of them, or replicated, with a
+    warning.
     """
     spec = []
     for name, size in zip(names, shape, strict=True):
@@ -102,12 +102,12 @@ def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh) 
 
 @functools.cache
 def log_once(message: str) -> None:
-    """Log a warning, the first time that it is given."""
+    """Log a warning once per process."""
     logger.warning(message)
 
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
-    """Constrain an activation to the mesh in use (`jax.set_mesh`), by the logical names of its axes."""
+    """Constrain an activation's sharding on the current mesh (`jax.set_mesh`), by the logical names of its axes."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -115,7 +115,7 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def variable_sharding(variable: nnx.Variable, mesh: Mesh | None):
-    """Return where a parameter belongs: on `mesh` by its logical names, or whole on this process's first device."""
+    """Return the sharding of a parameter: on `mesh` by its logical names, or whole on this process's first device."""
     if mesh is None:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     names = variable.get_metadata("out_sharding", None) or (None,) * len(variable.shape)

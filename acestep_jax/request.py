@@ -1,9 +1,9 @@
-"""What can be requested: `Request` for one song, `Planning` for what the planner writes of it before, `Sampling` for
-how a batch of songs is sampled.
+"""Everything that can be requested: `Request` describes one song, `Planning` says how the planner completes it, and
+`Sampling` says how a batch of songs is sampled.
 
-This is the only place where an argument is written down: its name, type, default, help, unit and range. The keywords of
-`AceStepPipeline.__call__`, the options of the command line, the keys of a JSONL line and the documentation's tables are
-derived from the fields of these dataclasses, see `acestep_jax.arguments`.
+Each argument is defined here and nowhere else: its name, type, default, help, unit and range. The keywords of
+`AceStepPipeline.__call__`, the options of the command line, the keys of a JSONL line and the tables in the
+documentation are derived from the fields of these dataclasses, see `acestep_jax.arguments`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ Audio = str | Path | np.ndarray
 
 
 def _by_compat(field: str) -> str:
-    """Return the values that the settings of `Sampling.compat` give a field, or their defaults of a variant."""
+    """Return the default of a field under each setting of `Sampling.compat`, as text for help messages."""
     values = {}
     for name, compat in FAMILY.compat.items():
         value = getattr(compat.defaults["turbo"] if field not in compat.__dataclass_fields__ else compat, field)
@@ -44,7 +44,7 @@ def _by_compat(field: str) -> str:
 
 @dataclass(frozen=True)
 class Request:
-    """One song. Fields hold what the user gave; `inputs.prepare` checks how they go together.
+    """One song. Fields hold what the user gave; `inputs.prepare` checks that they are consistent.
 
     Raises:
         InputError: if a value is of the wrong type or out of range.
@@ -59,8 +59,8 @@ class Request:
     )
     audio_duration: float | None = argument(
         None,
-        help="Duration of the song. With a source or audio codes the song is as long as those, and this is only what "
-        "the model is told.",
+        help="Duration of the song. A song made from a source or from audio codes has their length; the duration is "
+        "then only told to the model.",
         unit="s",
         minimum=MIN_DURATION,
         maximum=MAX_DURATION,
@@ -69,7 +69,7 @@ class Request:
     )
     vocal_language: str | None = argument(
         None,
-        help="Language code of the lyrics, such as en, zh or ja; unknown leaves it to the model.",
+        help="Language code of the lyrics, such as en, zh or ja; unknown lets the model decide.",
         flag="language",
         metavar="CODE",
         meaning=_by_compat("vocal_language"),
@@ -78,7 +78,7 @@ class Request:
     _: KW_ONLY
     bpm: str | float | None = argument(
         None,
-        help="Tempo, such as 128; it is rounded.",
+        help="Tempo, such as 128; rounded to a whole number.",
         unit="beats per minute",
         minimum=fields.MIN_BPM,
         maximum=fields.MAX_BPM,
@@ -96,52 +96,52 @@ class Request:
     )
     timesignature: str | float | None = argument(
         None,
-        help="Beats in a bar: 2, 3, 4 or 6, also as a fraction such as 6/8.",
+        help="Beats per bar: 2, 3, 4 or 6, or a fraction such as 6/8.",
         flag="time-signature",
         metavar="N",
         meaning="chosen by the model",
         reader=fields.timesignature,
     )
     instruction: str | None = argument(
-        None, help="Instruction to the model in place of the task's own.", metavar="TEXT", meaning="that of the task"
+        None, help="Instruction to the model, instead of the task's own.", metavar="TEXT", meaning="that of the task"
     )
     task_type: str = argument(
         "text2music",
-        help="Task: text2music, repaint, cover, cover-nofsq, extract, lego or complete. cover-nofsq covers the "
-        "source's own latents, without the audio tokenizer.",
+        help="Task: text2music, repaint, cover, cover-nofsq, extract, lego or complete. cover-nofsq is a cover that "
+        "follows the source's latents directly, without the audio tokenizer.",
         flag="task",
         metavar="TASK",
     )
     track_name: str | Sequence[str] | None = argument(
         None,
-        help="Track to extract, to add (lego) or to complete the song with, such as vocals or drums; repeatable for "
-        "complete.",
+        help="Track to extract, to add (lego) or to complete the song with (complete), such as vocals or drums; "
+        "repeatable for complete.",
         flag="track",
         metavar="NAME",
         meaning="none",
     )
     complete_track_classes: Sequence[str] = argument(
-        (), help="Tracks to complete the song with; the name that diffusers has for track_name there.", flag=""
+        (), help="Tracks to complete the song with: diffusers' name for track_name.", flag=""
     )
     src_audio: Audio | None = argument(
         None,
-        help="Source: the song that every task but text2music works on, a sound file or an array [channels, samples] "
-        "at the pipeline's sample rate.",
+        help="Source: the song that every task except text2music works on, as a sound file or an array [channels, "
+        "samples] at the pipeline's sample rate.",
         flag="source",
         metavar="FILE",
         meaning="none",
     )
     reference_audio: Audio | None = argument(
         None,
-        help="Reference for the timbre, a sound file or an array [channels, samples] at the pipeline's sample rate.",
+        help="Reference for the timbre, as a sound file or an array [channels, samples] at the pipeline's sample rate.",
         flag="reference",
         metavar="FILE",
         meaning="chosen by the model",
     )
     audio_codes: str | None = argument(
         None,
-        help='Audio codes as text, "<|audio_code_123|>...", 5 for each second, to make a cover of in place of a '
-        "source. @FILE reads them from a file.",
+        help='Audio codes to make a cover from, instead of a source: text such as "<|audio_code_123|>...", 5 codes per '
+        "second. @FILE reads them from a file.",
         flag="codes",
         metavar="TEXT",
         from_file=True,
@@ -149,71 +149,72 @@ class Request:
     )
     repainting_start: float | Sequence[float] | None = argument(
         None,
-        help="Start of a region to repaint or to fill (lego); repeatable; negative extends the song at the front.",
+        help="Start of a region to repaint, or to fill (lego). Repeatable; a negative start extends the song at the "
+        "front.",
         unit="s",
         flag="start",
         meaning="the beginning",
     )
     repainting_end: float | Sequence[float] | None = argument(
         None,
-        help="End of that region, -1 for the end of the source; repeatable; past the end of the source extends the "
-        "song.",
+        help="End of the region to repaint; -1 is the end of the source. Repeatable; an end beyond that of the source "
+        "extends the song.",
         unit="s",
         flag="end",
         meaning="the end of the source",
     )
     audio_cover_strength: float = argument(
         1.0,
-        help="Fraction of the sampling steps for which a cover follows its source, or the weight with which it does, "
-        "see cover_mode.",
+        help="How closely a cover follows its source: the fraction of the sampling steps that follow it, or the weight "
+        "of its velocity; cover_mode says which.",
         minimum=0,
         maximum=1,
         flag="cover-strength",
     )
     seed: int | jax.Array | None = argument(
         None,
-        help="Seed of the noise, or a JAX key; the same seed gives the same song.",
+        help="Seed of the noise, or a JAX key. The same seed gives the same song.",
         minimum=0,
         maximum=2**32 - 1,
         meaning="a new one, which is reported",
     )
     retake_seed: int | None = argument(
         None,
-        help="Seed of a second noise that retake_variance mixes into the first one, for variations of a song.",
+        help="Seed of a second noise, which retake_variance mixes into the first, for variations of a song.",
         minimum=0,
         maximum=2**32 - 1,
         meaning="a new one, which is reported",
     )
     retake_variance: float = argument(
         0.0,
-        help="Share of that noise: cos(v pi/2) of the first and sin(v pi/2) of the second; 0 is the song itself, 1 "
-        "another one.",
+        help="How much of the second noise to mix in: the noise is cos(v pi/2) times the first plus sin(v pi/2) times "
+        "the second. 0 gives the original song, 1 a different one.",
         minimum=0,
         maximum=1,
     )
     global_caption: str = argument(
         "",
-        help="Description of the whole song, where the prompt describes one track; for models fine-tuned on stems.",
+        help="Description of the whole song, for models fine-tuned on stems, whose prompt describes one track.",
         metavar="TEXT",
     )
     flow_edit_morph: bool = argument(
         False,
-        help="Edit the source by flow: follow the difference between what the model makes of prompt and lyrics, and of "
-        "flow_edit_source_caption and flow_edit_source_lyrics. For text2music, cover and cover-nofsq.",
+        help="Edit the source with FlowEdit: follow the difference between the velocity for prompt and lyrics and the "
+        "velocity for flow_edit_source_caption and flow_edit_source_lyrics. For text2music, cover and cover-nofsq.",
     )
     flow_edit_source_caption: str = argument(
-        "", help="Description of the source that is edited by flow.", metavar="TEXT", flag="source-caption"
+        "", help="FlowEdit: description of the source as it is.", metavar="TEXT", flag="source-caption"
     )
     flow_edit_source_lyrics: str = argument(
         "",
-        help="Lyrics of the source that is edited by flow. @FILE reads them from a file.",
+        help="FlowEdit: lyrics of the source as they are. @FILE reads them from a file.",
         metavar="TEXT",
         flag="source-lyrics",
         from_file=True,
     )
     latents: np.ndarray | None = argument(
         None,
-        help="Initial noise, an array [frames, channels], in place of the seed's.",
+        help="Initial noise, an array [frames, channels], instead of noise drawn from the seed.",
         flag="",
         json=False,
     )
@@ -236,8 +237,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a batch of songs is sampled. None stands for what `compat` gives for the model's variant, see
-    `models.registry.Compat`.
+    """How a batch of songs is sampled. A field that is None takes the value that `compat` has for the model's variant,
+    see `models.registry.Compat`.
 
     Raises:
         InputError: if a value is of the wrong type, out of range or unknown.
@@ -250,77 +251,81 @@ class Sampling:
         None, help="Guidance scale; 1 turns guidance off.", minimum=0, flag="guidance", meaning="the variant's"
     )
     shift: float | None = argument(
-        None, help="Shift of the timesteps towards the noise, above 0.", minimum=0, meaning="the variant's"
+        None, help="Shift of the timesteps towards the noise; must be above 0.", minimum=0, meaning="the variant's"
     )
     _: KW_ONLY
     compat: str = argument(
         "ace-step",
-        help="Whose behaviour and defaults are taken where implementations differ: those of the authors' application, "
-        "or of diffusers. Other options override single ones.",
+        help="Which implementation's behaviour and defaults to use where they differ: the authors' application "
+        "(ace-step) or diffusers. Other options override individual ones.",
         choices=tuple(FAMILY.compat),
     )
     timesteps: Sequence[float] | None = argument(
         None,
-        help="Strictly decreasing timesteps within (0, 1] in place of num_inference_steps and shift; repeatable.",
+        help="Strictly decreasing timesteps within (0, 1], instead of num_inference_steps and shift; repeatable.",
         flag="timestep",
         metavar="T",
         meaning="computed from num_inference_steps and shift",
     )
     snap_timesteps: bool | None = argument(
         None,
-        help="Whether those times become the nearest of the 20 that turbo models were trained at; only for these.",
+        help="Whether to round the timesteps, given or computed, to the nearest of the 20 that turbo models were "
+        "trained at; for turbo models only.",
         meaning=_by_compat("snap_timesteps"),
     )
     solver: str = argument("euler", help="Solver of the sampling ODE or SDE.", choices=tuple(SOLVERS))
     guidance: str = argument("apg", help="Guidance rule.", choices=tuple(GUIDANCE), flag="guidance-rule")
     cfg_interval_start: float = argument(
-        0.0, help="Start of the interval in which guidance acts.", minimum=0, maximum=1
+        0.0, help="Start of the interval in which guidance is applied.", minimum=0, maximum=1
     )
-    cfg_interval_end: float = argument(1.0, help="End of the interval in which guidance acts.", minimum=0, maximum=1)
+    cfg_interval_end: float = argument(
+        1.0, help="End of the interval in which guidance is applied.", minimum=0, maximum=1
+    )
     cfg_interval_in: str | None = argument(
         None,
-        help="What that interval is measured in: the time t, as in ACE-Step, or the progress 1 - t, as in diffusers.",
+        help="How the interval of guidance is measured: in the time t, as in ACE-Step, or in the progress 1 - t, as in "
+        "diffusers.",
         choices=("t", "progress"),
         meaning=_by_compat("cfg_interval_in"),
     )
     cover_mode: str | None = argument(
         None,
-        help="What an audio_cover_strength below 1 does: switch changes to text2music after that fraction of the "
-        "steps, as in ACE-Step; blend mixes the velocities with that weight, as in diffusers.",
+        help="What an audio_cover_strength below 1 means: switch changes to text2music after that fraction of the "
+        "steps, as in ACE-Step; blend mixes the velocities of cover and text2music with that weight, as in diffusers.",
         choices=("switch", "blend"),
         meaning=_by_compat("cover_mode"),
     )
     cover_noise_strength: float = argument(
         0.0,
-        help="How close to its source a cover starts: 0 is pure noise, and s starts at the timestep nearest to 1 - s.",
+        help="How close to its source a cover starts: 0 starts from pure noise, s from the timestep nearest to 1 - s.",
         minimum=0,
         maximum=1,
         flag="cover-noise",
     )
     chunk_mask_mode: str | None = argument(
         None,
-        help="What the model is told of the regions: explicit is 1 in them and 0 outside, auto 2 everywhere, which "
-        "leaves them to the model.",
+        help="Mask that tells the model about the regions: explicit is 1 inside and 0 outside; auto is 2 everywhere, "
+        "which lets the model decide.",
         choices=CHUNK_MASKS,
         meaning=f"{_by_compat('chunk_mask_mode')}; auto for models fine-tuned on stems",
     )
     repaint_mode: str | None = argument(
         None,
-        help="How a song with regions is held to its source outside of them while it is made: conservative in all "
-        "steps, balanced in a part of them, see repaint_strength, aggressive in none.",
+        help="In which steps a song with regions is reset to its source outside of them: conservative, in all steps; "
+        "balanced, in some, see repaint_strength; aggressive, in none.",
         choices=REPAINT_MODES,
         meaning=_by_compat("repaint_mode"),
     )
     repaint_strength: float = argument(
         0.5,
-        help="With repaint_mode=balanced: the source is put back after each of the first 1 - s of the steps, and the "
-        "latents are blended over 25 (1 - s) frames outside of the regions.",
+        help="With repaint_mode=balanced and strength s: restore the source after each step in the first fraction "
+        "1 - s of the steps, and blend the latents over 25 (1 - s) frames outside of the regions.",
         minimum=0,
         maximum=1,
     )
     repaint_injection_ratio: float | None = argument(
         None,
-        help="Fraction of the sampling steps, from the first on, after each of which the source is put back outside of "
+        help="Fraction of the sampling steps, counted from the first, after which the source is restored outside of "
         "the regions.",
         minimum=0,
         maximum=1,
@@ -328,55 +333,59 @@ class Sampling:
     )
     repaint_latent_crossfade_frames: int | None = argument(
         None,
-        help="Latent frames outside of the regions over which what was made fades into the source, at the end.",
+        help="Number of latent frames outside of the regions over which the result fades into the source.",
         minimum=0,
         meaning="those of repaint_mode",
     )
     dcw_enabled: bool | None = argument(
         None,
-        help="Whether each step is corrected in the wavelet domain (DCW).",
+        help="Whether to correct each step in the wavelet domain (DCW).",
         meaning="true for turbo models; false for others, and with compat=diffusers",
     )
     dcw_mode: str = argument(
         "double",
-        help="What DCW corrects: the low band, the high band, both (double), or all alike (pix).",
+        help="What DCW corrects: the low band, the high band, both (double), or the latents without a transform (pix).",
         choices=dcw.MODES,
     )
-    dcw_scaler: float = argument(0.05, help="Scale of DCW for the low band, or for the only one.", minimum=0)
+    dcw_scaler: float = argument(
+        0.05, help="Scale of DCW for the low band, or for the only one that is corrected.", minimum=0
+    )
     dcw_high_scaler: float = argument(0.02, help="Scale of DCW for the high band, with dcw_mode=double.", minimum=0)
     dcw_wavelet: str = argument("haar", help="Wavelet of DCW.", choices=tuple(dcw.WAVELETS))
     velocity_norm_threshold: float = argument(
         0.0,
-        help="Greatest norm of the velocity, in norms of the latents at that step; 0: unbounded.",
+        help="Upper bound of the velocity's norm, relative to the norm of the latents at that step; 0: unbounded.",
         minimum=0,
     )
     velocity_ema_factor: float = argument(
-        0.0, help="Share of the velocity of the step before in each velocity.", minimum=0, maximum=1
+        0.0, help="Fraction of the previous step's velocity in each velocity.", minimum=0, maximum=1
     )
     flow_edit_n_min: float = argument(
-        0.0, help="Fraction of the steps after which editing by flow begins.", minimum=0, maximum=1
+        0.0, help="FlowEdit: fraction of the steps after which editing begins.", minimum=0, maximum=1
     )
     flow_edit_n_max: float = argument(
-        1.0, help="Fraction of the steps after which it ends, and the song is denoised.", minimum=0, maximum=1
+        1.0, help="FlowEdit: fraction of the steps after which editing ends and denoising begins.", minimum=0, maximum=1
     )
-    flow_edit_n_avg: int = argument(1, help="Noises that each step of editing by flow is averaged over.", minimum=1)
-    latent_shift: float = argument(0.0, help="What is added to the latents before they are decoded.")
-    latent_rescale: float = argument(1.0, help="What the latents are multiplied by before that.", minimum=0)
+    flow_edit_n_avg: int = argument(1, help="FlowEdit: number of noises to average over in each step.", minimum=1)
+    latent_shift: float = argument(0.0, help="Offset to add to the latents before they are decoded.")
+    latent_rescale: float = argument(
+        1.0, help="Factor to multiply the latents by, before latent_shift is added.", minimum=0
+    )
     posterior: str = argument(
         "mean",
-        help="What the autoencoder makes of a source or a reference: the mean of the posterior, or a sample of it, as "
-        "ACE-Step and diffusers draw.",
+        help="Latents of a source or a reference: the mean of the autoencoder's posterior, or a sample from it, as in "
+        "ACE-Step and diffusers.",
         choices=("mean", "sample"),
     )
     noise: str = argument(
         "jax",
-        help="Generator of the initial noise: jax, or torch for what PyTorch draws on a GPU from the same seed "
-        "(torch:A100 names the GPU, needed for songs longer than 25.6 s).",
+        help="Generator of the initial noise: jax, or torch for the noise that PyTorch draws on a GPU from the same "
+        "seed. torch:A100 names the GPU, which songs longer than 25.6 s require.",
         metavar="KIND",
     )
     attend_to_padding: bool | None = argument(
         None,
-        help="Whether the padding of shorter texts in a batch is attended to, as in diffusers.",
+        help="Whether to attend to the padding of shorter texts in a batch, as diffusers does.",
         meaning=_by_compat("attend_to_padding"),
     )
 
@@ -395,7 +404,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Planning:
-    """Whether the planner, a language model, writes what a request leaves open, and how it is sampled.
+    """Whether the planner, a language model, completes a request, and how the planner is sampled.
 
     Names are those of ACE-Step's own application.
 
@@ -405,47 +414,52 @@ class Planning:
 
     thinking: bool | None = argument(
         None,
-        help="Whether the planner writes caption, metadata and audio codes for text2music before the song is made.",
+        help="Whether the planner writes caption, metadata and audio codes for text2music first.",
         flag="think",
         meaning="true where the model has a planner; false with compat=diffusers",
     )
     use_cot_caption: bool | None = argument(
         None,
-        help="Whether the planner's caption takes the place of the prompt; false suits adapters and exact prompts.",
+        help="Whether the planner's caption replaces the prompt; false suits adapters and exact prompts.",
         flag="cot-caption",
         meaning="true",
     )
     lm_seed: int | None = argument(
         None,
-        help="Seed of the plan; song i of a batch gets this one + i. The same seed gives the same plan.",
+        help="Seed of the plan; song i of a batch uses lm_seed + i. The same seed gives the same plan.",
         minimum=0,
         maximum=2**32 - 1,
         meaning="that of the song",
     )
     lm_temperature: float = argument(
-        0.85, help="Temperature of the planner; 0 takes the likeliest token.", minimum=0, maximum=10
+        0.85, help="Temperature of the planner; 0 always takes the likeliest token.", minimum=0, maximum=10
     )
-    lm_cfg_scale: float = argument(2.0, help="Guidance scale of the audio codes; 1 turns it off.", minimum=1)
-    lm_top_k: int = argument(0, help="Number of likeliest tokens to sample from; 0: all.", minimum=0)
+    lm_cfg_scale: float = argument(
+        2.0, help="Guidance scale of the planner's audio codes; 1 turns guidance off.", minimum=1
+    )
+    lm_top_k: int = argument(0, help="Number of likeliest tokens that the planner samples from; 0: all.", minimum=0)
     lm_top_p: float | None = argument(
         None,
-        help="Probability of the likeliest tokens to sample from; 1: all.",
+        help="Total probability of the likeliest tokens that the planner samples from; 1: all.",
         minimum=0,
         maximum=1,
-        meaning="0.9; 1 for what is written of a wish, rewritten or described",
+        meaning="0.9; 1 for plans from a wish, rewrites and descriptions",
     )
     lm_repetition_penalty: float = argument(
-        1.0, help="What makes tokens that were sampled before less likely; 1: nothing.", minimum=1, maximum=10
+        1.0,
+        help="Repetition penalty of the planner, for tokens that were sampled before; 1: none.",
+        minimum=1,
+        maximum=10,
     )
     lm_negative_prompt: str = argument(
-        "", help="Text that guidance leads the audio codes away from.", metavar="TEXT", meaning="none"
+        "", help="Text that guidance steers the audio codes away from.", metavar="TEXT", meaning="none"
     )
     lm_attempts: int = argument(
-        1, help="How often codes are sampled at most, while they get stuck in a loop.", minimum=1, maximum=10
+        1, help="Maximum number of times to sample the codes, while they get stuck in a loop.", minimum=1, maximum=10
     )
     best_of: int = argument(
         1,
-        help="Number of plans to write for each song, each with its own seed; the one that fits its text best is kept.",
+        help="Number of plans to write for each song, each with its own seed; the one that fits its text best is used.",
         minimum=1,
         maximum=16,
     )
@@ -465,10 +479,10 @@ class Arguments(Sampling, Planning, Request):
 
 
 def split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return the values of fields of `Request`, of `Planning` and of `Sampling`.
+    """Return the values that belong to `Request`, to `Planning` and to `Sampling`.
 
     Raises:
-        InputError: if a name is a field of none; the message suggests what to use.
+        InputError: if a name is a field of none of them; the message suggests what to use.
     """
     known = [arguments(kind) for kind in KINDS]
     for name in values:

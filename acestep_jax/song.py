@@ -1,9 +1,9 @@
-"""What a pipeline returns: songs, one by one or as a batch."""
+"""The results of a pipeline: a song, or the songs of a batch."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from acestep_jax.errors import InputError
 from acestep_jax.io import audio
 from acestep_jax.io.files import as_path
 from acestep_jax.planner.plan import Plan
+
+if TYPE_CHECKING:
+    from acestep_jax.planner.timestamps import Timestamps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +24,10 @@ class Song:
         audio: [channels, samples] float32; None with `output_type="latent"`.
         latents: [frames, C] float32.
         sample_rate: Hz.
-        seed: the seed that makes it again; None where noise or a key was given.
+        seed: seed that reproduces the song; None if noise or a key was given instead.
         retake_seed: that of the second noise, which makes a variation again; None if it has none.
         plan: what the planner wrote for it; None: nothing.
+        timestamps: when its lyrics are sung; None: nobody asked, or it is not known.
     """
 
     audio: np.ndarray | None
@@ -32,9 +36,10 @@ class Song:
     seed: int | None
     retake_seed: int | None = None
     plan: Plan | None = None
+    timestamps: "Timestamps | None" = None
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the song as WAV, FLAC, OGG or MP3, by suffix, atomically. Of several processes, let one save.
+        """Write the song atomically as WAV, FLAC, OGG or MP3, by suffix. With several processes, call this in one.
 
         Raises:
             InputError: if there is no audio, or see `audio.check_output`.
@@ -46,7 +51,7 @@ class Song:
     def _sound(self) -> np.ndarray:
         """Return the audio; raise InputError if there is none."""
         if self.audio is None:
-            raise InputError('song.save: output_type="latent" gave no audio to save; use output_type="np"')
+            raise InputError('song.save: there is no audio, because of output_type="latent"; use output_type="np"')
         return self.audio
 
 
@@ -86,34 +91,34 @@ class AudioPipelineOutput(Sequence[Song]):
 
     @property
     def audios(self) -> np.ndarray | None:
-        """[B, channels, samples] float32, silent after the end of a shorter song; None without audio."""
+        """[B, channels, samples] float32, padded with silence to the longest song; None without audio."""
         songs = [song.audio for song in self if song.audio is not None]
         return _padded(songs, axis=1) if songs else None
 
     @property
     def latents(self) -> np.ndarray:
-        """[B, frames, C] float32, zero after the end of a shorter song."""
+        """[B, frames, C] float32, padded with zeros to the longest song."""
         return _padded([song.latents for song in self], axis=0)
 
     @property
     def sample_rate(self) -> int:
-        """Hz."""
+        """Sample rate of all songs, in Hz."""
         return self._songs[0].sample_rate
 
     @property
     def seeds(self) -> tuple[int | None, ...] | None:
-        """Of each song; None if no song has one."""
+        """The seed of each song; None if no song has one."""
         seeds = tuple(song.seed for song in self)
         return None if set(seeds) == {None} else seeds
 
     @property
     def samples(self) -> tuple[int, ...]:
-        """How many each song has; none without audio."""
+        """The number of samples of each song; empty without audio."""
         return tuple(song.audio.shape[1] for song in self if song.audio is not None)
 
     @property
     def frames(self) -> tuple[int, ...]:
-        """How many latent frames each song has."""
+        """The number of latent frames of each song."""
         return tuple(len(song.latents) for song in self)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> list[Path]:

@@ -8,8 +8,9 @@ from acestep_jax.io.original import attention_name
 from acestep_jax.io.planner_files import planner_names
 from acestep_jax.io.pretrained import fold_weight_norm
 from acestep_jax.io.safetensors_reader import Tensor
-from acestep_jax.models.config import DEFAULT_RUNTIME, NetworkConfig, Runtime
+from acestep_jax.models.config import NetworkConfig
 from acestep_jax.models.registry import PLANNER
+from acestep_jax.models.runtime import DEFAULT_RUNTIME, Runtime
 
 __all__ = ["from_module", "from_torch"]
 

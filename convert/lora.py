@@ -27,7 +27,7 @@ from acestep_jax.io.adapter import CONFIG, Adapter, check_adapter, load_adapter,
 from acestep_jax.io.adapter_names import linear_layers
 from acestep_jax.io.adapter_reader import DIFFUSERS_WEIGHTS
 from acestep_jax.io.adapter_settings import DIFFUSERS_KEY, PEFT_CONFIG, PEFT_WEIGHTS
-from acestep_jax.io.files import as_path, on_this_machine
+from acestep_jax.io.files import as_path, check_new, on_this_machine, publish_folder
 from acestep_jax.models.config import TransformerConfig
 
 LAYOUTS = ("peft", "diffusers", "comfyui")
@@ -46,7 +46,7 @@ def lora_from_torch(source: str | Path, destination: str | Path, *, model: str |
         InputError: see `load_adapter`; also if `destination` exists. Nothing is written in these cases.
     """
     destination = as_path(destination)
-    checkpoint.check_new(destination)
+    check_new(destination)
     if (as_path(source) / CONFIG).is_file():
         raise InputError(f"{source}: is an acestep-jax adapter already; use it with acestep-jax generate --lora")
     if model is None:
@@ -75,7 +75,7 @@ def lora_to_torch(source: str | Path, destination: str | Path, *, layout: str) -
     if layout not in LAYOUTS:
         raise InputError(f"--layout: expected {', '.join(LAYOUTS)}, found {layout!r}")
     source, destination = as_path(source), on_this_machine(destination)
-    checkpoint.check_new(destination)
+    check_new(destination)
     if not (source / CONFIG).is_file():
         raise InputError(f"{source}: expected {CONFIG} of an acestep-jax adapter, found none")
     adapter = load_adapter(source)
@@ -91,7 +91,7 @@ def lora_to_torch(source: str | Path, destination: str | Path, *, layout: str) -
     if layout == "comfyui":
         _write_comfyui(destination, source, adapter)
         return
-    with checkpoint.publish(destination, sum(value.nbytes for value in adapter.leaves.values())) as folder:
+    with publish_folder(destination, sum(value.nbytes for value in adapter.leaves.values())) as folder:
         (_write_peft if layout == "peft" else _write_diffusers)(folder, adapter)
 
 

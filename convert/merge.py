@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from acestep_jax.io import checkpoint
+from acestep_jax.io import checkpoint, checkpoint_writer
 from acestep_jax.io.adapter import Adapter, merge_adapters, resolve_adapters
-from acestep_jax.io.files import as_path
+from acestep_jax.io.files import as_path, check_new
+from acestep_jax.io.manifest import check_unquantized
 from acestep_jax.models.config import TransformerConfig
 from acestep_jax.models.transformer import AceStepTransformer1DModel
 
@@ -30,9 +31,9 @@ def merge_lora(
         InputError: if `source` is not a native checkpoint, `destination` exists, a scale is not a finite number, or an
             adapter is for another model. Nothing is written then.
     """
-    checkpoint.check_new(as_path(destination))
+    check_new(as_path(destination))
     manifest = checkpoint.read_manifest(source)
-    checkpoint.check_unquantized(source, manifest, "adapters are merged into")
+    check_unquantized(source, manifest, "adapters are merged into")
     config = manifest.configs["transformer"]
     assert isinstance(config, TransformerConfig)
     adapters, scales = resolve_adapters(adapters, scales, config)
@@ -41,4 +42,4 @@ def merge_lora(
     transformer = merge_adapters(transformer, adapters, scales)
     adapted = {f"{leaf.rpartition('.')[0]}.kernel" for adapter in adapters for leaf in adapter.leaves}
     arrays = {leaf: v[...] for leaf, v in checkpoint.leaves(transformer).items() if leaf in adapted}
-    checkpoint.save_changed(source, destination, "transformer", arrays)
+    checkpoint_writer.save_changed(source, destination, "transformer", arrays)

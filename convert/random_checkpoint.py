@@ -18,8 +18,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
-from acestep_jax.io.checkpoint import publish
-from acestep_jax.io.files import on_this_machine
+from acestep_jax.io.files import on_this_machine, publish_folder
 
 _ATTENTION = dict(
     hidden_size=64,
@@ -76,7 +75,7 @@ def write_random_checkpoint(
     Raises:
         InputError: if `destination` exists.
     """
-    with publish(on_this_machine(destination)) as folder:
+    with publish_folder(on_this_machine(destination)) as folder:
         pipeline = random_pipeline(SIZES[size], variant=variant, seed=seed)
         if dtype != "float32":
             pipeline.to(getattr(torch, dtype))

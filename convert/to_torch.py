@@ -17,7 +17,8 @@ from tqdm import tqdm
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint, original, rules
 from acestep_jax.io.conversion import WEIGHT_NORM
-from acestep_jax.io.files import as_path, local_copy, on_this_machine
+from acestep_jax.io.files import as_path, check_new, local_copy, on_this_machine, publish_folder
+from acestep_jax.io.manifest import check_unquantized
 from acestep_jax.io.planner_files import tokenizer_files
 from acestep_jax.io.pretrained import fold, weight_norm
 from acestep_jax.io.safetensors_writer import write_safetensors
@@ -63,9 +64,9 @@ def to_torch(source: str | Path, destination: str | Path, *, layout: str) -> Non
     if layout not in LAYOUTS:
         raise InputError(f"--layout: expected {' or '.join(LAYOUTS)}, found {layout!r}")
     source, destination = as_path(source), on_this_machine(destination)
-    checkpoint.check_new(destination)
+    check_new(destination)
     manifest = checkpoint.read_manifest(source, ())
-    checkpoint.check_unquantized(source, manifest, "PyTorch's layouts have")
+    check_unquantized(source, manifest, "PyTorch's layouts have")
     if set(manifest.configs) == {PLANNER}:
         if layout != "original":
             raise InputError("--layout: a planner has no folder in the layout of diffusers; use original")
@@ -89,7 +90,7 @@ def to_torch(source: str | Path, destination: str | Path, *, layout: str) -> Non
         entries = {name: _entries(source, name, leaves, read) for name, leaves in stored.items()}
         every = [entry for part in entries.values() for entry in part]
         size = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype, _ in every)
-        with checkpoint.publish(destination, size) as folder:
+        with publish_folder(destination, size) as folder:
             write = _write_diffusers if layout == "diffusers" else _write_original
             write(folder, source, manifest, entries)
 
@@ -220,7 +221,7 @@ def _write_planner(source: Path, destination: Path, manifest: checkpoint.Manifes
     with tqdm(total=len(stored[PLANNER]), unit="tensor", disable=None) as bar:
         entries = _entries(source, PLANNER, stored[PLANNER], _Reader(source, stored, bar))
         size = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype, _ in entries)
-        with checkpoint.publish(destination, size) as folder:
+        with publish_folder(destination, size) as folder:
             _write_json(folder / "config.json", manifest.configs[PLANNER].to_hf())
             named = [(original.original_name(PLANNER, n), shape, dtype, read) for n, shape, dtype, read in entries]
             write_safetensors(folder / "model.safetensors", named)

@@ -17,18 +17,20 @@ FORMATS = ", ".join(audio.FORMATS)
 
 def add(commands: Any) -> None:
     """Add the two commands."""
-    tokenize = Parser(description="Turn a song into audio codes, 5 for each second.")
+    tokenize = Parser(description="Encode a song as audio codes, 5 per second.")
     tokenize.add_argument("song", metavar="FILE", help="Sound file to encode.")
-    tokenize.add_argument("--out", metavar="FILE", help="Text file to write the codes to. Default: they are printed.")
-    detokenize = Parser(description="Turn audio codes into audio.")
-    detokenize.add_argument("codes", metavar="CODES", help="Codes as tokenize writes them; @FILE reads them.")
+    tokenize.add_argument("--out", metavar="FILE", help="Text file to write the codes to. Default: print them.")
+    detokenize = Parser(description="Decode audio codes to a song.")
+    detokenize.add_argument(
+        "codes", metavar="CODES", help="Codes, as written by tokenize. @FILE reads them from a file."
+    )
     detokenize.add_argument(
         "--out", metavar="FILE", default="song.wav", help=f"Sound file to write: {FORMATS}. Default: song.wav."
     )
     for name, parser in (("tokenize", tokenize), ("detokenize", detokenize)):
         add_checkpoint(parser)
         add_dtype(parser)
-        parser.add_argument("--overwrite", action="store_true", help="Replace the output if it exists.")
+        parser.add_argument("--overwrite", action="store_true", help="Overwrite an existing output.")
         commands.add_subcommand(name, parser, help=parser.description)
 
 

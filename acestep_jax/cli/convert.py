@@ -16,40 +16,40 @@ def add(commands: Any) -> None:
     """Add the command "convert", which has commands of its own. `commands`: what `add_subcommands` returned."""
     about = "Convert checkpoints and adapters between PyTorch and the native format."
     parser = Parser(description=about)
-    commands.add_subcommand("convert", parser, help="convert checkpoints and adapters from PyTorch and to it")
+    commands.add_subcommand("convert", parser, help="Convert checkpoints and adapters from and to PyTorch.")
     commands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
 
-    command = _command(commands, "from-torch", "convert a PyTorch checkpoint to a native one")
+    command = _command(commands, "from-torch", "Convert a PyTorch checkpoint to a native one.")
     _add_source(command)
-    command.add_argument("destination", metavar="DST", help="Folder to create for the native checkpoint")
+    command.add_argument("destination", metavar="DST", help="Folder to create for the native checkpoint.")
     command.add_argument(
         "--dtype",
         metavar="DTYPE",
         help=f"Cast all weights to {DTYPES}, or quantise those of layers to {KINDS}; without it they keep the dtypes "
-        "of SRC",
+        "of SRC.",
     )
 
-    command = _command(commands, "quantize", "write a native checkpoint with the weights of its layers in 8 bits")
-    command.add_argument("source", metavar="SRC", help="Folder of a native checkpoint, of a model or a planner")
-    command.add_argument("destination", metavar="DST", help="Folder to create for the quantised checkpoint")
-    command.add_argument("--dtype", metavar="DTYPE", required=True, help=f"What weights are quantised to: {KINDS}")
+    command = _command(commands, "quantize", "Write a native checkpoint with the weights of its layers in 8 bits.")
+    command.add_argument("source", metavar="SRC", help="Folder of a native checkpoint, of a model or a planner.")
+    command.add_argument("destination", metavar="DST", help="Folder to create for the quantised checkpoint.")
+    command.add_argument("--dtype", metavar="DTYPE", required=True, help=f"What weights are quantised to: {KINDS}.")
 
-    command = _command(commands, "to-torch", "convert a native checkpoint to a PyTorch one")
-    command.add_argument("source", metavar="SRC", help="Folder of a native checkpoint")
-    command.add_argument("destination", metavar="DST", help="Folder to create for the PyTorch checkpoint")
+    command = _command(commands, "to-torch", "Convert a native checkpoint to a PyTorch one.")
+    command.add_argument("source", metavar="SRC", help="Folder of a native checkpoint.")
+    command.add_argument("destination", metavar="DST", help="Folder to create for the PyTorch checkpoint.")
     command.add_argument(
         "--layout",
         metavar="LAYOUT",
         required=True,
-        help='Layout to write: "diffusers", or "original" for that of ACE-Step\'s own application',
+        help='Layout to write: "diffusers", or "original" for that of ACE-Step\'s own application.',
     )
 
-    command = _command(commands, "verify", "run a PyTorch checkpoint in torch and in JAX and compare every stage")
+    command = _command(commands, "verify", "Run a PyTorch checkpoint in torch and in JAX and compare every stage.")
     _add_source(command)
 
-    command = _command(commands, "lora-from-torch", "convert a LoRA adapter of PEFT, diffusers or ComfyUI")
-    command.add_argument("source", metavar="SRC", help="Folder or .safetensors file of the adapter")
-    command.add_argument("destination", metavar="DST", help="Folder to create for the acestep-jax adapter")
+    command = _command(commands, "lora-from-torch", "Convert a LoRA adapter of PEFT, diffusers or ComfyUI.")
+    command.add_argument("source", metavar="SRC", help="Folder or .safetensors file of the adapter.")
+    command.add_argument("destination", metavar="DST", help="Folder to create for the acestep-jax adapter.")
     command.add_argument(
         "--checkpoint",
         metavar="DIR",
@@ -57,10 +57,10 @@ def add(commands: Any) -> None:
         "the last layers",
     )
 
-    command = _command(commands, "lora-to-torch", "convert an adapter for PEFT, diffusers or ComfyUI")
-    command.add_argument("source", metavar="SRC", help="Folder of an acestep-jax adapter")
+    command = _command(commands, "lora-to-torch", "Convert an adapter for PEFT, diffusers or ComfyUI.")
+    command.add_argument("source", metavar="SRC", help="Folder of an acestep-jax adapter.")
     command.add_argument(
-        "destination", metavar="DST", help='Folder to create, or the .safetensors file for the layout "comfyui"'
+        "destination", metavar="DST", help='Folder to create, or the .safetensors file for the layout "comfyui".'
     )
     command.add_argument(
         "--layout",
@@ -69,26 +69,26 @@ def add(commands: Any) -> None:
         help='Layout to write: "peft" (which ACE-Step\'s own application reads too), "diffusers" or "comfyui"',
     )
 
-    command = _command(commands, "merge-lora", "write a native checkpoint with adapters merged into its weights")
-    command.add_argument("source", metavar="SRC", help="Folder of a native checkpoint")
-    command.add_argument("destination", metavar="DST", help="Folder to create for the merged checkpoint")
+    command = _command(commands, "merge-lora", "Write a native checkpoint with adapters merged into its weights.")
+    command.add_argument("source", metavar="SRC", help="Folder of a native checkpoint.")
+    command.add_argument("destination", metavar="DST", help="Folder to create for the merged checkpoint.")
     add_lora(command, required=True)
 
-    command = _command(commands, "random-torch", "write a PyTorch checkpoint with random weights, for trials")
-    command.add_argument("destination", metavar="DST", help="Folder to create for the PyTorch checkpoint")
+    command = _command(commands, "random-torch", "Write a PyTorch checkpoint with random weights, for trials.")
+    command.add_argument("destination", metavar="DST", help="Folder to create for the PyTorch checkpoint.")
     command.add_argument(
         "--size",
         choices=("tiny", "2B"),
         default="tiny",
-        help='Size of the networks; "2B" is that of the published ones',
+        help='Size of the networks; "2B" is that of the published ones.',
     )
     command.add_argument(
-        "--variant", choices=("turbo", "base", "sft"), default="turbo", help="Variant that the checkpoint claims to be"
+        "--variant", choices=("turbo", "base", "sft"), default="turbo", help="Variant that the checkpoint claims to be."
     )
     command.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="Dtype of all weights"
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="Dtype of all weights."
     )
-    command.add_argument("--seed", type=int, default=0, help="Seed of the weights; the same seed gives the same bytes")
+    command.add_argument("--seed", type=int, default=0, help="Seed of the weights; the same seed gives the same bytes.")
 
 
 def run(options: Namespace) -> int | None:
@@ -145,8 +145,8 @@ def run(options: Namespace) -> int | None:
 
 
 def _command(commands: Any, name: str, what: str) -> ArgumentParser:
-    """Add a command that does `what`; see `Parser` for wrong arguments."""
-    parser = Parser(description=f"{what[0].upper()}{what[1:]}.")
+    """Add a command with the description `what`; see `Parser` for wrong arguments."""
+    parser = Parser(description=what)
     commands.add_subcommand(name, parser, help=what)
     return parser
 
@@ -156,16 +156,16 @@ def _add_source(parser: ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="PyTorch checkpoint: a folder of diffusers or ACE-Step, a file of ComfyUI or a hub id",
+        help="PyTorch checkpoint: a folder of diffusers or ACE-Step, a file of ComfyUI or a hub id.",
     )
     add_variant(parser)
     parser.add_argument(
         "--vae",
         metavar="DIR",
-        help="Folder, or file, of the autoencoder; without it, the folder vae beside SRC",
+        help="Folder, or file, of the autoencoder; without it, the folder vae beside SRC.",
     )
     parser.add_argument(
         "--text-encoder",
         metavar="DIR",
-        help="Folder, or file, of the text encoder; without it, Qwen3-Embedding-0.6B beside SRC",
+        help="Folder, or file, of the text encoder; without it, Qwen3-Embedding-0.6B beside SRC.",
     )

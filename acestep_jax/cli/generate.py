@@ -37,25 +37,29 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--out", metavar="FILE", help=f"Sound file to write: {', '.join(audio.FORMATS)}. Default: song.wav."
     )
-    parser.add_argument("--overwrite", action="store_true", help="Replace outputs that exist.")
+    parser.add_argument("--overwrite", action="store_true", help="Overwrite existing outputs.")
     for kind in KINDS:
         add_fields(parser, kind)
-    parser.add_argument("--plan", metavar="FILE", help="Plan in place of PROMPT, as `acestep-jax plan` writes it.")
+    parser.add_argument(
+        "--plan", metavar="FILE", help="Plan to use instead of PROMPT, as written by `acestep-jax plan`."
+    )
     add_planner(parser)
-    parser.add_argument("--lrc", action="store_true", help="Write when each line is sung beside the song, SONG.lrc.")
+    parser.add_argument(
+        "--lrc", action="store_true", help="Also write SONG.lrc, with the time at which each line is sung."
+    )
     parser.add_argument(
         "--batch",
         metavar="FILE",
-        help="JSONL file in place of PROMPT: an object on each line with the arguments of AceStepPipeline as keys; the "
-        "options of this command are the defaults. Finished songs are skipped.",
+        help="JSONL file to use instead of PROMPT: one object per line, with the arguments of AceStepPipeline as keys. "
+        "Options of this command are the defaults. Finished songs are skipped.",
     )
     parser.add_argument("--out-dir", metavar="DIR", help="Folder for the songs of --batch and their settings.")
     parser.add_argument(
         "--batch-size",
         metavar="N",
         type=int,
-        help="Number of songs of --batch made at once. Default: 1; with --distributed and without --mesh, one on each "
-        "device of a process.",
+        help="Number of songs of --batch to generate at once. Default: 1; with --distributed and without --mesh, one "
+        "on each device of a process.",
     )
     add_lora(parser)
     add_dtype(parser)

@@ -27,13 +27,15 @@ REASONS = {
 def add(commands: Any) -> None:
     """Add the command."""
     parser = Parser(
-        description="Print versions, what is in this machine and what JAX uses of it, which models fit its memory, and "
-        "the networks of a checkpoint."
+        description="Print versions, the devices of this machine and those that JAX uses, which models fit in memory, "
+        "and the networks of a checkpoint."
     )
     add_checkpoint(parser)
     parser.add_argument("--cache", action="store_true", help="List the converted checkpoints in the cache instead.")
     parser.add_argument("--clear", action="store_true", help="Delete the converted checkpoints of --cache.")
-    commands.add_subcommand("info", parser, help="Print versions, devices, what fits, and a checkpoint's networks.")
+    commands.add_subcommand(
+        "info", parser, help="Print versions, devices, which models fit, and a checkpoint's networks."
+    )
 
 
 def run(options: Any) -> None:

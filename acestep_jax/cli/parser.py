@@ -14,6 +14,7 @@ import jsonargparse
 
 from acestep_jax.arguments import alternatives, arguments, describe, flag, repeatable, value_types
 from acestep_jax.errors import InputError, nearest
+from acestep_jax.request import KINDS
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -138,7 +139,7 @@ def add_fields(parser: Parser, kind: type, names: Iterable[str] | None = None) -
     for name, (field, about) in arguments(kind).items():
         if name == "prompt" or not (option := flag(name, about)) or (names is not None and name not in names):
             continue
-        text = describe(name, kind).replace("%", "%%")
+        text = _with_flags(describe(name, kind)).replace("%", "%%")
         if value_types(field.type) == {bool}:
             if field.type is bool:
                 parser.add_argument(option, dest=_key(name), action="store_true", help=text)
@@ -148,6 +149,17 @@ def add_fields(parser: Parser, kind: type, names: Iterable[str] | None = None) -
         metavar = about.metavar or ("S" if about.unit == "s" else "N" if _is_number(field.type) else option[2:].upper())
         action = "append" if repeatable(field.type) else "store"
         parser.add_argument(option, dest=_key(name), action=action, metavar=metavar, help=text)
+
+
+def _with_flags(text: str) -> str:
+    """Return a help text with options of the command line in place of names of fields: "--compat diffusers" for
+    "compat=diffusers"."""
+    for kind in KINDS:
+        for name, (_, about) in arguments(kind).items():
+            if option := flag(name, about):
+                text = re.sub(rf"\b{name}=(\w+)", rf"{option} \1", text)
+                text = re.sub(rf"\b{name}\b", option, text) if "_" in name else text
+    return text
 
 
 def read_fields(options: Any, kind: type) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from acestep_jax.io.checkpoint import SMALL_MODEL
 from acestep_jax.io.files import user_cache
 from acestep_jax.io.native import native_folder
 from acestep_jax.loaded import converted_dtype
-from acestep_jax.models.config import PRECISIONS, QUANTIZATIONS
+from acestep_jax.models.runtime import PRECISIONS, QUANTIZATIONS
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +28,9 @@ def add_checkpoint(parser: Parser) -> None:
         dest="checkpoint",
         metavar="MODEL",
         default=str(SMALL_MODEL),
-        help="Id of a repository on the Hugging Face hub, such as ACE-Step/Ace-Step1.5; a PyTorch checkpoint, a folder "
-        "or a file of ComfyUI; or a native checkpoint. Downloads and conversions are kept. Default: the small model of "
-        "this package.",
+        help="Model: the id of a repository on the Hugging Face hub, such as ACE-Step/Ace-Step1.5; a PyTorch "
+        "checkpoint, which is a folder or a file of ComfyUI; or a native checkpoint. Downloads and conversions are "
+        "kept. Default: the small model of this package.",
     )
     add_variant(parser)
 
@@ -38,7 +38,7 @@ def add_checkpoint(parser: Parser) -> None:
 def add_variant(parser: ArgumentParser) -> None:
     """Add --variant."""
     parser.add_argument(
-        "--variant", metavar="NAME", help="Model to take where there are several: turbo, base, sft, xl-turbo, ..."
+        "--variant", metavar="NAME", help="Which model to use if there are several: turbo, base, sft, xl-turbo, ..."
     )
 
 
@@ -47,8 +47,8 @@ def add_planner(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--planner",
         metavar="MODEL",
-        help="Planner: a folder, or the id of a repository such as ACE-Step/acestep-5Hz-lm-0.6B. Default: the one that "
-        "is with the model.",
+        help="Planner: a folder, or the id of a repository such as ACE-Step/acestep-5Hz-lm-0.6B. Default: the "
+        "model's own.",
     )
 
 
@@ -68,8 +68,8 @@ def add_dtype(parser: Parser) -> None:
     parser.add_argument(
         "--dtype",
         metavar="DTYPE",
-        help=f"Dtype of weights and computation: {', '.join(PRECISIONS)}. Or of the weights of layers only, in half "
-        f"the memory of bfloat16: {' or '.join(QUANTIZATIONS)}. Default: what the checkpoint asks for, or else what "
+        help=f"Dtype of weights and computation: {', '.join(PRECISIONS)}; or {' or '.join(QUANTIZATIONS)}, which "
+        "quantises the weights of layers, in half the memory of bfloat16. Default: the checkpoint's own, or else what "
         "suits the device.",
     )
 
@@ -91,8 +91,8 @@ def add_distributed(parser: ArgumentParser, work: str) -> None:
         nargs="?",
         const="",
         metavar="HOST:PORT,COUNT,INDEX",
-        help=f"Run as one of several processes, {work}: the address of process 0, the number of processes and the "
-        "index of this one. Without a value JAX finds out (TPU pods, SLURM, Open MPI).",
+        help=f"Run as one of several processes, {work}. The value is the address of process 0, the number of "
+        "processes and the index of this one; without a value JAX detects them (TPU pods, SLURM, Open MPI).",
     )
 
 

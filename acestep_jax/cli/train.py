@@ -14,7 +14,7 @@ import jsonargparse
 from acestep_jax.cli.parser import Parser
 from acestep_jax.cli.runtime import add_distributed, add_variant
 from acestep_jax.errors import InputError
-from acestep_jax.models.config import DTYPES
+from acestep_jax.models.runtime import DTYPES
 from acestep_jax.train import config_file
 from acestep_jax.train.config import AutoencoderTrainConfig, TrainConfig
 
@@ -24,12 +24,12 @@ PROGRAM = "acestep-jax train"
 def add(commands: Any) -> None:
     """Add `train` to the commands of the main program, what its parser's `add_subcommands` has returned."""
     train = Parser(description="Train adapters, whole models and autoencoders.")
-    commands.add_subcommand("train", train, help="fine-tune a model, or train an autoencoder")
+    commands.add_subcommand("train", train, help="Fine-tune a model, or train an autoencoder.")
     actions = train.add_subcommands(required=True, dest="command", metavar="COMMAND")
 
     def command(name: str, text: str, settings: type | None = None, **kinds: str) -> Parser:
         kinds |= dict(_kinds(settings)) if settings is not None else {}
-        added = Parser(description=f"{text[0].upper()}{text[1:]}.", kinds=kinds)
+        added = Parser(description=text, kinds=kinds)
         actions.add_subcommand(name, added, help=text)
         added.prog = f"{PROGRAM} {name}"
         added.formatter_class = jsonargparse.DefaultHelpFormatter  # which shows types and defaults of settings
@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
             config_file.add_settings(added, settings)
         return added
 
-    preprocess = command("preprocess", "encode a folder of songs, or what changed in it", crop_seconds="numbers")
+    preprocess = command("preprocess", "Encode a folder of songs, or what changed in it.", crop_seconds="numbers")
     preprocess.add_argument(
         "audio_dir", metavar="AUDIO_DIR", help="Folder of songs, with captions and lyrics beside them."
     )
@@ -61,11 +61,11 @@ def add(commands: Any) -> None:
     preprocess.add_argument("--dtype", help=f"Dtype of the encoders, {', '.join(DTYPES)}. By default as stored.")
     add_distributed(preprocess, "each of which encodes a share of the songs on its first device")
 
-    fit = command("fit", "fine-tune the transformer on preprocessed songs", TrainConfig)
+    fit = command("fit", "Fine-tune the transformer on preprocessed songs.", TrainConfig)
     add_distributed(fit, "with a mesh over the devices of all")
-    command("autoencoder", "train an autoencoder from scratch on a folder of audio", AutoencoderTrainConfig)
+    command("autoencoder", "Train an autoencoder from scratch on a folder of audio.", AutoencoderTrainConfig)
 
-    export = command("export", "write the result of a step of a run, which may be in progress", step="a whole number")
+    export = command("export", "Write the result of a step of a run, which may be in progress.", step="a whole number")
     export.add_argument("run", metavar="RUN_DIR", help="Folder of a run.")
     export.add_argument("destination", metavar="DST", help="Folder to create.")
     export.add_argument(

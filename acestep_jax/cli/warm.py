@@ -1,4 +1,4 @@
-"""`acestep-jax warm`: compile what songs of some durations need, before somebody waits for it."""
+"""`acestep-jax warm`: compile the programs for songs of some durations, before somebody waits for them."""
 
 import dataclasses
 import time
@@ -20,9 +20,10 @@ from acestep_jax.request import KINDS, Planning, Request, Sampling
 def add(commands: Any) -> None:
     """Add the command."""
     parser = Parser(
-        description="Compile what songs of some durations need, by making one of each. Programs are kept on disk, see "
-        "JAX_COMPILATION_CACHE_DIR, so that later runs with the same options, and machines of a kind, start at once. "
-        "Longer prompts and lyrics have programs of their own: give some that are as long as yours."
+        description="Compile the programs for songs of some durations, by generating a song of each. Programs are kept "
+        "on disk, see JAX_COMPILATION_CACHE_DIR, so that later runs with the same options, also on other machines of "
+        "the same kind, start at once. Longer prompts and lyrics need programs of their own: give examples that are as "
+        "long as yours."
     )
     add_checkpoint(parser)
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", default="piano", help="Description of the music.")
@@ -36,11 +37,11 @@ def add(commands: Any) -> None:
     add_lora(parser)
     add_dtype(parser)
     add_devices(parser)
-    commands.add_subcommand("warm", parser, help="Compile ahead.")
+    commands.add_subcommand("warm", parser, help="Compile the programs that songs need, ahead of the first one.")
 
 
 def run(options: Any) -> None:
-    """Make a song of each duration, and print how long each took."""
+    """Generate a song of each duration, and print how long each took."""
     try:
         planning, sampling = Planning(**read_fields(options, Planning)), Sampling(**read_fields(options, Sampling))
         words: dict[str, Any] = {"lyrics": "[Instrumental]", "seed": 0, **read_fields(options, Request)}

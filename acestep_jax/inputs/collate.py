@@ -23,7 +23,7 @@ from acestep_jax.request import Sampling
 
 logger = logging.getLogger(__name__)
 
-# Padding that is attended to must be diffusers': to the longest of the batch only.
+# If padding is attended to, as in diffusers, it must be as in diffusers: up to the longest text of the batch.
 UNPADDED = dataclasses.replace(BUCKETS, prompt=1, lyrics=1)
 
 
@@ -31,20 +31,20 @@ A = TypeVar("A")  # np.ndarray, or jax.Array within a program
 
 
 class Tokens(NamedTuple, Generic[A]):
-    """Token ids of a batch, padded on the right: [B, S] int32, and which are tokens: [B, S] bool."""
+    """Token ids of a batch, padded on the right, [B, S] int32, and their mask, [B, S] bool."""
 
     ids: A
     mask: A
 
 
 class Batch(NamedTuple):
-    """Jobs as arrays on the host; T is the bucket of the longest."""
+    """The jobs of a batch as arrays on the host; T is the bucket of the longest song."""
 
     lengths: np.ndarray  # [B] int32, latent frames
     prompt: Tokens[np.ndarray]
     lyrics: Tokens[np.ndarray]
     plain: Tokens[np.ndarray] | None  # the prompts as those of text2music, where a cover of the batch is partial
-    edited: tuple[Tokens[np.ndarray], Tokens[np.ndarray]] | None  # prompts and lyrics of sources edited by flow
+    edited: tuple[Tokens[np.ndarray], Tokens[np.ndarray]] | None  # prompts and lyrics of sources, for FlowEdit
     silent: np.ndarray  # [B, T] bool, true in the padding
     mask: np.ndarray  # [B, T] bool, what is generated, true in the padding
     keeps_source: np.ndarray  # [B] bool
@@ -60,7 +60,7 @@ def collate(jobs: Sequence[Job], *, pad: int | None = None) -> Batch:
     """Return the arrays of a batch.
 
     Args:
-        pad: the token to pad with, where padding is attended to, as in diffusers; None: padding is masked.
+        pad: token to pad with if padding is attended to, as in diffusers; None: padding is masked.
     """
     buckets: Buckets = BUCKETS if pad is None else UNPADDED
     frames = buckets.frames_of(max(job.frames for job in jobs))
@@ -104,8 +104,7 @@ def _edited(jobs: Sequence[Job], buckets: Buckets, pad: int) -> tuple[Tokens[np.
 
 
 def check_sampling(jobs: Sequence[Job], sampling: Sampling) -> None:
-    """Raise InputError if a job's task does not accept a value that the sampling has, or only some are edited by
-    flow."""
+    """Raise InputError if a job's task does not accept a field of the sampling, or only some jobs use FlowEdit."""
     for job in jobs:
         check_accepted(sampling, job.task_type, job.task)
         if job.compat != sampling.compat:
@@ -115,7 +114,7 @@ def check_sampling(jobs: Sequence[Job], sampling: Sampling) -> None:
                 sampling.compat,
             )
     if len({job.edited for job in jobs}) > 1:
-        raise InputError("flow_edit_morph: expected all songs of a batch to be edited by flow, or none")
+        raise InputError("flow_edit_morph: expected the same value for all songs of a batch, found both")
     if jobs[0].edited:
         for name, value, expected in (
             ("solver", sampling.solver, "euler"),
@@ -124,12 +123,12 @@ def check_sampling(jobs: Sequence[Job], sampling: Sampling) -> None:
             ("dcw_enabled", bool(sampling.dcw_enabled), False),
         ):
             if value != expected:
-                raise InputError(f"{name}: expected {expected} where sources are edited by flow, found {value}")
+                raise InputError(f"{name}: expected {expected} with flow_edit_morph, found {value}")
 
 
 def warn_of_padding(jobs: Sequence[Job], window: int) -> None:
-    """Warn where the padding of lyrics, which reads the lyrics before it, is more than `window` tokens from them: the
-    torch model makes the mean of everything of padding that reads nothing, which is not computed here."""
+    """Warn if lyrics have padding more than `window` tokens after their end, which attends to no valid token: there
+    the torch model takes the mean of all values, which is not reproduced here."""
     lengths = [len(job.lyric_ids) for job in jobs]
     if (difference := max(lengths) - min(lengths)) > window:
         logger.warning(
@@ -194,22 +193,22 @@ def blend_weights(jobs: Sequence[Job], frames: int, width: int) -> np.ndarray:
 
 
 def new_seed(count: int, *, joint: bool = False) -> int:
-    """Return the first of `count` successive seeds that nobody gave.
+    """Return the first of `count` consecutive random seeds.
 
     Args:
-        joint: whether all processes make the same songs, and so need the same seeds; then all must call this.
+        joint: whether all processes generate the same songs and so need the same seeds; then all must call this.
     """
     seed = secrets.randbelow(2**32 - count)
     return int(multihost_utils.broadcast_one_to_all(np.uint32(seed))) if joint else seed
 
 
 def draw_seeds(jobs: Sequence[Job], *, needed: bool, joint: bool = False) -> tuple[list[int | None], jax.Array]:
-    """Return the seeds, with new ones for songs that have none, and the keys of all [B].
+    """Return the seed of each song, random where none was given, and the keys of all songs, [B].
 
-    A seed is None where a key was given, or noise.
+    A seed is None if a key or noise was given instead.
 
     Args:
-        needed: whether keys are used besides for the initial noise.
+        needed: whether keys are used for anything but the initial noise.
         joint: see `new_seed`.
     """
     fresh = new_seed(len(jobs), joint=joint)

@@ -1,7 +1,8 @@
-"""Arguments that were given and have no effect, because of another argument or of the model: a warning says so.
+"""Warnings about arguments that have no effect because of another argument or of the model.
 
-An argument was given if it differs from its default. What a task does not take, or what contradicts another argument,
-is an error, see `inputs.prepare` and `inputs.collate`; the tables here are of what would otherwise be dropped silently.
+An argument counts as given if it differs from its default. Arguments that a task does not accept, or that contradict
+each other, are errors, see `inputs.prepare` and `inputs.collate`; the tables here list those that would otherwise be
+ignored silently.
 """
 
 import logging
@@ -21,10 +22,10 @@ A = TypeVar("A")  # what the effect depends on: a request, or a batch
 
 
 class Rule(NamedTuple, Generic[A]):
-    """Some arguments and what they need.
+    """Some arguments and what they need to have an effect.
 
-    acts: whether they have an effect.
-    needs: what is to be given or left out for that, for the message.
+    acts: whether they have one.
+    needs: what they need, for the message.
     """
 
     names: tuple[str, ...]
@@ -35,8 +36,8 @@ class Rule(NamedTuple, Generic[A]):
 class Batch(NamedTuple):
     """What the effect of `Sampling` depends on.
 
-    given: the sampling as it was given; settled: with all of its fields, see `inputs.settings`.
-    turbo: whether the model is one of turbo, into whose weights guidance is distilled.
+    given: the sampling as given; settled: with defaults filled in, see `inputs.settings`.
+    turbo: whether it is a turbo model, whose weights have guidance distilled into them.
     """
 
     jobs: "Sequence[Job]"
@@ -46,7 +47,7 @@ class Batch(NamedTuple):
 
     @property
     def edited(self) -> bool:
-        """Whether sources are edited by flow."""
+        """Whether sources are edited with FlowEdit."""
         return self.jobs[0].edited
 
     @property
@@ -57,18 +58,18 @@ class Batch(NamedTuple):
 
     @property
     def keeps_sources(self) -> bool:
-        """Whether a song is held to its source outside of regions."""
+        """Whether a song keeps its source outside of regions."""
         return any(job.keeps_source and not job.mask.all() for job in self.jobs)
 
     @property
     def follows_strength(self) -> bool:
-        """Whether `repaint_strength` decides how a song is held to its source."""
+        """Whether `repaint_strength` has an effect on how the source is kept."""
         own = self.given.repaint_injection_ratio, self.given.repaint_latent_crossfade_frames
         return self.keeps_sources and self.settled.repaint_mode == "balanced" and None in own
 
     @property
     def follows_mode(self) -> bool:
-        """Whether `repaint_mode` does."""
+        """Whether `repaint_mode` has one."""
         own = self.given.repaint_injection_ratio, self.given.repaint_latent_crossfade_frames
         return self.keeps_sources and None in own
 
@@ -78,7 +79,7 @@ class Batch(NamedTuple):
         return bool(self.settled.dcw_enabled) and not self.edited
 
 
-_WITH_DCW = "DCW, which is on for turbo models and with dcw_enabled=True, but where sources are edited by flow"
+_WITH_DCW = "DCW, which is on for turbo models and with dcw_enabled=True, but not with flow_edit_morph"
 
 OF_REQUESTS: tuple[Rule[Request], ...] = (
     Rule(("retake_seed",), lambda request: request.retake_variance > 0, "retake_variance above 0"),
@@ -119,19 +120,19 @@ OF_SAMPLING: tuple[Rule[Batch], ...] = (
     Rule(
         ("repaint_mode",),
         lambda batch: batch.follows_mode,
-        "regions outside of which the source stays, and repaint_injection_ratio or repaint_latent_crossfade_frames to "
-        "be left out",
+        "regions outside of which the source is kept, and repaint_injection_ratio or "
+        "repaint_latent_crossfade_frames to be left out",
     ),
     Rule(
         ("repaint_strength",),
         lambda batch: batch.follows_strength,
-        "regions outside of which the source stays, repaint_mode=balanced, and repaint_injection_ratio or "
+        "regions outside of which the source is kept, repaint_mode=balanced, and repaint_injection_ratio or "
         "repaint_latent_crossfade_frames to be left out",
     ),
     Rule(
         ("repaint_injection_ratio", "repaint_latent_crossfade_frames"),
         lambda batch: batch.keeps_sources,
-        "regions outside of which the source stays",
+        "regions outside of which the source is kept",
     ),
     Rule(("dcw_mode", "dcw_scaler", "dcw_high_scaler", "dcw_wavelet"), lambda batch: batch.corrected, _WITH_DCW),
     Rule(("dcw_high_scaler",), lambda batch: batch.settled.dcw_mode == "double", "dcw_mode=double"),
@@ -147,7 +148,7 @@ OF_SAMPLING: tuple[Rule[Batch], ...] = (
         lambda batch: (
             not batch.edited and any(job.request.latents is None or job.request.retake_variance for job in batch.jobs)
         ),
-        "noise of a seed: no latents, and no editing by flow",
+        "noise drawn from a seed: no latents, and no flow_edit_morph",
     ),
 )
 
@@ -163,7 +164,7 @@ def warn_of_sampling(batch: Batch) -> None:
     jobs, sampling = batch.jobs, batch.settled
     draws = sampling.solver in STOCHASTIC or batch.edited or sampling.posterior == "sample"
     if not draws and any(job.request.seed is not None and job.request.latents is not None for job in jobs):
-        _say("seed", "latents to be left out, which take the place of its noise")
+        _say("seed", "latents to be left out, which replace its noise")
 
 
 def _warn(rules: Sequence[Rule[A]], values: Request | Sampling, facts: A) -> None:

@@ -20,8 +20,8 @@ R = TypeVar("R")
 
 
 def takes(kind: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[Concatenate[Any, P], R]]:
-    """Give a method the parameters of the dataclass `kind`: its signature, for editors and `help()`, its fields' help
-    in the docstring, and their names for positional arguments."""
+    """Give a method the parameters of the dataclass `kind`: in its signature, for editors and `help()`; in its
+    docstring, with their help texts; and as positional arguments."""
     parameters = list(inspect.signature(kind).parameters.values())
     names = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     dataclass = cast(type, kind)
@@ -58,17 +58,17 @@ class Planned(Protocol):
 
 
 def requests_of(keywords: Mapping[str, Any]) -> tuple[list[Request], Planning, Sampling]:
-    """Return a request for each prompt, how it is planned and how it is sampled.
+    """Return a request for each prompt, and how the requests are planned and sampled.
 
-    A `Request` in place of a prompt stays as it is; of a plan, what is given takes the place of what it says. Every
-    value may be a list with one for each prompt, but for those of fields that take several values themselves.
+    A prompt may also be a `Request`, which is used as it is, or a plan, whose fields the other keywords override. Every
+    value may be a list with one value for each prompt, except for fields that take several values themselves.
 
     Args:
-        keywords: fields of `Arguments`. Song i of one seed s gets the seed s + i; `latents` is [B, frames, C].
+        keywords: fields of `Arguments`. With a single seed s, song i gets the seed s + i; `latents` is [B, frames, C].
 
     Raises:
-        InputError: if a name is unknown, there is no prompt, a list is of another length, a seed is not one, or a
-            `Request` comes with further values of its own fields.
+        InputError: if a name is unknown, there is no prompt, a list has the wrong length, a seed is invalid, or a
+            `Request` is combined with values for its own fields.
     """
     values, planned, sampled = split(keywords)
     if "prompt" not in values:

@@ -43,22 +43,23 @@ class Job:
     """A request that has been checked, with its files read. Arrays are on the host; frames are latent frames.
 
     Attributes:
-        request: what it was made from.
-        task_type, task: see `tasks.TASKS`; that of covers where a request for text2music has audio codes.
+        request: the request that the job was prepared from.
+        task_type, task: see `tasks.TASKS`; cover, if a text2music request has audio codes.
         prompt_ids, lyric_ids: tokens of the prompt and the lyrics, [n] int32.
-        plain_ids: tokens of the prompt as that of text2music, which partial covers change to, [n] int32.
+        plain_ids: tokens of the prompt for text2music, which partial covers use in part, [n] int32.
         frames, samples: length of the song.
-        source: [channels, frames * hop] float32, silent where the source has nothing; None: no source.
-        source_samples: first sample of `source` that is the source's, and one past the last.
-        codes: [n] int32, audio codes in place of a source.
-        silent: [frames] bool, where the source latents are silence.
-        mask: [frames] bool, what is generated.
-        keeps_source: whether the audio outside of the mask is the source's.
-        regions: (first, one past the last) sample of each region in which the audio is new; none: everywhere.
-        reference: [channels, 30 s] float32, None: silence.
-        edited_ids, edited_lyric_ids: tokens that describe the source which is edited by flow, [n] int32; None: it is
-            not.
-        compat: that of the sampling it was prepared for.
+        source: [channels, frames * hop] float32, padded with silence where the song is longer than its source; None:
+            no source.
+        source_samples: (first, one past the last) sample of the source within `source`.
+        codes: [n] int32, audio codes instead of a source.
+        silent: [frames] bool, true where the source latents are silence.
+        mask: [frames] bool, true where the song is generated.
+        keeps_source: whether the audio outside of the mask stays that of the source.
+        regions: (first, one past the last) sample of each region in which the audio is new; empty: everywhere.
+        reference: [channels, 30 s] float32; None: silence.
+        edited_ids, edited_lyric_ids: tokens of the texts that describe the source, for FlowEdit, [n] int32; None: no
+            editing.
+        compat: setting of the sampling that the job was prepared for.
     """
 
     request: Request
@@ -97,12 +98,12 @@ class Job:
 
     @property
     def partial_cover(self) -> bool:
-        """Whether it follows its source for a part of the steps, or with a part of the weight."""
+        """Whether the song follows its source only in some steps, or with a weight below 1."""
         return self.request.audio_cover_strength < 1
 
     @property
     def edited(self) -> bool:
-        """Whether its source is edited by flow."""
+        """Whether the source is edited with FlowEdit."""
         return self.edited_ids is not None
 
 
@@ -113,17 +114,17 @@ def prepare(
     sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
     defaults: Mapping[str, Any] | None = None,
 ) -> Job:
-    """Read the files of a request, check all of it, and return what is to be done.
+    """Read the files of a request, check all of it, and return the job.
 
     Args:
         configs: architectures of the model's networks by name.
         tokenizer: of the text encoder.
-        sampling: how it will be sampled; its `compat` says what of the request is left open, and what the text says.
-        defaults: what the checkpoint has in place of its variant's, see `SamplingDefaults`.
+        sampling: how the job will be sampled; its `compat` determines defaults and the format of the prompt.
+        defaults: defaults of the checkpoint, which override those of its variant, see `SamplingDefaults`.
 
     Raises:
-        InputError: if an argument is out of range, of the wrong shape, or not accepted by the task; if a file is not
-            audio that can be read.
+        InputError: if an argument is out of range, of the wrong shape, or not accepted by the task, or a file is not
+            readable audio.
         OSError: if there is no such file.
     """
     vae, task_type = configs["vae"], request.task_type
@@ -147,7 +148,7 @@ def prepare(
             samples, request, task, hop, rate, outward=compat.regions_reach_outwards
         )
         frames = len(mask)
-        # As long as the source to the sample, but for what regions add behind it.
+        # The song has exactly the length of its source, unless a region extends it at the end.
         length = source_samples[1] if source_samples[1] > (frames - 1) * hop else frames * hop
     else:
         if request.audio_codes is not None:
@@ -157,8 +158,17 @@ def prepare(
             window = configs["audio_tokenizer"].pool_window_size
             frames = len(codes) * window
             check_length(frames / rate, "audio_codes")
-            if request.audio_duration is not None and 0 < frames - math.ceil(request.audio_duration * rate) < window:
-                frames = math.ceil(request.audio_duration * rate)  # the last code lasts longer than the song
+            if request.audio_duration is not None:
+                wanted = math.ceil(request.audio_duration * rate)
+                if 0 < frames - wanted < window:
+                    frames = wanted  # the last code lasts longer than the song
+                elif abs(frames - wanted) >= window:
+                    logger.warning(
+                        "audio_duration: %g s, but the audio codes are of %g s, and so is the song; pipe.plan(plan) "
+                        "writes codes for another duration",
+                        request.audio_duration,
+                        frames / rate,
+                    )
         else:
             seconds = request.audio_duration or own.audio_duration
             frames = math.ceil(seconds * rate)
@@ -225,7 +235,7 @@ def prepare(
 
 
 def check_accepted(values: Request | Sampling, task_type: str, task: tasks.Task) -> None:
-    """Raise InputError if a field that only some tasks take was given to a task that does not accept it."""
+    """Raise InputError if a field was given that the task does not accept."""
     for field in fields(values):
         accepting = tasks.accepting(field.name)
         given = getattr(values, field.name)
@@ -236,12 +246,12 @@ def check_accepted(values: Request | Sampling, task_type: str, task: tasks.Task)
         edit = field.name == "src_audio" and "flow_edit_morph" in task.accepts
         raise InputError(
             f"{field.name}: the task {task_type} does not take it; leave it out, or set task_type to "
-            f"{' or '.join(accepting)}{', or edit it by flow with flow_edit_morph=True' if edit else ''}"
+            f"{' or '.join(accepting)}{', or edit it with flow_edit_morph=True' if edit else ''}"
         )
 
 
 def codebook_size(configs: Mapping[str, Any]) -> int | None:
-    """Return how many audio codes there are; None if the model has no audio tokenizer and detokenizer."""
+    """Return the size of the codebook; None if the model has no audio tokenizer and detokenizer."""
     if not configs.keys() >= {"audio_tokenizer", "audio_token_detokenizer"}:
         return None
     return math.prod(configs["audio_tokenizer"].fsq_input_levels)
@@ -252,13 +262,13 @@ def _check_edit(request: Request, configs: Mapping[str, Any]) -> None:
         raise InputError("flow_edit_source_caption: missing; describe the source, so that there is something to change")
     if not request.flow_edit_morph and (request.flow_edit_source_caption or request.flow_edit_source_lyrics):
         name = "flow_edit_source_caption" if request.flow_edit_source_caption else "flow_edit_source_lyrics"
-        raise InputError(f"{name}: only for editing by flow; leave it out, or set flow_edit_morph=True")
+        raise InputError(f"{name}: has an effect only with flow_edit_morph=True; set that, or leave it out")
     if request.flow_edit_morph and (request.latents is not None or request.retake_variance):
         name = "latents" if request.latents is not None else "retake_variance"
-        raise InputError(f"{name}: the noise of editing by flow is drawn from the seed; leave it out")
+        raise InputError(f"{name}: with flow_edit_morph the noise is drawn from the seed; leave it out")
     if request.flow_edit_morph and request.audio_cover_strength < 1:
         raise InputError(
-            "audio_cover_strength: expected 1 for editing by flow, which has no text2music part; leave it out"
+            "audio_cover_strength: expected 1 with flow_edit_morph, which has no text2music part; leave it out"
         )
     if request.global_caption and not _stems(configs):
         raise InputError("global_caption: only for models fine-tuned on stems; leave it out, or say it in the prompt")
@@ -283,8 +293,8 @@ def _check_source(request: Request, task_type: str, task: tasks.Task, configs: M
 def _lay_out(
     source: np.ndarray, request: Request, task: tasks.Task, hop: int, rate: float, *, outward: bool = True
 ) -> tuple[np.ndarray, tuple[int, int], np.ndarray, tuple[tuple[int, int], ...]]:
-    """Return the source within the song: its audio, where it begins and ends, the chunk mask, and the regions in
-    samples. `outward`: see `tasks.extent`."""
+    """Return the audio of the source padded to the song, its first sample and one past its last, the chunk mask, and
+    the regions in samples. `outward`: see `tasks.extent`."""
     frames = math.ceil(source.shape[1] / hop)
     left, mask, regions = 0, np.ones(frames, bool), ()
     if task.has_regions:
@@ -306,17 +316,17 @@ def _several(value: float | Sequence[float] | None) -> Sequence[float | None]:
 
 
 def load_audio(source: Audio, name: str, vae: Any) -> np.ndarray:
-    """Read a source or a reference from a file or an array; mono is given to all channels.
+    """Read a source or a reference from a file or an array; mono is copied to all channels.
 
     Args:
-        name: of the argument, for messages.
-        vae: the autoencoder's config, whose sample rate and channels the audio gets.
+        name: of the argument, for error messages.
+        vae: the autoencoder's config; the result has its sample rate and its channels.
 
     Returns:
         [channels, samples] float32.
 
     Raises:
-        InputError: if it is neither, holds NaN, or is shorter than 1 s or longer than 600 s.
+        InputError: if it is neither, has non-finite samples, or is shorter than 1 s or longer than 600 s.
         OSError: if there is no such file.
     """
     channels = vae.audio_channels
@@ -347,9 +357,10 @@ def check_length(seconds: float, name: str) -> None:
 
 
 def _reference(source: Audio, vae: Any) -> np.ndarray | None:
-    """Return ten seconds each from the front, from one third on and from the back, after repeating to at least 30 s.
+    """Return 30 s of the reference: ten seconds each from the start, from one third on and from the end. A shorter
+    reference is repeated first.
 
-    None if it is silent: silence is encoded once and for all.
+    None if it is silent, because silence is encoded only once.
     """
     samples = load_audio(source, "reference_audio", vae)
     if not samples.any():

@@ -1,4 +1,4 @@
-"""The compiled programs around the denoising loop, from texts and audio to arrays and back. Weights are arguments."""
+"""The compiled programs before and after the denoising loop: encoding of texts and audio, and decoding."""
 
 import functools
 
@@ -13,7 +13,7 @@ from acestep_jax.models.condition_encoder import AceStepConditionEncoder
 from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS
 from acestep_jax.models.qwen3 import Qwen3Model
 
-REFERENCE_FRAMES = 750  # latent frames of the timbre reference (30 s), silence where there is none
+REFERENCE_FRAMES = 750  # latent frames of a timbre reference (30 s); without one it is silence
 PEAK = 10.0 ** (-1.0 / 20.0)  # -1 dBFS, the loudest sample of every song
 
 
@@ -25,7 +25,7 @@ def encode_audio(
 
     Args:
         lengths: [B] int32, samples.
-        keys: [B], for a sample of the posterior of each song; None: the mean.
+        keys: [B], one for each song, to sample from the posterior; None: its mean.
     """
     posterior = vae.encode(audio, lengths)
     mean = posterior.mean.astype(jnp.float32)
@@ -42,10 +42,10 @@ def tokenize(
     latents: jax.Array,
     lengths: jax.Array,
 ) -> jax.Array:
-    """Encode latents [B, T, C] to codes [B, ceil(T / 5)] int32; silence fills up an item's last window."""
+    """Encode latents [B, T, C] to codes [B, ceil(T / 5)] int32; the last window of an item is padded with silence."""
     size = audio_tokenizer.config.pool_window_size
     silence = condition_encoder.silence(size)[0].astype(latents.dtype)  # [5, 64]
-    past = jnp.arange(latents.shape[1]) - lengths[:, None]  # [B, T], frames from the end on
+    past = jnp.arange(latents.shape[1]) - lengths[:, None]  # [B, T], number of frames after the end
     latents = jnp.where((past >= 0)[:, :, None], silence[jnp.clip(past, 0, size - 1)], latents)
     return audio_tokenizer.tokenize(latents, silence[None])[1][:, :, 0]
 
@@ -61,10 +61,10 @@ def detokenize(
 
 @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 def encode_timbres(condition_encoder: AceStepConditionEncoder, references: jax.Array | None = None) -> jax.Array:
-    """Encode reference clips to tokens [N + 1, D], of which the last is that of silence.
+    """Encode reference clips to tokens [N + 1, D]; the last one is the token of silence.
 
     Args:
-        references: [N, 750, C], their latents; None: there are none.
+        references: [N, 750, C], latents of the clips; None: no clips.
     """
     clips = condition_encoder.silence(REFERENCE_FRAMES).astype(jnp.float32)
     if references is not None:
@@ -83,13 +83,13 @@ def encode(
     *,
     attend_to_padding: bool = False,
 ) -> Condition:
-    """Return the condition of B songs.
+    """Encode prompts, lyrics and timbres to the condition of B songs.
 
     Args:
         tokens: of the prompts.
         timbres: [N, D], see `encode_timbres`.
-        owners: [B] int32, which of them is a song's.
-        attend_to_padding: whether padding is valid as well, as in diffusers.
+        owners: [B] int32, index into `timbres` for each song.
+        attend_to_padding: whether to treat padding as valid, as diffusers does.
     """
     condition, mask = condition_encoder.combine(
         text_encoder(tokens.ids),
@@ -108,8 +108,8 @@ def decode(vae: AutoencoderOobleck, latents: jax.Array, lengths: jax.Array, scal
     """Decode latents [B, T, C] to audio [B, channels, samples] float32.
 
     Args:
-        lengths: [B] int32, latent frames; silence follows.
-        scaled: [B] bool, which songs are scaled to a peak of -1 dBFS.
+        lengths: [B] int32, latent frames; later samples are silent.
+        scaled: [B] bool, whether to normalise a song to a peak of -1 dBFS.
     """
     waveform = vae.decode(latents, lengths).astype(jnp.float32)
     ends = lengths[:, None, None] * vae.hop_length

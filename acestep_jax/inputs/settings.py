@@ -1,7 +1,4 @@
-"""From a `Sampling` whose fields may be None to one in which all are given.
-
-`Sampling.compat`, the model's variant and the checkpoint say what they are. Single fields that were given stay.
-"""
+"""Defaults for fields of `Sampling` that are None, from `Sampling.compat`, the model's variant and the checkpoint."""
 
 import dataclasses
 import logging
@@ -16,12 +13,12 @@ from acestep_jax.request import Sampling
 
 logger = logging.getLogger(__name__)
 
-FRAMES = 25  # latent frames of the widest blend of made and source latents, and a second
-TOLERANCE = 1e-3  # of times: what rounding in bfloat16 makes of them is within it
+FRAMES = 25  # latent frames of the widest blend of result and source, which is one second
+TOLERANCE = 1e-3  # for comparing times, which may have been rounded to bfloat16
 
 
 def compat_of(sampling: Sampling) -> Compat:
-    """Return what `sampling.compat` means."""
+    """Return the switches and defaults of `sampling.compat`."""
     return FAMILY.compat[sampling.compat]
 
 
@@ -31,8 +28,8 @@ def defaults_of(
     """Return the defaults of a model.
 
     Args:
-        config: of the transformer; None: of turbo models.
-        own: what the checkpoint has in place of its variant's.
+        config: of the transformer; None: a turbo model.
+        own: defaults of the checkpoint, which override those of its variant.
     """
     defaults = compat_of(sampling).defaults
     config = config or TransformerConfig(is_turbo=True)
@@ -45,11 +42,11 @@ def defaults_of(
 
 
 def settled(sampling: Sampling, config: TransformerConfig | None, defaults: SamplingDefaults | None = None) -> Sampling:
-    """Return the sampling with every field given that `compat` and the model decide.
+    """Return the sampling with the defaults of `compat` and the model in place of None.
 
     Args:
-        config: of the transformer; None: there is none, and nothing that depends on it is settled.
-        defaults: see `defaults_of`; None: steps, guidance scale and shift stay as they are.
+        config: of the transformer; None: defaults that depend on it are those of a base model.
+        defaults: see `defaults_of`; None: steps, guidance scale and shift are not filled in.
     """
     compat = compat_of(sampling)
     turbo = config is not None and config.turbo
@@ -73,8 +70,8 @@ def settled(sampling: Sampling, config: TransformerConfig | None, defaults: Samp
 
 
 def repaint_settings(mode: str, strength: float) -> tuple[float, int]:
-    """Return the fraction of the steps after which the source is put back, and over how many latent frames outside of
-    the regions the result fades into it.
+    """Return the fraction of the steps after which the source is restored, and the number of latent frames outside of
+    the regions over which the result fades into it.
 
     | mode         | fraction     | frames          |
     |--------------|--------------|-----------------|
@@ -89,13 +86,13 @@ def repaint_settings(mode: str, strength: float) -> tuple[float, int]:
 
 
 def trained_times(times: np.ndarray, *, snap: bool, steps_given: bool) -> np.ndarray:
-    """Return the schedule of a turbo model [N + 1] float32, with a warning where it leaves what was trained.
+    """Return the schedule of a turbo model, [N + 1] float32; warn if it has times that the model was not trained at.
 
     Args:
         times: [N + 1] float32, decreasing to 0.
-        snap: whether each time becomes the nearest one that was trained at. Times that become equal are one step: a
-            second one would have no length.
-        steps_given: whether `times` come of a number of steps and a shift, which the warning then names.
+        snap: whether to replace each time with the nearest trained one. Times that become equal are merged into one
+            step, because a step must have a length.
+        steps_given: whether `times` were computed from a number of steps and a shift, which the warning then names.
     """
     trained = np.array(FAMILY.turbo_times)
     nearest = trained[np.argmin(np.abs(trained - times[:-1, None]), axis=1)].astype(np.float32)

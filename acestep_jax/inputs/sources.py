@@ -29,8 +29,8 @@ Networks = Mapping[str, Any]  # by the names of `models.registry`
 def conditions(
     networks: Networks, batch: Batch, references: tuple[jax.Array | None, np.ndarray], *, attend_to_padding: bool
 ) -> tuple[Condition, Condition | None, Condition | None]:
-    """Return the condition of each song, where a cover is partial that of text2music, of equal sizes, and where sources
-    are edited by flow that of the texts which describe them."""
+    """Return the condition of each song; that of text2music, if a cover is partial; and that of the texts that describe
+    the source, for FlowEdit. The first two have the same number of tokens."""
     clips, owners = references
     timbres = programs.encode_timbres(networks["condition_encoder"], clips)
 
@@ -51,19 +51,19 @@ def conditions(
     if batch.plain is None:
         return condition, None, None
     plain = encode(batch.plain)
-    size = max(condition.tokens.shape[1], plain.tokens.shape[1])  # one takes the other's place
+    size = max(condition.tokens.shape[1], plain.tokens.shape[1])  # the loop switches between them
     return _padded(condition, size), _padded(plain, size), None
 
 
 def source_latents(
     networks: Networks, jobs: Sequence[Job], frames: int, channels: int, keys: jax.Array | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the latents of the sources, and what the transformer sees of them; zeros where there is no source.
+    """Return the latents of the sources, and those that the transformer gets, some after the audio tokenizer.
 
-    [B, frames, channels] float32 each.
+    Both are [B, frames, channels] float32, zero for songs without a source.
 
     Args:
-        keys: [B], of the songs, to draw from the posterior; None: its mean.
+        keys: [B], one for each song, to sample from the posterior; None: its mean.
     """
     clean = np.zeros((len(jobs), frames, channels), np.float32)
     codes = {i: job.codes for i, job in enumerate(jobs) if job.codes is not None}
@@ -85,15 +85,15 @@ def source_latents(
 
 
 def _folded(keys: jax.Array, rows: Sequence[int], purpose: int) -> jax.Array:
-    """Return a key of its own for a purpose, of each song in `rows`."""
+    """Return keys for one purpose, derived from those of the songs in `rows`."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys[np.array(rows)], purpose)
 
 
 def references(
     networks: Networks, jobs: Sequence[Job], keys: jax.Array | None = None
 ) -> tuple[jax.Array | None, np.ndarray]:
-    """Return the latents of the reference clips [N, 750, C], None if there are none, and which of them is each song's,
-    N for silence.
+    """Return the latents of the reference clips, [N, 750, C] or None if there are none, and the index of each song's
+    clip, which is N for silence.
 
     keys: see `source_latents`.
     """
@@ -113,7 +113,7 @@ def encode_audio(
 ) -> np.ndarray:
     """Encode songs [channels, samples]; return latents [n, frames, C] float32, zero after their last whole frame.
 
-    keys: [n], to draw from the posterior; None: its mean.
+    keys: [n], to sample from the posterior; None: its mean.
     """
     padded = np.zeros((len(waves), vae.config.audio_channels, frames * vae.hop_length), np.float32)
     lengths = np.array([wave.shape[1] for wave in waves], np.int32)
@@ -135,7 +135,7 @@ def tokenize(networks: Networks, latents: np.ndarray, frames: Sequence[int]) -> 
 
 
 def detokenize(networks: Networks, codes: Sequence[np.ndarray], frames: int) -> np.ndarray:
-    """Decode codes [n] int32 of each song; return latents [songs, frames, C] float32, arbitrary at their ends."""
+    """Decode codes [n] int32 of each song; return latents [songs, frames, C] float32, arbitrary after a song's end."""
     tokenizer = networks["audio_tokenizer"]
     padded = np.zeros((len(codes), -(-frames // tokenizer.config.pool_window_size)), np.int32)
     for row, numbers in zip(padded, codes, strict=True):
@@ -144,7 +144,7 @@ def detokenize(networks: Networks, codes: Sequence[np.ndarray], frames: int) -> 
 
 
 def check_songs(jobs: Sequence[Job], seeds: Sequence[int | None], values: Sequence[np.ndarray], what: str) -> None:
-    """Raise InputError, naming the song and its index in a batch, if what was made of one is not finite. `what`: see
+    """Raise InputError, naming the song and its index in a batch, if its values are not finite. `what`: see
     `audio.check_finite`."""
     for i, (job, seed, own) in enumerate(zip(jobs, seeds, values, strict=False)):
         name = f"{'song' if len(jobs) == 1 else f'songs[{i}]'} {job.request.prompt[:40]!r}"
@@ -152,8 +152,8 @@ def check_songs(jobs: Sequence[Job], seeds: Sequence[int | None], values: Sequen
 
 
 def finished(job: Job, made: np.ndarray, vae: AutoencoderConfig) -> np.ndarray:
-    """Return the audio of a song, [channels, samples] float32: `made`, cut to its length, with the source outside of
-    what was repainted."""
+    """Return the audio of a song, [channels, samples] float32: `made`, cut to the song's length, with the source
+    outside of repainted regions."""
     made = made[:, : job.samples]
     if not job.keeps_source:
         return np.array(made)
@@ -166,6 +166,6 @@ def finished(job: Job, made: np.ndarray, vae: AutoencoderConfig) -> np.ndarray:
 
 
 def _padded(condition: Condition, size: int) -> Condition:
-    """Return the condition with tokens that are not valid up to `size`."""
+    """Return the condition padded with invalid tokens to `size`."""
     tokens = jnp.pad(condition.tokens, ((0, 0), (0, size - condition.tokens.shape[1]), (0, 0)))
     return condition._replace(tokens=tokens)

@@ -1,6 +1,6 @@
-"""The tasks, one table. What comes after `inputs.prepare`, and training, see its flags and compare no names.
+"""The tasks, as one table. Later steps and training read its flags; they never compare names of tasks.
 
-The transformer's context is, for each latent frame, a source latent and whether the frame is to be generated:
+The transformer's context consists, for each latent frame, of a source latent and a flag: whether to generate the frame.
 
 | task       | source latents                                            | chunk mask       |
 |------------|-----------------------------------------------------------|------------------|
@@ -33,21 +33,21 @@ _REGIONS = ("repainting_start", "repainting_end")
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a task accepts, what its context is made of, and its part in training.
+    """What a task accepts, its context, and whether it is trained.
 
     Attributes:
-        instruction: to the model; {} stands for the names of tracks.
-        plain_instruction: without names, for tasks that take tracks.
-        accepts: the fields of `Request` and `Sampling` that only some tasks take, of which this one does.
-        needs_source: whether there must be a source or audio codes.
+        instruction: for the model; {} stands for the names of tracks.
+        plain_instruction: the instruction without tracks, for tasks that take tracks.
+        accepts: fields of `Request` and `Sampling` that this task accepts, out of those that only some tasks accept.
+        needs_source: whether a source or audio codes are required.
         tokenized: whether the source goes through the audio tokenizer.
         silent_source: whether the source latents are silence everywhere.
-        has_regions: whether the chunk mask is 1 in regions only.
-        silent_regions: whether the source latents are silence there; outside, the audio stays the source's.
-        max_tracks: how many tracks it takes.
-        turbo: whether turbo models were trained for it.
-        with_codes: the task that a request with audio codes becomes; None: this one.
-        trained: whether training draws it.
+        has_regions: whether the chunk mask is 1 only in regions.
+        silent_regions: whether the source latents are silence in the regions; outside, the audio stays the source's.
+        max_tracks: maximum number of tracks.
+        turbo: whether turbo models were trained for the task.
+        with_codes: task of a request that has audio codes; None: the same task.
+        trained: whether training samples the task.
     """
 
     instruction: str
@@ -129,20 +129,20 @@ def find(task_type: str) -> Task:
 
 
 def accepting(field: str) -> list[str]:
-    """Return the names of the tasks that accept a field; all of them for one that every task takes."""
+    """Return the names of the tasks that accept a field."""
     special = {name for task in TASKS.values() for name in task.accepts}
     return [name for name, task in TASKS.items() if field not in special or field in task.accepts]
 
 
 def instruction(task_type: str, tracks: Sequence[str] = ()) -> str:
-    """Return what the prompt says of the task.
+    """Return the instruction of a task.
 
     Args:
         task_type: one of `TASKS`.
-        tracks: of `TRACKS`, at most `Task.max_tracks`.
+        tracks: some of `TRACKS`, at most `Task.max_tracks`.
 
     Raises:
-        InputError: if there is no such task or track, or the task does not take so many.
+        InputError: if the task or a track is unknown, or there are too many tracks for the task.
     """
     task = find(task_type)
     for name in tracks:
@@ -158,13 +158,13 @@ def instruction(task_type: str, tracks: Sequence[str] = ()) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """Where the regions lie in the song: the source, with what they add on both sides.
+    """The regions of a song. Regions may extend the song beyond its source, on both sides.
 
     Attributes:
-        left: latent frames before the source begins.
-        frames: of the whole song.
-        regions: (first, one past the last) latent frame of each.
-        seconds: (start, end) of each, where the audio changes; within the frames.
+        left: number of latent frames before the source begins.
+        frames: number of latent frames of the whole song.
+        regions: (first, one past the last) latent frame of each region.
+        seconds: (start, end) of each region, where the audio changes; within its frames.
     """
 
     left: int
@@ -187,19 +187,21 @@ def extent(
     *,
     outward: bool = True,
 ) -> Extent:
-    """Return where regions in seconds of the source lie. One that begins before 0 or ends after it extends the song.
+    """Return the regions in latent frames, given in seconds of the source.
+
+    A region that begins before 0, or ends after the source, extends the song.
 
     Args:
         starts: seconds; None: 0.
         ends: seconds; None or -1: the end of the source.
-        source_frames: of the source.
-        rate: latent frames in a second.
-        max_seconds: the longest song.
-        outward: whether frames that a region only touches belong to it, and the audio changes where the region was
-            requested; else both ends are those of the frames that begin at or before them, as in diffusers.
+        source_frames: number of latent frames of the source.
+        rate: latent frames per second.
+        max_seconds: maximum length of a song.
+        outward: whether to round outwards: frames that a region only touches belong to it, and the audio changes
+            exactly where the region was requested. Otherwise both ends are rounded down to frames, as in diffusers.
 
     Raises:
-        InputError: if a region is empty or does not touch the source, or the song becomes longer than max_seconds.
+        InputError: if a region is empty or does not touch the source, or the song would be longer than max_seconds.
     """
     regions, source_seconds = [], source_frames / rate
     for start, end in zip(starts, ends, strict=True):
@@ -211,7 +213,7 @@ def extent(
                 f"(the song has {source_seconds:g} s)"
             )
         regions.append((start, end))
-    # What lies between would be silence that nobody requested.
+    # A gap between source and region would be silence that nobody requested.
     if (late := max(start for start, _ in regions)) > source_seconds:
         raise InputError(f"repainting_start: expected at most the song's end, {source_seconds:g} s, found {late:g} s")
     if (early := min(end for _, end in regions)) < 0:
@@ -245,7 +247,7 @@ def extent(
     return Extent(shift, frames, tuple(inner), tuple(seconds))
 
 
-_NEAR = 1e-6  # of a frame: an end that misses a border by less was meant to lie on it
+_NEAR = 1e-6  # tolerance in frames for rounding errors of region ends
 
 
 def _ceil(frames: float) -> int:
@@ -256,10 +258,10 @@ _CODE = re.compile(r"<\|audio_code_(-?\d+)\|>")
 
 
 def codes_from_text(text: str, codebook_size: int) -> np.ndarray:
-    """Return [n] int32, the numbers of "<|audio_code_123|>..."; anything between the codes is ignored.
+    """Return the audio codes in a text such as "<|audio_code_123|>...", [n] int32; any other text is ignored.
 
     Raises:
-        InputError: if there is none, or one is out of range.
+        InputError: if there is no code, or one is out of range.
     """
     codes = [int(number) for number in _CODE.findall(text)]
     if not codes:

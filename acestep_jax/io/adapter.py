@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
 from acestep_jax.io.adapter_reader import read_lora
-from acestep_jax.io.files import as_path, local_copy, local_files
+from acestep_jax.io.files import as_path, check_new, local_copy, local_files, publish_folder
 from acestep_jax.models.adapters import Factors, apply_adapters, is_merged, prepare_adapter, rescale_adapters
 from acestep_jax.models.config import LoRAConfig, TransformerConfig
 from acestep_jax.models.lora import PARTS, check_shapes, merge_loras
@@ -51,14 +51,14 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
     """Write an adapter, atomically.
 
     Raises:
-        InputError: if `path` exists, see `checkpoint.publish`, or the parameters are not what `Adapter` says.
+        InputError: if `path` exists, see `publish_folder`, or the parameters are not what `Adapter` says.
     """
     path = as_path(path)
-    checkpoint.check_new(path)
+    check_new(path)
     _check_leaves(adapter, str(path))
     leaves = {name: np.ascontiguousarray(value) for name, value in adapter.leaves.items()}
     values = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(adapter.config)}
-    with checkpoint.publish(path, sum(value.nbytes for value in leaves.values())) as folder:
+    with publish_folder(path, sum(value.nbytes for value in leaves.values())) as folder:
         (folder / WEIGHTS).write_bytes(save(leaves))  # `save_file` would let nobody else read it
         (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -157,7 +157,8 @@ class LoadedAdapters:
     """The adapters of a transformer, by name. Every method returns a new object, and changes nothing if it raises.
 
     LoRA and DoRA are computed beside the weights, see `models.adapters`: every change is relative to those of `base`,
-    so the order in which adapters are loaded does not matter, and other scales need neither memory nor compilation.
+    so the order in which adapters are loaded does not matter, and other scales need neither memory nor compilation
+    (but see `Placement.second_copy`).
     LoKr and LoHa change a copy of the weights of their layers, which other scales make anew.
 
     base: the transformer without adapters; None in a pipeline without one.

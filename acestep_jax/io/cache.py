@@ -55,7 +55,7 @@ def obtain(
     Args:
         folder: of the cache, created if need be.
         about: what `source.json` says of the source, ready for JSON.
-        convert: writes the native checkpoint, given the folder to create and `extra_files` of `checkpoint.save`.
+        convert: writes the native checkpoint, given the folder to create and `extra_files` of `checkpoint_writer.save`.
 
     Raises:
         InputError: if the cache cannot be written, and what `convert` raises; nothing is left behind.

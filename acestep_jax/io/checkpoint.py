@@ -8,14 +8,10 @@ name of the weight, and its scales beside it, `transformer.layers.self_attn.to_q
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import math
 import os
-import re
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -34,28 +30,19 @@ from acestep_jax.distributed import variable_sharding
 from acestep_jax.errors import InputError
 from acestep_jax.io import mapped
 from acestep_jax.io.files import (
-    DISK_FULL,
     absolute,
     as_path,
-    check_parent,
-    check_writable,
-    is_remote,
     local_copy,
-    publish_file,
-    remove_tree,
 )
 from acestep_jax.io.manifest import (
-    CONFIG,
     Manifest,
-    check_sampling,
-    check_unquantized,
     default_dtype,
-    manifest_values,
     read_manifest,
 )
-from acestep_jax.models.config import DEFAULT_RUNTIME, NetworkConfig, Runtime, check_dtype, check_precision
+from acestep_jax.models.config import NetworkConfig
 from acestep_jax.models.quantization import NETWORKS, parts, quantize, quantize_array
 from acestep_jax.models.registry import FAMILY
+from acestep_jax.models.runtime import DEFAULT_RUNTIME, Runtime, check_dtype, check_precision
 
 TOKENIZER, WEIGHTS = "tokenizer.json", "weights"
 
@@ -68,13 +55,13 @@ logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not 
 
 
 def abstract(name: str, config: NetworkConfig, runtime: Runtime = DEFAULT_RUNTIME) -> nnx.Module:
-    """Return the network called `name` with shapes and dtypes in place of arrays; nothing is allocated.
+    """Return the network called `name` with shapes and dtypes instead of arrays, without allocating memory.
 
-    Of the networks that `models.quantization` does not name, `runtime.quantization` changes nothing.
+    `runtime.quantization` has no effect on networks that `models.quantization` does not name.
     """
     network, _ = FAMILY.every[name]
     kind = runtime.quantization if name in NETWORKS else None
-    # A module of its own for each caller, who may change it.
+    # Each caller gets a module of its own, because callers may change it.
     made = _traced(network, config, runtime, kind, NETWORKS.get(name), jax.sharding.get_abstract_mesh())
     return jax.tree.map(lambda leaf: leaf, made)
 
@@ -83,7 +70,7 @@ def abstract(name: str, config: NetworkConfig, runtime: Runtime = DEFAULT_RUNTIM
 def _traced(
     network: Any, config: NetworkConfig, runtime: Runtime, kind: Any, activations: Any, mesh: Any
 ) -> nnx.Module:
-    """Trace the construction of a network once for each mesh in use: of all networks of a model it takes a second."""
+    """Trace the construction of a network once for each mesh, because it takes a second for the networks of a model."""
 
     def make() -> nnx.Module:
         made = network(config, runtime=runtime, rngs=nnx.Rngs(0))
@@ -102,14 +89,14 @@ def leaves(module: nnx.Module) -> dict[str, nnx.Variable]:
 def leaf_shapes(
     name: str, config: NetworkConfig, quantization: str | None = None
 ) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """Return shape and dtype (float32, of 8 bits what is quantised) of every leaf of the network called `name`, by
-    dotted path, in order."""
+    """Return the shape and dtype of every parameter of the network called `name`, by dotted path, in order: float32, or
+    8 bits for quantised weights."""
     found = leaves(abstract(name, config, Runtime(quantization=quantization)))
     return MappingProxyType({leaf: jax.ShapeDtypeStruct(v.shape, v.dtype) for leaf, v in found.items()})
 
 
 def assemble(module: nnx.Module, arrays: dict[str, jax.Array]) -> nnx.Module:
-    """Return the abstract `module` with `arrays` (by dotted path) as its leaves; all of them, no others."""
+    """Return the abstract `module` with `arrays`, by dotted path, as parameters; raise KeyError unless names match."""
     graphdef, state = nnx.split(module)
     flat = nnx.to_flat_state(state)
     names = {".".join(map(str, path)) for path, _ in flat}
@@ -120,63 +107,8 @@ def assemble(module: nnx.Module, arrays: dict[str, jax.Array]) -> nnx.Module:
 
 
 @contextlib.contextmanager
-def publish(path: str | Path, size: int = 0) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`, which takes that name if all went well and is removed otherwise; in
-    Cloud Storage, the folder itself.
-
-    Args:
-        size: bytes that will be written, as far as they are known.
-
-    Raises:
-        InputError: if `path` exists, the folder it should be in does not, or the disk has no room.
-    """
-    path = as_path(path)
-    check_new(path)
-    if is_remote(path):
-        # There is nothing to rename; what is read first, such as `config.json`, is written last.
-        try:
-            yield path
-        except BaseException:
-            remove_tree(path)
-            raise
-        return
-    parent = path.absolute().parent
-    if size > (free := shutil.disk_usage(parent).free):
-        raise InputError(f"{path}: {size / 1e9:.2f} GB to write, but the disk has {free / 1e9:.2f} GB free; make room")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=parent))
-    with _first_error_only():
-        try:
-            yield temporary
-            temporary.chmod(0o755)
-            temporary.rename(path)
-        except BaseException as error:
-            _remove(temporary)
-            if is_disk_full(error):
-                message = f"{path}: the disk is full, nothing was kept; make room or choose another place"
-                raise InputError(message) from error
-            raise
-
-
-def check_new(path: Path) -> None:
-    """Raise InputError if `path` exists, or the folder it should be in does not or cannot be written to."""
-    if path.exists():
-        raise InputError(f"{path}: already exists; remove it or choose another name")
-    check_parent(path)
-    check_writable(path)
-
-
-def _remove(folder: Path) -> None:
-    """Delete a folder until it stays away: after a failure, writes under way may create it again."""
-    for _ in range(50):
-        shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(0.2)
-        if not folder.exists():
-            return
-
-
-@contextlib.contextmanager
-def _first_error_only() -> Iterator[None]:
-    """Silence what follows the first error: Orbax closes its event loop, of which other reads and writes complain."""
+def first_error_only() -> Iterator[None]:
+    """Silence the errors that follow the first one, when Orbax closes its event loop during other reads and writes."""
     hook = sys.unraisablehook
     sys.unraisablehook = lambda found: None if "Event loop is closed" in str(found.exc_value) else hook(found)
     try:
@@ -188,123 +120,9 @@ def _first_error_only() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """Return whether a write failed for want of space; TensorStore tells so only in its message."""
-    found = re.search(r"os_error_code='(\d+)'", str(error))
-    number = int(found[1]) if found else getattr(error, "errno", None)
-    return number in DISK_FULL
-
-
-def save(
-    path: str | Path,
-    configs: dict[str, NetworkConfig],
-    arrays: Iterable[tuple[str, np.ndarray | jax.Array]],
-    tokenizer: str | None,
-    tokenizer_config: dict[str, Any],
-    extra_files: dict[str, Any] | None = None,
-    *,
-    sampling: Mapping[str, Any] | None = None,
-    dtypes: Mapping[str, str] | None = None,
-    quantization: Mapping[str, str] | None = None,
-    size: int | None = None,
-    compress: bool = False,
-) -> None:
-    """Write a checkpoint atomically, some arrays at a time: not all of them need be in memory.
-
-    Args:
-        configs: by the names of the networks of `FAMILY`.
-        arrays: pairs of dotted name (network first) and value, every leaf once.
-        tokenizer: the text of `tokenizer.json`; None: there is none, beside single networks.
-        tokenizer_config: see `Manifest`.
-        extra_files: name to a function that writes the file of that name, given its path.
-        sampling, dtypes, quantization: see `Manifest`; None: nothing of the kind.
-        size: bytes of all arrays, for which the disk must have room; None: those of float32.
-        compress: trained weights hardly get smaller, and it takes time and memory, but the latents of silence do.
-
-    Raises:
-        InputError: see `publish` and `check_sampling`; nothing is left behind. Also in one of several processes, for
-            Orbax waits for all of them.
-    """
-    if jax.process_count() > 1:
-        raise InputError(
-            f"{path}: several processes write no checkpoint; convert the model before, in one process, with "
-            "`acestep-jax convert from-torch`"
-        )
-    manifest = Manifest(configs, tokenizer_config, dict(sampling or {}), dict(dtypes or {}), dict(quantization or {}))
-    check_sampling(manifest.sampling, "sampling")
-    shapes = {f"{n}.{leaf}": s for n, found in described_leaves(manifest).items() for leaf, s in found.items()}
-    size = size or sum(byte_size(shape) for shape in shapes.values())
-    with publish(path, size) as folder:
-        wanted = set(shapes)
-        weights = absolute(folder / WEIGHTS)
-        context = ocp.Context()
-        context.array.saving.use_compression = compress
-        for batch in batches(arrays):
-            wanted -= batch.keys()
-            with context:
-                ocp.partial.save(weights, nest(batch))  # pyright: ignore[reportArgumentType]
-            batch.clear()  # before the next one is read
-        if wanted:
-            raise KeyError(f"no value for {sorted(wanted)}")
-        ocp.partial.finalize(weights)  # pyright: ignore[reportArgumentType]
-        if tokenizer is not None:
-            (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
-        for name, write in (extra_files or {}).items():
-            write(folder / name)
-        (folder / CONFIG).write_text(json.dumps(manifest_values(manifest), indent=2) + "\n", encoding="utf-8")
-
-
-def save_changed(source: str | Path, destination: str | Path, name: str, arrays: Mapping[str, Any]) -> None:
-    """Write a copy of the checkpoint `source` with other values of leaves of the network `name`.
-
-    Args:
-        arrays: by dotted path within the network; cast to what `source` stores. Leaves that are not there stay.
-
-    Raises:
-        InputError: see `publish`, `read_manifest` and `load_leaves`.
-    """
-    source = as_path(source)
-    manifest = read_manifest(source)
-    check_unquantized(source, manifest, "what is written has")
-    stored = network_leaves(source, manifest)
-
-    def values() -> Iterator[tuple[str, np.ndarray]]:
-        for network, shapes in stored.items():
-            for group in batches(shapes.items()):
-                changed = {k: arrays[k] for k in group if network == name and k in arrays}
-                kept = read_leaves(source, network, {k: v for k, v in group.items() if k not in changed})
-                for leaf, shape in group.items():
-                    value = changed[leaf] if leaf in changed else kept[leaf]
-                    yield f"{network}.{leaf}", np.asarray(value).astype(shape.dtype)
-
-    save(
-        destination,
-        manifest.configs,
-        values(),
-        (source / TOKENIZER).read_text(encoding="utf-8"),
-        manifest.tokenizer_config,
-        other_files(source),
-        sampling=manifest.sampling,
-        dtypes=manifest.dtypes,
-        size=sum(byte_size(shape) for shapes in stored.values() for shape in shapes.values()),
-    )
-
-
-def other_files(source: Path) -> dict[str, Any]:
-    """Return what `save` writes as `extra_files` to copy those of another checkpoint."""
-    extra = [file for file in source.iterdir() if file.is_file() and file.name not in (CONFIG, TOKENIZER)]
-    return {file.name: functools.partial(copy_file, file) for file in extra}
-
-
 def byte_size(array: Any) -> int:
     """Return the bytes of an array, or of what has the shape and the dtype of one."""
     return math.prod(array.shape) * array.dtype.itemsize
-
-
-def copy_file(file: Path, target: Path) -> None:
-    """Copy a file of a checkpoint, from and to the disk or Cloud Storage."""
-    with publish_file(target) as temporary:
-        shutil.copyfile(local_copy(file), temporary)
 
 
 def load(
@@ -323,18 +141,18 @@ def load(
 
     Args:
         path: the folder of a checkpoint.
-        dtype: of weights and computation, one of `config.PRECISIONS`; None: each array as stored, and `default_dtype`.
-        param_dtype: only of the weights; None: as `dtype` says.
-        quantization: of the weights of layers, one of `config.QUANTIZATIONS`, see `models.quantization`; None: as they
-            are stored. Weights that are not yet quantised are, a few at a time; `dtype` is of all others.
+        dtype: of weights and computation, one of `runtime.PRECISIONS`; None: weights as stored, `default_dtype` for the
+            computation.
+        param_dtype: of the weights only; None: as `dtype`.
+        quantization: of the weights of layers, one of `runtime.QUANTIZATIONS`, see `models.quantization`; None: as
+            stored. Weights that are not quantised yet are quantised a few at a time; `dtype` applies to all others.
         remat, attention: see `Runtime`.
         mesh: from `distributed.make_mesh`; None: all on the first device.
-        names: which networks; None: all that the checkpoint has.
-        on_host: whether they go into the host's memory, for `placement`, instead of onto devices.
+        names: of the networks to load; None: all networks of the checkpoint.
+        on_host: whether to load them into the host's memory, for `placement`, instead of onto devices.
 
     Raises:
-        InputError: if the checkpoint is absent, incomplete or of other shapes than its config, or quantised to another
-            kind.
+        InputError: if the checkpoint is missing, incomplete, inconsistent with its config, or quantised differently.
     """
     path = as_path(path)
     if dtype is not None:
@@ -380,15 +198,15 @@ def load(
 
 
 def quantization_of(path: Path, manifest: Manifest, name: str, wanted: str | None) -> str | None:
-    """Return what the network `name` is to be quantised to, if it is at all; raise InputError if it is already, and to
-    another kind."""
+    """Return the quantisation of the network `name` after loading, None for none; raise InputError if it is stored with
+    another one than wanted."""
     found = manifest.quantization.get(name)
     if wanted is None or name not in NETWORKS:
         return found
     if found not in (None, wanted):
         raise InputError(
-            f"{path}: its {name} is quantised to {found}, and cannot be to {wanted}; leave the dtype out, or take the "
-            "checkpoint that it was made from"
+            f"{path}: its {name} is quantised to {found} and cannot be quantised to {wanted}; leave the dtype out, or "
+            "use the checkpoint that it was made from"
         )
     return wanted
 
@@ -402,7 +220,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(local_copy(file)))
     except Exception as error:  # the library raises nothing narrower
         raise InputError(f"{file}: not a tokenizer ({error})") from None
-    # The file may ask for both; here lengths are the caller's choice.
+    # The file may enable both, but here the caller chooses the lengths.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -411,7 +229,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def stored_leaves(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Return shape and dtype of every stored array by dotted name; raise InputError if the weights are unreadable."""
     weights = absolute(path / WEIGHTS)
-    with _first_error_only():
+    with first_error_only():
         try:
             tree = ocp.metadata(weights).metadata  # pyright: ignore[reportArgumentType]
         except Exception as error:  # Orbax raises many kinds, depending on what is broken
@@ -422,10 +240,10 @@ def stored_leaves(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def network_leaves(path: Path, manifest: Manifest) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """Return `stored_leaves` by network and dotted path, in the order of its leaves.
+    """Return `stored_leaves` by network and dotted path, in the order of the network's parameters.
 
     Raises:
-        InputError: if the weights are unreadable or not those that the configs describe.
+        InputError: if the weights are unreadable, or do not match the configs.
     """
     stored = stored_leaves(path)
     result = described_leaves(manifest)
@@ -452,7 +270,7 @@ def described_leaves(manifest: Manifest) -> dict[str, Mapping[str, jax.ShapeDtyp
 
 
 def load_leaves(path: Path, name: str, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Load some arrays of the network `name`, by dotted path, as the shapes, dtypes and shardings of `targets` say.
+    """Load some arrays of the network `name`, by dotted path, with the shapes, dtypes and shardings of `targets`.
 
     Raises:
         InputError: if the stored bytes are damaged.
@@ -464,7 +282,7 @@ def load_leaves(path: Path, name: str, targets: dict[str, jax.ShapeDtypeStruct])
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     if all(target.sharding is not None and target.sharding.is_fully_addressable for target in targets.values()):
-        # Of several processes, this one alone may load.
+        # Other processes need not take part in loading.
         process, options = jax.process_index(), context.multiprocessing
         options.active_processes, options.primary_host = {process}, process
         options.barrier_sync_key_prefix = str(process)
@@ -472,7 +290,7 @@ def load_leaves(path: Path, name: str, targets: dict[str, jax.ShapeDtypeStruct])
         if mapped.is_mapped(weights, targets.values()):
             loaded = nest(dict(mapped.read(weights, named)))
         else:
-            with context, _first_error_only():
+            with context, first_error_only():
                 loaded = ocp.load(weights, nest(named))  # pyright: ignore[reportArgumentType]
     except Exception as error:
         cause = error.__cause__ or error
@@ -490,7 +308,7 @@ def read_leaves(path: Path, name: str, shapes: Mapping[str, jax.ShapeDtypeStruct
 
 
 def host_sharding() -> jax.sharding.SingleDeviceSharding:
-    """Return the sharding of the host's memory, or of the accelerator if `JAX_PLATFORMS` names nothing else."""
+    """Return a sharding in the host's memory, or on the accelerator if `JAX_PLATFORMS` excludes the CPU."""
     try:
         device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX raises nothing narrower
@@ -499,7 +317,7 @@ def host_sharding() -> jax.sharding.SingleDeviceSharding:
 
 
 def batches(arrays: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Group arrays or their shapes until they reach `BATCH_BYTES`, for every call of Orbax has a cost of its own."""
+    """Group arrays, or their shapes, into batches of `BATCH_BYTES`, because every call of Orbax has a fixed cost."""
     batch, size = {}, 0
     for name, value in arrays:
         batch[name] = value
@@ -513,7 +331,7 @@ def batches(arrays: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def nest(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return a tree of what has dotted names: the inverse of `flatten`."""
+    """Return nested dictionaries for dotted names: the inverse of `flatten`."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         *parents, last = name.split(".")
@@ -525,7 +343,7 @@ def nest(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of a tree of dictionaries with their dotted names."""
+    """Yield the leaves of nested dictionaries with their dotted names."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")

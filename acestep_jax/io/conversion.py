@@ -12,16 +12,17 @@ from flax import nnx
 from tqdm import tqdm
 
 from acestep_jax.errors import InputError
-from acestep_jax.io import checkpoint, quantizing, rules
+from acestep_jax.io import checkpoint, checkpoint_writer, quantizing, rules
 from acestep_jax.io.companions import Fetch
-from acestep_jax.io.files import as_path
+from acestep_jax.io.files import as_path, check_new
 from acestep_jax.io.locate import Located, locate
 from acestep_jax.io.planner_files import is_planner, names_planner, open_planner
 from acestep_jax.io.pretrained import TorchCheckpoint, open_checkpoint
 from acestep_jax.io.safetensors_reader import Tensor
 from acestep_jax.io.safetensors_writer import write_safetensors
-from acestep_jax.models.config import DEFAULT_RUNTIME, NetworkConfig, Runtime, check_stored
+from acestep_jax.models.config import NetworkConfig
 from acestep_jax.models.registry import FAMILY
+from acestep_jax.models.runtime import DEFAULT_RUNTIME, Runtime, check_stored
 
 WEIGHT_NORM = "vae_weight_norm.safetensors"
 
@@ -50,7 +51,7 @@ def from_torch(
     """
     if dtype is not None:
         check_stored(dtype, "--dtype")
-    checkpoint.check_new(as_path(destination))
+    check_new(as_path(destination))
     if (planner := _planner_folder(source)) is not None:
         for option, value in (("--vae", vae), ("--text-encoder", text_encoder), ("--variant", variant)):
             if value is not None:
@@ -116,7 +117,7 @@ def convert(
 
     Args:
         destination: the folder to create.
-        extra_files: see `checkpoint.save`; they are written after the weights and the tokenizer.
+        extra_files: see `checkpoint_writer.save`; they are written after the weights and the tokenizer.
 
     Raises:
         InputError: see `plan`; also if `destination` exists or the disk has no room. Nothing is left behind.
@@ -134,7 +135,7 @@ def convert(
                 bar.update(len(tensors))
 
     with tqdm(total=len(every), unit="tensor", disable=None) as bar:
-        checkpoint.save(
+        checkpoint_writer.save(
             destination,
             opened.configs,
             arrays(bar),

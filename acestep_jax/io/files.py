@@ -9,8 +9,10 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,14 @@ def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
     return path
 
 
+def check_new(path: Path) -> None:
+    """Raise InputError if `path` exists, or the folder it should be in does not or cannot be written to."""
+    if path.exists():
+        raise InputError(f"{path}: already exists; remove it or choose another name")
+    check_parent(path)
+    check_writable(path)
+
+
 def read_text(path: Path) -> str:
     """Read UTF-8 text, with or without a byte order mark; raise UnicodeDecodeError if it is something else."""
     return path.read_bytes().decode("utf-8-sig")
@@ -204,6 +214,59 @@ def publish_file(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def publish_folder(path: str | Path, size: int = 0) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, which takes that name if all went well and is removed otherwise; in
+    Cloud Storage, the folder itself.
+
+    Args:
+        size: bytes that will be written, as far as they are known.
+
+    Raises:
+        InputError: if `path` exists, the folder it should be in does not, or the disk has no room.
+    """
+    path = as_path(path)
+    check_new(path)
+    if is_remote(path):
+        # There is nothing to rename; what is read first, such as `config.json`, is written last.
+        try:
+            yield path
+        except BaseException:
+            remove_tree(path)
+            raise
+        return
+    parent = path.absolute().parent
+    if size > (free := shutil.disk_usage(parent).free):
+        raise InputError(f"{path}: {size / 1e9:.2f} GB to write, but the disk has {free / 1e9:.2f} GB free; make room")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.rename(path)
+    except BaseException as error:
+        _remove(temporary)
+        if is_disk_full(error):
+            message = f"{path}: the disk is full, nothing was kept; make room or choose another place"
+            raise InputError(message) from error
+        raise
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder until it stays away: after a failure, writes under way may create it again."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.2)
+        if not folder.exists():
+            return
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether a write failed for want of space; TensorStore tells so only in its message."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    return number in DISK_FULL
 
 
 def check_writable(path: str | Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 from acestep_jax.errors import InputError
 from acestep_jax.io import manifest
 from acestep_jax.io.download import Snapshot, cache_folder
-from acestep_jax.io.hub import Hub, complete, incomplete_without_network
+from acestep_jax.io.hub import complete
+from acestep_jax.io.hub_client import Hub, incomplete_without_network
 from acestep_jax.io.locate import Located
 from acestep_jax.io.original import REPOSITORY
 from acestep_jax.io.planner_files import DEFAULT_SIZE, PREFIX, TOKENIZER_FILES, choose_planner, names_planner

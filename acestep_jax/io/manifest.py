@@ -20,10 +20,11 @@ from jax.sharding import Mesh
 
 from acestep_jax.errors import InputError
 from acestep_jax.io.files import as_path
-from acestep_jax.models.config import MIXED, QUANTIZATIONS, NetworkConfig, check_dtype
+from acestep_jax.models.config import NetworkConfig
 from acestep_jax.models.kernels.platform import default_precision
 from acestep_jax.models.quantization import NETWORKS, quantized_layers
 from acestep_jax.models.registry import FAMILY, SamplingDefaults
+from acestep_jax.models.runtime import MIXED, QUANTIZATIONS, check_dtype
 
 FORMAT, FORMAT_VERSION, NEWEST_VERSION = "acestep-jax", 2, 3
 CONFIG = "config.json"
@@ -38,8 +39,8 @@ class Manifest:
     sampling: defaults that this checkpoint has instead of its variant's: some of the fields of `SamplingDefaults`.
     dtypes: by network, what it computes in unless told otherwise; of a network that is not there, the dtype that most
         of its weights are stored in.
-    quantization: by network, what its weights are quantised to, one of `config.QUANTIZATIONS`; those that are not there
-        are not quantised.
+    quantization: by network, what its weights are quantised to, one of `runtime.QUANTIZATIONS`; those that are not
+        there are not quantised.
     """
 
     configs: dict[str, NetworkConfig]

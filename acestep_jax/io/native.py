@@ -19,7 +19,7 @@ from acestep_jax.io.files import as_path, is_remote
 from acestep_jax.io.locate import Located, locate
 from acestep_jax.io.manifest import CONFIG, FORMAT, FORMAT_VERSION, read_manifest
 from acestep_jax.io.pretrained import TorchCheckpoint
-from acestep_jax.models.config import check_stored
+from acestep_jax.models.runtime import check_stored
 
 CONVERSION_VERSION = 1  # to be raised when the same files convert to other arrays
 
@@ -55,7 +55,7 @@ def find_native(
         source: a native checkpoint; a PyTorch checkpoint in a folder or file, see `open_checkpoint`; or the id of a
             repository on the Hugging Face hub with either of them.
         variant: which model, such as turbo or xl-base, where the source has several.
-        dtype: what weights are converted to, one of `config.DTYPES` or `config.QUANTIZATIONS`; None: as they are.
+        dtype: what weights are converted to, one of `runtime.DTYPES` or `runtime.QUANTIZATIONS`; None: as they are.
         revision, token, local_files_only: see `hub.locate`.
         cache_dir: for downloads and conversions; None: the hub's own cache, and `cache.cache_folder`.
 

@@ -7,6 +7,7 @@ and the text encoder. See also diffusers' `scripts/convert_ace_step_to_diffusers
 import dataclasses
 import re
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from acestep_jax.errors import InputError
@@ -22,7 +23,17 @@ from acestep_jax.models.config import (
 
 VAE, TEXT_ENCODER = "vae", "Qwen3-Embedding-0.6B"
 MODEL_PREFIX = "acestep-v15-"
-REPOSITORY = "ACE-Step/Ace-Step1.5"  # turbo, the autoencoder, the text encoder and a planner
+OWNER = "ACE-Step/"
+REPOSITORY = f"{OWNER}Ace-Step1.5"  # turbo, the autoencoder, the text encoder and a planner
+# The repository of each variant's transformer, as `acestep/model_downloader.py` of https://github.com/ace-step/ACE-Step-1.5
+# has them (`MAIN_MODEL_REPO`, `SUBMODEL_REGISTRY`).
+VARIANTS = MappingProxyType(
+    {"turbo": REPOSITORY}
+    | {
+        name: f"{OWNER}{MODEL_PREFIX}{name}"
+        for name in "base sft turbo-shift1 turbo-shift3 turbo-continuous xl-base xl-sft xl-turbo".split()
+    }
+)
 MOST_TOKENS = 152_000  # of Qwen3's vocabulary; the 5 Hz language model adds 64000 audio codes to it
 
 PREFIXES = {

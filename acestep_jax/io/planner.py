@@ -18,9 +18,9 @@ from acestep_jax.io.locate import Located
 from acestep_jax.io.manifest import pick_dtype, read_manifest
 from acestep_jax.io.native import converted, is_native, key_of_files
 from acestep_jax.io.planner_files import PREFIX, WHERE, choose_planner, is_planner, open_planner
-from acestep_jax.models.config import check_stored, split_dtype
 from acestep_jax.models.qwen3 import Qwen3ForCausalLM
 from acestep_jax.models.registry import PLANNER
+from acestep_jax.models.runtime import check_stored, split_dtype
 
 
 class LoadedPlanner(NamedTuple):
@@ -48,8 +48,8 @@ def load_planner(
         source: what `AceStepPipeline.from_pretrained` takes, of which the planner is looked for; or a planner: a folder
             of PyTorch or of this library, or the id of a repository such as ACE-Step/acestep-5Hz-lm-0.6B.
         size: which planner, such as 0.6B or 4B, where there are several; None: 1.7B if there is one.
-        dtype: of weights and computation, one of `config.PRECISIONS`; None: what suits the device. "int8" and "fp8" are
-            of the weights of layers, see `models.quantization`; the rest is what suits the device.
+        dtype: of weights and computation, one of `runtime.PRECISIONS`; None: what suits the device. "int8" and "fp8"
+            are of the weights of layers, see `models.quantization`; the rest is what suits the device.
         mesh: from `distributed.make_mesh`; None: all on the first device.
         attention: see `Runtime`.
         revision, token, cache_dir, local_files_only: see `native_folder`.
@@ -89,7 +89,7 @@ def planner_folder(
     """Return the folder of a planner's native checkpoint, which is converted once and kept; see `load_planner`.
 
     Args:
-        dtype: what weights are converted to, one of `config.DTYPES` or `config.QUANTIZATIONS`; None: as they are.
+        dtype: what weights are converted to, one of `runtime.DTYPES` or `runtime.QUANTIZATIONS`; None: as they are.
     """
     if dtype is not None:
         check_stored(dtype)

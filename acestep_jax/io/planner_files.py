@@ -15,8 +15,9 @@ from acestep_jax.errors import InputError, nearest
 from acestep_jax.io.original import MOST_TOKENS, attention_name
 from acestep_jax.io.pretrained import TorchCheckpoint, cast_to, file_tensors, read_json
 from acestep_jax.io.safetensors_reader import Tensor
-from acestep_jax.models.config import QUANTIZATIONS, PlannerConfig
+from acestep_jax.models.config import PlannerConfig
 from acestep_jax.models.registry import PLANNER
+from acestep_jax.models.runtime import QUANTIZATIONS
 
 PREFIX = "acestep-5Hz-lm-"
 DEFAULT_SIZE = "1.7B"  # what the authors' application takes, and the main repository holds

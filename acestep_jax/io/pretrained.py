@@ -23,8 +23,9 @@ from acestep_jax.io.companions import SILENCE, TOKENIZER, Fetch, find_companion
 from acestep_jax.io.foreign import describe
 from acestep_jax.io.safetensors_reader import Tensor, read_header
 from acestep_jax.io.torch_file import read_tensor
-from acestep_jax.models.config import QUANTIZATIONS, ConditionEncoderConfig, NetworkConfig, TransformerConfig
+from acestep_jax.models.config import ConditionEncoderConfig, NetworkConfig, TransformerConfig
 from acestep_jax.models.registry import FAMILY
+from acestep_jax.models.runtime import QUANTIZATIONS
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class _Parts:
 
 
 def cast_to(dtype: str | None) -> np.dtype | None:
-    """Return the dtype of NumPy that tensors are cast to, of one of `config.DTYPES`; None: to none, as what is to be
+    """Return the dtype of NumPy that tensors are cast to, of one of `runtime.DTYPES`; None: to none, as what is to be
     quantised is not."""
     return None if dtype is None or dtype in QUANTIZATIONS else np.dtype(getattr(ml_dtypes, dtype, dtype))
 
@@ -83,7 +84,7 @@ def open_checkpoint(
         source: a folder of any layout, or a .safetensors file.
         vae, text_encoder: folders, or files, that are not beside `source`.
         dtype: dtype that every tensor is cast to as it is read; None keeps its own, and float8 becomes bfloat16. One of
-            `config.QUANTIZATIONS` is what layers are quantised to when they are converted.
+            `runtime.QUANTIZATIONS` is what layers are quantised to when they are converted.
         variant: which model to take from a folder of several, such as turbo or xl-base; that of a file whose name does
             not say it.
         fetch: gets the small files that weights of ComfyUI lack, see `io.companions`; None: from the hub.

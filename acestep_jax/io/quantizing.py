@@ -11,15 +11,16 @@ import numpy as np
 from tqdm import tqdm
 
 from acestep_jax.errors import InputError
-from acestep_jax.io import checkpoint
-from acestep_jax.io.files import as_path
-from acestep_jax.io.manifest import read_manifest
-from acestep_jax.models.config import QUANTIZATIONS, NetworkConfig, Runtime
+from acestep_jax.io import checkpoint, checkpoint_writer
+from acestep_jax.io.files import as_path, check_new
+from acestep_jax.io.manifest import check_unquantized, read_manifest
+from acestep_jax.models.config import NetworkConfig
 from acestep_jax.models.quantization import NETWORKS, parts, quantize_array
+from acestep_jax.models.runtime import QUANTIZATIONS, Runtime
 
 
 def kinds_of(configs: Mapping[str, NetworkConfig], kind: str | None) -> dict[str, str]:
-    """Return `Manifest.quantization` of these networks, quantised to one of `config.QUANTIZATIONS`; None: to none."""
+    """Return `Manifest.quantization` of these networks, quantised to one of `runtime.QUANTIZATIONS`; None: to none."""
     return {} if kind is None else {name: kind for name in configs if name in NETWORKS}
 
 
@@ -28,7 +29,7 @@ class Quantizer:
 
     Args:
         name: of the network.
-        kind: one of `config.QUANTIZATIONS`; None: it is not quantised.
+        kind: one of `runtime.QUANTIZATIONS`; None: it is not quantised.
     """
 
     def __init__(self, name: str, config: NetworkConfig, kind: str | None):
@@ -54,7 +55,7 @@ def quantize_checkpoint(source: str | Path, destination: str | Path, dtype: str)
     Args:
         source: a native checkpoint.
         destination: the folder to create.
-        dtype: one of `config.QUANTIZATIONS`.
+        dtype: one of `runtime.QUANTIZATIONS`.
 
     Raises:
         InputError: if `source` is no native checkpoint, or quantised already, `destination` exists, or the disk has no
@@ -63,9 +64,9 @@ def quantize_checkpoint(source: str | Path, destination: str | Path, dtype: str)
     if dtype not in QUANTIZATIONS:
         raise InputError(f"--dtype: expected {' or '.join(QUANTIZATIONS)}, found {dtype!r}")
     source = as_path(source)
-    checkpoint.check_new(as_path(destination))
+    check_new(as_path(destination))
     manifest = read_manifest(source, ())
-    checkpoint.check_unquantized(source, manifest, "what is quantised are")
+    check_unquantized(source, manifest, "what is quantised are")
     kinds = kinds_of(manifest.configs, dtype)
     if not kinds:
         raise InputError(f"{source}: holds {', '.join(manifest.configs)}, of which none is quantised")
@@ -82,13 +83,13 @@ def quantize_checkpoint(source: str | Path, destination: str | Path, dtype: str)
 
     text = source / checkpoint.TOKENIZER
     with tqdm(total=sum(map(len, stored.values())), unit="parameter", disable=None) as bar:
-        checkpoint.save(
+        checkpoint_writer.save(
             destination,
             manifest.configs,
             arrays(bar),
             text.read_text(encoding="utf-8") if text.is_file() else None,
             manifest.tokenizer_config,
-            checkpoint.other_files(source),
+            checkpoint_writer.other_files(source),
             sampling=manifest.sampling,
             dtypes=manifest.dtypes,
             quantization=kinds,

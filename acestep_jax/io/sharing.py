@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 
 from acestep_jax.distributed import on_host
 from acestep_jax.errors import InputError
-from acestep_jax.io import checkpoint
+from acestep_jax.io import checkpoint, checkpoint_writer
 from acestep_jax.io.cache import SOURCE
-from acestep_jax.io.files import as_path
+from acestep_jax.io.files import as_path, check_new
 from acestep_jax.io.manifest import read_manifest
 from acestep_jax.models.registry import FAMILY
 
@@ -55,7 +55,7 @@ def save_pretrained(
         InputError: if `folder` exists, an adapter is on, a network is missing, or the disk has no room.
     """
     folder = as_path(folder)
-    checkpoint.check_new(folder)
+    check_new(folder)
     check_networks(networks, tokenizer, scales)
     kept = loaded_from if loaded_from is not None and loaded_from.is_dir() else None
     arrays = {
@@ -69,9 +69,9 @@ def save_pretrained(
     if source:
         extra[SOURCE] = functools.partial(_write, json.dumps(source, indent=2) + "\n")
     for file in kept.glob("*.safetensors") if kept else ():
-        extra[file.name] = functools.partial(checkpoint.copy_file, file)
+        extra[file.name] = functools.partial(checkpoint_writer.copy_file, file)
     text = kept / checkpoint.TOKENIZER if kept else None
-    checkpoint.save(
+    checkpoint_writer.save(
         folder,
         {network: module.config for network, module in networks.items()},  # pyright: ignore[reportAttributeAccessIssue]
         _on_host(arrays),

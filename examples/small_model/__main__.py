@@ -9,6 +9,7 @@ import numpy as np
 from acestep_jax.cli.runtime import use_compilation_cache
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
+from acestep_jax.io.files import check_new
 from examples.small_model.pack import write_packed
 from examples.small_model.requests import song_and_prompt
 from examples.small_model.start import TEXT_ENCODER, save_networks, write_start
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 def text_encoder(destination: Path, steps: int, batch_size: int, seed: int) -> None:
     """Train a tokenizer and a text encoder, and write them as a checkpoint of one network."""
     use_compilation_cache()
-    checkpoint.check_new(destination)
+    check_new(destination)
     prompts = (song_and_prompt(FIRST_SEED + i)[1] for i in range(TOKENIZER_PROMPTS))
     tokenizer = train_tokenizer(prompts, TEXT_ENCODER.vocab_size)
     network, errors = train_text_encoder(TEXT_ENCODER, tokenizer, steps=steps, batch_size=batch_size, seed=seed)

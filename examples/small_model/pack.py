@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from acestep_jax.io import checkpoint
+from acestep_jax.io import checkpoint, checkpoint_writer
 from examples.synthetic_music.styles import STYLES
 
 
@@ -31,7 +31,7 @@ def write_packed(source: Path, destination: Path, dtype: str) -> None:
                 yield f"{name}.{leaf}", value.astype(jnp.dtype(dtype))
 
     text = (source / checkpoint.TOKENIZER).read_text(encoding="utf-8")
-    checkpoint.save(
+    checkpoint_writer.save(
         destination,
         manifest.configs,
         arrays(),

@@ -15,7 +15,7 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from acestep_jax.inputs.prompt import PAD
-from acestep_jax.io import checkpoint
+from acestep_jax.io import checkpoint, checkpoint_writer
 from acestep_jax.models.autoencoder import AutoencoderOobleck
 from acestep_jax.models.condition_encoder import SILENCE_FRAMES
 from acestep_jax.models.config import (
@@ -103,7 +103,7 @@ def save_networks(destination: Path, networks: dict[str, nnx.Module], tokenizer:
         for leaf, variable in checkpoint.leaves(network).items()
     ]
     configs = {name: network.config for name, network in networks.items()}
-    checkpoint.save(destination, configs, arrays, tokenizer.to_str(), {"pad_token": PAD}, sampling=SAMPLING)
+    checkpoint_writer.save(destination, configs, arrays, tokenizer.to_str(), {"pad_token": PAD}, sampling=SAMPLING)
 
 
 def silence(vae: AutoencoderOobleck) -> jax.Array:

@@ -1,0 +1,145 @@
+"""Writing native checkpoints, which `io.checkpoint` describes and reads.
+
+A checkpoint is written atomically, and some arrays at a time, so that not all of them need be in memory.
+"""
+
+import functools
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from acestep_jax.errors import InputError
+from acestep_jax.io.checkpoint import (
+    TOKENIZER,
+    WEIGHTS,
+    batches,
+    byte_size,
+    described_leaves,
+    first_error_only,
+    nest,
+    network_leaves,
+    read_leaves,
+)
+from acestep_jax.io.files import absolute, as_path, local_copy, publish_file, publish_folder
+from acestep_jax.io.manifest import (
+    CONFIG,
+    Manifest,
+    check_sampling,
+    check_unquantized,
+    manifest_values,
+    read_manifest,
+)
+from acestep_jax.models.config import NetworkConfig
+
+
+def save(
+    path: str | Path,
+    configs: dict[str, NetworkConfig],
+    arrays: Iterable[tuple[str, np.ndarray | jax.Array]],
+    tokenizer: str | None,
+    tokenizer_config: dict[str, Any],
+    extra_files: dict[str, Any] | None = None,
+    *,
+    sampling: Mapping[str, Any] | None = None,
+    dtypes: Mapping[str, str] | None = None,
+    quantization: Mapping[str, str] | None = None,
+    size: int | None = None,
+    compress: bool = False,
+) -> None:
+    """Write a checkpoint.
+
+    Args:
+        configs: by the names of the networks of `FAMILY`.
+        arrays: pairs of dotted name (network first) and value, every leaf once.
+        tokenizer: the text of `tokenizer.json`; None: there is none, beside single networks.
+        tokenizer_config: see `Manifest`.
+        extra_files: name to a function that writes the file of that name, given its path.
+        sampling, dtypes, quantization: see `Manifest`; None: nothing of the kind.
+        size: bytes of all arrays, for which the disk must have room; None: those of float32.
+        compress: trained weights hardly get smaller, and it takes time and memory, but the latents of silence do.
+
+    Raises:
+        InputError: see `publish_folder` and `check_sampling`; nothing is left behind. Also in one of several
+            processes, for Orbax waits for all of them.
+    """
+    if jax.process_count() > 1:
+        raise InputError(
+            f"{path}: several processes write no checkpoint; convert the model before, in one process, with "
+            "`acestep-jax convert from-torch`"
+        )
+    manifest = Manifest(configs, tokenizer_config, dict(sampling or {}), dict(dtypes or {}), dict(quantization or {}))
+    check_sampling(manifest.sampling, "sampling")
+    shapes = {f"{n}.{leaf}": s for n, found in described_leaves(manifest).items() for leaf, s in found.items()}
+    size = size or sum(byte_size(shape) for shape in shapes.values())
+    with first_error_only(), publish_folder(path, size) as folder:
+        wanted = set(shapes)
+        weights = absolute(folder / WEIGHTS)
+        context = ocp.Context()
+        context.array.saving.use_compression = compress
+        for batch in batches(arrays):
+            wanted -= batch.keys()
+            with context:
+                ocp.partial.save(weights, nest(batch))  # pyright: ignore[reportArgumentType]
+            batch.clear()  # before the next one is read
+        if wanted:
+            raise KeyError(f"no value for {sorted(wanted)}")
+        ocp.partial.finalize(weights)  # pyright: ignore[reportArgumentType]
+        if tokenizer is not None:
+            (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
+        for name, write in (extra_files or {}).items():
+            write(folder / name)
+        (folder / CONFIG).write_text(json.dumps(manifest_values(manifest), indent=2) + "\n", encoding="utf-8")
+
+
+def save_changed(source: str | Path, destination: str | Path, name: str, arrays: Mapping[str, Any]) -> None:
+    """Write a copy of the checkpoint `source` with other values of leaves of the network `name`.
+
+    Args:
+        arrays: by dotted path within the network; cast to what `source` stores. Leaves that are not there stay.
+
+    Raises:
+        InputError: see `publish_folder`, `read_manifest` and `load_leaves`.
+    """
+    source = as_path(source)
+    manifest = read_manifest(source)
+    check_unquantized(source, manifest, "what is written has")
+    stored = network_leaves(source, manifest)
+
+    def values() -> Iterator[tuple[str, np.ndarray]]:
+        for network, shapes in stored.items():
+            for group in batches(shapes.items()):
+                changed = {k: arrays[k] for k in group if network == name and k in arrays}
+                kept = read_leaves(source, network, {k: v for k, v in group.items() if k not in changed})
+                for leaf, shape in group.items():
+                    value = changed[leaf] if leaf in changed else kept[leaf]
+                    yield f"{network}.{leaf}", np.asarray(value).astype(shape.dtype)
+
+    save(
+        destination,
+        manifest.configs,
+        values(),
+        (source / TOKENIZER).read_text(encoding="utf-8"),
+        manifest.tokenizer_config,
+        other_files(source),
+        sampling=manifest.sampling,
+        dtypes=manifest.dtypes,
+        size=sum(byte_size(shape) for shapes in stored.values() for shape in shapes.values()),
+    )
+
+
+def other_files(source: Path) -> dict[str, Any]:
+    """Return what `save` writes as `extra_files` to copy those of another checkpoint."""
+    extra = [file for file in source.iterdir() if file.is_file() and file.name not in (CONFIG, TOKENIZER)]
+    return {file.name: functools.partial(copy_file, file) for file in extra}
+
+
+def copy_file(file: Path, target: Path) -> None:
+    """Copy a file of a checkpoint, from and to the disk or Cloud Storage."""
+    with publish_file(target) as temporary:
+        shutil.copyfile(local_copy(file), temporary)
