@@ -1,6 +1,7 @@
 """Which part of the library may import which, read from the import statements: no part imports one further down."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,8 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imported(file: Path) -> set[str]:
+@functools.cache
+def imported(file: Path) -> frozenset[str]:
     """Return what a file imports anywhere in it, `from a import b` as "a.b"."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -54,7 +56,7 @@ def imported(file: Path) -> set[str]:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-    return names
+    return frozenset(names)
 
 
 MODULES = modules()
@@ -90,7 +92,7 @@ def test_only_conversion_needs_torch(module):
 WEB = {"fastapi", "starlette", "uvicorn", "multipart", "python_multipart", "prometheus_client"}
 HTTP = {
     f"acestep_jax.serve.{name}"
-    for name in "app native page plans authors chat cpp cpp_planner security uploads metrics".split()
+    for name in "app native page plans polls authors chat cpp cpp_planner security uploads metrics".split()
 }
 
 

@@ -289,7 +289,7 @@ def test_loudness(pipe):
 def test_output_type_latent(pipe):
     song = pipe("piano", seed=0, output_type="latent", **SONG)
     assert song.audios is None and song.latents.shape == (1, FRAMES, CHANNELS)
-    with pytest.raises(InputError, match="no audio to save"):
+    with pytest.raises(InputError, match="there is no audio, because of output_type"):
         song.save("song.wav")
 
 

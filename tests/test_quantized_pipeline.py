@@ -30,7 +30,7 @@ def test_songs(pipe, tmp_path):
     again = AceStepPipeline.from_pretrained(tmp_path / "saved")
     assert again.transformer.runtime.quantization == "int8"
     np.testing.assert_array_equal(again("lofi piano", **SONG).latents, found)
-    with pytest.raises(InputError, match="is quantised to int8, and cannot be to fp8"):
+    with pytest.raises(InputError, match="is quantised to int8 and cannot be quantised to fp8"):
         AceStepPipeline.from_pretrained(tmp_path / "saved", dtype="fp8")
 
 

@@ -3,8 +3,10 @@
 import pytest
 
 from acestep_jax import Sampling, cli
+from acestep_jax.arguments import arguments
 from acestep_jax.cli import runtime
 from acestep_jax.cli.parser import read_fields
+from acestep_jax.request import KINDS
 
 pytestmark = pytest.mark.unit
 
@@ -54,3 +56,12 @@ def test_an_empty_prompt(tmp_path, capsys):
 def test_info_without_a_checkpoint(capsys):
     assert cli.main(["info"]) == 0
     assert "acestep-jax" in capsys.readouterr().out
+
+
+def test_help_texts_name_options_and_not_keywords_of_python(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "instead of --steps and --shift" in words or "instead of --steps and shift" in words
+    assert "--compat diffusers" in words and "compat=" not in words
+    assert not {field for kind in KINDS for field in arguments(kind) if "_" in field and field in words}

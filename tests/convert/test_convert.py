@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from acestep_jax.convert.random_checkpoint import write_random_checkpoint
 from acestep_jax.convert.to_torch import to_torch
-from acestep_jax.io import checkpoint
+from acestep_jax.io import checkpoint, checkpoint_writer
 from acestep_jax.io.conversion import WEIGHT_NORM, from_torch
 from acestep_jax.io.pretrained import fold, open_checkpoint
 from acestep_jax.io.safetensors_writer import write_safetensors
@@ -110,7 +110,7 @@ def test_changed_convolution_gets_new_factors(tiny, expected, tmp_path):
     arrays = expected | {changed: 2 * expected[changed] + 1}
     opened = open_checkpoint(tiny[0])
     native = tmp_path / "native"
-    checkpoint.save(native, opened.configs, arrays.items(), opened.tokenizer, opened.tokenizer_config)
+    checkpoint_writer.save(native, opened.configs, arrays.items(), opened.tokenizer, opened.tokenizer_config)
     shutil.copy(tiny[1] / WEIGHT_NORM, native)
     to_torch(native, tmp_path / "torch", layout="diffusers")
     before, after = tensors(tiny[0]), tensors(tmp_path / "torch")

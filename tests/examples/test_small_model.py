@@ -7,7 +7,7 @@ import soundfile
 from flax import nnx
 
 from acestep_jax import AceStepPipeline, cli
-from acestep_jax.io import checkpoint
+from acestep_jax.io import checkpoint, checkpoint_writer
 from acestep_jax.models.autoencoder import AutoencoderOobleck
 from acestep_jax.models.config import AutoencoderConfig, TextEncoderConfig
 from acestep_jax.models.qwen3 import Qwen3Model
@@ -33,7 +33,7 @@ def tokenizer():
 
 def save(folder, network, name, tokenizer=None):
     arrays = [(f"{name}.{leaf}", np.asarray(v.get_value())) for leaf, v in checkpoint.leaves(network).items()]
-    checkpoint.save(folder, {name: network.config}, arrays, tokenizer and tokenizer.to_str(), {})
+    checkpoint_writer.save(folder, {name: network.config}, arrays, tokenizer and tokenizer.to_str(), {})
 
 
 @pytest.mark.unit

@@ -154,7 +154,7 @@ def test_lego_in_a_region_keeps_the_rest(pipe):
         assert relative_error(other[:, ~inside], WAVE[:, ~inside]) > 0.05
 
 
-# Covers and editing by flow
+# Covers and FlowEdit
 
 
 def test_covers_without_the_tokenizer(pipe):
@@ -272,13 +272,14 @@ def test_jobs_of_another_compat_warn(pipe, caplog):
 
 BAD = {
     "flow_edit_source_caption: missing; describe the source": dict(src_audio=WAVE, flow_edit_morph=True),
-    "flow_edit_source_caption: only for editing by flow": dict(flow_edit_source_caption="x"),
+    "flow_edit_source_caption: has an effect only with flow_edit_morph=True": dict(flow_edit_source_caption="x"),
     "src_audio: the task text2music needs a source": EDIT,
     "flow_edit_morph: the task repaint does not take it": EDIT | dict(task_type="repaint", src_audio=WAVE),
-    "solver: expected euler where sources are edited by flow, found heun": EDIT | dict(src_audio=WAVE, solver="heun"),
-    "dcw_enabled: expected False where sources are edited": EDIT | dict(src_audio=WAVE, dcw_enabled=True),
-    "retake_variance: the noise of editing by flow": EDIT | dict(src_audio=WAVE, retake_variance=0.5),
-    "audio_cover_strength: expected 1 for editing by flow": EDIT
+    "solver: expected euler with flow_edit_morph, found heun": EDIT | dict(src_audio=WAVE, solver="heun"),
+    "dcw_enabled: expected False with flow_edit_morph": EDIT | dict(src_audio=WAVE, dcw_enabled=True),
+    "retake_variance: with flow_edit_morph the noise is drawn from the seed": EDIT
+    | dict(src_audio=WAVE, retake_variance=0.5),
+    "audio_cover_strength: expected 1 with flow_edit_morph": EDIT
     | dict(src_audio=WAVE, task_type="cover", audio_cover_strength=0.5),
 }
 

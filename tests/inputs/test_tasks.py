@@ -485,9 +485,7 @@ BAD = {
     "src_audio: holds NaN": REPAINT | dict(src_audio=np.full((2, RATE), np.nan, np.float32)),
     "src_audio: the task repaint needs a source; give a file or an array": dict(task_type="repaint"),
     "src_audio: the task text2music does not take it; leave it out, or set task_type to repaint or cover or "
-    "cover-nofsq or extract or lego or complete, or edit it by flow with flow_edit_morph=True": dict(
-        src_audio=song(2.0)
-    ),
+    "cover-nofsq or extract or lego or complete, or edit it with flow_edit_morph=True": dict(src_audio=song(2.0)),
     r"reference_audio: expected an array .* found shape \[3, 48000\]": dict(reference_audio=np.ones((3, RATE))),
     "audio_codes: expected codes from 0 to 63999, found 64000": dict(audio_codes="<|audio_code_64000|>"),
     "audio_codes: expected codes from 0 to 63999, found -1": dict(audio_codes="<|audio_code_-1|>"),

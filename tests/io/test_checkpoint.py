@@ -11,10 +11,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from acestep_jax import InputError, make_mesh
-from acestep_jax.io import checkpoint, manifest
+from acestep_jax.io import checkpoint, checkpoint_writer, manifest
 from acestep_jax.io.manifest import Manifest, default_dtype, pick_dtype
-from acestep_jax.models.config import AudioTokenDetokenizerConfig, Runtime
+from acestep_jax.models.config import AudioTokenDetokenizerConfig
 from acestep_jax.models.registry import FAMILY
+from acestep_jax.models.runtime import Runtime
 from tests.folders import edit_json, native_arrays
 
 
@@ -115,7 +116,7 @@ def test_save_and_load(tiny, expected, tmp_path):
     path = tmp_path / "saved"
     extra = {"notes.txt": lambda file: file.write_text("x")}
     sampling, dtypes = {"guidance_scale": 3.0}, {"vae": "float16"}
-    checkpoint.save(path, configs, arrays.items(), text, {"a": 1}, extra, sampling=sampling, dtypes=dtypes)
+    checkpoint_writer.save(path, configs, arrays.items(), text, {"a": 1}, extra, sampling=sampling, dtypes=dtypes)
     assert checkpoint.read_manifest(path) == Manifest(configs, {"a": 1}, sampling, dtypes)
     for name, value in flat(checkpoint.load(path)).items():
         np.testing.assert_array_equal(value, arrays[name], err_msg=name)
@@ -124,10 +125,10 @@ def test_save_and_load(tiny, expected, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["saved"] and path.stat().st_mode & 0o777 == 0o755
 
     with pytest.raises(InputError, match="already exists"):
-        checkpoint.save(path, configs, arrays.items(), text, {})
+        checkpoint_writer.save(path, configs, arrays.items(), text, {})
     dropped, *rest = arrays.items()
     with pytest.raises(KeyError, match=dropped[0]):
-        checkpoint.save(tmp_path / "half", configs, rest, text, {})
+        checkpoint_writer.save(tmp_path / "half", configs, rest, text, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["saved"]
 
 
@@ -170,7 +171,7 @@ def test_a_changed_copy_keeps_what_the_checkpoint_says(tiny, tmp_path):
     shutil.copytree(tiny[1], source)
     sampling, dtypes = {"num_inference_steps": 20, "shift": 2.5}, {"text_encoder": "bfloat16"}
     edit_config(source, lambda values: values.update(sampling=sampling, dtypes=dtypes))
-    checkpoint.save_changed(source, tmp_path / "copy", "vae", {})
+    checkpoint_writer.save_changed(source, tmp_path / "copy", "vae", {})
     found = checkpoint.read_manifest(tmp_path / "copy")
     assert found == checkpoint.read_manifest(source)
     assert found.sampling == sampling and found.dtypes == dtypes

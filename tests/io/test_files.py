@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from acestep_jax import InputError
-from acestep_jax.io import audio, checkpoint, files
+from acestep_jax.io import audio, files
 from acestep_jax.io.adapter import Adapter, load_adapter, save_adapter
-from acestep_jax.io.files import check_writable, publish_file
+from acestep_jax.io.files import check_new, check_writable, publish_file
 from acestep_jax.models.config import LoRAConfig
 from tests import cloud
 
@@ -128,7 +128,7 @@ def test_a_folder_that_takes_no_files(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, "Read-only file system", "/somewhere/.temporary-x7")
 
     monkeypatch.setattr(tempfile, "mkstemp", refuse)
-    for check in (check_writable, checkpoint.check_new):
+    for check in (check_writable, check_new):
         with pytest.raises(InputError, match="out: cannot be written, .* takes no new file .Read-only file system"):
             check(tmp_path / "out")
     with pytest.raises(OSError, match=f"Read-only file system: '{tmp_path / 'out'}'"), publish_file(tmp_path / "out"):

@@ -12,8 +12,8 @@ import pytest
 from acestep_jax.errors import InputError
 from acestep_jax.io import download
 from acestep_jax.io.companions import fetch_companion
-from acestep_jax.io.hub import VARIANTS, locate
-from acestep_jax.io.original import MODEL_PREFIX, TEXT_ENCODER
+from acestep_jax.io.hub import locate
+from acestep_jax.io.original import MODEL_PREFIX, TEXT_ENCODER, VARIANTS
 from acestep_jax.io.original import REPOSITORY as UNIFIED
 
 unit = pytest.mark.unit

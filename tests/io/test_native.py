@@ -197,6 +197,7 @@ def wait_for(path):
     raise AssertionError(f"{path} did not appear")
 
 
+@pytest.mark.slow
 def test_two_processes_and_one_that_is_killed(published, tmp_path):
     """One holds the lock and is killed in its conversion; of two that wait, one converts, and both have the result."""
     folder = tmp_path / "cache"

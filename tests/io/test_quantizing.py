@@ -13,8 +13,8 @@ from acestep_jax.cli import main
 from acestep_jax.io import cache, checkpoint
 from acestep_jax.io.manifest import read_manifest
 from acestep_jax.io.native import native_folder
-from acestep_jax.models.config import QUANTIZATIONS
 from acestep_jax.models.quantization import NETWORKS, parts
+from acestep_jax.models.runtime import QUANTIZATIONS
 from tests.folders import edit_json
 
 QUANTIZED = [name for name in NETWORKS if name != "planner"]
@@ -100,7 +100,8 @@ def test_bad_input(tiny, stored, tmp_path):
         with pytest.raises(InputError, match=words):
             quantize_checkpoint(source, target[0] if target else tmp_path / "made", dtype)
     assert not (tmp_path / "made").exists()
-    with pytest.raises(InputError, match="its transformer is quantised to int8, and cannot be to fp8; leave the dtype"):
+    message = "its transformer is quantised to int8 and cannot be quantised to fp8; leave the dtype"
+    with pytest.raises(InputError, match=message):
         checkpoint.load(stored["int8"], quantization="fp8")
     with pytest.raises(InputError, match="dtype: 'int4' is no dtype of this library; use one of .*, int8, fp8"):
         native_folder(tiny[0], dtype="int4", cache_dir=tmp_path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from acestep_jax import InputError
-from acestep_jax.io import checkpoint
+from acestep_jax.io import checkpoint, checkpoint_writer
 from acestep_jax.models.config import AutoencoderConfig
 from acestep_jax.models.registry import FAMILY
 from tests.parity import normal
@@ -29,7 +29,7 @@ def arrays():
 
 @pytest.fixture
 def folder(arrays, tmp_path):
-    checkpoint.save(tmp_path / "made", {"vae": CONFIG}, arrays.items(), None, {"made by": "a test"})
+    checkpoint_writer.save(tmp_path / "made", {"vae": CONFIG}, arrays.items(), None, {"made by": "a test"})
     return tmp_path / "made"
 
 
@@ -58,14 +58,14 @@ def test_weights_are_cast(folder, arrays):
 def test_a_checkpoint_is_not_overwritten(folder, arrays):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with pytest.raises(InputError, match="made.*already exists"):
-        checkpoint.save(folder, {"vae": CONFIG}, arrays.items(), None, {})
+        checkpoint_writer.save(folder, {"vae": CONFIG}, arrays.items(), None, {})
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 def test_an_incomplete_save_leaves_nothing(arrays, tmp_path):
     first, *rest = arrays.items()
     with pytest.raises(KeyError, match=first[0]):
-        checkpoint.save(tmp_path / "half", {"vae": CONFIG}, rest, None, {})
+        checkpoint_writer.save(tmp_path / "half", {"vae": CONFIG}, rest, None, {})
     assert not list(tmp_path.iterdir())
 
 
