@@ -234,8 +234,9 @@ class AceStepPipeline(PlanningModel):
         with self.placement.stage(self.networks) as networks:
             used = self.placement.for_denoising(networks["transformer"]), networks["condition_encoder"]
             if watched:
-                hooks = dict(on_step=on_step, should_stop=should_stop, progress=bar.update)
-                return denoise.denoise_in_pieces(*used, inputs, method=method, **hooks).block_until_ready()
+                return denoise.denoise_in_pieces(
+                    *used, inputs, method=method, on_step=on_step, should_stop=should_stop, progress=bar.update
+                ).block_until_ready()
             x = denoise.denoise(*used, inputs, method=method).block_until_ready()
         bar.update(len(inputs.times) - 1)
         return x

@@ -58,22 +58,23 @@ class Placement:
             return transformer
         arrays = jax.tree.leaves(transformer)  # a module can be changed in place; its arrays cannot
         is_same = len(arrays) == len(self._made_of) and all(map(operator.is_, arrays, self._made_of))
-        if self._unstacked is None or not is_same:
-            self.forget()  # frees the memory before the next one is made
-            try:
-                self._unstacked = jax.block_until_ready(_unstack(transformer))
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                logger.warning(
-                    "no memory for a second copy of the transformer's layers, %.1f GB: denoising copies the weights of "
-                    "each layer in every step instead, which takes longer",
-                    self.second_copy / 1e9,
-                )
-                self.second_copy = 0
-                return transformer
-            self._made_of = arrays
-        return self._unstacked
+        if self._unstacked is not None and is_same:
+            return self._unstacked
+        self.forget()  # frees the memory before the next one is made
+        try:
+            made = jax.block_until_ready(_unstack(transformer))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            logger.warning(
+                "no memory for a second copy of the transformer's layers, %.1f GB: denoising copies the weights of "
+                "each layer in every step instead, which takes longer",
+                self.second_copy / 1e9,
+            )
+            self.second_copy = 0
+            return transformer
+        self._unstacked, self._made_of = made, arrays
+        return made
 
     def forget(self) -> None:
         """Free the second copy of the layers; the next song makes it again."""
