@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,20 @@ def start(*arguments, program="acestep_jax.cli", code=None, devices=1, **environ
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def printed_rows(module, *arguments):
+    """Return the rows of the table that a module of the benchmarks prints with these arguments, by column."""
+    run = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    head, _, *rows = ([cell.strip() for cell in line.split("|")] for line in run.stdout.splitlines() if line[:1] == "|")
+    return [dict(zip(head, row, strict=True)) for row in rows]
 
 
 def cache():

@@ -1,12 +1,10 @@
 """The programs that an NVIDIA GPU would run, compiled without one."""
 
-import os
-import subprocess
-import sys
 from importlib import util
-from pathlib import Path
 
 import pytest
+
+from tests.processes import printed_rows
 
 pytestmark = pytest.mark.slow
 
@@ -15,16 +13,7 @@ def compile_for_gpu(*arguments: str) -> list[dict[str, str]]:
     """The rows that `benchmarks.gpu_aot` prints with these arguments, by column."""
     if not any(util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         pytest.skip("compiling for NVIDIA GPUs needs their plugin: pip install '.[cuda13]'")
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_aot", *arguments],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    head, _, *rows = ([cell.strip() for cell in line.split("|")] for line in run.stdout.splitlines() if line[:1] == "|")
-    return [dict(zip(head, row, strict=True)) for row in rows]
+    return printed_rows("benchmarks.gpu_aot", *arguments)
 
 
 def kernels(text: str) -> dict[str, int]:

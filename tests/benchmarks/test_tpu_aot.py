@@ -1,11 +1,8 @@
 """The programs that a TPU would run, compiled without one."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.processes import printed_rows
 
 pytestmark = pytest.mark.slow
 
@@ -13,16 +10,8 @@ pytestmark = pytest.mark.slow
 def compile_for_tpu(*arguments: str) -> dict[str, str]:
     """The one row that `benchmarks.tpu_aot` prints with these arguments, by column."""
     pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install '.[tpu]'")
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.tpu_aot", *arguments],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    head, _, row = ([cell.strip() for cell in line.split("|")] for line in run.stdout.splitlines() if line[:1] == "|")
-    return dict(zip(head, row, strict=True))
+    (row,) = printed_rows("benchmarks.tpu_aot", *arguments)
+    return row
 
 
 def counts(text: str) -> dict[str, tuple[int, int]]:

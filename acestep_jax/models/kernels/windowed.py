@@ -44,28 +44,27 @@ def windowed(
     begin = jnp.broadcast_to(jnp.maximum(halo - first_query, 0), (b,)).astype(jnp.int32)
     end = jnp.minimum(key_lengths - first_query + halo, k.shape[1]).astype(jnp.int32)
     span = -(-(QUERIES + 2 * window) // KEYS) * KEYS
-    q = pad_time(q, 0, -t % QUERIES)  # buckets of songs fill their tiles
+    q = pad_time(q, 0, -t % QUERIES)
     k, v = (pad_time(x, 0, max(0, span - x.shape[1])) for x in (k, v))
-    queries, keys = q.shape[1], k.shape[1]
-    own = lambda i, batch, head: (batch, 0, head, 0)  # noqa: E731
+    keys = k.shape[1]
+    rows = lambda i, batch, head: (batch, i, head, 0)  # noqa: E731
     whole = lambda i, batch, head: (batch, 0, head // groups, 0)  # noqa: E731
-    tiles = queries // QUERIES
     kernel = functools.partial(_kernel, window=window, halo=halo, span=span, keys=keys)
     y = pl.pallas_call(
         kernel,
-        grid=(tiles, b, n),
+        grid=(q.shape[1] // QUERIES, b, n),
         in_specs=[
-            pl.BlockSpec((None, queries, None, h), own),
+            pl.BlockSpec((None, QUERIES, None, h), rows),
             pl.BlockSpec((None, keys, None, h), whole),
             pl.BlockSpec((None, keys, None, h), whole),
             pl.BlockSpec((1,), lambda i, batch, head: (batch,)),
             pl.BlockSpec((1,), lambda i, batch, head: (batch,)),
         ],
-        out_specs=pl.BlockSpec((None, queries, None, h), own),
+        out_specs=pl.BlockSpec((None, QUERIES, None, h), rows),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         interpret=interpret,
         name="windowed_attention",
-        metadata={"flops": str(4 * b * n * tiles * QUERIES * span * h)},  # for those who read the compiled program
+        metadata={"flops": str(4 * b * n * q.shape[1] * span * h)},  # for those who read the compiled program
         **({} if interpret else _options()),
     )(q, k, v, begin, end)
     return y[:, :t]
@@ -80,13 +79,12 @@ def _options() -> dict:
 
 def _kernel(q_ref, k_ref, v_ref, begin_ref, end_ref, out_ref, *, window: int, halo: int, span: int, keys: int):
     """Compute one tile of queries of one head: softmax(q k^T / sqrt(H)) v, tile after tile of keys."""
-    h, size = q_ref.shape[1], QUERIES
-    rows = pl.program_id(0) * size
-    q = q_ref[pl.ds(rows, size), :]
-    row = rows + halo + jax.lax.broadcasted_iota(jnp.int32, (size, KEYS), 0)
+    size, h = q_ref.shape
+    q = q_ref[...]
+    row = pl.program_id(0) * size + halo + jax.lax.broadcasted_iota(jnp.int32, (size, KEYS), 0)
     column = jax.lax.broadcasted_iota(jnp.int32, (size, KEYS), 1)
     # The first and last tiles begin within the keys, so that nothing is read beyond them.
-    first = jnp.clip(rows + halo - window, 0, keys - span)
+    first = jnp.clip(pl.program_id(0) * size + halo - window, 0, keys - span)
     begin, end = begin_ref[0], end_ref[0]
     lowest = jnp.finfo(jnp.float32).min
 
@@ -106,7 +104,7 @@ def _kernel(q_ref, k_ref, v_ref, begin_ref, end_ref, out_ref, *, window: int, ha
 
     start = jnp.zeros((size, h), jnp.float32), jnp.full((size,), lowest), jnp.zeros((size,), jnp.float32)
     y, _, total = jax.lax.fori_loop(0, span // KEYS, tile, start)
-    out_ref[pl.ds(rows, size), :] = (y / total[:, None]).astype(out_ref.dtype)
+    out_ref[...] = (y / total[:, None]).astype(out_ref.dtype)
 
 
 @windowed.defjvp
