@@ -1,4 +1,4 @@
-"""Whether a submission can be made: all of it is checked before it is accepted."""
+"""Checks of a submission: all of it is validated before it is accepted."""
 
 import math
 import secrets
@@ -8,7 +8,7 @@ from typing import Any
 from acestep_jax.errors import InputError
 from acestep_jax.inputs.settings import compat_of
 from acestep_jax.planning import can_be_planned
-from acestep_jax.request import Request, Sampling, split
+from acestep_jax.request import LATENTS, Request, Sampling, split
 from acestep_jax.serve import sounds
 from acestep_jax.serve.engine import Engine, Work, message_of
 from acestep_jax.serve.store import SongRecord
@@ -22,9 +22,11 @@ from acestep_jax.serve.submission import (
 )
 from acestep_jax.serve.thinking import Thought
 
+SOURCES = {"src_audio", "src_latents"}  # which say how long a song is
+
 
 def check(submission: Submission, engine: Engine, limits: Limits) -> tuple[list[SongRecord], list[Work]]:
-    """Return the songs of a submission as they are kept, and as the engine makes them.
+    """Return the songs of a submission as records and as works for the engine.
 
     Raises:
         InputError: naming the field that cannot be used.
@@ -38,7 +40,8 @@ def check(submission: Submission, engine: Engine, limits: Limits) -> tuple[list[
     _check_adapters(submission, engine)
     files = {field: (submission.uploads or Path()) / field for field in submission.files}
     for field, path in files.items():
-        sounds.check_upload(path, field, limits.duration)
+        vae = engine.models[model].configs["vae"]
+        sounds.check_upload(path, field, limits.duration, vae if field in LATENTS else None)
     songs: list[SongRecord] = []
     works: list[Work] = []
     given_plan = None if submission.plan is None else submission.plan.to_dict()
@@ -51,7 +54,7 @@ def check(submission: Submission, engine: Engine, limits: Limits) -> tuple[list[
         thought = _thought(submission, request, sampling, i)
         if thought is not None:
             thought = thought.within(limits.duration)
-        elif request.audio_duration is None and "src_audio" not in files and request.audio_codes is None:
+        elif request.audio_duration is None and request.audio_codes is None and not files.keys() & SOURCES:
             _check_open(engine.models[model].seconds(sampling), limits)
         work = Work(request, sampling, model, tuple(sorted(submission.adapters.items())), thought=thought)
         work.lrc = submission.lrc
@@ -70,12 +73,12 @@ def check(submission: Submission, engine: Engine, limits: Limits) -> tuple[list[
 
 
 def _thought(submission: Submission, request: Request, sampling: Sampling, i: int) -> Thought | None:
-    """Return what the planner is asked for song i; None: nothing, as of a cover."""
+    """Return the planner's task for song i; None: no planning, such as for a cover."""
     thought = submission.thought
     if thought is None:
         return None
     if not can_be_planned(request):
-        note = "thinking: the planner writes for text2music without a source; made without it"
+        note = "thinking: the planner supports only text2music without a source; made without it"
         if thought.required and note not in submission.notes:
             submission.notes.append(note)
         return None
@@ -83,10 +86,10 @@ def _thought(submission: Submission, request: Request, sampling: Sampling, i: in
 
 
 def _check_open(seconds: float, limits: Limits) -> None:
-    """Raise InputError if a song whose duration is left open would be too long."""
+    """Raise InputError if a song without a given duration would be too long."""
     if seconds > limits.duration:
         raise InputError(
-            f"audio_duration: missing, and would be {seconds:g} s; this server makes at most {limits.duration:g} s"
+            f"audio_duration: missing; the default, {seconds:g} s, exceeds this server's limit of {limits.duration:g} s"
         )
 
 
@@ -100,7 +103,7 @@ def _check_adapters(submission: Submission, engine: Engine) -> None:
 
 
 def _differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Return whether two songs differ in more than their seeds."""
+    """Return whether two songs differ in anything besides their seeds."""
     seeds = ("seed", "retake_seed")
     return {k: v for k, v in one.items() if k not in seeds} != {
         k: v for k, v in other.items() if k not in seeds and v is not None

@@ -1,4 +1,4 @@
-"""The application: all protocols on one port, health, errors in each protocol's shape, and the process around it."""
+"""The application: all protocols on one port, health checks, errors in each protocol's format, the server process."""
 
 import functools
 import logging
@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from acestep_jax.errors import InputError
 from acestep_jax.io.files import DISK_FULL
@@ -22,6 +22,7 @@ from acestep_jax.serve import authors, chat, cpp, native, page, plans, uploads
 from acestep_jax.serve.engine import BatchReport
 from acestep_jax.serve.envelope import envelope
 from acestep_jax.serve.errors import error_body
+from acestep_jax.serve.http import protocol
 from acestep_jax.serve.metrics import CONTENT_TYPE, Metrics
 from acestep_jax.serve.polls import Polls
 from acestep_jax.serve.security import COOKIE, LINK_SECONDS, Guard, Keys
@@ -30,16 +31,14 @@ from acestep_jax.serve.waiting import RETRY_SECONDS
 
 logger = logging.getLogger(__name__)
 
-MAX_HEAD = 2**16  # bytes of a head, as h11 has it
 MAX_KEY = 4096  # bytes
-HEAD_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 DESCRIPTION = "Songs from text, by ACE-Step 1.5 in JAX."
 
 
 class Application(FastAPI):
-    """FastAPI behind `front`, which every request passes first, and a poll alone."""
+    """FastAPI behind `front`, which handles every request first; polls end there."""
 
-    front: ASGIApp
+    front: Guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.front(scope, receive, send)
@@ -55,11 +54,11 @@ def create(
     metrics: Metrics | None = None,
     static: Path | None = page.FOLDER,
 ) -> Application:
-    """Return the application around a service.
+    """Return the application for a service.
 
     Args:
         hosts, origins: see `security.Guard`.
-        static: the folder of the page; None: no page is served.
+        static: folder of the page's files; None: no page is served.
     """
     metrics = metrics or Metrics()
     app = Application(title="acestep-jax", version=version, description=DESCRIPTION, redirect_slashes=False)
@@ -77,6 +76,7 @@ def create(
         origins=origins,
         max_bytes=service.limits.upload_bytes + 2**20,
         late_keys=authors.LATE_KEYS,
+        polls=polls.quick,
     )
     _add_errors(app)
     metrics.watch(service)
@@ -91,9 +91,9 @@ def create(
 
     service.on_report = report
 
-    @app.get("/health", tags=["server"], summary="Whether the server lives")
+    @app.get("/health", tags=["server"], summary="Whether the server is alive")
     async def health(response: Response) -> dict[str, Any]:
-        """In the shapes of the authors' server and of acestep.cpp's."""
+        """Return the health in the formats of the authors' server and of acestep.cpp."""
         response.status_code = 500 if service.dead else 200
         model = next(iter(service.engine.models))
         about = dict(
@@ -107,7 +107,7 @@ def create(
         )
         return envelope(about) | dict(status=about["status"])
 
-    @app.get("/ready", tags=["server"], summary="Whether songs are made")
+    @app.get("/ready", tags=["server"], summary="Whether the server is ready to generate songs")
     async def ready(response: Response) -> dict[str, Any]:
         is_ready = service.engine.ready and not service.closing
         response.status_code = 500 if service.dead else 200 if is_ready else 503
@@ -117,7 +117,7 @@ def create(
     def figures() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
-    @app.post("/v1/session", tags=["server"], summary="Trade the key for a cookie", status_code=204)
+    @app.post("/v1/session", tags=["server"], summary="Exchange the key for a cookie", status_code=204)
     async def session(request: Request) -> Response:
         given = await uploads.read_bytes(request, MAX_KEY)
         if not keys.accepts(given.decode("utf-8", "replace").strip()):
@@ -136,7 +136,7 @@ def create(
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Answer errors in the shape of the protocol that a path belongs to."""
+    """Add handlers that return errors in the format of the path's protocol."""
 
     @app.exception_handler(InputError)
     async def input_error(request: Request, error: InputError) -> Response:
@@ -173,51 +173,12 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def answer(request: Request, status: int, detail: str, headers: Any = None) -> Response:
-    """Return an error in the shape of the protocol that the path belongs to."""
+    """Return an error in the format of the path's protocol."""
     return JSONResponse(error_body(request.scope["path"], status, detail), status, headers=headers)
 
 
-def protocol() -> Any:
-    """Return what reads HTTP, as uvicorn takes it: httptools, or h11 where that is not installed.
-
-    h11 has a limit on heads. httptools gets one here: on the bytes that come without being the end of a head or a part
-    of a body, so that no path, header or trailer fills memory.
-    """
-    try:
-        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-    except ImportError:
-        return "h11"
-
-    class Limited(HttpToolsProtocol):
-        def __init__(self, *args: Any, **options: Any):
-            super().__init__(*args, **options)
-            self._loose = 0
-
-        def data_received(self, data: bytes) -> None:
-            self._loose += len(data)
-            super().data_received(data)
-            if self._loose > MAX_HEAD and not self.transport.is_closing():
-                if self.cycle is None or self.cycle.response_complete:  # else an answer may be under way
-                    self.transport.write(HEAD_TOO_LARGE)
-                self.transport.close()
-
-        def on_headers_complete(self) -> None:
-            self._loose = 0
-            super().on_headers_complete()
-
-        def on_body(self, body: bytes) -> None:
-            self._loose = 0
-            super().on_body(body)
-
-        def on_message_complete(self) -> None:
-            self._loose = 0
-            super().on_message_complete()
-
-    return Limited
-
-
 class Server(uvicorn.Server):
-    """uvicorn's server with this one's end: SIGTERM lets the songs under way finish, a second signal ends at once."""
+    """uvicorn's server with our shutdown: SIGTERM lets songs in progress finish, a second signal exits at once."""
 
     def __init__(self, config: uvicorn.Config, service: Service, grace: float):
         super().__init__(config)
@@ -227,9 +188,9 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: Any) -> None:
         self._signals += 1
         if self._signals > 1:
-            os._exit(128 + sig)  # nothing is lost: what is kept is kept whole, and the rest is made after a restart
+            os._exit(128 + sig)  # nothing is lost: files are atomic, and unfinished songs are made after a restart
         name = signal.Signals(sig).name
-        logger.info("%s: no new work; songs under way get %g s, those that wait stay", name, self.grace)
+        logger.info("%s: no new work; songs in progress get %g s, waiting songs are kept", name, self.grace)
         threading.Thread(target=self._end, name="end").start()
 
     def _end(self) -> None:
@@ -237,21 +198,21 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def end_dead(self) -> None:
-        """End because the engine has died."""
+        """Exit because the engine has died."""
         self.should_exit = True
 
 
-def settings(app: FastAPI, host: str, port: int, *, log_level: str, shutdown: int) -> uvicorn.Config:
-    """Return how uvicorn serves the application: nothing is done for every poll that nobody needs.
+def settings(app: Application, host: str, port: int, *, log_level: str, shutdown: int) -> uvicorn.Config:
+    """Return uvicorn's configuration for the application, without needless work per request.
 
     Args:
-        shutdown: seconds that connections get at the end.
+        shutdown: seconds that connections get at shutdown.
     """
     return uvicorn.Config(
         app,
         host=host,
         port=port,
-        http=protocol(),
+        http=protocol(app.front.quick),
         log_level=log_level,
         access_log=False,
         ws="none",
@@ -261,8 +222,8 @@ def settings(app: FastAPI, host: str, port: int, *, log_level: str, shutdown: in
     )
 
 
-def serve(app: FastAPI, service: Service, host: str, port: int, *, grace: float, log_level: str = "warning") -> int:
-    """Serve until a signal; return the exit status: 1 if the engine has died.
+def serve(app: Application, service: Service, host: str, port: int, *, grace: float, log_level: str = "warning") -> int:
+    """Serve until a signal; return the exit status, 1 if the engine has died.
 
     Raises:
         InputError: if the address cannot be used.

@@ -1,5 +1,5 @@
-"""What clients of the authors' protocols, and of their relatives, ask of the planner. As in `serve.lenient`, what
-cannot be read is the default."""
+"""Planner settings from the requests of the authors' protocols and related ones. As in `serve.lenient`, values that
+cannot be parsed become the default."""
 
 from typing import Any
 
@@ -11,16 +11,18 @@ from acestep_jax.serve.thinking import Thought
 RANGES = dict(
     lm_temperature=(0.0, 10.0), lm_cfg_scale=(1.0, 100.0), lm_top_p=(1e-3, 1.0), lm_repetition_penalty=(1.0, 10.0)
 )
-NOTHING = "NO USER INPUT"  # what stands for no negative prompt
-CFG_SCALE = 2.5  # of the authors' protocol
+NOTHING = "NO USER INPUT"  # placeholder for no negative prompt
+CFG_SCALE = 2.5  # default of the authors' protocol
+CAPTION = ("use_cot_caption", "cot_caption", "cot-caption")
+LANGUAGE = ("use_cot_language", "cot_language", "cot-language")
 NEEDS = ("thinking", "sample_query", "sample_mode", "use_format")
 
 
 def planning(fields: Fields, **defaults: float) -> Planning:
-    """Return how the planner samples.
+    """Return the planner's sampling settings.
 
     Args:
-        defaults: those of the protocol.
+        defaults: defaults of the protocol.
     """
     values: dict[str, Any] = dict(defaults)
     for name, (least, most) in RANGES.items():
@@ -32,19 +34,19 @@ def planning(fields: Fields, **defaults: float) -> Planning:
         values["lm_seed"] = seed
     if (text := fields.text("lm_negative_prompt")).strip() and text.strip() != NOTHING:
         values["lm_negative_prompt"] = text[:4096]
-    return Planning(**values, use_cot_caption=fields.flag("use_cot_caption", default=True))
+    return Planning(**values, use_cot_caption=fields.flag(*CAPTION, default=True))
 
 
 def thought(fields: Fields, *, wish: bool, words: str) -> Thought | None:
-    """Return what a song asks of the planner: codes with `thinking`; without, words alone, unless use_cot_caption and
-    use_cot_language are off.
+    """Return the planner's task for a song: text and codes with `thinking`; otherwise only text, or nothing if
+    use_cot_caption and use_cot_language are off.
 
     Args:
-        wish: whether the prompt is a wish of which a song is to be made.
-        words: the lyrics that were given.
+        wish: whether the prompt is a wish, for which the planner writes everything.
+        words: the given lyrics.
     """
     thinking, rewrite = fields.flag("thinking"), fields.flag("use_format", "format")
-    writes = fields.flag("use_cot_caption", default=True) or fields.flag("use_cot_language", default=True)
+    writes = fields.flag(*CAPTION, default=True) or fields.flag(*LANGUAGE, default=True)
     required = thinking or rewrite or wish
     if not required and not writes:
         return None
@@ -58,13 +60,14 @@ def thought(fields: Fields, *, wish: bool, words: str) -> Thought | None:
 
 
 def prepared(song: dict[str, Any], asked: Thought, fields: Fields, words: str) -> dict[str, Any]:
-    """Return a song that is to be planned, without what its protocol sets and the client did not: that is open.
+    """Return a song to plan without the protocol's defaults for fields that the client left out, which the planner may
+    choose.
 
     Args:
-        fields: where the client's own language may be.
+        fields: fields of the request, for the client's own language.
     """
     left = dict(song)
-    if fields.flag("use_cot_language", default=True) and not fields.text("vocal_language", "language"):
+    if fields.flag(*LANGUAGE, default=True) and not fields.text("vocal_language", "language"):
         left.pop("vocal_language", None)
     if asked.mode == "inspire" and (asked.instrumental or not words.strip()):
         left["lyrics"] = INSTRUMENTAL if asked.instrumental else ""
@@ -72,7 +75,7 @@ def prepared(song: dict[str, Any], asked: Thought, fields: Fields, words: str) -
 
 
 def metadata(plan: Plan) -> dict[str, Any]:
-    """Return what a plan says, by the names of the authors' protocol."""
+    """Return the values of a plan by the names of the authors' protocol."""
     return dict(
         caption=plan.caption,
         lyrics=plan.lyrics,
@@ -85,7 +88,7 @@ def metadata(plan: Plan) -> dict[str, Any]:
 
 
 def in_metas(asked: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """Return the `metas` of an answer, with what the planner wrote in place of "N/A"."""
+    """Return the `metas` of a response, with the planner's values in place of "N/A"."""
     written = dict(bpm=plan.bpm, duration=plan.audio_duration, keyscale=plan.keyscale, timesignature=plan.timesignature)
     known = {name: value for name, value in written.items() if value is not None}
     return {name: known.get(name, value) if value == "N/A" else value for name, value in asked.items()}

@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from acestep_jax.errors import InputError
 from acestep_jax.inputs.tasks import DEFAULT, TASKS
 from acestep_jax.planner.plan import Plan
-from acestep_jax.serve import asking, authors_request, sounds, uploads
+from acestep_jax.serve import asking, authors_lora, authors_request, sounds, uploads
 from acestep_jax.serve import authors_analysis as analysis
 from acestep_jax.serve.envelope import envelope
 from acestep_jax.serve.errands import Errand
@@ -26,15 +26,22 @@ from acestep_jax.serve.service import Service
 from acestep_jax.serve.store import Record
 from acestep_jax.serve.thinking import LISTENING
 
-LATE_KEYS = ("/release_task", "/query_result", "/create_random_sample", "/format_input", "/cancel_task")
+LATE_KEYS = (
+    "/release_task",
+    "/query_result",
+    "/create_random_sample",
+    "/format_input",
+    "/cancel_task",
+    "/v1/transcribe",
+)
 FILE = re.compile(r"(?P<id>[0-9a-f-]{36})/(?P<index>\d{1,4})(?P<suffix>\.[a-z0-9.]{2,8})")
 SUFFIXES = {form.suffix: name for name, form in sounds.FORMATS.items()}
-MOST_IDS = 1000  # of one poll
+MOST_IDS = 1000  # in one poll
 CODES = {"queued": 0, "running": 0, "done": 1, "failed": 2, "cancelled": 2}
 
 
 class Authors:
-    """What this API keeps for all its clients, as the authors' server does: the model and the adapters in use."""
+    """The state that all clients of this API share, as in the authors' server: the model and the adapters in use."""
 
     def __init__(self, service: Service, keys: Keys):
         self.service, self.keys = service, keys
@@ -57,7 +64,7 @@ class Authors:
         return [self._song(record, i, seeds) | common for i, song in enumerate(record.songs) if song.status == "done"]
 
     def task(self, record: Record) -> dict[str, Any]:
-        """Return what a poll tells of a task."""
+        """Return the response of a poll for a task."""
         _, stage, step, steps = self.service.progress(record)
         text = f"{stage} {step}/{steps}" if stage == "denoising" else stage
         result = json.dumps(self.result(record), ensure_ascii=False)
@@ -84,13 +91,13 @@ class Authors:
         )
 
     def planners(self) -> list[dict[str, Any]]:
-        """Return the planners that there are."""
+        """Return the available planners."""
         names = dict.fromkeys(model.planner for model in self.service.engine.models.values() if model.planner)
         return [dict(name=name, is_loaded=name == self.service.planner_of(self.model)) for name in names]
 
     def find_file(self, path: str) -> tuple[Record, int, str] | None:
-        """Return the record, the song and the format that a path of `/v1/audio` means; None if it is outside of the
-        songs. The text is compared, and no file of that name is opened."""
+        """Return the record, song and format for a path of `/v1/audio`; None if it is not a song. The path is only
+        compared as text, and never opened."""
         root = str(self.service.store.songs)
         for prefix in (f"{root}/", "songs/", ""):
             found = FILE.fullmatch(path.removeprefix(prefix)) if path.startswith(prefix) else None
@@ -102,7 +109,7 @@ class Authors:
         return None
 
     def link_path(self, body: uploads.Body, field: str, path: str) -> None:
-        """Give a song of this server to a field, if the path is one that it has told; else raise InputError."""
+        """Use a song of this server for a field if the server has returned this path; else raise InputError."""
         if field in body.files:
             return
         query = parse_qs(path.partition("?")[2]).get("path", [""])[0] if "/v1/audio?" in path else ""
@@ -114,20 +121,22 @@ class Authors:
         link_song(self.service, body, field, path)
 
     def ask(self, mode: str, body: uploads.Body, client: str) -> Errand:
-        """Begin an analysis, see `authors_analysis`."""
+        """Start an analysis, see `authors_analysis`."""
         try:
             fields = Fields(body.values)
             for field, aliases in authors_request.PATHS.items():
-                if mode in LISTENING and field == "src_audio" and (path := fields.text(*aliases)):
+                names = ("audio_path", *aliases) if mode == "transcribe" else aliases
+                if mode in LISTENING and field == "src_audio" and (path := fields.text(*names)):
+                    body.names.setdefault(field, next(name for name in names if fields.text(name)))
                     self.link_path(body, field, path)
             work = analysis.work(self.service, self.model, mode, fields, body)
         except BaseException:
             body.discard()
             raise
-        return self.service.ask([work], client, body.uploads, dict(mode=mode))
+        return self.service.ask([work], client, body.uploads, dict(mode=mode), body.names)
 
     def check_token(self, request: Request, values: dict[str, Any]) -> None:
-        """Raise HTTPException 401 unless the key came in the header, or in the body as early versions have it."""
+        """Raise HTTPException 401 unless the key is in the header, or in the body as in early versions."""
         if getattr(request.state, "authorised", False):  # by its headers, see `Guard`
             return
         token = values.get("ai_token")
@@ -137,7 +146,7 @@ class Authors:
             raise HTTPException(401, "Invalid ai_token")
 
     async def body(self, request: Request, files: Mapping[str, str] | None = None) -> uploads.Body:
-        """Return a body whose key is right. `files`: the sound files that it may hold, by the names of their parts."""
+        """Read a body and check its key. `files`: the sound files that it may contain, by the names of their parts."""
         body = await uploads.read(request, self.service.store, files or {})
         try:
             if not isinstance(body.raw, dict):
@@ -177,6 +186,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
             body.discard()
             raise
         found.uploads, found.files, found.client = body.uploads, body.files, client_of(request)
+        found.names = body.names
         found.adapters = dict(api.scales) if api.use_lora else {}
         _leave_out_uploads(found, body)
         record = await run_in_threadpool(service.accept, found)
@@ -252,7 +262,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
 
     @routes.post("/v1/init", summary="Choose the model")
     async def init(request: Request) -> dict[str, Any]:
-        """Make a model of the server the default of this API; it is loaded when a song needs it."""
+        """Make one of the server's models the default of this API; it is loaded when a song needs it."""
         values = (await api.body(request)).values
         name = values.get("model") or api.model
         if name not in service.engine.models:
@@ -295,71 +305,22 @@ def router(service: Service, keys: Keys) -> APIRouter:
         assert plan is not None
         return envelope(asking.metadata(plan))
 
-    @routes.post("/v1/transcribe", summary="Not here")
-    async def transcribe() -> Response:
-        raise HTTPException(501, "transcription is not part of this server")
+    @routes.post("/v1/transcribe", summary="The lyrics of a song, and when they are sung")
+    async def transcribe(request: Request) -> dict[str, Any]:
+        """Of a song of this server in `audio_path`, or of an upload. The planner writes what it hears, so the model
+        needs one; `language` is not told to it, and comes back as it hears it."""
+        service.check_room(client_of(request))
+        body = await api.body(request, dict(audio="src_audio", src_audio="src_audio"))
+        errand = await run_in_threadpool(api.ask, "transcribe", body, client_of(request))
+        await finished(service, errand, request)
+        return envelope(analysis.transcription(errand))
 
-    _add_lora(routes, api)
+    authors_lora.add(routes, api)
     return routes
 
 
-def _add_lora(routes: APIRouter, api: Authors) -> None:
-    """Add the routes of adapters, which are those of --lora, by name."""
-
-    @routes.post("/v1/lora/load", summary="Use an adapter")
-    async def load(request: Request) -> dict[str, Any]:
-        values = (await api.body(request)).values
-        name = str(values.get("adapter_name") or values.get("lora_path") or "")
-        path = str(values.get("lora_path") or name)
-        name = path if path in api.service.engine.adapters else name
-        if name not in api.service.engine.adapters:
-            known = ", ".join(api.service.engine.adapters) or "none"
-            raise HTTPException(400, f"lora_path: paths are not opened; name an adapter of the server: {known}")
-        api.scales[name] = 1.0
-        return envelope(dict(message=f"{name} is used", lora_path=path, adapter_name=name))
-
-    @routes.post("/v1/lora/unload", summary="Use no adapter")
-    async def unload(request: Request) -> dict[str, Any]:
-        await api.body(request)
-        api.scales.clear()
-        return envelope(dict(message="no adapter is used"))
-
-    @routes.post("/v1/lora/toggle", summary="Switch adapters on and off")
-    async def toggle(request: Request) -> dict[str, Any]:
-        api.use_lora = Fields((await api.body(request)).values).flag("use_lora")
-        return envelope(dict(message=f"adapters are {'on' if api.use_lora else 'off'}", use_lora=api.use_lora))
-
-    @routes.post("/v1/lora/scale", summary="Scale adapters")
-    async def scale(request: Request) -> dict[str, Any]:
-        fields = Fields((await api.body(request)).values)
-        value, name = fields.number("scale"), fields.text("adapter_name")
-        if value is None or not 0 <= value <= 2:
-            return envelope(None, 400, "scale: expected 0 to 2")
-        names = [name] if name else list(api.scales)
-        if not names or any(one not in api.scales for one in names):
-            return envelope(None, 400, "no such adapter is loaded")
-        api.scales |= dict.fromkeys(names, value)
-        return envelope(dict(message=f"scale {value:g}", scale=value, adapter_name=name or names[0]))
-
-    @routes.get("/v1/lora/status", summary="Adapters in use")
-    async def status() -> dict[str, Any]:
-        first = next(iter(api.scales), None)
-        return envelope(
-            dict(
-                lora_loaded=bool(api.scales),
-                use_lora=bool(api.scales) and api.use_lora,
-                lora_scale=api.scales.get(first, 1.0) if first else 1.0,
-                adapter_type="lora" if first else None,
-                scales=dict(api.scales),
-                active_adapter=first,
-                adapters=list(api.scales),
-                synthetic_default_mode=False,
-            )
-        )
-
-
 def _task(api: Authors, task_id: str) -> dict[str, Any]:
-    """Return the answer to a poll. An id that was never here reads as one that still waits, as at the authors'."""
+    """Return the response to a poll. An unknown id is reported as waiting, as in the authors' server."""
     record = api.service.records.get(task_id)
     if record is None:
         if (errand := api.service.errands.all.get(task_id)) is not None:
@@ -372,7 +333,7 @@ def _task(api: Authors, task_id: str) -> dict[str, Any]:
 
 
 def _leave_out_uploads(found: Any, body: uploads.Body) -> None:
-    """Leave out a source that the task does not take: clients of this API keep sending it."""
+    """Drop a source that the task does not take, because clients of this API always send it."""
     name = found.songs[0].get("task_type", DEFAULT)
     task = TASKS.get(name)
     if task is not None and "src_audio" not in task.accepts and "src_audio" in body.files:

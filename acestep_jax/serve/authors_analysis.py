@@ -1,4 +1,4 @@
-"""What the authors' protocol asks of a song without one being made: codes, descriptions, and requests rewritten."""
+"""The authors' protocol without generating a song: audio codes, descriptions, and rewritten requests."""
 
 import json
 import secrets
@@ -20,12 +20,12 @@ CODES = {"queued": 0, "running": 0, "done": 1, "failed": 2, "cancelled": 2}
 
 
 def mode_of(fields: Fields) -> str | None:
-    """Return what is asked, a mode of `thinking.Thought`; None: a song."""
+    """Return the requested analysis, a mode of `thinking.Thought`; None: a song is requested."""
     return next((mode for name, mode in MODES.items() if fields.flag(name)), None)
 
 
 def work(service: Service, default_model: str, mode: str, fields: Fields, body: uploads.Body) -> Work:
-    """Return what the engine is asked for.
+    """Return the work for the engine.
 
     Raises:
         InputError: if the source is missing, or a value cannot be used.
@@ -47,8 +47,18 @@ def work(service: Service, default_model: str, mode: str, fields: Fields, body: 
     return found
 
 
+def transcription(errand: Errand) -> dict[str, Any]:
+    """Return what /v1/transcribe tells: the lyrics that the planner hears, and when they are sung, where the model's
+    heads that follow lyrics are known; else the times are empty."""
+    plan, heard = errand.plans[0], errand.heard[0]
+    assert plan is not None and heard is not None
+    times = heard.timestamps
+    words = [] if times is None else [dict(word=word.text, start=word.start, end=word.end) for word in times.words]
+    return dict(words=words, lrc_text="" if times is None else times.lrc(), lyrics_text=plan.lyrics)
+
+
 def rewriting(service: Service, model: str, fields: Fields) -> Work:
-    """Return a request whose caption and lyrics the planner writes anew.
+    """Return a work in which the planner rewrites caption and lyrics.
 
     Raises:
         InputError: if a value cannot be used.
@@ -77,7 +87,7 @@ def rewriting(service: Service, model: str, fields: Fields) -> Work:
 
 
 def task(service: Service, errand: Errand) -> dict[str, Any]:
-    """Return the answer to a poll."""
+    """Return the response to a poll."""
     stage, step, steps = errand.progress()
     common: dict[str, Any] = dict(file="", wave="", create_time=int(errand.created), env="development")
     common |= dict(status=CODES[errand.status], progress=round(step / max(1, steps), 4), stage=stage)

@@ -1,4 +1,4 @@
-"""From the body of `/release_task` of ACE-Step's own server to a submission. Source: its documentation of the API."""
+"""Converts the body of `/release_task` of ACE-Step's own server to a submission. Source: its API documentation."""
 
 import logging
 import re
@@ -27,7 +27,7 @@ PATHS = {
 FORMATS = {"mp3": "mp3", "wav": "wav", "flac": "flac", "opus": "opus", "wav32": "wav32"}
 DEFAULT_SECONDS = 60.0
 DEFAULT_BATCH, MAX_BATCH = 2, 8
-TURBO = dict(num_inference_steps=8, shift=3.0)  # the defaults of this API, which suit turbo models alone
+TURBO = dict(num_inference_steps=8, shift=3.0)  # the defaults of this API, which suit only turbo models
 EXAMPLES: Sequence[dict[str, Any]] = (
     dict(caption="warm lofi piano with vinyl crackle and a slow swung beat", bpm=80, key_scale="A minor"),
     dict(caption="melodic house with airy pads, a plucked lead and a rolling bass", bpm=124, key_scale="F# minor"),
@@ -48,10 +48,10 @@ def submission(
     default_model: str,
     strict: bool,
 ) -> tuple[Submission, dict[str, str], list[str]]:
-    """Return what a body asks for, the paths that it gives by field, and the names of what is ignored.
+    """Return the submission for a body, the paths that it contains by field, and the names of ignored fields.
 
     Raises:
-        InputError: if a value cannot be used, or `strict` and something would be ignored.
+        InputError: if a value cannot be used, or `strict` is set and a field would be ignored.
         Refused: if it needs the planner.
     """
     fields = Fields(values)
@@ -68,7 +68,7 @@ def submission(
     query = fields.text("sample_query", "description", "desc")
     wish = bool(query) or fields.flag("sample_mode")
     if not has_planner:
-        asked = {"thinking": "the song was made from the prompt alone", "sample_query": "it was taken as the prompt"}
+        asked = {"thinking": "the song was made only from the prompt", "sample_query": "it was taken as the prompt"}
         asked["sample_mode"] = "an example was taken as the prompt"
         present = dict(thinking=fields.flag("thinking"), sample_query=bool(query), sample_mode=wish and not query)
         for name in (name for name, is_there in present.items() if is_there):
@@ -87,17 +87,17 @@ def submission(
     elif is_open:
         seconds = fields.number("audio_duration", "duration", "target_duration")
         if seconds is None or seconds <= 0:
-            notes.append(f"audio_duration: none was given; {DEFAULT_SECONDS:g} s were made")
+            notes.append(f"audio_duration: not given; {DEFAULT_SECONDS:g} s was used")
             song["audio_duration"] = DEFAULT_SECONDS
     for name, neutral in (("repaint_wav_crossfade_sec", 0.0), ("global_caption", "")):
         if fields.get(name) not in (None, "", neutral, str(neutral)) and name not in song:
             ignored.append(name)
-            notes.append(f"{name}: not here; ignored")
+            notes.append(f"{name}: not supported; ignored")
     if strict and ignored:
-        raise InputError(f"{ignored[0]}: not here, and the server was started with --strict")
+        raise InputError(f"{ignored[0]}: not supported, and the server was started with --strict")
     form = fields.text("audio_format", default="mp3").strip().lower()
     if form not in FORMATS:
-        notes.append(f"audio_format: {form[:20]} cannot be written; mp3 was")
+        notes.append(f"audio_format: {form[:20]} is not supported; mp3 was used")
     count = fields.whole("batch_size")
     count = DEFAULT_BATCH if count is None else min(MAX_BATCH, max(1, count))
     found = Submission(
@@ -114,7 +114,7 @@ def submission(
 
 
 def songs(song: Mapping[str, Any], count: int, given: Sequence[int]) -> list[dict[str, Any]]:
-    """Return `count` songs with the seeds that were given; those after them have seeds of the first one's row.
+    """Return `count` songs with the given seeds; the remaining songs continue from the first seed.
 
     Raises:
         InputError: if a seed is out of range.
@@ -190,7 +190,7 @@ def _song(fields: Fields, prompt: str, words: str, *, turbo: bool) -> dict[str, 
 
 
 def _asked(fields: Fields, prompt: str, words: str) -> dict[str, str]:
-    """Return the `metas` of the answer: what was asked for, and N/A for the rest."""
+    """Return the `metas` of the response: the requested values, and N/A for the rest."""
     return dict(
         bpm=fields.text("bpm") or "N/A",
         duration=fields.text("audio_duration", "duration", "target_duration") or "N/A",
@@ -203,7 +203,7 @@ def _asked(fields: Fields, prompt: str, words: str) -> dict[str, str]:
 
 
 def check_path(path: str) -> None:
-    """Raise InputError for a path of the server, in the authors' words; none is opened."""
+    """Raise InputError for a path on the server, with the authors' message; no path is opened."""
     if ".." in re.split(r"[/\\]", path):
         raise InputError("path traversal in audio file paths is not allowed")
     if path.startswith(("/", "\\", "~")) or re.match(r"[A-Za-z]:", path):

@@ -1,7 +1,7 @@
-"""Which songs are made together next. Pure functions: no JAX, no threads, no HTTP.
+"""The choice of the next batch. Pure functions: no JAX, no threads, no HTTP.
 
-Compiling a new shape takes longer than a short song, so shapes are few: batch sizes are powers of two, and a batch is
-filled up with copies of its last song. The group of the oldest song goes next, so nothing starves.
+Compiling a new shape takes longer than generating a short song, so there are few shapes: batch sizes are powers of two,
+and a batch is padded with copies of its last song. The group of the oldest song goes next, so no song starves.
 """
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
@@ -9,23 +9,23 @@ from typing import NamedTuple, Protocol, TypeVar
 
 
 class Shape(NamedTuple):
-    """The lengths that a batch is padded to, all of them buckets."""
+    """The lengths that a batch is padded to, all of which are buckets."""
 
     frames: int
     prompt_tokens: int
     lyric_tokens: int
 
     def covers(self, other: "Shape") -> bool:
-        """Return whether a song of the other shape fits into a batch of this one without making it longer."""
+        """Return whether a song of the other shape fits into a batch of this shape without extending it."""
         return all(own >= its for own, its in zip(self, other, strict=True))
 
 
 class Program(NamedTuple):
-    """What is compiled once: everything static of a batch.
+    """The static properties of a batch, which determine its compiled program.
 
     Attributes:
-        kind: what else decides about the program, such as the model and the sampling.
-        size: songs of the batch.
+        kind: everything else that determines the program, such as the model and the sampling.
+        size: number of songs in the batch.
     """
 
     kind: Hashable
@@ -34,7 +34,7 @@ class Program(NamedTuple):
 
 
 class Waiting(Protocol):
-    """A song that waits. Songs of one `group` may share a batch; those of one `kind`, the compiled programs."""
+    """A waiting song. Songs of the same `group` may share a batch; songs of the same `kind` share compiled programs."""
 
     @property
     def group(self) -> Hashable: ...
@@ -55,13 +55,13 @@ def next_batch(
 ) -> tuple[list[W], Program]:
     """Return the songs to make next and the program to make them with.
 
-    Songs of the oldest one's group and shape come first, in order of arrival; then shorter ones of the group, from half
-    its length on, which cost no further batch. A size that is compiled is preferred to one that is not: three songs
-    run as four if there is a program for four, else as two and, later, one.
+    Songs with the group and shape of the oldest song come first, in order of arrival; then shorter songs of the group,
+    of at least half its length, which save a batch of their own. Compiled sizes are preferred: three songs run as four
+    if there is a program for four, else as two and, later, one.
 
     Args:
-        queue: not empty, oldest first.
-        limits: the largest size that fits in memory, where that is known to be less than `max_batch`.
+        queue: waiting songs, oldest first; not empty.
+        limits: the largest size that fits in memory, where it is known to be less than `max_batch`.
     """
     oldest = queue[0]
     limit = max(1, min(max_batch, (limits or {}).get((oldest.kind, oldest.shape), max_batch)))
@@ -87,7 +87,7 @@ def batches(
     max_batch: int,
     limits: Mapping[tuple[Hashable, Shape], int] | None = None,
 ) -> list[tuple[list[W], Program]]:
-    """Return all batches in the order in which a queue that gets no more songs is made."""
+    """Return all batches of a queue that gets no more songs, in order."""
     found, rest = [], list(queue)
     compiled = set(compiled)
     while rest:

@@ -1,7 +1,7 @@
 """The channel between the processes of a slice: messages over TCP, each a line of JSON and some bytes.
 
-No collective of the devices, which blocks them and fails if somebody waits for long; and not JAX's key-value store,
-which tells late that another process has gone. Here the system tells at once, and within a minute of lost machines.
+It does not use device collectives, which block the devices and time out, nor JAX's key-value store, which detects the
+end of another process late. TCP detects it at once, and the loss of a machine within a minute.
 """
 
 import hmac
@@ -18,14 +18,14 @@ from acestep_jax.errors import InputError
 
 _LENGTH = struct.Struct(">Q")
 MAX_ABOUT = 2**26  # bytes of JSON
-MAX_HELLO = 2**12  # of the first message
-HELLO_SECONDS = 10.0  # for all of the first message of whoever connects
-GONE_SECONDS = 60  # without an answer, after which the other machine is lost
-JOIN_SECONDS = 300.0  # for all to connect, as JAX's own
+MAX_HELLO = 2**12  # bytes of the first message
+HELLO_SECONDS = 10.0  # timeout for the whole first message of a new connection
+GONE_SECONDS = 60  # without a reply, after which the other machine is considered lost
+JOIN_SECONDS = 300.0  # timeout for all processes to connect, the same as JAX's
 
 
 class Message(NamedTuple):
-    """What is sent: a kind, what JSON can hold, and bytes."""
+    """A message: a kind, values that JSON can hold, and bytes."""
 
     kind: str
     about: dict[str, Any]
@@ -33,7 +33,7 @@ class Message(NamedTuple):
 
 
 class Channel:
-    """A connection to another process. Many threads may send, one receives. An OSError tells that the other has
+    """A connection to another process. Any thread may send, one receives. An OSError means that the other process is
     gone."""
 
     def __init__(self, sock: socket.socket):
@@ -41,7 +41,7 @@ class Channel:
         self._sending = threading.Lock()
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # Keep-alive asks only while nothing is on its way; else TCP_USER_TIMEOUT, in milliseconds, ends the waiting.
+        # Keep-alive works only while no data are in flight; otherwise TCP_USER_TIMEOUT, in milliseconds, applies.
         times = dict(TCP_KEEPIDLE=GONE_SECONDS // 2, TCP_KEEPINTVL=GONE_SECONDS // 6, TCP_KEEPCNT=3)
         for name, value in dict(times, TCP_USER_TIMEOUT=1000 * GONE_SECONDS).items():
             if hasattr(socket, name):  # Linux; the first three on current macOS
@@ -59,7 +59,7 @@ class Channel:
         """Return the next message.
 
         Raises:
-            OSError: if the other has gone.
+            OSError: if the other process is gone.
         """
         self._socket.settimeout(None)
         (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
@@ -69,10 +69,10 @@ class Channel:
         return Message(kind, about, [bytes(self._read(n)) for n in lengths])
 
     def hello(self, seconds: float) -> dict[str, Any]:
-        """Return what the first message tells. Its sender may be a stranger, of whom nothing else is believed.
+        """Return the contents of the first message. Its sender is not authenticated yet.
 
         Raises:
-            OSError, ValueError, RecursionError: if it is no hello, or is not there in time.
+            OSError, ValueError, RecursionError: if it is not a hello, or does not arrive in time.
         """
         end = time.monotonic() + seconds
         (length,) = _LENGTH.unpack(self._read(_LENGTH.size, end))
@@ -85,10 +85,10 @@ class Channel:
         return found[1]
 
     def close(self) -> None:
-        """End the connection; whoever receives from it is told."""
+        """Close the connection; a receiver gets an error."""
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:  # it has ended already
+        except OSError:  # closed already
             pass
         self._socket.close()
 
@@ -96,22 +96,22 @@ class Channel:
         data = bytearray(count)
         view, read = memoryview(data), 0
         while read < count:
-            if end is not None:  # for all of it: a byte now and then is not enough
+            if end is not None:  # for all of it, even if single bytes keep arriving
                 if (left := end - time.monotonic()) <= 0:
                     raise TimeoutError("nothing whole has come in time")
                 self._socket.settimeout(left)
             got = self._socket.recv_into(view[read:])
             if not got:
-                raise ConnectionResetError("the other process has gone")
+                raise ConnectionResetError("the other process is gone")
             read += got
         return data
 
 
 class Listening:
-    """Where the leader listens. Followers show a key that only the processes of this run know.
+    """The leader's listening socket. Followers authenticate with a key that only the processes of this run know.
 
     Args:
-        host: by which the others reach this process; if it is this machine's own, nobody else does.
+        host: address at which the others reach this process; if it is a loopback address, other machines cannot.
     """
 
     def __init__(self, host: str):
@@ -130,10 +130,10 @@ class Listening:
         return self._socket.getsockname()[1]
 
     def accept(self, count: int, seconds: float = JOIN_SECONDS) -> dict[int, Channel]:
-        """Return the connections to the processes 1 to `count`, and listen no more.
+        """Return the connections to processes 1 to `count`, and stop listening.
 
         Raises:
-            InputError: if they have not all come in time.
+            InputError: if they have not all connected in time.
         """
         found: dict[int, Channel] = {}
         end = time.monotonic() + seconds
@@ -149,7 +149,7 @@ class Listening:
                 try:
                     hello = channel.hello(min(HELLO_SECONDS, max(0.0, end - time.monotonic())))
                     known = hmac.compare_digest(str(hello.get("key")).encode(), self.key.encode())
-                except (OSError, ValueError, RecursionError):  # somebody else
+                except (OSError, ValueError, RecursionError):  # not one of our processes
                     channel.close()
                     continue
                 index = hello.get("index")

@@ -1,4 +1,4 @@
-"""The chat API in the manner of OpenRouter that ACE-Step's application has, and a music endpoint in that of OpenAI."""
+"""The OpenRouter-style chat API of ACE-Step's application, and an OpenAI-style music endpoint."""
 
 import base64
 import json
@@ -23,9 +23,9 @@ from acestep_jax.serve.store import Record, SongRecord
 from acestep_jax.serve.submission import Submission, values_of_plan, variations
 from acestep_jax.serve.waiting import RETRY_SECONDS, TIMEOUT, cancel_soon, changes, ended
 
-BEAT = 2.0  # seconds between signs of life of a stream
-PIECE = 64 * 2**10 // 4 * 3  # bytes of sound that are 64 kB of base64
-MAX_JSON = 64 * 2**20  # bytes of a body with sound in base64
+BEAT = 2.0  # seconds between heartbeats of a stream
+PIECE = 64 * 2**10 // 4 * 3  # bytes of audio that are 64 kB in base64
+MAX_JSON = 64 * 2**20  # bytes of a body with base64 audio
 
 
 def router(service: Service, keys: Keys) -> APIRouter:
@@ -40,7 +40,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
     async def models_alone() -> dict[str, Any]:
         return _models(service)
 
-    @routes.post("/v1/chat/completions", summary="Songs as a chat answer")
+    @routes.post("/v1/chat/completions", summary="Songs as a chat response")
     async def completions(request: Request) -> Response:
         service.check_room(client_of(request))
         body = await uploads.read(request, service.store, {}, max_json=MAX_JSON)
@@ -66,7 +66,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
         await _finish(service, record, request)
         return JSONResponse(await run_in_threadpool(shape.whole), headers=headers)
 
-    @routes.post("/v1/audio/music/generations", summary="Songs, in the manner of OpenAI's images")
+    @routes.post("/v1/audio/music/generations", summary="Songs, in the style of OpenAI's images API")
     async def generations(request: Request) -> Response:
         service.check_room(client_of(request))
         body = await uploads.read(request, service.store, {})
@@ -75,7 +75,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
         fields = Fields(body.values)
         form = fields.text("format", default="mp3")
         response = fields.text("response_format", default="url")
-        if response in chat_request.FORMATS:  # as OpenAI's speech has it
+        if response in chat_request.FORMATS:  # as in OpenAI's speech API
             form, response = response, "bytes"
         if response not in ("url", "b64_json", "bytes"):
             raise InputError(f"response_format: expected url, b64_json or a sound format, found {response!r:.80}")
@@ -104,10 +104,10 @@ def router(service: Service, keys: Keys) -> APIRouter:
 
 
 class Answer:
-    """The answer to a chat completion: whole, or in pieces.
+    """The response to a chat completion: whole, or as a stream.
 
     Args:
-        openai: whether audio has the shape of OpenAI's, `message.audio.data`, or that of the authors.
+        openai: whether audio has OpenAI's format, `message.audio.data`, instead of the authors'.
     """
 
     def __init__(self, service: Service, record: Record, *, openai: bool):
@@ -115,7 +115,7 @@ class Answer:
         self.common = dict(id=f"chatcmpl-{record.id}", created=int(record.created), model=f"acestep/{record.model}")
 
     def whole(self) -> dict[str, Any]:
-        """Return all of it."""
+        """Return the whole response."""
         message: dict[str, Any] = dict(role="assistant", content=self.content())
         if self.openai:
             path = self._first()
@@ -132,7 +132,7 @@ class Answer:
         return dict(object="chat.completion", choices=[choice], usage=usage) | self.common
 
     async def stream(self) -> AsyncIterator[str]:
-        """Yield it as server-sent events, with a sign of life every two seconds; a client that goes cancels."""
+        """Yield it as server-sent events, with a heartbeat every two seconds; a disconnect cancels."""
         try:
             yield self._chunk(dict(role="assistant", content="Generating music"))
             told = time.monotonic()
@@ -156,11 +156,11 @@ class Answer:
                 yield self._chunk({}, "stop")
             yield "data: [DONE]\n\n"
         finally:
-            if not self.service.closing:  # else the song is made, now or after the restart
+            if not self.service.closing:  # when closing, the song is still made, now or after the restart
                 cancel_soon(self.service, self.record)
 
     def content(self) -> str:
-        """Return the text: what the song is."""
+        """Return the text, which describes the song."""
         request, song = _made_of(self.record.songs[0]), self.record.songs[0]
         lines = ["## Metadata"]
         for title, value in (
@@ -197,7 +197,7 @@ class Answer:
 
 
 def _made_of(song: SongRecord) -> dict[str, Any]:
-    """Return the fields of `Request` that a song was made of: the plan's in place of those that were requested."""
+    """Return the fields of `Request` that a song was made from; the plan's replace the requested ones."""
     if song.plan is None:
         return song.request
     return song.request | values_of_plan(Plan.from_dict(song.plan))
@@ -208,7 +208,7 @@ def _stopping(record: Record) -> str:
 
 
 async def _finish(service: Service, record: Record, request: Request) -> None:
-    """Wait for a record; raise HTTPException if it fails, or takes too long. A client that goes cancels."""
+    """Wait for a record; raise HTTPException if it fails or takes too long. A disconnect cancels."""
 
     async def connected() -> bool:
         return not await request.is_disconnected()
@@ -229,7 +229,7 @@ async def _finish(service: Service, record: Record, request: Request) -> None:
 
 
 def _music(service: Service, fields: Fields, form: str, client: str) -> Submission:
-    """Return what the music endpoint asks for."""
+    """Return the submission for a request to the music endpoint."""
     prompt = fields.text("prompt", "input")
     if not prompt:
         raise InputError("prompt: missing; describe the music in a few words")

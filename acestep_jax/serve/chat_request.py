@@ -1,4 +1,4 @@
-"""From a chat message to a submission, as the authors' OpenRouter-style API reads it."""
+"""Converts a chat message to a submission, as the authors' OpenRouter-style API does."""
 
 import base64
 import binascii
@@ -26,7 +26,7 @@ def last_message(messages: Any) -> tuple[str, list[Mapping[str, Any]]]:
     """Return the text and the audio parts of the user's last message.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is no such message.
     """
     if not isinstance(messages, list):
         raise InputError("messages: expected an array")
@@ -36,7 +36,7 @@ def last_message(messages: Any) -> tuple[str, list[Mapping[str, Any]]]:
     if isinstance(content, str):
         return content, []
     if not isinstance(content, list):
-        raise InputError("messages: expected one of the role user, with text")
+        raise InputError("messages: expected one with the role user and text")
     parts = [part for part in content if isinstance(part, dict)]
     text = "\n".join(str(part.get("text", "")) for part in parts if part.get("type") == "text")
     sounds = [part["input_audio"] for part in parts if isinstance(part.get("input_audio"), dict)]
@@ -44,7 +44,7 @@ def last_message(messages: Any) -> tuple[str, list[Mapping[str, Any]]]:
 
 
 def prompt_and_lyrics(text: str, given: str) -> tuple[str, str, bool]:
-    """Return the prompt, the lyrics, and whether the text is a wish that a language model would have worked out."""
+    """Return the prompt, the lyrics, and whether the text is a wish for the language model."""
     found = {match[1].lower(): match[2].strip() for match in _TAG.finditer(text)}
     if found:
         rest = _TAG.sub("", text).strip()
@@ -58,17 +58,17 @@ def prompt_and_lyrics(text: str, given: str) -> tuple[str, str, bool]:
 
 
 def looks_like_lyrics(text: str) -> bool:
-    """Return whether a text has the marks of lyrics, or four or more short lines."""
+    """Return whether a text has lyric tags, or four or more short lines."""
     lines = [line for line in text.splitlines() if line.strip()]
     short = len(lines) >= 4 and sum(map(len, lines)) / len(lines) < 60
     return short or any(mark in text.lower() for mark in MARKS)
 
 
 def put_audio(store: Store, body: uploads.Body, sounds: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> None:
-    """Keep the audio parts of a message as the uploads of fields, in their order.
+    """Store the audio parts of a message as uploads of the fields, in order.
 
     Raises:
-        InputError: if one is not base64.
+        InputError: if a part is not base64.
     """
     for sound, field in zip(sounds, fields, strict=False):
         data = sound.get("data")
@@ -78,7 +78,7 @@ def put_audio(store: Store, body: uploads.Body, sounds: Sequence[Mapping[str, An
         try:
             decoded = base64.b64decode(data, validate=True)
         except (binascii.Error, ValueError):
-            raise InputError("input_audio: the data are not base64") from None
+            raise InputError("input_audio: data is not base64") from None
         body.uploads = body.uploads or store.new_folder()
         (body.uploads / field).write_bytes(decoded)
         body.files.append(field)
@@ -91,7 +91,7 @@ def submission(
     models: Mapping[str, Model],
     strict: bool,
 ) -> tuple[Submission, list[str]]:
-    """Return what a chat completion asks for, and the names of what is ignored.
+    """Return the submission for a chat completion, and the names of ignored fields.
 
     Raises:
         InputError: if a value cannot be used.
@@ -116,13 +116,13 @@ def submission(
     instrumental = config.flag("instrumental")
     if fields.flag("thinking") and not has_planner:
         ignored.append("thinking")
-        notes.append(f"thinking: {NO_LANGUAGE_MODEL}; the song was made from the prompt alone")
+        notes.append(f"thinking: {NO_LANGUAGE_MODEL}; the song was made only from the prompt")
     wish = fields.flag("sample_mode") or wish and (has_planner or not instrumental)
     if wish and not has_planner:
         ignored.append("sample_query")
-        notes.append("There is no language model here: the text was taken as the prompt of a song without words.")
+        notes.append("There is no language model here: the text was taken as the prompt of a song without lyrics.")
     if strict and ignored:
-        raise InputError(f"{ignored[0]}: not here, and the server was started with --strict")
+        raise InputError(f"{ignored[0]}: not supported, and the server was started with --strict")
     task = fields.text("task_type") or tasks.DEFAULT
     found = tasks.find(task)
     order = ("reference_audio",) if task == tasks.DEFAULT else ("src_audio", "reference_audio")
@@ -161,7 +161,7 @@ def submission(
     count = min(MAX_SONGS, max(1, fields.whole("batch_size") or 1))
     form = config.text("format", default="mp3").lower()
     if form not in FORMATS:
-        notes.append(f"format: {form[:20]} cannot be written; mp3 was")
+        notes.append(f"format: {form[:20]} is not supported; mp3 was used")
     made = Submission(
         songs=songs(song, count, seeds(values.get("seed"))),
         api="chat",
@@ -176,6 +176,6 @@ def submission(
 
 
 def _named(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields with those of a chat under the names that the planner has for them."""
+    """Return the fields with the chat's own fields under the planner's names."""
     names = dict(temperature="lm_temperature", top_p="lm_top_p", top_k="lm_top_k")
     return {names.get(name, name): value for name, value in values.items()}

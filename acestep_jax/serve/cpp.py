@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
-from acestep_jax.serve import cpp_planner, sounds, uploads
+from acestep_jax.serve import cpp_latents, cpp_planner, sounds, uploads
 from acestep_jax.serve.authors_request import songs
 from acestep_jax.serve.cpp_planner import BOUNDARY, STATES
 from acestep_jax.serve.engine import Work
@@ -21,14 +21,11 @@ from acestep_jax.serve.native import client_of
 from acestep_jax.serve.records import short_id
 from acestep_jax.serve.service import Service
 from acestep_jax.serve.store import Record
-from acestep_jax.serve.submission import Submission
+from acestep_jax.serve.submission import Submission, renamed
 
 BLOCK = 2**20
-UPLOADS = {"audio": "src_audio", "ref_audio": "reference_audio"}
-LATENTS = ("src_latents", "ref_latents")
 MAX_BATCH = 9
-KEPT = 32  # results of /lm
-FORMATS = {"mp3": "mp3", "wav16": "wav", "wav24": "wav24", "wav32": "wav32", "wav": "wav", "flac": "flac"}
+KEPT = 32  # results of /lm that are kept
 SOLVERS = {"euler": "euler", "sde": "sde"}
 DEFAULT: dict[str, Any] = dict(
     caption="",
@@ -52,6 +49,9 @@ DEFAULT: dict[str, Any] = dict(
     inference_steps=0,
     guidance_scale=0,
     shift=0,
+    dcw_scaler=0,
+    dcw_high_scaler=0,
+    dcw_mode="low",
     audio_cover_strength=1,
     cover_noise_strength=0,
     repainting_start=0,
@@ -67,22 +67,22 @@ DEFAULT: dict[str, Any] = dict(
     latent_rescale=1,
     synth_model="",
 )
-SHARED = ("adapter", "adapter_scale", "output_format", "synth_model")  # by the songs of an array
+SHARED = ("adapter", "adapter_scale", "output_format", "synth_model")  # the same for all songs of an array
 
 
 class Cpp:
-    """The jobs of this protocol: songs are records of the service, results of /lm are kept here."""
+    """The jobs of this protocol: songs are records of the service, results of /lm are stored here."""
 
     def __init__(self, service: Service):
         self.service = service
         self.completed: dict[str, list[dict[str, Any]]] = {}
 
     def record(self, job_id: str) -> Record | None:
-        """Return the record of a job; its id is the beginning of the record's."""
+        """Return the record of a job, whose id is a prefix of the record's id."""
         return self.service.kept.find_short(job_id)
 
     def complete(self, body: uploads.Body, client: str) -> str:
-        """Have requests completed, by the planner or, where there is none, with their defaults; return the job's id.
+        """Complete requests, with the planner or, without one, with defaults; return the id of the job.
 
         Raises:
             InputError: if a value cannot be used.
@@ -112,18 +112,29 @@ class Cpp:
         return job_id
 
     def understand(self, body: uploads.Body, client: str) -> str:
-        """Have a song described; return the id of the job.
+        """Start describing a song; return the id of the job.
 
         Raises:
-            InputError: if there is none.
+            InputError: if there is no song.
             HTTPException: 501 if there is no planner.
         """
-        fields = Fields(_requests(body)[0] if body.values.get("request") or body.kind == "json" else {})
+        fields = Fields(_own_request(body))
+        cpp_latents.check_unused(self.service, body)
         work = cpp_planner.listener(self.service, fields, body)
-        return short_id(self.service.ask([work], client, body.uploads, dict(requests=None)).id)
+        return short_id(self.service.ask([work], client, body.uploads, dict(requests=None), body.names).id)
+
+    def convert(self, body: uploads.Body, client: str) -> str:
+        """Have sound encoded or latents decoded; return the id of the job.
+
+        Raises:
+            InputError: unless there is one of them.
+        """
+        cpp_latents.check_unused(self.service, body)
+        work, extra = cpp_latents.conversion(self.service, Fields(_own_request(body)), body)
+        return short_id(self.service.ask([work], client, body.uploads, extra, body.names).id)
 
     def submission(self, body: uploads.Body, client: str) -> Submission:
-        """Return what /synth asks for.
+        """Return the submission for a request to /synth.
 
         Raises:
             InputError: if a value cannot be used.
@@ -139,7 +150,7 @@ class Cpp:
                     )
         for name in ("vae", "lm_model"):
             if (text := first.text(name)) and text not in (*self.service.engine.models, self.service.planner_of()):
-                notes.append(f"{name}: {text[:80]} is not here; ignored")
+                notes.append(f"{name}: {text[:80]} is unknown here; ignored")
         model = first.text("synth_model") or next(iter(self.service.engine.models))
         if model not in self.service.engine.models:
             raise InputError(
@@ -154,9 +165,7 @@ class Cpp:
             made += songs(song, count, [seed] if seed is not None and seed >= 0 else [])
         if self.service.strict and notes:
             raise InputError(notes[0])
-        form = first.text("output_format", default="mp3")
-        if form not in FORMATS:
-            raise InputError(f"output_format: expected one of {', '.join(FORMATS)}, found {form!r:.80}")
+        form = cpp_latents.check_format(first)
         scale = first.number("adapter_scale")
         adapter = first.text("adapter")
         return Submission(
@@ -164,15 +173,16 @@ class Cpp:
             api="cpp",
             model=model,
             adapters={adapter: 1.0 if scale is None else scale} if adapter else {},
-            format=FORMATS[form],
+            format=form,
             notes=notes,
             uploads=body.uploads,
             files=body.files,
+            names=body.names,
             client=client,
         )
 
     def parts(self, record: Record) -> Iterator[bytes]:
-        """Yield the result of /synth: the sound of each song, then its latents, as parts of one body."""
+        """Yield the result of /synth as parts of one body: the audio of each song, then its latents."""
         form = sounds.FORMATS[record.format]
         for i, song in enumerate(record.songs):
             if song.status != "done":
@@ -201,10 +211,9 @@ def router(service: Service, version: str) -> APIRouter:
     @routes.post("/synth", summary="Submit")
     async def synth(request: Request) -> dict[str, str]:
         service.check_room(client_of(request))
-        body = await uploads.read(request, service.store, UPLOADS | {name: name for name in LATENTS})
+        body = await uploads.read(request, service.store, cpp_latents.UPLOADS)
         try:
-            if latents := [name for name in LATENTS if name in body.files]:
-                raise HTTPException(501, f"{latents[0]}: latents are not read; upload the audio")
+            cpp_latents.prefer_latents(service, body)
             found = api.submission(body, client_of(request))
         except BaseException:
             body.discard()
@@ -219,16 +228,23 @@ def router(service: Service, version: str) -> APIRouter:
 
     @routes.post("/understand", summary="Describe a song")
     async def understand(request: Request) -> dict[str, str]:
-        body = await uploads.read(request, service.store, dict(audio="src_audio", src_latents="src_latents"))
+        body = await uploads.read(request, service.store, cpp_latents.UPLOADS)
         try:
+            cpp_latents.prefer_latents(service, body)
             return dict(id=await run_in_threadpool(api.understand, body, client_of(request)))
         except BaseException:
             body.discard()
             raise
 
-    @routes.post("/vae", summary="Not here")
-    async def vae() -> Response:
-        raise HTTPException(501, "the autoencoder alone is not offered; GET /v1/songs/ID/0.latents has those of a song")
+    @routes.post("/vae", summary="Sound to latents, or latents to sound")
+    async def vae(request: Request) -> dict[str, str]:
+        service.check_room(client_of(request))
+        body = await uploads.read(request, service.store, cpp_latents.UPLOADS)
+        try:
+            return dict(id=await run_in_threadpool(api.convert, body, client_of(request)))
+        except BaseException:
+            body.discard()
+            raise
 
     @routes.get("/job", summary="Poll, or fetch with result=1")
     async def job(id: str = "", result: str = "0") -> Response:
@@ -238,13 +254,13 @@ def router(service: Service, version: str) -> APIRouter:
             return JSONResponse(dict(status="done"))
         record = api.record(_job_id(id))
         if record is None and (errand := service.errands.find_short(id)) is not None:
-            return cpp_planner.answer(errand, _flag("result", result))
+            return await run_in_threadpool(cpp_planner.answer, service.errands, errand, _flag("result", result))
         if record is None:
             raise HTTPException(404, "Job not found")
         if not _flag("result", result):
             return JSONResponse(state(record))
         if record.status == "failed":
-            raise HTTPException(500, record.error or "failed")
+            raise HTTPException(500, renamed(record.error or "failed", cpp_latents.NAMES))
         if record.status != "done":
             raise HTTPException(404, "Result not ready")
         return StreamingResponse(api.parts(record), media_type=f"multipart/mixed; boundary={BOUNDARY}")
@@ -284,14 +300,14 @@ def router(service: Service, version: str) -> APIRouter:
 
 
 def state(record: Record) -> dict[str, str]:
-    """Return what a poll tells of a job."""
+    """Return the state of a job, as a poll reports it."""
     return dict(status=STATES[record.status])
 
 
 def _job_id(text: str) -> str:
-    """Return the id of a job; raise InputError if it cannot be one."""
+    """Return the id of a job; raise InputError if it is not valid."""
     if not re.fullmatch("[0-9a-f]{16}", text):
-        raise InputError("id: expected 16 hexadecimal digits, as /synth and /lm answer them")
+        raise InputError("id: expected 16 hexadecimal digits, as returned by /synth and /lm")
     return text
 
 
@@ -299,6 +315,11 @@ def _flag(name: str, text: str) -> bool:
     if text not in ("0", "1"):
         raise InputError(f"{name}: expected 0 or 1, found {text!r:.40}")
     return text == "1"
+
+
+def _own_request(body: uploads.Body) -> dict[str, Any]:
+    """Return the request beside an upload, which may be missing."""
+    return _requests(body)[0] if body.values.get("request") or body.kind == "json" else {}
 
 
 def _requests(body: uploads.Body) -> list[dict[str, Any]]:
@@ -312,8 +333,18 @@ def _requests(body: uploads.Body) -> list[dict[str, Any]]:
     return found
 
 
+def _correction(fields: Fields) -> dict[str, Any]:
+    """Return the fields of `Sampling` for DCW, which is off here unless a scaler is above 0."""
+    mode = fields.text("dcw_mode") or DEFAULT["dcw_mode"]
+    low, high = fields.number("dcw_scaler") or 0.0, fields.number("dcw_high_scaler") or 0.0
+    if low <= 0 and (mode != "double" or high <= 0):
+        return dict(dcw_enabled=False)
+    found: dict[str, Any] = dict(dcw_enabled=True, dcw_mode=mode, dcw_scaler=low)
+    return found | dict(dcw_high_scaler=high) if mode == "double" else found
+
+
 def _song(fields: Fields, body: uploads.Body, *, turbo: bool) -> dict[str, Any]:
-    """Return the fields of `Request` and `Sampling`; 0 and "" stand for what the model has."""
+    """Return the fields of `Request` and `Sampling`; 0 and "" stand for the model's defaults."""
     task = fields.text("task_type") or tasks.DEFAULT
     song: dict[str, Any] = dict(
         prompt=fields.text("caption").strip() or NO_PROMPT,
@@ -338,6 +369,7 @@ def _song(fields: Fields, body: uploads.Body, *, turbo: bool) -> dict[str, Any]:
     if solver not in SOLVERS:
         raise InputError(f"solver: expected one of {', '.join(SOLVERS)}, found {solver!r:.80}")
     song["solver"] = SOLVERS[solver]
+    song |= _correction(fields) if solver != "sde" else dict(dcw_enabled=False)
     found = tasks.find(task)
     if found.has_regions:
         song["repainting_start"] = fields.number("repainting_start") or 0.0

@@ -1,4 +1,4 @@
-"""What acestep.cpp's protocol asks of the planner: requests completed, and songs described."""
+"""The planner in acestep.cpp's protocol: completes requests, and describes songs."""
 
 import dataclasses
 import json
@@ -13,9 +13,9 @@ from acestep_jax.inputs import tasks
 from acestep_jax.inputs.tasks import codes_to_text
 from acestep_jax.planner.plan import Plan
 from acestep_jax.request import Request, Sampling
-from acestep_jax.serve import asking, uploads
+from acestep_jax.serve import asking, cpp_latents, uploads
 from acestep_jax.serve.engine import Work
-from acestep_jax.serve.errands import Errand
+from acestep_jax.serve.errands import Errand, Errands
 from acestep_jax.serve.lenient import NO_PROMPT, Fields
 from acestep_jax.serve.plans import listening, require_planner
 from acestep_jax.serve.service import Service
@@ -29,7 +29,7 @@ LISTENING = dict(lm_temperature=0.3, lm_top_p=1.0)  # the defaults of /understan
 
 
 def thought(fields: Fields) -> Thought | None:
-    """Return what a request asks; None: it has audio codes, or a task that is not planned, and stays as it is.
+    """Return the planner's task for a request; None: the request has audio codes, or a task that is not planned.
 
     Raises:
         InputError: if its mode is unknown.
@@ -47,7 +47,7 @@ def thought(fields: Fields) -> Thought | None:
 
 
 def works(service: Service, model: str, fields: Fields, asked: Thought, count: int) -> list[Work]:
-    """Return `count` works of a request, each with its own seed.
+    """Return `count` works for a request, each with its own seed.
 
     Raises:
         InputError: if a value cannot be used.
@@ -71,20 +71,18 @@ def works(service: Service, model: str, fields: Fields, asked: Thought, count: i
 
 
 def listener(service: Service, fields: Fields, body: uploads.Body) -> Work:
-    """Return what is asked of a song that is described.
+    """Return the work that describes a song.
 
     Raises:
-        InputError: if there is none.
-        HTTPException: 501 if there is no planner, or the song comes as latents.
+        InputError: if there is no song.
+        HTTPException: 501 if there is no planner.
     """
-    if "src_latents" in body.files:
-        raise HTTPException(501, "src_latents: latents are not read; upload the audio")
     model = next(iter(service.engine.models))
     codes = fields.text("audio_codes").strip()
-    if "src_audio" in body.files and body.uploads is not None:
-        work = listening(service, model, "describe", src_audio=str(body.uploads / "src_audio"))
+    if source := cpp_latents.source_of(body):
+        work = listening(service, model, "understand", **source)
     elif codes:
-        work = listening(service, model, "describe", audio_codes=codes_of(codes))
+        work = listening(service, model, "understand", audio_codes=codes_of(codes))
     else:
         require_planner(service, model)
         raise InputError("audio: missing; upload the song as multipart/form-data")
@@ -94,29 +92,32 @@ def listener(service: Service, fields: Fields, body: uploads.Body) -> Work:
 
 
 def codes_of(text: str) -> str:
-    """Return audio codes as the library has them, of numbers with commas between them."""
+    """Convert comma-separated numbers to the library's format of audio codes."""
     try:
         return text if "<|" in text else codes_to_text([int(part) for part in text.split(",")])
     except ValueError:
-        raise InputError("audio_codes: expected numbers with commas between them") from None
+        raise InputError("audio_codes: expected numbers separated by commas") from None
 
 
-def answer(errand: Errand, wants_result: bool) -> Response:
-    """Return the answer of /job: the state, or the requests as the planner completed them; of a song that was described
-    as the only part of a body of several."""
+def answer(errands: Errands, errand: Errand, wants_result: bool) -> Response:
+    """Return the response of /job: the state, or the completed requests; for a described song a multipart body, with
+    its latents; or the result of /vae."""
     if not wants_result:
         return JSONResponse(dict(status=STATES[errand.status]))
     if errand.status == "failed":
-        raise HTTPException(500, errand.error or "failed")
+        raise HTTPException(400 if errand.is_refused else 500, errand.error or "failed")
     plans = [plan for plan in errand.plans if plan is not None]
     if errand.status != "done":
         raise HTTPException(404, "Result not ready")
+    if "form" in errand.extra:
+        return cpp_latents.converted(errands, errand)
     requests = errand.extra["requests"]
     if requests is not None:
         return JSONResponse([_completed(one, plan) for one, plan in zip(requests, plans, strict=True)])
-    text = json.dumps(_completed({}, plans[0]), ensure_ascii=False)
-    body = f"--{BOUNDARY}\r\nContent-Type: application/json\r\n\r\n{text}\r\n--{BOUNDARY}--\r\n"
-    return Response(body.encode(), media_type=f"multipart/mixed; boundary={BOUNDARY}")
+    text = json.dumps([_completed({}, plans[0])], ensure_ascii=False)
+    described = f"--{BOUNDARY}\r\nContent-Type: application/json\r\n\r\n{text}\r\n".encode()
+    body = described + cpp_latents.part(errand, BOUNDARY) + f"--{BOUNDARY}--\r\n".encode()
+    return Response(body, media_type=f"multipart/mixed; boundary={BOUNDARY}")
 
 
 def _completed(request: dict[str, Any], plan: Plan) -> dict[str, Any]:

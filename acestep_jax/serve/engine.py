@@ -1,10 +1,10 @@
-"""What the server knows of an engine, whatever makes the songs: this process (`serve.local`), several processes with
-models of their own (`serve.replicas`), or several hosts with one (`serve.slices`)."""
+"""The interface of an engine, which generates the songs: in this process (`serve.local`), in several processes with a
+model each (`serve.replicas`), or on several hosts that share one (`serve.slices`)."""
 
 import dataclasses
 import logging
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import jax
 
@@ -16,26 +16,30 @@ from acestep_jax.serve.models import Model
 from acestep_jax.serve.thinking import Thought
 from acestep_jax.song import Song
 
+if TYPE_CHECKING:
+    from acestep_jax.serve.hearing import Heard
+
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(eq=False)
 class Work:
-    """One song to make: what was requested, and how far it is.
+    """One song to make: its request and its progress.
 
     Attributes:
-        adapters: (name, scale) of each, sorted.
+        adapters: (name, scale) of each adapter, sorted.
         group, kind, shape: set by `Engine.check`, see `serve.batcher`.
         stage: "queued", "loading", "planning", "encoding", "denoising", "decoding" or "aligning".
-        step, steps: of planning or denoising.
-        cancelled: whether nobody wants it any more.
-        owner: the id of what it belongs to, for the log.
-        thought: what the planner still has to write; then the song is made of that.
-        plan: what it wrote.
-        is_song: whether a song is made at all; else the plan is all that is wanted.
-        losses: how often the process that made it has gone, see `serve.replicas`.
-        lrc: whether the song is told with the times of its lyrics, see `Song.timestamps`.
-        is_refused: whether it failed by an error of the request; else it is the server that could not make it.
+        step, steps: progress of planning or denoising.
+        cancelled: whether it was cancelled.
+        owner: id of the record or errand that it belongs to, for the log.
+        thought: the planner's task, which comes before the song; None: no planning, or done.
+        plan: the finished plan.
+        heard: what was found about an existing song, besides the plan.
+        is_song: whether to make a song; else only the plan is requested.
+        losses: how often the process that was making it died, see `serve.replicas`.
+        lrc: whether to compute the timestamps of the lyrics, see `Song.timestamps`.
+        is_refused: whether it failed because of an error in the request; else the server was at fault.
     """
 
     request: Request
@@ -52,6 +56,7 @@ class Work:
     owner: str = ""
     thought: Thought | None = None
     plan: Plan | None = None
+    heard: "Heard | None" = None
     is_song: bool = True
     losses: int = 0
     lrc: bool = False
@@ -60,49 +65,49 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class BatchReport:
-    """What is known of a batch that was made, for the log and for metrics."""
+    """The report of a finished batch, for the log and the metrics."""
 
     works: Sequence[Work]
     program: Program
     seconds: float
-    first: bool  # whether this program ran for the first time, so that it was compiled or read from the disk
-    waiting: int  # songs that still wait
-    plans: bool = False  # whether plans were written, and no songs made
+    first: bool  # whether this program ran for the first time, so that it was compiled or read from the cache
+    waiting: int  # number of waiting songs
+    plans: bool = False  # whether it was a batch of plans, not of songs
 
 
 class ServerError(InputError):
-    """What the server cannot do, in words for the client, whose request is right."""
+    """A failure of the server for a valid request, with a message for the client."""
 
 
 class EngineLost(BaseException):
-    """What makes the songs has gone. That is no error of a song: what handles those does not catch it."""
+    """The process that makes the songs is gone. This is not an error of a song, so handlers for those do not apply."""
 
 
 class Listener(Protocol):
-    """Whom the engine tells what happens, from its own thread."""
+    """Receives the engine's events, in the engine's own thread."""
 
     def changed(self, work: Work) -> None:
-        """A song has begun, or come further."""
+        """A song has started or made progress."""
         ...
 
     def planned(self, work: Work, plan: Plan) -> None:
-        """What the planner wrote is there. If `is_song`, the song comes later."""
+        """A plan is finished. If `is_song`, the song comes later."""
         ...
 
     def noted(self, work: Work, note: str) -> None:
-        """A song is made otherwise than it was requested; the note is a sentence, for the user."""
+        """A song deviates from its request; the note is a sentence for the user."""
         ...
 
     def done(self, work: Work, song: Song) -> None:
-        """A song is there."""
+        """A song is finished."""
         ...
 
     def failed(self, work: Work, message: str) -> None:
-        """A song cannot be made; the message is one line, for the user."""
+        """A song has failed; the message is one line for the user."""
         ...
 
     def stopped(self, work: Work) -> None:
-        """A song was cancelled while it was made, or before."""
+        """A song was cancelled, while it was made or before."""
         ...
 
     def reported(self, report: BatchReport) -> None:
@@ -110,12 +115,12 @@ class Listener(Protocol):
         ...
 
     def died(self, error: BaseException) -> None:
-        """The engine's thread has ended by an error of its own; no song will be made."""
+        """The engine's thread has ended because of its own error; no more songs will be made."""
         ...
 
 
 class Engine(Protocol):
-    """What makes songs."""
+    """Makes songs."""
 
     @property
     def models(self) -> Mapping[str, Model]:
@@ -129,15 +134,15 @@ class Engine(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Whether it runs, and has compiled what it was told to compile ahead."""
+        """Whether it is running and has finished compiling ahead."""
         ...
 
     def check(self, work: Work) -> None:
-        """Raise InputError if a song cannot be made; set what decides about its batch."""
+        """Raise InputError if a song cannot be made; set the attributes that determine its batch."""
         ...
 
     def start(self, listener: Listener) -> None:
-        """Begin to make songs."""
+        """Start making songs."""
         ...
 
     def submit(self, works: Sequence[Work]) -> None:
@@ -145,31 +150,31 @@ class Engine(Protocol):
         ...
 
     def cancel(self, works: Sequence[Work]) -> None:
-        """Take songs out of the queue, or stop them after the current step."""
+        """Remove songs from the queue, or stop them after the current step."""
         ...
 
     def remaining(self, works: Sequence[Work]) -> float | None:
-        """Return the estimated seconds until songs are finished; None if nothing alike was measured yet."""
+        """Return the estimated seconds until songs are finished; None if nothing comparable was measured yet."""
         ...
 
     def ahead(self, works: Sequence[Work]) -> int:
-        """Return how many other songs wait before the first of these that waits."""
+        """Return the number of other songs in the queue before the first of these."""
         ...
 
     def stop(self, grace: float) -> None:
-        """End: the songs under way get `grace` seconds, those that wait stay undone."""
+        """Stop: songs in progress get `grace` seconds, waiting songs are not started."""
         ...
 
 
 def refuse(works: Sequence[Work], error: Exception) -> None:
-    """Set of works that failed whether that is an error of the request."""
+    """Set `is_refused` of failed works, by whether the request was at fault."""
     for work in works:
         work.is_refused = isinstance(error, InputError) and not isinstance(error, ServerError)
 
 
 def message_of(error: Exception) -> str:
-    """Return one line for the user; the traceback of what is not the user's error goes to the log, and so do names of
-    the server's files."""
+    """Return one line for the user. Tracebacks of errors that are not the user's, and names of the server's files, go
+    only to the log."""
     if isinstance(error, InputError):
         return " ".join(str(error).split())
     logger.error("not an error of the input", exc_info=error)
@@ -179,5 +184,5 @@ def message_of(error: Exception) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error says that the device has too little memory."""
+    """Return whether an error means that the device is out of memory."""
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)

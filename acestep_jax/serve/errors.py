@@ -1,4 +1,4 @@
-"""Errors in the shape of the protocol that a path belongs to."""
+"""Error responses in the format of the path's protocol."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ KINDS = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_l
 
 
 def error_body(path: str, status: int, detail: str) -> dict[str, Any]:
-    """Return an error: acestep.cpp's has a text, OpenAI's an object, the others a `detail` as FastAPI's."""
+    """Return the body of an error: text for acestep.cpp, an object for OpenAI, else a `detail` as in FastAPI."""
     if path in CPP:
         return dict(error=detail)
     body: dict[str, Any] = dict(detail=detail)

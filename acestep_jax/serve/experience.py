@@ -1,4 +1,4 @@
-"""What an engine has learnt of its programs: which are compiled, which sizes fit in memory, and how long they take."""
+"""Measurements of an engine's programs: which are compiled, which sizes fit in memory, and how long they take."""
 
 import threading
 from collections import OrderedDict
@@ -7,15 +7,15 @@ from typing import Any, Protocol, TypeVar
 
 from acestep_jax.serve.batcher import Program, Shape, Waiting, batches, next_batch
 
-MOST = 256  # programs, and kinds of songs, that are remembered
-RECENT = 0.3  # weight of the newest measurement in a moving mean
+MOST = 256  # maximum number of programs, and of kinds of songs, that are remembered
+RECENT = 0.3  # weight of the newest measurement in a moving average
 
 K = TypeVar("K")
 V = TypeVar("V")
 
 
 class Song(Waiting, Protocol):
-    """A song that waits; `steps` of denoising."""
+    """A waiting song with its number of denoising steps."""
 
     @property
     def steps(self) -> int: ...
@@ -25,7 +25,7 @@ S = TypeVar("S", bound=Song)
 
 
 class Newest(OrderedDict[K, V]):
-    """The `MOST` entries that were set last: what clients can choose must not fill memory."""
+    """A dictionary that keeps the `MOST` newest entries, because keys chosen by clients must not fill memory."""
 
     def __setitem__(self, key: K, value: V) -> None:
         super().__setitem__(key, value)
@@ -35,19 +35,19 @@ class Newest(OrderedDict[K, V]):
 
 
 class Experience:
-    """What was learnt. The engine's thread adds to it, others call the methods.
+    """The measurements. The engine's thread adds to them, other threads call the methods.
 
     Attributes:
-        compiled: the programs that ran, as keys; other threads see them, and the limits, by `known`.
-        limits: the largest size that fits, where that is known to be less than `max_batch`.
+        compiled: the programs that have run, as keys; other threads read them, and the limits, through `known`.
+        limits: the largest size that fits, where it is known to be less than `max_batch`.
     """
 
     def __init__(self, max_batch: int):
         self.max_batch = max_batch
         self.compiled: Newest[Program, None] = Newest()
         self.limits: Newest[tuple[Hashable, Shape], int] = Newest()
-        self._seconds: Newest[Program, float] = Newest()  # moving means, without compilation
-        self._rate: float | None = None  # seconds of a step for each frame of each song, whatever the program
+        self._seconds: Newest[Program, float] = Newest()  # moving averages, without compilation
+        self._rate: float | None = None  # seconds per step, frame and song, for any program
         self._lock = threading.Lock()
         self._ends: tuple[object, dict[int, float | None]] = None, {}
         self._version = 0
@@ -57,28 +57,28 @@ class Experience:
         return next_batch(queue, self.compiled, self.max_batch, self.limits)
 
     def does_not_fit(self, program: Program, size: int) -> None:
-        """Remember that a program needs more memory than there is, and that `size` songs are to be tried."""
+        """Record that a program ran out of memory, and that the next attempt should have `size` songs."""
         with self._lock:
             self.limits[program.kind, program.shape] = size
             self._version += 1
 
     def known(self) -> tuple[list[Program], dict[tuple[Hashable, Shape], int]]:
-        """Return copies of `compiled` and `limits`, for other threads than the engine's."""
+        """Return copies of `compiled` and `limits`, for threads other than the engine's."""
         with self._lock:
             return list(self.compiled), dict(self.limits)
 
     def forget_compiled(self) -> None:
-        """Remember that no program is compiled any more."""
+        """Record that no program is compiled any more."""
         with self._lock:
             self.compiled.clear()
             self._version += 1
 
     def ran(self, program: Program, seconds: float, steps: int, stepping: float) -> None:
-        """Remember a batch.
+        """Record a batch.
 
         Args:
-            seconds: of all of it; those of the first run of a program are no measure, for it is compiled.
-            steps, stepping: the steps after the first one, and the seconds of these, which compile nothing.
+            seconds: total time; it is ignored in the first run of a program, which includes compilation.
+            steps, stepping: number of steps after the first one, and their time, which includes no compilation.
         """
         size = max(1, program.shape.frames * program.size)
         with self._lock:
@@ -90,8 +90,8 @@ class Experience:
             self._version += 1
 
     def estimate(self, program: Program, steps: int) -> float | None:
-        """Return the seconds of a batch: by the same program, or one of another length or size, or by the seconds of
-        any step; None if nothing was measured yet."""
+        """Return the seconds of a batch, estimated from the same program, or one of another length or size, or the time
+        per step of any program; None if nothing was measured yet."""
         with self._lock:
             known, rate = dict(self._seconds), self._rate
         size = program.shape.frames * program.size
@@ -103,15 +103,15 @@ class Experience:
         return None if rate is None else rate * steps * size
 
     def after_plans(self, works: Iterable[Any]) -> float | None:
-        """Return the seconds of the songs that follow the plans of works, each made alone; None: not known."""
+        """Return the seconds of the songs that follow the plans of works, each made individually; None: unknown."""
         songs = [work for work in works if work.thought is not None and work.is_song]
         found = [self.estimate(Program(None, song.shape, 1), song.steps) for song in songs]
         known = [one for one in found if one is not None]
         return sum(known) if len(known) == len(found) else None
 
     def ends(self, queue: Sequence[S], version: Hashable) -> dict[int, float | None]:
-        """Return in how many seconds each song of a queue ends, by its `id`, counted from when the first batch begins;
-        None: not known. Many ask, and the answer is computed once for each version of the queue."""
+        """Return the seconds until each song of a queue is finished, by its `id`, from the start of the first batch;
+        None: unknown. This is called often, so the result is cached for each version of the queue."""
         with self._lock:
             asked = version, self._version
             known, found = self._ends

@@ -1,4 +1,4 @@
-"""The folder that clients may name files of, where the server was started with one; see `--inputs`."""
+"""The folder whose files clients may use, if the server was started with `--inputs`."""
 
 import os
 import shutil
@@ -12,22 +12,22 @@ class Inputs:
     """A folder whose sound files clients may use by their paths.
 
     Raises:
-        InputError: if it is no folder.
+        InputError: if it is not a folder.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser().resolve()
         if not self.folder.is_dir():
-            raise InputError(f"--inputs: {folder} is no folder")
+            raise InputError(f"--inputs: {folder} is not a folder")
 
     def take(self, field: str, text: str, target: Path, most_bytes: int) -> None:
-        """Copy a file of the folder, by its path there or from the root, to a place of the server's own.
+        """Copy a file of the folder, given by its relative or absolute path, to a path of the server.
 
-        Links are followed before it is looked whether the file is in the folder, and none is opened. That there is no
-        such file and that it lies elsewhere is one answer: nothing can be found out about other folders.
+        Links are resolved before checking that the file is in the folder. A missing file and a file outside of the
+        folder give the same error, so that clients learn nothing about other folders.
 
         Raises:
-            InputError: if there is no such file, it is no regular file, or it is too large.
+            InputError: if there is no such file, it is not a regular file, or it is too large.
         """
         refused = InputError(f"{field}: no such file in the folder of inputs, found {text!r:.80}")
         try:

@@ -1,4 +1,4 @@
-"""Many songs from a JSONL file: packed into batches, a sound file and its settings for each, resumable."""
+"""Many songs from a JSONL file: packed into batches, written as a sound file and its settings each, resumable."""
 
 import codecs
 import dataclasses
@@ -23,16 +23,15 @@ from acestep_jax.io import audio
 from acestep_jax.io.files import as_path, check_writable, identity, is_remote, publish_file
 from acestep_jax.pipeline import AceStepPipeline
 from acestep_jax.planner.plan import Plan
-from acestep_jax.request import Arguments, Planning, Request, Sampling, arguments, split, unknown_name
+from acestep_jax.request import FILES, Arguments, Planning, Request, Sampling, arguments, split, unknown_name
 from acestep_jax.song import Song
 
 logger = logging.getLogger(__name__)
 
-MAX_NAME = 255  # bytes, of the file systems in use
-_FILES = ("src_audio", "reference_audio")
-PENDING_BYTES = 2 * 2**30  # of sources and references that wait for their batch to fill up
-# Where planner and song exclude each other: how many songs are planned before they are made, and for how long, in
-# seconds. Loading the planner takes a small part of that; a run that is stopped loses no more plans.
+MAX_NAME = 255  # bytes, the limit of common file systems
+PENDING_BYTES = 2 * 2**30  # maximum size of sources and references in batches that are not full yet
+# If memory holds either the planner or a song: how many songs are planned before they are made, and for how many
+# seconds. Loading the planner takes a small part of that time, and an interrupted run loses at most this many plans.
 PLANNED_AHEAD = 256
 PLANNING_SECONDS = 300.0
 
@@ -42,10 +41,10 @@ class Line:
     """One line of the file.
 
     Attributes:
-        place: for messages, such as "requests.jsonl:3".
-        path: of the sound file; its settings go beside it, with the suffix .json.
-        values: all that was requested, as it is kept beside the song.
-        plan: what the planner wrote for it; None: nothing, or not yet.
+        place: location for messages, such as "requests.jsonl:3".
+        path: path of the sound file; its settings are next to it, with the suffix .json.
+        values: all requested values, as they are stored with the song.
+        plan: the plan for it; None: no plan, or not yet.
     """
 
     place: str
@@ -62,20 +61,20 @@ class Line:
 
 
 def read(path: str | Path, out_dir: str | Path, defaults: dict[str, Any]) -> tuple[list[Line], list[str]]:
-    """Return the lines of a file with one JSON object on each, and what is wrong with other lines.
+    """Return the lines of a file with one JSON object per line, and the errors of invalid lines.
 
-    Keys are the fields of `Request`, `Planning` and `Sampling`, and `name`, of the sound file in `out_dir`: the number
-    of the line by default, .wav without a suffix. Sound files are looked for from the folder of `path`.
+    Keys are the fields of `Request`, `Planning` and `Sampling`, and `name`, the name of the sound file in `out_dir`: by
+    default the line number, with .wav if there is no suffix. Paths of sound files are relative to the folder of `path`.
 
     Args:
-        defaults: values for all lines that do not have their own.
+        defaults: values for lines that do not have their own.
 
     Raises:
         InputError: if the file is not UTF-8, or has no request.
         OSError: if it cannot be read.
     """
     path, out_dir = as_path(path), as_path(out_dir)
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")  # not at other line separators of Unicode
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")  # not at Unicode's other line separators
     songs, errors, names = [], [], {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -84,11 +83,11 @@ def read(path: str | Path, out_dir: str | Path, defaults: dict[str, Any]) -> tup
         try:
             song = _song(line.decode(), place, path.parent, out_dir, defaults, number)
             if (earlier := names.setdefault(song.settings_path, place)) != place:
-                raise InputError(f"name: {song.path.stem} is that of {earlier} already; give another")
+                raise InputError(f"name: {song.path.stem} is already used by {earlier}; give another")
             if identity(song.settings_path) == identity(path):
                 raise InputError(f"name: {song.settings_path} is the file of requests itself; give another")
             songs.append(song)
-        except Exception as error:  # whatever is wrong with one line, the others are made
+        except Exception as error:  # one bad line does not stop the others
             errors.append(f"{place}: {_message(error)}")
     if not songs and errors and not any(_is_utf8(line) for line in lines if line.strip()):
         raise InputError(f"{path}: not UTF-8 text; save it as UTF-8")
@@ -113,10 +112,10 @@ def _song(line: str, place: str, folder: Path, out_dir: Path, defaults: dict, nu
         if key not in known:
             raise InputError(unknown_name(key, {*known, "name"}, "key"))
     values = defaults | own
-    for key in _FILES:
+    for key in FILES:
         if key in own and own[key] is not None:
             if not isinstance(own[key], str):
-                raise InputError(f"{key}: expected the name of a sound file, found {own[key]!r}")
+                raise InputError(f"{key}: expected the name of a file, found {own[key]!r}")
             values[key] = own[key] if is_remote(own[key]) else str(folder / own[key])
     if "prompt" not in values:
         raise InputError("prompt: missing; describe the music in a few words")
@@ -124,21 +123,21 @@ def _song(line: str, place: str, folder: Path, out_dir: Path, defaults: dict, nu
     request, planning, sampling = Request(**requested), Planning(**planned), Sampling(**sampled)
     suffix = "" if Path(name).suffix.lower() in audio.FORMATS else ".wav"
     path = out_dir / f"{name}{suffix}"
-    for source in (request.src_audio, request.reference_audio):
+    for source in (getattr(request, name) for name in FILES):
         if isinstance(source, str | Path) and identity(source) == identity(path):
             raise InputError(f"name: {path} is a source or reference of the song itself; give another")
     return Line(place, path, values, request, planning, sampling)
 
 
 def _check_name(name: str) -> None:
-    """Raise InputError if no file can have the name, with the suffix of the song or of its settings."""
+    """Raise InputError if the name is not valid for a file, with the suffix of the song or of its settings."""
     try:
         size = max(len(os.fsencode(name + suffix)) for suffix in (".wav", ".json"))
     except UnicodeEncodeError:
         raise InputError(f"name: holds half a character, as of a cut emoji, found {name!r}; give another") from None
     if size > MAX_NAME:
         raise InputError(
-            f"name: {size} bytes with its suffix, but a file's name has at most {MAX_NAME}; give a shorter"
+            f"name: {size} bytes with its suffix, but a file name has at most {MAX_NAME}; give a shorter one"
         )
 
 
@@ -151,7 +150,7 @@ def _is_utf8(line: bytes) -> bool:
 
 
 def _message(error: Exception) -> str:
-    """Return what is reported of a line; with its traceback in the log where the error is not the input's."""
+    """Return the error to report for a line; log the traceback if the input is not at fault."""
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 text ({error}); save it as UTF-8"
     if isinstance(error, InputError | OSError | jax.errors.JaxRuntimeError):
@@ -163,20 +162,20 @@ def _message(error: Exception) -> str:
 def generate(
     pipe: AceStepPipeline, lines: Sequence[Line], batch_size: int, about: dict[str, Any], *, overwrite: bool = False
 ) -> Iterator[tuple[Line, str | None]]:
-    """Generate the songs that do not exist yet; yield each line with None, or with what went wrong.
+    """Generate the songs that do not exist yet; yield each line with None, or with an error message.
 
-    Songs of one sampling and one bucket of frames form a batch, which is made as soon as it is full. The sound is
+    Songs with the same sampling and bucket of frames form a batch, which is made as soon as it is full. The audio is
     written after the settings, so a song that has both is finished.
 
-    Several processes on one mesh make all songs together: the first decides what is to be made, and writes. Otherwise
-    each makes every n-th line, and nothing is known of the others.
+    Several processes on one mesh make all songs together: the first decides which songs to make, and writes them.
+    Otherwise each makes every n-th line, independently of the others.
 
     Args:
-        about: what else the songs depend on, such as the checkpoint; kept with the settings.
+        about: other values that the songs depend on, such as the checkpoint; stored with the settings.
         overwrite: whether to make finished songs again.
 
     Raises:
-        Preempted: after SIGTERM, when the batch in flight is written.
+        Preempted: after SIGTERM, when the current batch is written.
     """
     joint = spans_processes(pipe.mesh)
     if not joint:
@@ -217,14 +216,14 @@ def generate(
 def _prepared(
     pipe: AceStepPipeline, lines: Sequence[Line], batch_size: int, check: Callable[[], None]
 ) -> Iterator[tuple[Line, Job | str]]:
-    """Yield each line with its job, or with what is wrong with it. Successive lines of one `Planning` are planned as
-    one batch. Where memory holds the planner or a song, not both, many lines are planned before the first of them is
-    yielded, so that the planner is loaded once for all of them.
+    """Yield each line with its job, or with an error message. Consecutive lines with the same `Planning` are planned as
+    one batch. If memory holds either the planner or a song, but not both, many lines are planned before the first of
+    them is yielded, so that the planner is loaded only once for them.
 
     Args:
         check: called before each further batch is planned; it may raise.
     """
-    ahead: list[tuple[Line, Request]] = []  # planned, with no job yet, which may hold sound
+    ahead: list[tuple[Line, Request]] = []  # planned, without jobs yet, since these may hold audio
     began = time.monotonic()
     for (planning, sampling), group in itertools.groupby(lines, key=lambda line: (line.planning, line.sampling)):
         waiting = list(group)
@@ -247,7 +246,7 @@ def _prepared(
                     ahead.append((line, made.request))
                 else:
                     yield line, made
-            # Several processes must all take the same way, which their clocks would not tell them.
+            # Several processes must take the same branch, but their clocks differ.
             is_long = jax.process_count() == 1 and time.monotonic() - began > PLANNING_SECONDS
             if len(ahead) >= PLANNED_AHEAD or ahead and is_long:
                 yield from _released(pipe, ahead)
@@ -257,7 +256,7 @@ def _prepared(
 
 
 def _released(pipe: AceStepPipeline, ahead: Sequence[tuple[Line, Request]]) -> Iterator[tuple[Line, Job | str]]:
-    """Free the planner's memory, and yield lines that it planned with their jobs."""
+    """Free the planner's memory, and yield the planned lines with their jobs."""
     pipe.free_if_needed()
     for line, request in ahead:
         try:
@@ -269,9 +268,9 @@ def _released(pipe: AceStepPipeline, ahead: Sequence[tuple[Line, Request]]) -> I
 def _planned(
     pipe: AceStepPipeline, members: list[tuple[Line, Job]], planning: Planning, sampling: Sampling
 ) -> Iterator[tuple[Line, Job | str]]:
-    """Yield lines with their jobs as planned; if that fails, plan each on its own."""
+    """Plan lines as one batch, or individually if that fails; yield them with their jobs."""
     try:
-        # Each line has the plan that it has alone, whatever else the file holds.
+        # Each line gets the same plan as by itself, whatever else is in the file.
         seeds = None if planning.lm_seed is None else [planning.lm_seed] * len(members)
         planned = pipe.planned([job.request for _, job in members], planning, sampling, seeds=seeds, keep=True)
         jobs = [
@@ -291,11 +290,12 @@ def _planned(
 
 def _bytes(job: Job) -> int:
     """Return the size of a job's audio in memory."""
-    return sum(0 if wave is None else wave.nbytes for wave in (job.source, job.reference))
+    held = (job.source, job.reference, job.source_latents, job.reference_latents)
+    return sum(0 if one is None else one.nbytes for one in held)
 
 
 def _unfinished(song: Line, about: dict, overwrite: bool) -> str | None:
-    """Return None for a song that is to be made, "" for one that is finished, or why it cannot be written."""
+    """Return None for a song to make, "" for a finished one, or the reason why it cannot be written."""
     try:
         if not overwrite and _is_finished(song, about):
             return ""
@@ -307,7 +307,7 @@ def _unfinished(song: Line, about: dict, overwrite: bool) -> str | None:
 
 
 def _agree(decisions: list[str | None]) -> list[str | None]:
-    """Return the decisions of process 0, whose disk has the songs; the others make what it makes."""
+    """Return the decisions of process 0, which writes the songs; the other processes follow them."""
     codes = np.array([{None: 0, "": 1}.get(decision, 2) for decision in decisions], np.int32)
     words = [None, "", "not made, see the first process"]
     return [words[code] for code in multihost_utils.broadcast_one_to_all(codes)]
@@ -316,7 +316,7 @@ def _agree(decisions: list[str | None]) -> list[str | None]:
 def _make(
     pipe: AceStepPipeline, members: list[tuple[Line, Job]], about: dict, overwrite: bool, *, writes: bool
 ) -> Iterator[tuple[Line, str | None]]:
-    """Make one batch; if it fails, make each of its songs on its own, so that one does not stop the others."""
+    """Make one batch; if it fails, make its songs individually, so that one does not stop the others."""
     try:
         songs = pipe.run([job for _, job in members], members[0][0].sampling)
     except Exception as error:
@@ -337,8 +337,8 @@ def _make(
 
 
 def _write(line: Line, song: Song, about: dict, overwrite: bool) -> None:
-    """Write the settings first: a song whose sound exists too is finished, whatever stopped the run. Where they replace
-    others, the sound comes first: what exists stays until there is something better."""
+    """Write a song, settings first: if the audio exists too, the song is finished, even after an interruption. When
+    replacing a song, write the audio first, so that the existing one is kept until there is a new one."""
     assert song.audio is not None
     settings = dict(
         request=line.values,
@@ -362,7 +362,7 @@ def _write(line: Line, song: Song, about: dict, overwrite: bool) -> None:
 
 
 def _is_finished(song: Line, about: dict) -> bool:
-    """Return whether the song exists; raise InputError if a file of that name was made with other settings."""
+    """Return whether the song exists; raise InputError if a file with its name was made with other settings."""
     found = {}
     if song.settings_path.exists():
         try:
@@ -371,7 +371,7 @@ def _is_finished(song: Line, about: dict) -> bool:
                 return song.path.exists()
         except (ValueError, KeyError, TypeError):
             found = {}
-        if not song.path.exists() and "request" in found:  # of a song that was never finished
+        if not song.path.exists() and "request" in found:  # left over from an unfinished song
             return False
         raise InputError(
             f"{song.settings_path}: already exists, made with other settings; remove it and the song, give another "

@@ -1,5 +1,5 @@
-"""How the authors' server and its relatives read values: many names, anything as text, and what does not parse is the
-default. `inputs.fields` reads what the model is told."""
+"""Lenient parsing, as in the authors' server and related ones: several names per value, anything as text, and the
+default for values that do not parse. `inputs.fields` parses the values for the model."""
 
 import json
 import re
@@ -13,12 +13,12 @@ from acestep_jax.inputs.tasks import TRACKS
 TRUE = ("1", "true", "yes", "y", "on")
 NESTED = ("metas", "meta", "metadata", "user_metadata", "userMetadata")
 INSTRUMENTAL = "[Instrumental]"
-NO_PROMPT = "music"  # where a client gives lyrics alone: the library wants a description
+NO_PROMPT = "music"  # used if a client gives only lyrics, because the library requires a description
 MAX_INT = 2**63
 
 
 class Fields:
-    """The values of a request, by any of their names, at the top or in the objects that clients put them into."""
+    """The values of a request, by any of their names, at the top level or in the objects that clients nest them in."""
 
     def __init__(self, values: Mapping[str, Any]):
         self.values = values
@@ -26,7 +26,7 @@ class Fields:
         self._places.append(next((_object(values[name]) for name in NESTED if values.get(name) is not None), {}))
 
     def get(self, *names: str) -> Any:
-        """Return the first value under one of the names, also in camelCase; None if there is none."""
+        """Return the first value under one of the names or their camelCase forms; None if there is none."""
         for place in self._places:
             for name in (*names, *map(_camel, names)):
                 if place.get(name) is not None:
@@ -41,16 +41,16 @@ class Fields:
         return str(value)
 
     def whole(self, *names: str) -> int | None:
-        """Return a whole number; None if there is none that can be read."""
+        """Return an integer; None if there is no valid one."""
         number = self.number(*names)
         return None if number is None else int(number)
 
     def number(self, *names: str) -> float | None:
-        """Return a finite number; None if there is none that can be read."""
+        """Return a finite number; None if there is no valid one."""
         return number(self.get(*names))
 
     def flag(self, *names: str, default: bool = False) -> bool:
-        """Return a truth value."""
+        """Return a boolean."""
         value = self.get(*names)
         if value is None:
             return default
@@ -58,7 +58,7 @@ class Fields:
 
 
 def number(value: Any) -> float | None:
-    """Return a finite number from a number or a text; None if it is not one."""
+    """Parse a finite number from a number or text; return None if it is not one."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -69,32 +69,32 @@ def number(value: Any) -> float | None:
 
 
 def lyrics(text: str) -> str:
-    """Return lyrics; no words stand for a song without a voice."""
+    """Return lyrics; empty lyrics become those of an instrumental song."""
     return INSTRUMENTAL if text.strip().lower() in ("", "[inst]", "[instrumental]") else text
 
 
 def seeds(value: Any) -> list[int]:
-    """Return the seeds of a number or a text such as "42,123"; those below 0 or that cannot be read are left out."""
+    """Return the seeds in a number or a text such as "42,123", without negative and invalid ones."""
     found = [number(part) for part in (value.split(",") if isinstance(value, str) else [value])]
     return [int(seed) for seed in found if seed is not None and seed >= 0]
 
 
 def times(text: str) -> list[float] | None:
-    """Return the times of "0.97,0.76,...,0" without the 0; None if there are none."""
+    """Return the timesteps in "0.97,0.76,...,0" without the 0; None if there are none."""
     found = [number(part) for part in text.replace(" ", "").split(",") if part]
     numbers = [value for value in found if value]
     return numbers or None
 
 
 def tracks(value: Any) -> list[str]:
-    """Return the names of tracks in "VOCALS | DRUMS", "vocals,drums" or a list."""
+    """Return the track names in "VOCALS | DRUMS", "vocals,drums" or a list."""
     parts = value if isinstance(value, list) else re.split(r"[|,]", str(value or ""))
     names = [str(part).strip().lower().replace(" ", "_") for part in parts]
     return [name for name in names if name]
 
 
 def for_task(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that the task takes: clients of these protocols send all of them, whatever the task.
+    """Return the fields that the task takes, because clients of these protocols send all fields for every task.
 
     Raises:
         InputError: if there is no such task.

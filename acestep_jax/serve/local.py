@@ -1,4 +1,4 @@
-"""The engine of one process: a thread that owns the device, and makes waiting songs in batches of equal programs."""
+"""The engine of one process: a thread that owns the device and makes waiting songs in batches."""
 
 import dataclasses
 import logging
@@ -12,11 +12,13 @@ from acestep_jax.planner.plan import Plan
 from acestep_jax.planner.timestamps import check_alignment
 from acestep_jax.request import Request, Sampling
 from acestep_jax.serve.batcher import Program, Shape
-from acestep_jax.serve.engine import BatchReport, Listener, ServerError, Work, is_out_of_memory, message_of, refuse
+from acestep_jax.serve.engine import BatchReport, Listener, Work, is_out_of_memory, message_of, refuse
 from acestep_jax.serve.experience import Experience
+from acestep_jax.serve.hearing import Heard, hear
+from acestep_jax.serve.loading import Loading
 from acestep_jax.serve.models import Model
 from acestep_jax.serve.queue import QueueingEngine
-from acestep_jax.serve.thinking import think
+from acestep_jax.serve.thinking import LISTENING, think
 from acestep_jax.song import Song
 
 logger = logging.getLogger(__name__)
@@ -28,16 +30,16 @@ OUT_OF_MEMORY = (
 
 
 class LocalEngine(QueueingEngine):
-    """Songs on the devices of this process.
+    """Makes songs on the devices of this process.
 
     Args:
-        models: the first is the default.
+        models: the models; the first is the default.
         adapters: folders or files by name.
-        max_batch: most songs made at once.
-        warm: durations in seconds that are compiled, for batches of one and of `max_batch`, before `ready`.
+        max_batch: maximum number of songs in a batch.
+        warm: durations in seconds to compile, for batches of one and of `max_batch`, before `ready`.
 
     Attributes:
-        alone: whether no other process runs the same programs, so that this one may leave some out.
+        alone: whether no other process runs the same programs, so that this one may skip some.
     """
 
     alone = True
@@ -60,9 +62,9 @@ class LocalEngine(QueueingEngine):
         self._running: list[Work] = []
         self._current: Program | None = None
         self._began = self._first_step = self._second_step = self._last_step = 0.0
-        self._aligning = 0.0  # seconds of the batch that were spent on the times of lyrics
-        self._stopping: float | None = None  # when the songs under way are stopped
-        self._loaded: tuple[str, Any] | None = None
+        self._aligning = 0.0  # seconds of the batch spent on timestamps of lyrics
+        self._stopping: float | None = None  # when the songs in progress are stopped
+        self._loading = Loading(self.adapters)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._guarded, name="engine", daemon=True)
 
@@ -73,11 +75,11 @@ class LocalEngine(QueueingEngine):
 
     @property
     def compiled(self) -> Iterable[Program]:
-        """The programs that ran."""
+        """The programs that have run."""
         return tuple(self.experience.compiled)
 
     def check(self, work: Work) -> None:
-        """See `Engine`. The files of the request are read, and dropped again: a queue of sources would fill memory."""
+        """See `Engine`. The request's files are read but not kept, because a queue of sources would fill memory."""
         model, thought = self.models[work.model], work.thought
         for name, _ in work.adapters:
             if name not in self.adapters:
@@ -87,8 +89,8 @@ class LocalEngine(QueueingEngine):
             work.steps = model.steps(job, work.sampling)
             if work.lrc and not model.has_alignment:
                 raise InputError(
-                    f"lrc: which heads of {model.name} follow the lyrics is not known, as it is of the 2B models; "
-                    "leave it out"
+                    f"lrc: the heads of {model.name} that follow the lyrics are unknown (they are known for the 2B "
+                    "models); leave it out"
                 )
             if work.lrc:
                 check_alignment(model.configs["transformer"], job)
@@ -135,15 +137,15 @@ class LocalEngine(QueueingEngine):
             self._thread.join(grace + 60)
 
     def _left(self, works: Sequence[Work], program: Program, began: float, first_step: float) -> float | None:
-        """Return how long a batch under way still takes, with the songs of its plans: by its own steps, or by earlier
-        batches; None: not known."""
+        """Return the remaining seconds of the current batch, including the songs of its plans, estimated from its own
+        steps or from earlier batches; None: unknown."""
         now, work = time.monotonic(), works[0]
         whole, songs = self.experience.estimate(program, work.steps), self.experience.after_plans(works)
-        if songs is None or work.stage == "aligning":  # which nothing is known of; the song is there
+        if songs is None or work.stage == "aligning":  # its duration is unknown, and the song is finished
             return songs
         if work.step >= 2 and work.steps > work.step:
             each = (now - first_step) / work.step
-            # What comes after the steps took that part of earlier batches which is not steps; unknown ones get nothing.
+            # The time after the steps is the time of earlier batches without their steps; 0 if there are none.
             after = max(0.0, whole - each * work.steps) if whole is not None else 0.0
             return each * (work.steps - work.step) + after + songs
         return None if whole is None else max(0.0, whole - (now - began)) + songs
@@ -174,7 +176,7 @@ class LocalEngine(QueueingEngine):
             self._make(*batch)
 
     def _next(self) -> tuple[list[Work], Program] | None:
-        """Wait for works, and return those of the next batch, which leave the queue; None: the engine stops."""
+        """Wait for works; take those of the next batch from the queue and return them; None: the engine stops."""
         with self._changed:
             self._running, self._current = [], None
             while not self._queue and self._stopping is None:
@@ -187,12 +189,12 @@ class LocalEngine(QueueingEngine):
             return works, program
 
     def _make(self, works: list[Work], program: Program, *, quiet: bool = False) -> None:
-        """Make one batch, of songs or of plans; report each of its works."""
+        """Make one batch of songs or plans, and report each of its works."""
         began = time.monotonic()
         first = program not in self.experience.compiled
         with self._changed:
             self._running, self._current, self._began, self._first_step = works, program, began, began
-        plans: list[Plan] = []
+        plans: list[Plan | Heard] = []
         songs: list[Song] = []
         try:
             if works[0].thought is not None:
@@ -207,12 +209,12 @@ class LocalEngine(QueueingEngine):
             refuse(works, error)
         else:
             failure = None
-        if failure is not None:  # outside of the handler: what the error's frames hold on the device is free now
+        if failure is not None:  # outside of the handler, so that device memory held by the error's frames is free
             self._after_error(works, program, *failure, quiet=quiet)
             return
         seconds = time.monotonic() - began
         steps = 0 if plans else works[0].step - 1
-        # Songs with and without the times of their lyrics are of one program.
+        # Songs with and without timestamps of their lyrics share a program.
         self.experience.ran(program, seconds - self._aligning, steps, self._last_step - self._second_step)
         if quiet:
             return
@@ -221,17 +223,18 @@ class LocalEngine(QueueingEngine):
             if work.cancelled:
                 self._listener.stopped(work)
             elif plans:
-                work.thought, work.plan = None, plans[i]
+                found, work.thought = plans[i], None
+                work.plan, work.heard = (found.plan, found) if isinstance(found, Heard) else (found, None)
                 again += self._with_plan(work)
             else:
                 if work.lrc and songs[i].timestamps is None:
-                    self._listener.noted(work, "lrc: the times of its lyrics could not be found")
+                    self._listener.noted(work, "lrc: the timestamps of its lyrics could not be computed")
                 self._listener.done(work, songs[i])
         waiting = self.put_first(again)
         self._listener.reported(BatchReport(works, program, seconds, first, waiting, bool(plans)))
 
     def _with_plan(self, work: Work) -> list[Work]:
-        """Report a plan; return the work if a song is to be made of it."""
+        """Report a plan; return the work if it also needs a song."""
         assert work.plan is not None
         self._listener.planned(work, work.plan)
         if not work.is_song:
@@ -240,7 +243,7 @@ class LocalEngine(QueueingEngine):
         return self._checked(work)
 
     def _checked(self, work: Work) -> list[Work]:
-        """Return a work that waits for its song, if it still can be made."""
+        """Return a work that waits for its song, if the song can still be made."""
         work.stage, work.step = "queued", 0
         try:
             self.check(work)
@@ -249,11 +252,11 @@ class LocalEngine(QueueingEngine):
             return []
         return [work]
 
-    def plans(self, works: list[Work], program: Program) -> list[Plan]:
-        """Return what the planner writes for a batch; see `songs`."""
+    def plans(self, works: list[Work], program: Program) -> list[Plan | Heard]:
+        """Return the plans of a batch, or what is found about existing songs; see `songs`."""
         model, self._aligning = self.models[works[0].model], 0.0
-        self._tell(works, "loading" if self._loaded is None or self._loaded[0] != model.name else "planning")
-        pipe = self._pipeline(model)
+        self._tell(works, "planning" if self._loading.has(model) else "loading")
+        pipe = self._loading.pipeline(model)
         self._tell(works, "planning")
 
         def on_progress(done: int, total: int) -> None:
@@ -261,25 +264,26 @@ class LocalEngine(QueueingEngine):
                 work.step, work.steps = done, total
             self._tell(works, "planning")
 
-        filled = [*works, *[works[-1]] * (program.size - len(works))]
+        listens = works[0].thought is not None and works[0].thought.mode in LISTENING
+        filled = works if listens else [*works, *[works[-1]] * (program.size - len(works))]
         thoughts = [work.thought for work in filled if work.thought is not None]
-        requests = [work.request for work in filled]
-        return think(pipe, requests, thoughts, on_progress=on_progress, should_stop=lambda: self._is_over(works))
+        requests, watched = [work.request for work in filled], dict(should_stop=lambda: self._is_over(works))
+        return list((hear if listens else think)(pipe, requests, thoughts, on_progress=on_progress, **watched))
 
     def _is_over(self, works: Sequence[Work]) -> bool:
-        """Return whether nobody wants a batch any more, or the server's grace has ended."""
+        """Return whether all works of a batch are cancelled, or the server's grace period has ended."""
         late = self._stopping is not None and time.monotonic() > self._stopping
         return late or all(work.cancelled for work in works)
 
     def songs(self, works: list[Work], program: Program) -> list[Song]:
-        """Return the songs of a batch, made in this thread; there may be more of them than works.
+        """Return the songs of a batch, made in this thread; there may be more songs than works.
 
         Raises:
-            Cancelled: if all of them were cancelled, or the engine stops.
+            Cancelled: if all works were cancelled, or the engine stops.
         """
         model, self._aligning = self.models[works[0].model], 0.0
-        self._tell(works, "loading" if self._loaded is None or self._loaded[0] != model.name else "encoding")
-        pipe = self._pipeline(model, works[0].adapters)
+        self._tell(works, "encoding" if self._loading.has(model) else "loading")
+        pipe = self._loading.pipeline(model, works[0].adapters)
         jobs = [model.prepare(work.request, work.sampling) for work in works]
         jobs += [jobs[-1]] * (program.size - len(jobs))
         self._tell(works, "encoding")
@@ -309,11 +313,11 @@ class LocalEngine(QueueingEngine):
         return songs
 
     def _aligned(self, pipe: Any, work: Work, song: Song, works: Sequence[Work]) -> Song:
-        """Return a song of a batch with the times of its lyrics, or as it is if they cannot be found: whatever fails
-        here, the song is there.
+        """Return a song of a batch with the timestamps of its lyrics, or without them if they cannot be computed: no
+        error here may lose the song.
 
-        All of a slice's processes do the same here: that a song was cancelled they know at other times, and an error
-        of the device may be one of them alone.
+        All processes of a slice do the same here, because they learn of a cancellation at different times, and a device
+        error may occur in only one of them.
 
         Raises:
             Cancelled: see `songs`.
@@ -325,11 +329,11 @@ class LocalEngine(QueueingEngine):
         try:
             return dataclasses.replace(song, timestamps=pipe.timestamps(song, work.request, work.sampling))
         except InputError as error:
-            logger.warning("%s: no times of its lyrics: %s", work.owner, error)
+            logger.warning("%s: no timestamps of its lyrics: %s", work.owner, error)
         except Exception:
             if not self.alone:
                 raise
-            logger.exception("%s: no times of its lyrics", work.owner)
+            logger.exception("%s: no timestamps of its lyrics", work.owner)
         return song
 
     def _tell(self, works: Sequence[Work], stage: str) -> None:
@@ -338,42 +342,21 @@ class LocalEngine(QueueingEngine):
             if self._listener is not None:
                 self._listener.changed(work)
 
-    def _pipeline(self, model: Model, adapters: Sequence[tuple[str, float]] | None = None) -> Any:
-        """Return the model with these adapters, None: any. One is loaded at a time, and changes between batches."""
-        try:
-            if self._loaded is None or self._loaded[0] != model.name:
-                self._loaded = None
-                self._loaded = model.name, model.load()
-            pipe = self._loaded[1]
-            if adapters is None:
-                return pipe
-            scales = dict(adapters)
-            if set(pipe.adapters) != set(scales):
-                pipe.unload_lora()
-                for name in scales:
-                    pipe.load_lora(self.adapters[name], 1.0, name=name)
-            if scales and dict(pipe.adapters) != scales:
-                pipe.set_adapters(scales)
-        except (InputError, OSError) as error:  # of the server's files, whose names are not the client's business
-            logger.error("%s cannot be loaded", model.name, exc_info=error)
-            raise ServerError(f"model: {model.name} cannot be loaded; the server's log has the reason") from None
-        return pipe
-
     def _after_cancel(self, works: Sequence[Work]) -> None:
-        """Report the songs that were cancelled; the others were stopped with the server, and stay undone."""
+        """Report the cancelled songs; the others were stopped by the server, and stay unfinished."""
         for work in works:
             if work.cancelled:
                 self._listener.stopped(work)
 
     def _after_error(self, works: list[Work], program: Program, message: str, memory: bool, *, quiet: bool) -> None:
-        """Make the songs of a failed batch in smaller ones, so that one does not stop the others."""
+        """Make the songs of a failed batch in smaller batches, so that one song does not stop the others."""
         if quiet and not (memory and program.size > 1):
             logger.error("not compiled ahead: %s", message)
             return
         if memory and program.size > 1:
             half = program.size // 2
             self.experience.does_not_fit(program, half)
-            logger.warning("out of memory with %d songs at once; from now on %d", program.size, half)
+            logger.warning("out of memory with a batch of %d songs; from now on %d", program.size, half)
         elif len(works) == 1:
             self._without(works[0], OUT_OF_MEMORY if memory else message)
             return
@@ -388,7 +371,7 @@ class LocalEngine(QueueingEngine):
                 self._make(part, program._replace(size=half), quiet=quiet)
 
     def _without(self, work: Work, message: str) -> None:
-        """Report that a work has failed; or if only its plan has, which is not required, make the song without."""
+        """Report a failed work; if only its optional plan has failed, make the song without it."""
         thought = work.thought
         if thought is None or thought.required or not work.is_song:
             self._listener.failed(work, message)

@@ -1,4 +1,4 @@
-"""Songs on their way from the queue to the disk: what the engine tells of them, and how their records end."""
+"""Songs on their way from the queue to the disk: handles the engine's events, and finishes the records."""
 
 import logging
 import threading
@@ -18,17 +18,17 @@ from acestep_jax.song import Song
 
 logger = logging.getLogger(__name__)
 
-UNWRITTEN = 8  # songs that wait to be written, beyond which the engine waits
+UNWRITTEN = 8  # songs waiting to be written, above which the engine blocks
 
 
 class Making:
-    """The listener of the engine, see `engine.Listener`, and the works of records that have not ended.
+    """The engine's listener, see `engine.Listener`, and the works of unfinished records.
 
     Args:
-        errands: what is asked of the engine that is no song.
-        on_end: called with each record that has ended, with `Records.ending`.
-        on_report: called with each batch, from the engine's thread.
-        on_death: called when the engine has ended by an error.
+        errands: the requests other than songs.
+        on_end: called with each record that has ended, holding `Records.ending`.
+        on_report: called with each batch's report, in the engine's thread.
+        on_death: called when the engine has ended because of an error.
     """
 
     def __init__(
@@ -47,15 +47,15 @@ class Making:
         self._works: dict[str, list[Work]] = {}
         self._places: dict[int, tuple[Record, int]] = {}  # by id(work)
         self._clients: dict[str, str] = {}
-        self._has_ended = False  # whether a record has: what ends the process after that is not at fault for all
+        self._has_ended = False  # whether a record has ended since the start, so that the process makes progress
         self._writer = ThreadPoolExecutor(1, "writer")
         self._unwritten = threading.Semaphore(UNWRITTEN)
 
     def forget_attempts(self) -> None:
-        """Forget that the records under way are being made: the process ends in peace, or has got on with its work.
+        """Forget the attempts of the records in progress: the process exits normally, or is making progress.
 
-        A record that ends the process again and again is the oldest in the queue sooner or later, and then nothing
-        ends before it.
+        A record that repeatedly crashes the process becomes the oldest in the queue sooner or later, and then no other
+        record ends before it.
         """
         self._has_ended = True
         for record in list(self.kept.all.values()):
@@ -63,17 +63,17 @@ class Making:
                 self.store.forget_attempt(record)
 
     def close(self) -> None:
-        """Wait until all that was made is written; the engine has ended."""
+        """Wait until all finished songs are written. The engine has ended."""
         self._writer.shutdown(wait=True)
 
     def reserve(self, record: Record, works: Sequence[Work], client: str, check: Callable[[], object]) -> None:
-        """Let works count as waiting, if `check` does not raise, before they are in the queue."""
+        """Count works as waiting before they are in the queue, unless `check` raises."""
         with self._lock:
             check()
             self._works[record.id], self._clients[record.id] = list(works), client
 
     def release(self, record: Record) -> None:
-        """Take a reservation back."""
+        """Cancel a reservation."""
         with self._lock:
             self._forget(record)
 
@@ -81,7 +81,7 @@ class Making:
         """Put the works of a record into the queue.
 
         Args:
-            places: the index of each one's song.
+            places: the song index of each work.
         """
         if not works:
             with self.kept.ending:
@@ -96,7 +96,7 @@ class Making:
         self.engine.submit(works)
 
     def cancel(self, record: Record) -> None:
-        """Stop the songs of a record that are not finished; nothing if it has ended."""
+        """Stop the unfinished songs of a record; do nothing if it has ended."""
         with self.kept.ending:
             if record.final:
                 return
@@ -110,12 +110,12 @@ class Making:
             self._on_end(record)
 
     def works(self, record: Record) -> list[Work]:
-        """Return what the engine has of a record that has not ended."""
+        """Return the engine's works of an unfinished record."""
         with self._lock:
             return list(self._works.get(record.id, ()))
 
     def waiting(self, client: str | None = None) -> list[Work]:
-        """Return the works that wait, of a client or of all."""
+        """Return the waiting works of a client, or of all."""
         with self._lock:
             mine = [one for one in self._works if client is None or self._clients.get(one) == client]
             found = [work for one in mine for work in self._works[one] if work.stage == "queued"]
@@ -149,7 +149,7 @@ class Making:
         try:
             self.store.keep_plan(record, i)
         except OSError:
-            logger.exception("%s: its plan could not be kept; it is written again after a restart", record.id)
+            logger.exception("%s: its plan could not be stored; it is planned again after a restart", record.id)
         self.kept.touch(record)
 
     def noted(self, work: Work, note: str) -> None:
@@ -169,7 +169,7 @@ class Making:
             self.errands.failed(work, message)
 
     def stopped(self, work: Work) -> None:
-        """Nothing is left to do: `cancel` has ended the record."""
+        """Do nothing: `cancel` has ended the record."""
 
     def reported(self, report: BatchReport) -> None:
         shape = report.program.shape
@@ -190,7 +190,7 @@ class Making:
         self._on_death()
 
     def _write(self, work: Work, song: Song) -> None:
-        """Keep a song; runs in the writer's thread."""
+        """Store a song; runs in the writer's thread."""
         try:
             with self._lock:
                 place = self._places.get(id(work))
@@ -199,17 +199,17 @@ class Making:
             record, i = place
             assert song.audio is not None
             try:
-                if song.timestamps is not None:  # the sound last: with it, all of the song is there
+                if song.timestamps is not None:  # the audio comes last: if it exists, the song is complete
                     write_lrc(self.store.song_path(record, i, LRC), song.timestamps, overwrite=True)
                 sounds.write_latents(self.store.song_path(record, i, ".latents"), song.latents)
                 audio.write(self.store.song_path(record, i), song.audio, song.sample_rate, overwrite=True)
             except Exception as problem:  # a full disk fails the song, not the server
-                self._finish(work, "failed", f"cannot be kept: {message_of(problem)}")
+                self._finish(work, "failed", f"cannot be stored: {message_of(problem)}")
             else:
                 seconds = song.audio.shape[1] / song.sample_rate
                 self._finish(work, "done", seconds=seconds, lrc=song.timestamps is not None)
         except Exception:
-            logger.exception("a song was not kept")
+            logger.exception("a song was not stored")
         finally:
             self._unwritten.release()
 
@@ -221,7 +221,7 @@ class Making:
         seconds: float | None = None,
         lrc: bool | None = None,
     ) -> None:
-        """Keep how a song ended, and forget its work; end its record after the last one."""
+        """Store the outcome of a song, and forget its work; end its record after the last one."""
         with self.kept.ending:
             with self._lock:
                 if (place := self._places.pop(id(work), None)) is None:  # cancelled meanwhile
@@ -244,7 +244,7 @@ class Making:
                 self._on_end(record)
 
     def _forget(self, record: Record) -> list[Work]:
-        """Forget the works of a record; return them. Called with the lock."""
+        """Forget the works of a record and return them. Called with the lock held."""
         works = self._works.pop(record.id, [])
         for work in works:
             self._places.pop(id(work), None)

@@ -14,7 +14,7 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Metrics:
-    """The figures of one server, beside those that are asked of it when they are read."""
+    """The counters of one server; gauges are read from the service on each scrape."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -22,7 +22,7 @@ class Metrics:
         self.songs = Counter("acestep_songs_made", "Songs made.", registry=self.registry)
         self.plans = Counter("acestep_plans_written", "Plans and descriptions written.", registry=self.registry)
         self.seconds = Counter("acestep_audio_seconds", "Seconds of audio made.", registry=self.registry)
-        self.size = Histogram("acestep_batch_size", "Places of the batches.", buckets=sizes, registry=self.registry)
+        self.size = Histogram("acestep_batch_size", "Sizes of the batches.", buckets=sizes, registry=self.registry)
         self.filled = Histogram("acestep_batch_songs", "Songs in the batches.", buckets=sizes, registry=self.registry)
         self.time = Histogram(
             "acestep_batch_seconds",
@@ -32,13 +32,13 @@ class Metrics:
             registry=self.registry,
         )
         self.compiled = Counter(
-            "acestep_compilations", "Programs compiled, or read from the disk.", registry=self.registry
+            "acestep_compilations", "Programs compiled, or read from the cache.", registry=self.registry
         )
-        self.compile_time = Counter("acestep_compile_seconds", "Seconds of that.", registry=self.registry)
+        self.compile_time = Counter("acestep_compile_seconds", "Seconds of compilation.", registry=self.registry)
         jax.monitoring.register_event_duration_secs_listener(self._event)
 
     def batch(self, report: BatchReport, seconds: float) -> None:
-        """Count a batch of songs that are `seconds` long together."""
+        """Count a batch whose songs have a total duration of `seconds`."""
         self.songs.inc(len(report.works))
         self.seconds.inc(seconds)
         self.size.observe(report.program.size)
@@ -46,7 +46,7 @@ class Metrics:
         self.time.labels(str(report.first).lower()).observe(report.seconds)
 
     def watch(self, service: Service) -> None:
-        """Ask a service for what it knows whenever the figures are read."""
+        """Read the gauges from a service on each scrape."""
         self.registry.register(_State(service))  # type: ignore[arg-type]
 
     def text(self) -> bytes:
@@ -68,8 +68,8 @@ class _State:
         for status, count in self.service.counts().items():
             records.add_metric([status], count)
         yield records
-        yield GaugeMetricFamily("acestep_songs_waiting", "Songs that wait.", self.service.waiting())
-        yield GaugeMetricFamily("acestep_ready", "Whether songs are made.", int(self.service.engine.ready))
+        yield GaugeMetricFamily("acestep_songs_waiting", "Waiting songs.", self.service.waiting())
+        yield GaugeMetricFamily("acestep_ready", "Whether the server is ready.", int(self.service.engine.ready))
         memory = GaugeMetricFamily("acestep_device_bytes", "Memory in use, by device.", labels=["device"])
         for device in jax.local_devices():
             memory.add_metric([str(device)], (device.memory_stats() or {}).get("bytes_in_use", 0))

@@ -1,4 +1,4 @@
-"""A model that the server offers: what is known of it without its weights, and how these are loaded."""
+"""A model that the server offers: its properties, which do not need its weights, and how to load it."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -22,12 +22,12 @@ class Model:
     """A native checkpoint under the name that clients use.
 
     Args:
-        load: returns the pipeline with its weights; None: `AceStepPipeline.from_pretrained(folder, **options)`.
-        options: of `from_pretrained`, such as dtype and mesh.
-        planner: the name of its planner; None: it has none.
+        load: function that returns the loaded pipeline; None: `AceStepPipeline.from_pretrained(folder, **options)`.
+        options: options of `from_pretrained`, such as dtype and mesh.
+        planner: name of its planner; None: it has none.
 
     Raises:
-        InputError: if there is no checkpoint in the folder.
+        InputError: if the folder has no checkpoint.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Model:
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """What `Sampling` leaves open."""
+        """The defaults for unset fields of `Sampling`."""
         return defaults_of(Sampling(), self.configs["transformer"], self._sampling)
 
     @property
@@ -63,12 +63,12 @@ class Model:
 
     @property
     def has_codes(self) -> bool:
-        """Whether it makes audio codes of a song, and a song of them."""
+        """Whether it converts songs to audio codes and back."""
         return self.configs.keys() >= {"audio_tokenizer", "audio_token_detokenizer"}
 
     @property
     def has_alignment(self) -> bool:
-        """Whether the heads of its attention that follow lyrics are known, so that it tells when these are sung."""
+        """Whether its alignment heads are known, which timestamps of lyrics need."""
         try:
             alignment_heads(self.configs["transformer"])
         except InputError:
@@ -85,12 +85,12 @@ class Model:
         ]
 
     def prepare(self, request: Request, sampling: Sampling) -> Job:
-        """Read the files of a request and check all of it, see `inputs.prepare`."""
+        """Read the files of a request and check it, see `inputs.prepare`."""
         return prepare(request, self.configs, self._tokenizer, sampling, self._sampling)
 
     def count_tokens(self, prompt: str, lyrics: str) -> dict[str, int]:
-        """Return the tokens that the text encoder reads of a prompt and of the text of `prompt.lyric_text`; 0 for a
-        prompt that is empty."""
+        """Return the number of tokens in the text encoder's inputs for the prompt and for the lyrics; 0 for an empty
+        prompt."""
         asked = str(prompt_text(prompt, audio_duration=MAX_DURATION)) if prompt.strip() else ""
         return {
             "prompt": len(self._tokenizer.encode(asked).ids) if asked else 0,
@@ -99,15 +99,15 @@ class Model:
 
     @property
     def frame_rate(self) -> float:
-        """Latent frames in a second."""
+        """Latent frames per second."""
         return self.configs["vae"].sampling_rate / self.configs["vae"].hop_length
 
     def seconds(self, sampling: Sampling) -> float:
-        """Return how long a song is of which nobody says it."""
+        """Return the default duration of a song, in seconds."""
         return defaults_of(sampling, self.configs["transformer"], self._sampling).audio_duration
 
     def steps(self, job: Job, sampling: Sampling) -> int:
-        """Return how many steps a song takes; raise InputError if its sampling does not suit it."""
+        """Return the number of steps of a song; raise InputError if its sampling settings do not match it."""
         check_sampling([job], sampling)
         config = self.configs["transformer"]
         full = settled(sampling, config, defaults_of(sampling, config, self._sampling))

@@ -12,10 +12,11 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from acestep_jax.errors import InputError
+from acestep_jax.request import FILES
 from acestep_jax.serve import schema, sounds, uploads
 from acestep_jax.serve.security import Keys
 from acestep_jax.serve.service import Service
-from acestep_jax.serve.store import FILE_FIELDS, LRC, Record
+from acestep_jax.serve.store import LRC, Record
 from acestep_jax.serve.submission import (
     FIELDS,
     Submission,
@@ -33,14 +34,14 @@ from acestep_jax.serve.waiting import changes
 ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 SONG = re.compile(r"(?:https?://[^/]+)?/v1/songs/(?P<id>[0-9a-f-]{36})/(?P<index>\d{1,4})(?:\.\w+)?(?:\?.*)?")
 FILE = re.compile(r"(?P<index>\d{1,4})\.(?P<suffix>[a-z0-9]{2,8})")
-COMMENT_SECONDS = 15.0  # between signs of life of a stream
-REFRESH_SECONDS = 2.0  # after which a place in the queue is told again
-UPLOADS = {name: name for name in FILE_FIELDS}
-PROCESS = f"{time.time_ns() // 10**6:x}"  # in the ids of events: those of an earlier process are not of this one
+COMMENT_SECONDS = 15.0  # between heartbeats of a stream
+REFRESH_SECONDS = 2.0  # between updates of a place in the queue
+UPLOADS = {name: name for name in FILES}
+PROCESS = f"{time.time_ns() // 10**6:x}"  # part of event ids, which are valid only within one process
 
 
 def find(service: Service, record_id: str) -> Record:
-    """Return a record; raise HTTPException 404 if there is none. The id is looked up, and no path is made of it."""
+    """Return a record; raise HTTPException 404 if there is none. The id is only looked up, and never used in a path."""
     record = service.records.get(record_id) if ID.fullmatch(record_id) else None
     if record is None:
         raise HTTPException(404, "there is no song of that id")
@@ -53,7 +54,7 @@ def client_of(request: Request) -> str:
 
 
 def link_song(service: Service, body: uploads.Body, field: str, value: str) -> None:
-    """Give a field a finished song of this server, named by its link, or a file of `service.inputs`, by its path.
+    """Use a finished song of this server, given by its link, or a file of `service.inputs`, given by its path.
 
     Raises:
         InputError: for any other text.
@@ -73,7 +74,7 @@ def link_song(service: Service, body: uploads.Body, field: str, value: str) -> N
 
 
 def submission_of(service: Service, body: uploads.Body, client: str) -> Submission:
-    """Return what a body of this protocol asks for.
+    """Return the submission for a body of this protocol.
 
     Raises:
         InputError: naming the field that cannot be used.
@@ -83,7 +84,7 @@ def submission_of(service: Service, body: uploads.Body, client: str) -> Submissi
         others = body.values.keys() - {"request"}
         if "request" not in body.values or others:
             name = min(others, default="request")
-            raise InputError(f"{name}: expected a field request with JSON, and uploads {' and '.join(FILE_FIELDS)}")
+            raise InputError(f"{name}: expected a field request with JSON, and uploads {' and '.join(FILES)}")
         values = uploads.parse_json(body.values["request"])
     if not isinstance(values, dict):
         raise InputError('expected a JSON object such as {"prompt": "lofi piano"}')
@@ -95,10 +96,10 @@ def submission_of(service: Service, body: uploads.Body, client: str) -> Submissi
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= service.limits.variations:
         raise InputError(f"variations: expected 1 to {service.limits.variations}, found {shown(count)}")
     if model is not None and not isinstance(model, str):
-        raise InputError(f"model: expected a text, found {shown(model)}")
+        raise InputError(f"model: expected text, found {shown(model)}")
     if not isinstance(adapters, dict):
         raise InputError(f"adapters: expected an object of scales by name, found {shown(adapters)}")
-    for field in FILE_FIELDS:
+    for field in FILES:
         value = values.pop(field, None)
         if value is None:
             continue
@@ -114,7 +115,7 @@ def submission_of(service: Service, body: uploads.Body, client: str) -> Submissi
         ]
         values |= said
     thought, notes = thought_of(service, model, planning, is_planned=plan is not None)
-    notes += [f"{name}: that of the plan was taken" for name in replaced]
+    notes += [f"{name}: the plan's value was used" for name in replaced]
     return Submission(
         songs=variations(values, count),
         api="native",
@@ -134,8 +135,8 @@ def submission_of(service: Service, body: uploads.Body, client: str) -> Submissi
 def thought_of(
     service: Service, model: str | None, planning: dict[str, Any], *, is_planned: bool
 ) -> tuple[Thought | None, list[str]]:
-    """Return what the planner is asked, and notes on what it cannot be asked. As in the library, a song is planned
-    where there is a planner, but for one that comes of a plan.
+    """Return the planner's task, and notes about ignored planning fields. As in the library, a song is planned if there
+    is a planner, unless the song comes from a plan.
 
     Raises:
         InputError: if a value cannot be used, or see `no_planner`.
@@ -150,7 +151,7 @@ def thought_of(
 
 
 def view(service: Service, keys: Keys, record: Record) -> dict[str, Any]:
-    """Return a record as clients see it."""
+    """Return the representation of a record for clients."""
     part, stage, step, steps = service.progress(record)
     eta = service.eta(record)
     songs = []
@@ -202,7 +203,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
         "/v1/songs", status_code=202, openapi_extra=dict(requestBody=schema.request_body()), summary="Request songs"
     )
     async def submit(request: Request, response: Response) -> dict[str, Any]:
-        """Accept songs to make. Fields are those of `Request` and `Sampling`; an unknown one is an error."""
+        """Submit songs. Fields are those of `Request` and `Sampling`; an unknown field is an error."""
         service.check_room(client_of(request))
         body = await uploads.read(request, service.store, UPLOADS)
         try:
@@ -216,8 +217,8 @@ def router(service: Service, keys: Keys) -> APIRouter:
 
     @routes.get("/v1/songs", summary="History, newest first")
     def history(
-        limit: int = Query(20, ge=1, le=200, description="Most records to return."),
-        before: str | None = Query(None, max_length=64, description="Only records older than the one of this id."),
+        limit: int = Query(20, ge=1, le=200, description="Maximum number of records."),
+        before: str | None = Query(None, max_length=64, description="Only records older than the one with this id."),
     ) -> dict[str, Any]:
         records = service.history(limit, before)
         more = records[-1].id if len(records) == limit else None
@@ -225,10 +226,10 @@ def router(service: Service, keys: Keys) -> APIRouter:
 
     @routes.get("/v1/songs/{record_id}", summary="One record")
     async def get(record_id: str) -> Response:
-        """Return the record. Polls of known ids are answered before this, see `serve.polls`, with an ETag."""
+        """Return the record. Polls of known ids never get here: `serve.polls` answers them, with an ETag."""
         return JSONResponse(view(service, keys, find(service, record_id)))
 
-    @routes.post("/v1/songs/{record_id}/cancel", summary="Stop what is not finished")
+    @routes.post("/v1/songs/{record_id}/cancel", summary="Stop the unfinished songs of a record")
     async def cancel(record_id: str) -> dict[str, Any]:
         record = find(service, record_id)
         await run_in_threadpool(service.cancel, record)
@@ -244,7 +245,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
     @routes.put("/v1/songs/{record_id}/{index}/favourite", summary="Mark a song as a favourite", status_code=204)
     @routes.delete("/v1/songs/{record_id}/{index}/favourite", summary="Unmark it", status_code=204)
     async def favourite(record_id: str, index: int, request: Request) -> Response:
-        """Favourites are not removed when `--keep-gb` is reached."""
+        """Mark a song as a favourite, or unmark it. Favourites do not count toward `--keep-gb`."""
         record = find(service, record_id)
         if not 0 <= index < len(record.songs) or record.songs[index].status != "done":
             raise HTTPException(404, "this song is not finished")
@@ -253,18 +254,19 @@ def router(service: Service, keys: Keys) -> APIRouter:
 
     @routes.get("/v1/songs/{record_id}/events", summary="Progress as server-sent events")
     async def events(record_id: str, request: Request) -> StreamingResponse:
-        """Events queued, running, done, failed and cancelled, each with the record. Last-Event-ID is heeded."""
+        """Stream events queued, running, done, failed and cancelled, each with the record. Supports Last-Event-ID."""
         record = find(service, record_id)
         last = request.headers.get("last-event-id", "")
         stream = _events(service, keys, record, last)
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
-    @routes.get("/v1/songs/{record_id}/{name}", summary="The sound, latents or settings of a song")
+    @routes.get("/v1/songs/{record_id}/{name}", summary="The audio, latents or settings of a song")
     @routes.head("/v1/songs/{record_id}/{name}", include_in_schema=False)
     async def file(record_id: str, name: str, download: bool = False) -> Response:
-        """Return song I as I.flac, .wav, .mp3, .ogg, .opus, .wav24 or .wav32, with ranges; as I.latents, float32
-        [frames, channels]; its settings as I.json, its plan as I.plan; or when its lyrics are sung as I.lrc."""
+        """Return song I as I.flac, .wav, .mp3, .ogg, .opus, .wav24 or .wav32, with range requests; its latents as
+        I.latents, float32 [frames, channels]; its settings as I.json; its plan as I.plan; or the timestamps of its
+        lyrics as I.lrc."""
         record = find(service, record_id)
         found = FILE.fullmatch(name)
         index = int(found["index"]) if found else -1
@@ -284,7 +286,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
             path = service.store.song_path(record, index, LRC)
             found_path = path if record.songs[index].lrc and path.exists() else None
             if found_path is None:
-                raise HTTPException(404, "this song has no times of its lyrics; request it with lrc")
+                raise HTTPException(404, "this song has no timestamps of its lyrics; request it with lrc")
             media = "text/plain; charset=utf-8"
         elif suffix == "latents":
             path = service.store.song_path(record, index, ".latents")
@@ -338,8 +340,8 @@ def router(service: Service, keys: Keys) -> APIRouter:
 async def _events(service: Service, keys: Keys, record: Record, last: str) -> AsyncIterator[str]:
     sent, told, place = last, time.monotonic(), None
     async for _ in changes(service, record, REFRESH_SECONDS):
-        event_id, status = f"{PROCESS}-{record.version}", record.status  # before the view: what changes meanwhile is
-        now, values = time.monotonic(), view(service, keys, record)  # told again, also if that is the last change
+        event_id, status = f"{PROCESS}-{record.version}", record.status  # before the view: changes in between are
+        now, values = time.monotonic(), view(service, keys, record)  # sent again, even if they are the last ones
         if event_id != sent or values["position"] != place and place is not None:
             text = json.dumps(values, ensure_ascii=False)
             yield f"id: {event_id}\nevent: {status}\ndata: {text}\n\n"

@@ -1,7 +1,7 @@
-"""The page at `/`: its files, the list of options that it is made from, and what it asks for beyond `/v1/songs`.
+"""The page at `/`: its files, the list of options that it is built from, and its routes besides `/v1/songs`.
 
-The page is plain HTML, CSS and modules in `page/`. It holds no list of options: `options` derives them from the fields
-of `Request`, `Planning` and `Sampling`, so that a new argument appears on the page by itself.
+The page is plain HTML, CSS and JavaScript modules in `page/`. It has no list of options of its own: `options` derives
+them from the fields of `Request`, `Planning` and `Sampling`, so a new argument appears on the page automatically.
 """
 
 import dataclasses
@@ -18,10 +18,9 @@ from acestep_jax.arguments import Argument, arguments, describe, repeatable, val
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import fields, tasks
 from acestep_jax.inputs.prompt import lyric_text
-from acestep_jax.request import MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS, Arguments, Planning, Sampling
+from acestep_jax.request import FILES, LATENTS, MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS, Arguments, Planning, Sampling
 from acestep_jax.serve import native, schema, sounds, uploads
 from acestep_jax.serve.service import Service
-from acestep_jax.serve.store import FILE_FIELDS
 from acestep_jax.serve.submission import FIELDS, PLANNING, check_text_length
 
 FOLDER = Path(__file__).parent / "page"
@@ -42,23 +41,23 @@ POLICY = "; ".join(
 )
 HEADERS = {
     "content-security-policy": POLICY,
-    "cache-control": "no-cache",  # page and server are of one version
+    "cache-control": "no-cache",  # page and server must have the same version
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
 }
-# What a browser may do with an upload that it is sent back: play it.
+# A browser may only play an upload that it gets back.
 UPLOAD_HEADERS = {"content-security-policy": "default-src 'none'; sandbox", "cache-control": "private"}
 UPLOAD_TYPES = {"WAV": "audio/wav", "FLAC": "audio/flac", "MP3": "audio/mpeg", "OGG": "audio/ogg"}
-PEAKS = 800  # columns of a waveform, unless a page asks for others
-PEAK = 127  # what full scale is
-BLOCK = 2**18  # frames of a sound that are read at once
+PEAKS = 800  # default number of columns of a waveform
+PEAK = 127  # value of full scale
+BLOCK = 2**18  # audio frames read at once
 ABBREVIATIONS = ("bpm", "cfg", "dcw", "ema", "lm", "lora")
 MINOR_AND_MAJOR = ("major", "minor")
 NOTES = ("C", "C#", "Db", "D", "D#", "Eb", "E", "F", "F#", "Gb", "G", "G#", "Ab", "A", "A#", "Bb", "B")
 
 
 def options() -> dict[str, Any]:
-    """Return what can be requested, ready for JSON: each field with its type, range and help, and the tasks."""
+    """Return all options, ready for JSON: each field with its type, range and help, and the tasks."""
     known = {name: _option(name, field, about) for name, (field, about) in (FIELDS | PLANNING).items()}
     known["timesignature"]["values"] = list(fields.TIME_SIGNATURES)
     known["vocal_language"]["values"] = list(fields.LANGUAGES)
@@ -67,7 +66,7 @@ def options() -> dict[str, Any]:
     known["track_name"]["values"] = list(tasks.TRACKS)
     return dict(
         fields=known,
-        files={name: describe(name, Arguments) for name in FILE_FIELDS},
+        files={name: describe(name, Arguments) for name in FILES},
         tasks={name: _task(name, task) for name, task in tasks.TASKS.items()},
         formats=list(sounds.NAMES),
         tokens=dict(prompt=MAX_PROMPT_TOKENS, lyrics=MAX_LYRIC_TOKENS),
@@ -84,7 +83,7 @@ def _option(name: str, field: dataclasses.Field, about: Argument) -> dict[str, A
     return dict(
         label=label[:1].upper() + label[1:],
         group=group,
-        hidden=about.flag == "",  # another name of a field that is there
+        hidden=about.flag == "",  # an alias of another field
         types=words,
         many=repeatable(field.type),
         long=about.from_file,
@@ -112,8 +111,8 @@ def _task(name: str, task: tasks.Task) -> dict[str, Any]:
 
 
 def peaks(path: Path, count: int) -> dict[str, Any]:
-    """Return the waveform of a sound file: of each of `count` equal parts the least and the greatest sample over all
-    channels, in whole numbers from -127 to 127, and the seconds. The file is read in blocks."""
+    """Return the waveform of a sound file: the minimum and maximum sample over all channels in each of `count` equal
+    parts, as integers from -127 to 127, and the duration in seconds. The file is read in blocks."""
     with path.open("rb") as file, soundfile.SoundFile(file) as sound:
         hop = max(1, -(-sound.frames // count))
         found: list[np.ndarray] = []
@@ -129,14 +128,14 @@ def peaks(path: Path, count: int) -> dict[str, Any]:
 
 
 def _extremes(sound: soundfile.SoundFile, frames: int) -> np.ndarray:
-    """Return the least and the greatest sample of the next frames, [1, 2], or [0, 2] at the end of the file."""
+    """Return the minimum and maximum sample of the next frames, [1, 2], or [0, 2] at the end of the file."""
     blocks = sound.blocks(BLOCK, frames=frames, dtype="float32")
     ends = [(block.min(), block.max()) for block in blocks if len(block)]
     return np.array([(min(low for low, _ in ends), max(high for _, high in ends))] if ends else np.zeros((0, 2)))
 
 
 def count_tokens(service: Service, values: Any) -> dict[str, int]:
-    """Return how many tokens the prompt and the lyrics of a request are for a model, with what its templates add.
+    """Return the number of tokens of a request's prompt and lyrics for a model, including those of its templates.
 
     Raises:
         InputError: naming the field that cannot be used.
@@ -150,12 +149,12 @@ def count_tokens(service: Service, values: Any) -> dict[str, int]:
     for field in ("prompt", "lyrics"):
         text = values.get(field) or ""
         if not isinstance(text, str):
-            raise InputError(f"{field}: expected a text")
+            raise InputError(f"{field}: expected text")
         check_text_length(field, text, getattr(service.limits, field))
         texts[field] = text
     language = values.get("vocal_language") or "en"
     if not isinstance(language, str):
-        raise InputError("vocal_language: expected a text")
+        raise InputError("vocal_language: expected text")
     return service.engine.models[name].count_tokens(texts["prompt"], lyric_text(texts["lyrics"], language))
 
 
@@ -169,7 +168,7 @@ def router(service: Service, folder: Path | None = FOLDER) -> APIRouter:
     """Return the routes.
 
     Args:
-        folder: of the page's files; None: no page is served.
+        folder: folder of the page's files; None: no page is served.
     """
     routes = APIRouter(tags=["songs"])
 
@@ -177,7 +176,7 @@ def router(service: Service, folder: Path | None = FOLDER) -> APIRouter:
         "/v1/tokens", summary="Tokens of a prompt and of lyrics", openapi_extra=dict(requestBody=_tokens_body())
     )
     async def tokens(request: Request) -> dict[str, Any]:
-        """Take prompt, lyrics, vocal_language and model; return the tokens of both, and how many the model reads."""
+        """Take prompt, lyrics, vocal_language and model; return the token counts of both, and the model's limits."""
         body = await uploads.read_bytes(request, uploads.MAX_TEXT)
         counted = await run_in_threadpool(count_tokens, service, uploads.parse_json(body))
         limits = dict(prompt=MAX_PROMPT_TOKENS, lyrics=MAX_LYRIC_TOKENS)
@@ -190,20 +189,22 @@ def router(service: Service, folder: Path | None = FOLDER) -> APIRouter:
         response: Response,
         count: int = Query(PEAKS, ge=1, le=4000, description="Columns."),
     ) -> dict[str, Any]:
-        """Return the least and the greatest sample of each of `count` parts in turn, from -127 to 127."""
+        """Return the minimum and maximum sample of each of `count` parts, interleaved, from -127 to 127."""
         path = service.sound(native.find(service, record_id), index, "flac")
         if path is None:
             raise HTTPException(404, "this song is not finished")
         response.headers["cache-control"] = "private, max-age=86400"  # a song never changes
         return peaks(path, count)
 
-    @routes.get("/v1/songs/{record_id}/uploads/{field}", summary="What a song was made from")
+    @routes.get("/v1/songs/{record_id}/uploads/{field}", summary="The source or reference of a song")
     def upload(record_id: str, field: str) -> Response:
-        """Return the source or the reference of a record, as it was uploaded."""
+        """Return the source or the reference of a record as it was uploaded: sound or latents."""
         record = native.find(service, record_id)
-        if field not in FILE_FIELDS or field not in record.files:
+        if field not in FILES or field not in record.files:
             raise HTTPException(404, "there is no such file")
         path = service.store.upload_path(record, field)
+        if field in LATENTS:
+            return FileResponse(path, media_type="application/octet-stream", headers=UPLOAD_HEADERS)
         with path.open("rb") as file, soundfile.SoundFile(file) as sound:
             kind = UPLOAD_TYPES.get(sound.format, "application/octet-stream")
         return FileResponse(path, media_type=kind, headers=UPLOAD_HEADERS)
@@ -214,7 +215,7 @@ def router(service: Service, folder: Path | None = FOLDER) -> APIRouter:
 
 
 def _add_files(routes: APIRouter, folder: Path) -> None:
-    """Serve the page; its files are known by name, so no path is made of what a client sends."""
+    """Serve the page. Its files are looked up by name, so no path is built from a client's input."""
     files = {path.name: path for path in folder.iterdir() if path.suffix in MEDIA_TYPES}
 
     def send(name: str) -> Response:

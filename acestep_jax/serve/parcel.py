@@ -1,4 +1,4 @@
-"""A batch on its way to another process, as JSON and the bytes of its sound files, and how it ended there."""
+"""A batch that is sent to another process, as JSON and the bytes of its files, and its outcome there."""
 
 import dataclasses
 import logging
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from acestep_jax.errors import Cancelled, InputError
-from acestep_jax.request import Request, Sampling
+from acestep_jax.request import FILES, Request, Sampling
 from acestep_jax.serve.batcher import Program, Shape
 from acestep_jax.serve.engine import ServerError, Work, is_out_of_memory
 from acestep_jax.serve.local import LocalEngine
@@ -18,15 +18,13 @@ from acestep_jax.serve.thinking import Thought
 
 logger = logging.getLogger(__name__)
 
-SOUNDS = ("src_audio", "reference_audio")  # fields of a request that name files
-
 
 class Parcel(NamedTuple):
-    """A batch without paths: what can be sent.
+    """A batch without paths, ready to be sent.
 
     Attributes:
-        about: what JSON can hold.
-        files: the bytes of the sound files, in the order of `about`.
+        about: values that JSON can hold.
+        files: the bytes of sound and latents, in the order of `about`.
     """
 
     about: dict[str, Any]
@@ -34,11 +32,11 @@ class Parcel(NamedTuple):
 
 
 class Unpacked(NamedTuple):
-    """A batch that has arrived.
+    """A received batch.
 
     Attributes:
-        works: its songs; `Program.size` is all that is known of `program`.
-        names: what the files were called where they came from, by their path here.
+        works: its songs; of `program`, only `Program.size` is set.
+        names: the original names of the files, by their path here.
     """
 
     works: list[Work]
@@ -47,15 +45,15 @@ class Unpacked(NamedTuple):
 
 
 def pack(works: Sequence[Work], program: Program) -> Parcel:
-    """Return a batch as it is sent.
+    """Pack a batch for sending.
 
     Raises:
-        OSError: if a sound file cannot be read.
+        OSError: if a file cannot be read.
     """
     songs, files = [], []
     for work in works:
         values = {field.name: getattr(work.request, field.name) for field in dataclasses.fields(work.request)}
-        named = {name: str(values.pop(name)) for name in SOUNDS if values[name] is not None}
+        named = {name: str(values.pop(name)) for name in FILES if values[name] is not None}
         thought = None if work.thought is None else work.thought.to_dict()
         songs.append(dict(request=values, files=named, thought=thought, lrc=work.lrc))
         files += [Path(path).read_bytes() for path in named.values()]
@@ -71,7 +69,7 @@ def pack(works: Sequence[Work], program: Program) -> Parcel:
 
 
 def unpack(parcel: Parcel, folder: str | Path) -> Unpacked:
-    """Return a batch that was sent, with its sound files in a folder.
+    """Unpack a received batch, and write its files to a folder.
 
     Raises:
         OSError: if a file cannot be written.
@@ -94,14 +92,14 @@ def unpack(parcel: Parcel, folder: str | Path) -> Unpacked:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a batch ended in another process.
+    """The outcome of a batch in another process.
 
     Attributes:
-        kind: "done", "cancelled", "input" or "server" (the message is for the user; the request is wrong, or right, but
-            cannot be made here), "memory" or "internal" (it is for the log).
-        made: the songs, or the plans.
-        step, stepping: the last step, and the seconds between the first one and that.
-        aligning: the seconds that the times of lyrics took.
+        kind: "done" or "cancelled"; "input" (the request is invalid) or "server" (it is valid but cannot be made here),
+            with a message for the user; "memory" or "internal", with a message for the log.
+        made: the songs or plans.
+        step, stepping: the last step, and the seconds from the first step to the last.
+        aligning: seconds spent on timestamps of lyrics.
     """
 
     kind: str
@@ -112,7 +110,7 @@ class Outcome:
     aligning: float = 0.0
 
     def result(self) -> list[Any]:
-        """Return what was made, or raise what was raised there."""
+        """Return the songs or plans, or raise the error from the other process."""
         if self.kind == "done":
             return list(self.made)
         if self.kind == "cancelled":
@@ -127,7 +125,7 @@ class Outcome:
 
 
 def outcome_of(make: Callable[[], Sequence[Any]], names: Mapping[str, str]) -> Outcome:
-    """Make a batch; return how it ended, with files called by their names of `unpack`."""
+    """Make a batch; return its outcome, with the file names from `unpack`."""
     try:
         return Outcome("done", made=list(make()))
     except Cancelled:
@@ -142,7 +140,7 @@ def outcome_of(make: Callable[[], Sequence[Any]], names: Mapping[str, str]) -> O
 
 
 def with_names(error: Exception, names: Mapping[str, str]) -> str:
-    """Return the message of an error, with files called by their names of `unpack`."""
+    """Return the message of an error, with the file names from `unpack`."""
     message = str(error)
     for path, original in names.items():
         message = message.replace(path, original)
@@ -150,5 +148,5 @@ def with_names(error: Exception, names: Mapping[str, str]) -> str:
 
 
 def made_by(engine: LocalEngine, works: list[Work], program: Program) -> Sequence[Any]:
-    """Return the songs of a batch, or the plans if that is what is asked for."""
+    """Return the songs of a batch, or its plans if these are requested."""
     return engine.songs(works, program) if works[0].thought is None else engine.plans(works, program)

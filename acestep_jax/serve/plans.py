@@ -12,13 +12,12 @@ from starlette.concurrency import run_in_threadpool
 from acestep_jax import request as requests
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
-from acestep_jax.request import Sampling
+from acestep_jax.request import FILES, Sampling
 from acestep_jax.serve import schema, uploads
 from acestep_jax.serve.engine import Work
 from acestep_jax.serve.errands import Errand
 from acestep_jax.serve.native import client_of
 from acestep_jax.serve.service import Service
-from acestep_jax.serve.store import FILE_FIELDS
 from acestep_jax.serve.submission import (
     MAX_SEED,
     NO_PLANNER,
@@ -32,13 +31,13 @@ from acestep_jax.serve.submission import (
 from acestep_jax.serve.thinking import Thought
 from acestep_jax.serve.waiting import RETRY_SECONDS, TIMEOUT, changes, ended
 
-BEAT = 2.0  # seconds between signs of life of a stream
-OTHERS = (*FILE_FIELDS, "variations", "format", "adapters")  # of a request for a song, of which no plan depends
+BEAT = 2.0  # seconds between heartbeats of a stream
+OTHERS = (*FILES, "variations", "format", "adapters")  # fields of a song request that do not affect a plan
 FLAGS = ("instrumental", "codes", "rewrite")
 
 
 def work_of(service: Service, values: dict[str, Any]) -> tuple[Work, dict[str, Any]]:
-    """Return what a request for a plan asks of the engine, and what of the plan stays as the client had it.
+    """Return the work for a plan request, and the values of the client's plan that are kept.
 
     Raises:
         InputError: naming the field that cannot be used.
@@ -62,7 +61,7 @@ def work_of(service: Service, values: dict[str, Any]) -> tuple[Work, dict[str, A
         mode, values["prompt"] = "inspire", values.pop("wish")
         if flags.get("instrumental") and values.get("lyrics"):
             raise InputError("instrumental, lyrics: expected one of them, found both")
-    elif subjects == ["plan"]:  # its words stay, and it gets new codes
+    elif subjects == ["plan"]:  # its text is kept, and it gets new codes
         kept = plan_of(values.pop("plan"))
         values = {n: v for n, v in values_of_plan(kept).items() if n != "audio_codes"} | values
         planning["use_cot_caption"] = False
@@ -72,7 +71,7 @@ def work_of(service: Service, values: dict[str, Any]) -> tuple[Work, dict[str, A
         mode = "inspire"
     values = {name: value for name, value in values.items() if name not in OTHERS}
     if values.get("task_type") not in (None, tasks.DEFAULT):
-        raise InputError(f"task_type: the planner writes for {tasks.DEFAULT}, found {shown(values['task_type'])}")
+        raise InputError(f"task_type: the planner supports {tasks.DEFAULT}, found {shown(values['task_type'])}")
     check_values(values, service.limits)
     values = {name: values[name] for name in ("prompt", "seed", *schema.SHARED) if name in values}
     given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
@@ -80,7 +79,7 @@ def work_of(service: Service, values: dict[str, Any]) -> tuple[Work, dict[str, A
     try:
         request = requests.Request(**given)
     except (TypeError, OverflowError) as error:
-        raise InputError(f"a value is not what its field takes ({error})") from None
+        raise InputError(f"a value has the wrong type for its field ({error})") from None
     thought = Thought(
         mode=mode,
         planning=planning_of(planning, service.limits),
@@ -98,9 +97,9 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/v1/plans", summary="A plan", openapi_extra=dict(requestBody=schema.plan_body()))
     async def plan(request: Request) -> Response:
-        """Return the plan of a wish, a prompt or a changed plan, as `plan` of `POST /v1/songs` takes it. A request for
-        a song may be given whole; only what a plan depends on counts. With `Accept: text/event-stream`, events queued,
-        running, done, failed and cancelled. A closed connection cancels."""
+        """Return a plan for a wish, a prompt or an edited plan, in the format of `plan` in `POST /v1/songs`. The body
+        may be a whole song request; fields that do not affect a plan are ignored. With `Accept: text/event-stream`,
+        stream events queued, running, done, failed and cancelled. Closing the connection cancels."""
         service.check_room(client_of(request))
         body = await uploads.read(request, service.store)
         if not isinstance(body.raw, dict):
@@ -115,7 +114,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/v1/codes", summary="The audio codes of a song", openapi_extra=dict(requestBody=schema.codes_body()))
     async def codes(request: Request) -> dict[str, Any]:
-        """Return the audio codes of a sound file, 5 for each second."""
+        """Return the audio codes of a sound file, 5 per second."""
         service.check_room(client_of(request))
         body = await uploads.read(request, service.store, {"audio": "audio"})
         try:
@@ -126,7 +125,8 @@ def router(service: Service) -> APIRouter:
         except BaseException:
             body.discard()
             raise
-        errand = await run_in_threadpool(service.ask, [found], client_of(request), body.uploads)
+        names = {"src_audio": "audio"}
+        errand = await run_in_threadpool(service.ask, [found], client_of(request), body.uploads, None, names)
         await finished(service, errand, request)
         return dict(audio_codes=_plan(errand)["audio_codes"])
 
@@ -134,27 +134,27 @@ def router(service: Service) -> APIRouter:
 
 
 def require_planner(service: Service, model: str | None) -> None:
-    """Raise HTTPException 501 if a model, None: the first, has no planner."""
+    """Raise HTTPException 501 if a model (None: the first) has no planner."""
     if service.planner_of(model) is None:
         raise HTTPException(501, NO_PLANNER)
 
 
 def listening(service: Service, model: str, mode: str, **source: Any) -> Work:
-    """Return what the engine is asked about a song that exists.
+    """Return the work that analyses an existing song.
 
     Args:
-        mode: of `thinking.LISTENING`.
-        source: `src_audio`, a file, or `audio_codes` as text.
+        mode: a mode of `thinking.LISTENING`.
+        source: `src_audio` or `src_latents`, a file, or `audio_codes` as text.
 
     Raises:
         InputError: if there is no such model.
-        HTTPException: 501 if it has no planner that could describe, or no audio tokenizer.
+        HTTPException: 501 if it lacks the planner for a description, or an audio tokenizer.
     """
     if model not in service.engine.models:
         raise InputError(f"model: expected one of {', '.join(service.engine.models)}, found {shown(model)}")
-    if mode == "describe":
+    if mode != "codes":
         require_planner(service, model)
-    if "src_audio" in source and not service.engine.models[model].has_codes:
+    if "audio_codes" not in source and not service.engine.models[model].has_codes:
         raise HTTPException(501, f"{model} has no audio tokenizer")
     request = requests.Request("", seed=0, **source)
     return Work(request, Sampling(), model, thought=Thought(mode=mode, required=True), is_song=False)
@@ -184,7 +184,7 @@ async def _events(service: Service, errand: Errand) -> AsyncIterator[str]:
 
 
 async def finished(service: Service, errand: Errand, request: Request) -> None:
-    """Wait for an errand; raise HTTPException unless it gave what was asked for. A client that goes cancels."""
+    """Wait for an errand; raise HTTPException unless it succeeds. A disconnect cancels."""
 
     async def connected() -> bool:
         return not await request.is_disconnected()

@@ -1,17 +1,21 @@
-"""Polls: what clients ask again and again while a song is made is answered from bytes that are kept, before any route.
+"""Polls: repeated requests for the state of a record are answered from cached bytes, before routing.
 
-An answer is built by the function that its route builds it with, once for all who ask until the record changes. What is
-no plain poll of a record goes on to the routes: unknown ids, results, forms, and what fails, so that errors have the
-shape of their protocol.
+A response is built by the same function as in its route, once for all clients until the record changes. All other
+requests go on to the routes: unknown ids, results, forms, and failures, so that errors have the format of their
+protocol.
+
+Most polls are answered as soon as they are read, see `serve.http`; those from other origins, or read by h11, by the
+middleware.
 """
 
+import functools
 import hashlib
 import json
 import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from starlette.exceptions import HTTPException
@@ -19,34 +23,45 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from acestep_jax.serve.authors import MOST_IDS
 from acestep_jax.serve.envelope import envelope
+from acestep_jax.serve.http import Told
+from acestep_jax.serve.security import SAFE
 from acestep_jax.serve.service import Service
 from acestep_jax.serve.store import Record
 
 logger = logging.getLogger(__name__)
 
-FRESH_SECONDS = 0.2  # of a record under way: places in the queue and remaining times change without it
-FINAL_SECONDS = 600.0  # of one that has ended: signed links in it are valid for longer
-KEPT = 1024  # records whose answers are kept; at least those of one poll
-LARGEST = 2**16  # bytes of a body that is looked at here
+FRESH_SECONDS = 0.2  # lifetime for an active record, whose queue position and remaining time change on their own
+FINAL_SECONDS = 600.0  # lifetime for a finished record; signed links in it are valid for longer
+KEPT = 1024  # records whose responses are cached; at least those of one poll
+LARGEST = 2**16  # bytes of the largest body that is parsed here
 SONG_PATH = re.compile(r"/v1/songs/([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
 JOB_QUERY = re.compile(rb"id=([0-9a-f]{16})")
 JSON_TYPE = (b"content-type", b"application/json")
+OK, UNCHANGED = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 304 Not Modified\r\n"
+PRIVATE = (b"cache-control", b"private, no-cache")
 
 
 class Answer(NamedTuple):
-    """What a record is told as, until when by the monotonic clock, and what version of the record that was."""
+    """A cached response for a record, its expiry by the monotonic clock, and the version of the record.
+
+    Attributes:
+        told, plain, unchanged: the responses of `Polls.quick`: with the ETag, without it, and 304.
+    """
 
     body: bytes
     etag: bytes
+    told: Told
+    plain: Told
+    unchanged: Told
     version: int
     until: float
 
 
 class Answers:
-    """The answers about records in one protocol.
+    """The cached responses for records in one protocol.
 
     Args:
-        build: returns what JSON holds of a record.
+        build: function from a record to its JSON values.
     """
 
     def __init__(self, build: Callable[[Record], Any]):
@@ -55,32 +70,35 @@ class Answers:
         self._lock = threading.Lock()
 
     def of(self, record: Record) -> Answer:
-        """Return the answer about a record."""
+        """Return the response for a record."""
         now, found = time.monotonic(), self._kept.get(record.id)
         if found is not None and found.version == record.version and now < found.until:
             return found
-        version = record.version  # before it is looked at: what changes meanwhile is told again
+        version = record.version  # read first, so that later changes give a new response
         until = now + (FINAL_SECONDS if record.final else FRESH_SECONDS)
         body = encoded(self._build(record))
-        found = Answer(body, b'"' + hashlib.blake2b(body, digest_size=12).hexdigest().encode() + b'"', version, until)
+        etag = b'"' + hashlib.blake2b(body, digest_size=12).hexdigest().encode() + b'"'
+        head, tags = _head(body), _tags(etag)
+        unchanged = Told(UNCHANGED + tags + SAFE, b"")
+        found = Answer(body, etag, Told(head + tags, body), Told(head, body), unchanged, version, until)
         with self._lock:
-            self._kept.pop(record.id, None)  # the newest stand last
+            self._kept.pop(record.id, None)  # the newest come last
             self._kept[record.id] = found
             if len(self._kept) > KEPT:
                 del self._kept[next(iter(self._kept))]
         return found
 
     def forget(self, record: Record) -> None:
-        """Drop the answer about a record, which is removed; called from any thread."""
+        """Drop the response for a removed record; called from any thread."""
         with self._lock:
             self._kept.pop(record.id, None)
 
 
 class Polls:
-    """The middleware that answers polls; within `security.Guard`.
+    """The middleware that answers polls, inside `security.Guard`.
 
     Args:
-        songs, tasks, jobs: build the answers of `/v1/songs/ID`, of one task of `/query_result`, and of `/job?id=`.
+        songs, tasks, jobs: build the responses of `/v1/songs/ID`, of one task of `/query_result`, and of `/job?id=`.
     """
 
     def __init__(
@@ -100,37 +118,76 @@ class Polls:
         if scope["type"] == "http":
             method, path = scope["method"], scope["path"]
             if method == "GET":
-                if (found := SONG_PATH.fullmatch(path)) and (record := self.service.records.get(found[1])):
-                    if answer := self._built(self._songs, record):
-                        await _conditional(scope, send, answer)
-                        return
-                elif path == "/job" and (found := JOB_QUERY.fullmatch(scope["query_string"])):
-                    record = self.service.kept.find_short(found[1].decode())
-                    if record and (answer := self._built(self._jobs, record)):
-                        await _send(send, answer.body)
-                        return
+                if (record := self._by_path(path)) and (answer := self._built(self._songs, record)):
+                    await _conditional(scope, send, answer)
+                    return
+                if (record := self._by_job(path, scope["query_string"])) and (
+                    answer := self._built(self._jobs, record)
+                ):
+                    await _send(send, answer.body)
+                    return
             elif method == "POST" and path == "/query_result" and _is_small_json(scope):
                 message = await _received(receive)
-                if not isinstance(message, HTTPException) and (body := self._results(message)) is not None:
+                if (whole := _whole(message)) is not None and (body := self._results(whole)) is not None:
                     await _send(send, body)
                     return
                 receive = _again(message, receive)
         await self.app(scope, receive, send)
 
+    def quick(self, scope: Scope, given: Mapping[bytes, str], body: bytes) -> Told | None:
+        """Return the answer to a poll that has come whole, as the middleware gives it; None for anything else.
+
+        Args:
+            given: its headers.
+        """
+        path, tell = scope["path"], None
+        if scope["method"] == "GET" and not body:
+            if (record := self._by_path(path)) is not None:
+                tell = functools.partial(self._tell_song, record, given.get(b"if-none-match", "").encode("latin-1"))
+            elif (record := self._by_job(path, scope["query_string"])) is not None:
+                tell = functools.partial(self._tell_job, record)
+        elif scope["method"] == "POST" and path == "/query_result" and _is_small_json(scope):
+            tell = functools.partial(self._tell_results, body)
+        told = None if tell is None else tell()
+        return None if told is None else told._replace(again=tell)
+
+    def _tell_song(self, record: Record, etag: bytes) -> Told | None:
+        """Return the answer to the path of a record, which may have been removed since it was found."""
+        answer = self._built(self._songs, record) if self.service.records.get(record.id) is record else None
+        if answer is None:
+            return None
+        return answer.unchanged if etag == answer.etag else answer.told
+
+    def _tell_job(self, record: Record) -> Told | None:
+        answer = self._built(self._jobs, record) if self.service.records.get(record.id) is record else None
+        return None if answer is None else answer.plain
+
+    def _tell_results(self, body: bytes) -> Told | None:
+        found = self._results(body)
+        return None if found is None else Told(_head(found), found)
+
+    def _by_path(self, path: str) -> Record | None:
+        """Return the record of a path of `/v1/songs`; None if it is none of a record."""
+        found = SONG_PATH.fullmatch(path)
+        return self.service.records.get(found[1]) if found else None
+
+    def _by_job(self, path: str, query: bytes) -> Record | None:
+        """Return the record that `/job` is polled for; None if it is no poll of a record."""
+        found = JOB_QUERY.fullmatch(query) if path == "/job" else None
+        return self.service.kept.find_short(found[1].decode()) if found else None
+
     def _built(self, answers: Answers, record: Record) -> Answer | None:
-        """Return the answer about a record; None if it cannot be built, which the log says."""
+        """Return the response for a record; log an error and return None if it cannot be built."""
         try:
             return answers.of(record)
         except Exception:
-            logger.exception("%s: a poll could not be answered from what is kept", record.id)
+            logger.exception("%s: a poll could not be answered from the cache", record.id)
             return None
 
-    def _results(self, message: Message) -> bytes | None:
-        """Return the answer to a body of `/query_result` that names records alone; None for any other."""
-        if message["type"] != "http.request" or message.get("more_body", False):
-            return None
+    def _results(self, body: bytes) -> bytes | None:
+        """Return the response to a body of `/query_result` that names only records; None for any other."""
         try:
-            ids = json.loads(message.get("body", b""))["task_id_list"]
+            ids = json.loads(body)["task_id_list"]
             ids = json.loads(ids) if isinstance(ids, str) else ids
             records = [self.service.records[one] for one in ids] if isinstance(ids, list) else []
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -150,9 +207,22 @@ def encoded(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
+def _head(body: bytes) -> bytes:
+    """Return the status line and the headers of JSON, as `_send` sends them."""
+    return OK + b"content-length: %d\r\n" % len(body) + _line(*JSON_TYPE) + SAFE
+
+
+def _tags(etag: bytes) -> bytes:
+    return _line(b"etag", etag) + _line(*PRIVATE)
+
+
+def _line(name: bytes, value: bytes) -> bytes:
+    return name + b": " + value + b"\r\n"
+
+
 def _is_small_json(scope: Scope) -> bool:
-    """Return whether a request whose key was in its headers has a small body of JSON."""
-    if not scope.get("state", {}).get("authorised", False):  # else the key is in the body
+    """Return whether a request was authorised by its headers and has a small JSON body."""
+    if not scope.get("state", {}).get("authorised", False):  # the key may be in the body
         return False
     headers = dict(reversed(scope["headers"]))
     length = headers.get(b"content-length", b"")
@@ -160,15 +230,22 @@ def _is_small_json(scope: Scope) -> bool:
 
 
 async def _received(receive: Receive) -> Message | HTTPException:
-    """Return a message, or the error of a body that does not come, which the application answers."""
+    """Return a message, or the error of a body that does not arrive, which the application handles."""
     try:
         return await receive()
     except HTTPException as error:
         return error
 
 
+def _whole(message: Message | HTTPException) -> bytes | None:
+    """Return a body that has come in one piece; None for any other."""
+    if isinstance(message, HTTPException) or message["type"] != "http.request" or message.get("more_body", False):
+        return None
+    return message.get("body", b"")
+
+
 def _again(first: Message | HTTPException, receive: Receive) -> Receive:
-    """Return a function that gives a message, or raises an error, once more, and then gives those that follow it."""
+    """Return a receive function that replays a message or an error, and then returns the following messages."""
     waiting = [first]
 
     async def again() -> Message:
@@ -181,8 +258,8 @@ def _again(first: Message | HTTPException, receive: Receive) -> Receive:
 
 
 async def _conditional(scope: Scope, send: Send, answer: Answer) -> None:
-    """Send an answer; 304 to a client that has it already."""
-    headers = [(b"etag", answer.etag), (b"cache-control", b"private, no-cache")]
+    """Send a response, or 304 to a client that has it already."""
+    headers = [(b"etag", answer.etag), PRIVATE]
     if any(name == b"if-none-match" and value == answer.etag for name, value in scope["headers"]):
         await send({"type": "http.response.start", "status": 304, "headers": headers})
         await send({"type": "http.response.body", "body": b""})

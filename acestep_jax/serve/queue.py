@@ -1,4 +1,4 @@
-"""The works that wait, which every engine has: those of `serve.local`, and of `serve.replicas`."""
+"""The queue of waiting works, shared by the engines in `serve.local` and `serve.replicas`."""
 
 import threading
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from acestep_jax.serve.engine import Listener, Work
 
 
 class QueueingEngine:
-    """The part of an engine that is its queue.
+    """The queue of an engine.
 
     Attributes:
-        _changed: held while the queue, or what the engine does, changes; told when that matters to its threads.
-        _version: of the queue.
-        _listener: whom the engine tells; there is one once it has started.
+        _changed: condition that is held while the queue or the engine's state changes, and notified for its threads.
+        _version: version of the queue.
+        _listener: listener of the engine, set when it starts.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class QueueingEngine:
             self._set_queue([*self._queue, *(work for work in works if not work.cancelled)])
 
     def cancel(self, works: Sequence[Work]) -> None:
-        """See `Engine`. They leave their places in the queue now, not when the batch that is running ends."""
+        """See `Engine`. The works leave the queue now, not when the current batch ends."""
         with self._changed:
             for work in works:
                 work.cancelled = True
@@ -45,18 +45,18 @@ class QueueingEngine:
             return next((i for i, work in enumerate(self._queue) if id(work) in own), 0)
 
     def put_first(self, works: Sequence[Work]) -> int:
-        """Put works at the head of the queue, but for those that nobody wants any more; return how many wait then."""
+        """Put works that are not cancelled at the head of the queue; return the new length of the queue."""
         with self._changed:
             self._set_queue([*(work for work in works if not work.cancelled), *self._queue])
             return len(self._queue)
 
     def _take(self, works: Sequence[Work]) -> None:
-        """Let works leave the queue. Called with the lock."""
+        """Remove works from the queue. Called with the lock held."""
         taken = set(map(id, works))
         self._set_queue([work for work in self._queue if id(work) not in taken])
 
     def _set_queue(self, queue: list[Work]) -> None:
-        """Change the queue, and wake those who wait for works. Called with the lock."""
+        """Replace the queue, and wake the threads that wait for works. Called with the lock held."""
         self._queue = queue
         self._version += 1
         self._changed.notify_all()

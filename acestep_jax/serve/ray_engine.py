@@ -1,4 +1,4 @@
-"""Replicas as actors of a Ray cluster, each with what it takes of it, such as a GPU; see `serve.replicas`."""
+"""Replicas as actors of a Ray cluster, each with its own resources, such as a GPU; see `serve.replicas`."""
 
 import logging
 import os
@@ -19,14 +19,14 @@ from acestep_jax.serve.replicas import ReplicaEngine
 logger = logging.getLogger(__name__)
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-LOOK_SECONDS = 30.0  # for an answer about a batch; an actor that compiles may take a while
+LOOK_SECONDS = 30.0  # timeout for a progress report; an actor that compiles may take a while
 
 
 class Actor(Replica):
-    """A replica in an actor. It makes a batch in one thread, and is asked about it in others."""
+    """A replica in an actor. It makes a batch in one thread, and reports on it in others."""
 
     def pid(self) -> int:
-        """Return the id of the process, once there is one."""
+        """Return the process id, once the process exists."""
         return os.getpid()
 
 
@@ -35,7 +35,7 @@ class RayRemote:
 
     Args:
         offered: see `Replica`.
-        resources: what the actor takes of the cluster, such as `{"GPU": 1}`.
+        resources: resources of the actor, such as `{"GPU": 1}`.
     """
 
     def __init__(self, offered: Offered, resources: Mapping[str, float]):
@@ -44,8 +44,8 @@ class RayRemote:
             num_cpus=resources.get("CPU", 0),
             num_gpus=resources.get("GPU", 0),
             resources=others,
-            max_concurrency=3,  # a batch, a look at it, and its end
-            max_restarts=0,  # the lane starts another one: it must know that nothing is compiled there
+            max_concurrency=3,  # making a batch, reporting on it, and halting it
+            max_restarts=0,  # the lane starts a new actor, because it must know that nothing is compiled there
         )
         self._actor: Any = ray.remote(Actor).options(**options).remote(offered)
         self._ready: Any = self._actor.pid.remote()
@@ -88,12 +88,12 @@ class RayRemote:
 
 
 class RayEngine(ReplicaEngine):
-    """Songs by actors of the Ray cluster that RAY_ADDRESS names, that runs on this machine, or that is started here.
+    """Makes songs in actors of a Ray cluster: the one at RAY_ADDRESS, or one running on this machine, or a new one.
 
     Args:
         models, options: see `ReplicaEngine`.
-        offered: returns models and adapters; called in each actor, with the files of its machine.
-        resources: what each actor takes of the cluster.
+        offered: function that returns models and adapters; called in each actor, with the files of its machine.
+        resources: resources of each actor.
 
     Raises:
         InputError: if there is no cluster at RAY_ADDRESS.
@@ -126,11 +126,11 @@ class RayEngine(ReplicaEngine):
 
 
 def _get(reference: Any, seconds: float) -> Any:
-    """Return what an actor has answered.
+    """Return the reply of an actor.
 
     Raises:
-        GetTimeoutError: if it has not yet.
-        EngineLost: if it has gone.
+        GetTimeoutError: if there is no reply in time.
+        EngineLost: if the actor is gone.
     """
     try:
         return ray.get(reference, timeout=seconds)
@@ -141,6 +141,6 @@ def _get(reference: Any, seconds: float) -> Any:
 
 
 def _reason(error: RayError) -> str:
-    """Return what Ray says in many coloured lines in one: the first, and the last, where it tells what was raised."""
+    """Return Ray's long coloured message as one line: its first line, and its last one, which has the exception."""
     lines = [line.strip() for line in COLOUR.sub("", str(error)).splitlines() if line.strip()]
     return " ... ".join(line[:300] for line in dict.fromkeys([*lines[:1], *lines[-1:]]))

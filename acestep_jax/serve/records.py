@@ -1,4 +1,4 @@
-"""The records of a server: in memory, in its folder, and watched by those who wait for them."""
+"""The records of a server: in memory, in its folder, and watched by waiting clients."""
 
 import contextlib
 import dataclasses
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from acestep_jax.errors import InputError
+from acestep_jax.request import LATENTS
 from acestep_jax.serve import sounds
 from acestep_jax.serve.store import Record, Store, now
 
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Watched(Protocol):
-    """What can be watched: a record, or an errand."""
+    """A record or an errand, whose changes can be watched."""
 
     id: str
     version: int
@@ -29,9 +30,9 @@ class Records:
 
     Attributes:
         all: the records by id.
-        on_remove: called with each record that is removed, from any thread.
-        ending: held while a record ends or is removed, which writes to the disk. Whoever holds it may take other locks,
-            but nobody takes it who holds one: those who only look do not wait for the disk.
+        on_remove: called with each removed record, from any thread.
+        ending: lock that is held while a record ends or is removed, which writes to the disk. It is always the first
+            lock that a thread acquires, so that readers never wait for the disk.
     """
 
     def __init__(self, store: Store):
@@ -42,11 +43,11 @@ class Records:
         self._lock = threading.RLock()
         self._short: dict[str, str] = {}
         self._sizes: dict[str, int] = {}
-        self._told_full = False  # whether the log says that favourites alone are beyond what may be kept
+        self._told_full = False  # whether the log already says that favourites alone exceed the limit
         self._watchers: dict[str, list[Callable[[], None]]] = {}
 
     def load(self) -> list[Record]:
-        """Read the history; return the records that have not ended."""
+        """Read the history; return the unfinished records."""
         unfinished = []
         for record in self.store.load():
             self.put(record)
@@ -63,14 +64,14 @@ class Records:
             self._short[short_id(record.id)] = record.id
 
     def find_short(self, name: str) -> Record | None:
-        """Return the record whose id begins like this, see `short_id`."""
+        """Return the record whose id starts with `name`, see `short_id`."""
         return self.all.get(self._short.get(name, ""))
 
     def history(self, limit: int, before: str | None = None) -> list[Record]:
-        """Return records, newest first: at most `limit`, of those older than the one called `before`.
+        """Return at most `limit` records, newest first, that are older than the record `before`.
 
         Raises:
-            InputError: if there is none of that id.
+            InputError: if there is no record with that id.
         """
         with self._lock:
             records = list(self.all.values())
@@ -82,7 +83,7 @@ class Records:
         return records[::-1][:limit]
 
     def counts(self) -> dict[str, int]:
-        """Return how many records there are in each state."""
+        """Return the number of records in each state."""
         found: dict[str, int] = dict.fromkeys(("queued", "running", "done", "failed", "cancelled"), 0)
         with self._lock:
             for record in self.all.values():
@@ -90,19 +91,20 @@ class Records:
         return found
 
     def end(self, record: Record, status: str) -> None:
-        """Keep how a record ended, then tell it: what has ended stays so. Called with `ending`."""
+        """Store the outcome of a record, then announce it, so that it cannot be lost afterwards. Called with `ending`
+        held."""
         ended = dataclasses.replace(record, status=status, finished=now())
         try:
             self.store.finish(ended)
         except OSError:
-            logger.exception("%s: how it ended could not be written; it is made again after a restart", record.id)
+            logger.exception("%s: its outcome could not be written; it is made again after a restart", record.id)
         self.measure(record)
         with self._lock:
             record.status, record.finished = ended.status, ended.finished
             self.touch(record)
 
     def remove(self, record: Record) -> None:
-        """Forget a record, and delete its files. Called with `ending`."""
+        """Forget a record, and delete its files. Called with `ending` held."""
         with self._lock:
             self.all.pop(record.id, None)
             self._short.pop(short_id(record.id), None)
@@ -113,19 +115,19 @@ class Records:
         self.wake(record)
 
     def measure(self, record: Record) -> None:
-        """Find out how much room the files of a record take."""
+        """Measure the size of a record's files."""
         try:
             size = self.store.size(record)
         except OSError as error:
-            logger.warning("%s: its size is not known (%s)", record.id, error.strerror)
+            logger.warning("%s: its size is unknown (%s)", record.id, error.strerror)
             return
         with self._lock:
             if record.id in self.all:
                 self._sizes[record.id] = size
 
     def beyond(self, most_bytes: int, most_records: int, newest: Record | None = None) -> list[Record]:
-        """Return the oldest records that have ended, as many as are beyond what may be kept; never the newest. Those
-        with a favourite stay, and come on top: beside many of them, too, new songs are kept."""
+        """Return the oldest finished records to remove, as many as exceed the limits, but never `newest`. Records with
+        a favourite are kept and do not count, so that new songs are kept even if there are many favourites."""
         with self._lock:
             starred = {record.id for record in self.all.values() if any(song.favourite for song in record.songs)}
             on_top = sum(self._sizes.get(one, 0) for one in starred)
@@ -141,14 +143,14 @@ class Records:
             tell, self._told_full = is_full and not self._told_full, is_full
         if tell:
             logger.warning(
-                "%d records with favourites take %.1f GB, more than --keep-gb or 10,000 records; they are kept on top",
+                "%d records with favourites take %.1f GB, more than --keep-gb or 10,000 records; they are kept anyway",
                 *(len(starred), on_top / 10**9),
             )
         return found
 
     def sound(self, record: Record, index: int, name: str) -> tuple[Path | None, bool]:
-        """Return the file of a song in a format of `sounds.FORMATS`, and whether it was made now; None if there is
-        none."""
+        """Return the file of a song in a format of `sounds.FORMATS`, and whether it was converted now; None if there is
+        no song."""
         form = sounds.FORMATS[name]
         if not 0 <= index < len(record.songs) or record.songs[index].status != "done":
             return None, False
@@ -160,10 +162,10 @@ class Records:
         return path if path.is_file() and not path.is_symlink() else None, is_new
 
     def set_favourite(self, record: Record, index: int, favourite: bool) -> None:
-        """Mark a song as a favourite, or not; nothing if its record is removed meanwhile.
+        """Mark or unmark a song as a favourite; do nothing if its record was removed meanwhile.
 
         Raises:
-            OSError: if that cannot be written; then it is as it was.
+            OSError: if this cannot be written; then nothing changes.
         """
         with self.ending:
             if record.id not in self.all:
@@ -173,13 +175,15 @@ class Records:
             self.touch(record)
 
     def use_song(self, uploads: Path, field: str, record: Record, index: int) -> None:
-        """Give a finished song of this server to a field of a submission, as an upload.
+        """Use a finished song of this server as the upload for a field of a submission.
 
         Raises:
-            InputError: if it is not finished.
+            InputError: if the song is not finished.
         """
         path, _ = self.sound(record, index, "flac")
-        if path is None:
+        if path is not None and field in LATENTS:
+            path = self.store.song_path(record, index, ".latents")
+        if path is None or not path.exists():
             raise InputError(f"{field}: song {index} of {record.id} is not finished")
         try:
             os.link(path, uploads / field)
@@ -188,7 +192,7 @@ class Records:
 
     @contextlib.contextmanager
     def watched(self, record: Watched, wake: Callable[[], None]) -> Iterator[None]:
-        """Call `wake`, from any thread, whenever the record changes within the block."""
+        """Call `wake`, from any thread, whenever the record changes inside the block."""
         with self._lock:
             self._watchers.setdefault(record.id, []).append(wake)
         try:
@@ -200,21 +204,21 @@ class Records:
                     del self._watchers[record.id]
 
     def touch(self, record: Watched) -> None:
-        """Tell those who watch a record that it has changed."""
+        """Notify the watchers of a record of a change."""
         with self._lock:
             record.version += 1
         self.wake(record)
 
     def wake(self, record: Watched | None = None) -> None:
-        """Wake those who watch a record, or any."""
+        """Wake the watchers of a record, or of all."""
         with self._lock:
             ids = list(self._watchers) if record is None else [record.id]
             watchers = [wake for one in ids for wake in self._watchers.get(one, ())]
         for wake in watchers:
-            with contextlib.suppress(RuntimeError):  # of an event loop that has ended
+            with contextlib.suppress(RuntimeError):  # from an event loop that has ended
                 wake()
 
 
 def short_id(record_id: str) -> str:
-    """Return the 16 digits that an id begins with, which acestep.cpp's clients know a record by."""
+    """Return the first 16 digits of an id, by which acestep.cpp's clients refer to a record."""
     return record_id.replace("-", "")[:16]

@@ -1,4 +1,4 @@
-"""One of the processes of `serve.replicas`: what runs in it, and how it is seen from the server."""
+"""A process of `serve.replicas`: the code that runs in it, and its interface for the server."""
 
 import dataclasses
 import tempfile
@@ -14,11 +14,11 @@ Offered = Callable[[], tuple[Sequence[Model], Mapping[str, str]]]  # models and 
 
 
 class Progress(NamedTuple):
-    """How far a batch is.
+    """The progress of a batch.
 
     Attributes:
         stage, step, steps: see `Work`.
-        seconds: since the first step of denoising began; 0 in other stages.
+        seconds: time since the start of denoising; 0 in other stages.
     """
 
     stage: str
@@ -28,10 +28,10 @@ class Progress(NamedTuple):
 
 
 class Replica(LocalEngine):
-    """The far end: what runs in a process of its own, without a queue, and makes one batch at a time.
+    """The remote side: runs in its own process, without a queue, and makes one batch at a time.
 
     Args:
-        offered: returns the models and the adapters; called here, where the devices are.
+        offered: function that returns the models and adapters; called in this process, which has the devices.
     """
 
     def __init__(self, offered: Offered):
@@ -39,7 +39,7 @@ class Replica(LocalEngine):
         super().__init__(models, adapters=adapters)
 
     def make(self, parcel: Parcel) -> Outcome:
-        """Make a batch; return how it ended."""
+        """Make a batch; return its outcome."""
         with tempfile.TemporaryDirectory(prefix="acestep-jax-") as folder:
             works, program, names = unpack(parcel, folder)
             self._running = works
@@ -51,7 +51,7 @@ class Replica(LocalEngine):
             return dataclasses.replace(outcome, step=works[0].step, stepping=stepping, aligning=self._aligning)
 
     def progress(self) -> Progress:
-        """Return how far the batch under way is; called from another thread."""
+        """Return the progress of the current batch; called from another thread."""
         if not (works := self._running):
             return Progress("queued")
         first = works[0]
@@ -59,30 +59,30 @@ class Replica(LocalEngine):
         return Progress(first.stage, first.step, first.steps, seconds)
 
     def halt(self) -> None:
-        """End the batch under way before its next step; called from another thread."""
+        """Stop the current batch before its next step; called from another thread."""
         for work in self._running:
             work.cancelled = True
 
 
 class Remote(Protocol):
-    """A replica seen from here. Everything raises EngineLost once its process has gone."""
+    """The server's interface of a replica. All methods except `close` raise EngineLost once its process is gone."""
 
     def ready(self, seconds: float) -> bool:
-        """Return whether it has started, after waiting at most so long."""
+        """Wait at most `seconds` for it to start; return whether it has."""
         ...
 
     def begin(self, parcel: Parcel) -> None:
-        """Have it make a batch."""
+        """Start making a batch."""
         ...
 
     def look(self, seconds: float) -> Outcome | Progress:
-        """Return how the batch has ended, or, after some seconds, how far it is."""
+        """Wait at most `seconds` for the outcome of the batch; return it, or the progress."""
         ...
 
     def halt(self) -> None:
-        """End the batch before its next step."""
+        """Stop the batch before its next step."""
         ...
 
     def close(self) -> None:
-        """End the process; never raises."""
+        """End the process; never raise."""
         ...

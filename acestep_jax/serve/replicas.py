@@ -1,8 +1,8 @@
-"""An engine of several processes, each with devices and a model of its own, that make the songs of one queue.
+"""An engine of several processes, each with its own devices and model, that make the songs of one queue.
 
-Whatever starts the processes (`serve.ray_engine`: Ray), each of them has a thread here, a lane. The lanes take batches
-from the queue as the only thread of `LocalEngine` does, and hand them on. Where a process has gone in a batch, another
-one is started, and the songs are made once more.
+However the processes are started (`serve.ray_engine`: by Ray), each has a thread here, called a lane. The lanes take
+batches from the queue like the single thread of `LocalEngine`, and pass them to their processes. If a process dies
+during a batch, a new one is started, and the songs are made again.
 """
 
 import heapq
@@ -17,6 +17,7 @@ from acestep_jax.planner.plan import Plan
 from acestep_jax.serve.batcher import Program, batches, next_batch
 from acestep_jax.serve.engine import BatchReport, EngineLost, Listener, Work
 from acestep_jax.serve.experience import Experience
+from acestep_jax.serve.hearing import Heard
 from acestep_jax.serve.local import LocalEngine
 from acestep_jax.serve.models import Model
 from acestep_jax.serve.parcel import Outcome, pack
@@ -26,19 +27,19 @@ from acestep_jax.song import Song
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.2  # between looks at a batch under way
-STARTS = 3  # of a process, before its lane is given up
-START_PAUSE = 10.0  # seconds between them
-PATIENCE = 30.0  # seconds of starting, after which the log says so
-LOST_TWICE = "the process that made this song has ended twice; the server's log has the details"
+POLL_SECONDS = 0.2  # between progress checks of a batch
+STARTS = 3  # attempts to start a process before its lane is given up
+START_PAUSE = 10.0  # seconds between these attempts
+PATIENCE = 30.0  # seconds of starting, after which a warning is logged
+LOST_TWICE = "the process that made this song died twice; the server's log has the details"
 
 
 class NotStarted(EngineLost):
-    """A process does not start, so that its lane is given up; its songs are in the queue again."""
+    """A process does not start, so its lane is given up; its songs are back in the queue."""
 
 
 class Lane(LocalEngine):
-    """A thread that has one replica make batches of the common queue."""
+    """A thread that passes batches from the shared queue to one replica."""
 
     def __init__(self, engine: "ReplicaEngine", index: int, warm: Sequence[float]):
         models = list(engine.models.values())
@@ -46,16 +47,16 @@ class Lane(LocalEngine):
         self.index = index
         self._engine = engine
         self._remote: Remote | None = None
-        self._warmed = False  # until there is a replica
-        self._settled: set[int] = set()  # works of the batch under way, by `id`, that were reported or wait again
+        self._warmed = False  # false until there is a replica
+        self._settled: set[int] = set()  # works of the current batch, by `id`, that were reported or queued again
 
     @property
     def living(self) -> bool:
-        """Whether it may still make songs."""
+        """Whether it can still make songs."""
         return self._error is None
 
     def under_way(self) -> tuple[list[Work], float | None]:
-        """Return the works of the batch under way, and how many seconds it still takes; None if that is not known."""
+        """Return the works of the current batch, and its remaining seconds, None if unknown."""
         with self._changed:
             running, current = list(self._running), self._current
             began, first_step = self._began, self._first_step
@@ -67,12 +68,12 @@ class Lane(LocalEngine):
         """See `LocalEngine`."""
         return self._far(works, program)
 
-    def plans(self, works: list[Work], program: Program) -> list[Plan]:
+    def plans(self, works: list[Work], program: Program) -> list[Plan | Heard]:
         """See `LocalEngine`."""
         return self._far(works, program)
 
     def take(self, queue: Sequence[Work], most: int) -> tuple[list[Work], Program]:
-        """Return the next batch of a queue, of at most so many works; called with the queue's lock."""
+        """Return the next batch of a queue, with at most `most` works; called with the queue's lock held."""
         known = self.experience
         works, program = next_batch(queue, known.compiled, min(most, self.max_batch), known.limits)
         with self._changed:
@@ -86,8 +87,8 @@ class Lane(LocalEngine):
             remote.close()
 
     def _far(self, works: list[Work], program: Program) -> list[Any]:
-        """Have the replica make a batch. It is told again and again that a batch is over, as it may not have begun
-        when it was told first."""
+        """Let the replica make a batch. If the batch is over, it is told so repeatedly, because the batch may not have
+        started when it was told first."""
         assert self._remote is not None
         self._remote.begin(pack(works, program))
         told: Progress | None = None
@@ -97,7 +98,7 @@ class Lane(LocalEngine):
                     self._first_step = time.monotonic() - found.seconds
                 for work in works:
                     work.step = found.step
-                    work.steps = found.steps or work.steps  # a song's are known here
+                    work.steps = found.steps or work.steps  # for a song, they are known here
                 self._tell(works, found.stage)
                 told = found
             if self._is_over(works):
@@ -122,14 +123,14 @@ class Lane(LocalEngine):
 
     def _make(self, works: list[Work], program: Program, *, quiet: bool = False) -> None:
         try:
-            super()._make(works, program, quiet=quiet)  # which may call this method, for parts of the batch
-        except NotStarted:  # while a part of this batch was made: the other parts are not to blame, and wait again
+            super()._make(works, program, quiet=quiet)  # may call this method for parts of the batch
+        except NotStarted:  # raised for a part of this batch: the other parts are not at fault, and return to the queue
             if not quiet:
                 self._engine.again([work for work in works if id(work) not in self._settled])
                 self._settled.update(map(id, works))
             raise
         except EngineLost as error:
-            logger.warning("replica %d has gone in a batch of %d: %s", self.index, len(works), error)
+            logger.warning("replica %d died during a batch of %d: %s", self.index, len(works), error)
             with self._changed:
                 self._running, self._current = [], None
             if not quiet:
@@ -140,10 +141,10 @@ class Lane(LocalEngine):
             self._settled.update(map(id, works))
 
     def _connect(self) -> None:
-        """Start the replica, and once more if that fails.
+        """Start the replica, and retry if that fails.
 
         Raises:
-            NotStarted: if it has failed `STARTS` times, or the engine stops.
+            NotStarted: if it fails `STARTS` times, or the engine stops.
         """
         self.close()
         self.experience.forget_compiled()
@@ -156,7 +157,7 @@ class Lane(LocalEngine):
                 self.close()
                 if start == STARTS or self._stopping is not None:
                     raise NotStarted(str(error)) from error
-                logger.warning("replica %d does not start: %s; it is tried again", self.index, error)
+                logger.warning("replica %d does not start: %s; trying again", self.index, error)
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopping is not None, START_PAUSE)
 
@@ -165,16 +166,16 @@ class Lane(LocalEngine):
         while self._stopping is None and not remote.ready(1.0):
             if not told and time.monotonic() - began > PATIENCE:
                 told = True
-                logger.warning("replica %d has not started in %g s; is there room for it?", self.index, PATIENCE)
+                logger.warning("replica %d has not started in %g s; are there resources for it?", self.index, PATIENCE)
 
 
 class ReplicaEngine(QueueingEngine):
-    """Songs by several replicas, see the module.
+    """Makes songs in several replicas, see the module.
 
     Args:
-        models, adapters, max_batch, warm: see `LocalEngine`; nothing is loaded here.
-        start: starts a process.
-        replicas: how many there are.
+        models, adapters, max_batch, warm: see `LocalEngine`; nothing is loaded in this process.
+        start: function that starts a process.
+        replicas: number of replicas.
     """
 
     def __init__(
@@ -198,7 +199,7 @@ class ReplicaEngine(QueueingEngine):
         self._died = False
         self.lanes = [Lane(self, index, warm) for index in range(replicas)]
 
-    # What the server calls, see `Engine`
+    # Called by the server, see `Engine`
 
     @property
     def ready(self) -> bool:
@@ -217,7 +218,7 @@ class ReplicaEngine(QueueingEngine):
             lane.start(self)
 
     def remaining(self, works: Sequence[Work]) -> float | None:
-        """See `Engine`. Each batch of the queue is given to the lane that is free first."""
+        """See `Engine`. Each batch of the queue is assigned to the lane that is free first."""
         own = set(map(id, works))
         with self._changed:
             queue, version = list(self._queue), self._version
@@ -258,8 +259,8 @@ class ReplicaEngine(QueueingEngine):
             lane.close()
 
     def _batches(self, queue: Sequence[Work], version: int) -> list[tuple[set[int], float | None]]:
-        """Return the works of each batch of a queue, by their `id`, and its seconds. Many ask, and the answer is
-        computed once for each version."""
+        """Return the works of each batch of a queue, by their `id`, and its seconds. This is called often, so the
+        result is cached for each version of the queue."""
         known, found = self._planned
         if known == version:
             return found
@@ -279,16 +280,16 @@ class ReplicaEngine(QueueingEngine):
         return found
 
     def _first_known(self, ask: Callable[[Experience], float | None]) -> float | None:
-        """Return what the first lane answers that has learnt enough of it; None: no lane has."""
+        """Return the result of the first lane whose measurements give one; None: no lane has one."""
         answers = (ask(lane.experience) for lane in self.lanes)
         return next((one for one in answers if one is not None), None)
 
-    # What the lanes call
+    # Called by the lanes
 
     def next_of(self, lane: Lane) -> tuple[list[Work], Program] | None:
-        """Wait for songs, and return those of a lane's next batch, which leave the queue; None: the engine stops.
+        """Wait for songs; take those of a lane's next batch from the queue and return them; None: the engine stops.
 
-        Where several lanes are idle, each takes its share of the songs that wait, rather than one all of them.
+        If several lanes are idle, each takes a part of the waiting songs, instead of one taking all of them.
         """
         with self._changed:
             self._idle += 1
@@ -304,7 +305,7 @@ class ReplicaEngine(QueueingEngine):
                 self._idle -= 1
 
     def lost(self, works: Sequence[Work]) -> None:
-        """Let the songs of a lost batch be made again, but for those that were lost before."""
+        """Return the songs of a lost batch to the queue, except those that were lost before."""
         once_more = []
         for work in works:
             if work.losses and not work.cancelled:
@@ -315,7 +316,7 @@ class ReplicaEngine(QueueingEngine):
         self.again(once_more)
 
     def again(self, works: Sequence[Work]) -> None:
-        """Let songs wait again whose lane will not make them, but for those that nobody wants any more."""
+        """Return songs that a lane cannot make to the queue, except cancelled ones."""
         waiting = []
         for work in works:
             if work.cancelled:
@@ -327,7 +328,7 @@ class ReplicaEngine(QueueingEngine):
         for work in waiting:
             self._listener.changed(work)
 
-    # What a lane tells, see `Listener`
+    # Events from the lanes, see `Listener`
 
     def changed(self, work: Work) -> None:
         """See `Listener`."""
@@ -360,7 +361,7 @@ class ReplicaEngine(QueueingEngine):
         self._listener.reported(report)
 
     def died(self, error: BaseException) -> None:
-        """See `Listener`: a lane has ended. The others go on, unless it had an error of its own, or was the last."""
+        """See `Listener`: a lane has ended. The others continue, unless it had its own error or was the last one."""
         living = sum(lane.living for lane in self.lanes)
         if self._stopping and isinstance(error, EngineLost):
             return

@@ -1,7 +1,7 @@
-"""Who may ask: the key, hosts and origins, signed links, and bodies that are too large or too slow.
+"""Access control: the key, hosts and origins, signed links, and limits for large or slow bodies.
 
-A server of one's own machine is reached by every page that the browser has open. So requests must name this host
-(against DNS rebinding), and those that change something must not come from another origin.
+Every page open in the browser can reach a server on the same machine. So requests must name this host (against DNS
+rebinding), and requests that change something must not come from another origin.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import ipaddress
 import json
 import re
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from urllib.parse import parse_qs
 
 from starlette.exceptions import HTTPException
@@ -20,16 +20,18 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from acestep_jax.serve.errors import error_body
+from acestep_jax.serve.http import Asked, Told
 
 COOKIE = "acestep-session"
 LINK_SECONDS, LINK_STEP = 24 * 3600, 3600
-BODY_SECONDS = 60.0  # for a body, and as long as it comes
-BODY_RATE = 2**18  # bytes in a second, at which a large one may come
-LARGE_BODY, LARGE_BODIES = 2**20, 4  # bytes, and how many beyond that are read at once
-OPEN = ("/health", "/ready", "/docs", "/openapi.json", "/v1/session")  # without a key
+BODY_SECONDS = 60.0  # for a body, plus the time it takes at `BODY_RATE`
+BODY_RATE = 2**18  # minimum bytes per second of a large body
+LARGE_BODY, LARGE_BODIES = 2**20, 4  # bytes, and how many larger bodies are read at once
+OPEN = ("/health", "/ready", "/docs", "/openapi.json", "/v1/session")  # accessible without a key
 OPEN_FOLDERS = ("/static/",)
-FOREIGN_SCRIPTS = ("/docs",)  # which loads its own from the network
+FOREIGN_SCRIPTS = ("/docs",)  # loads scripts from the network
 CSP = b"default-src 'self'; media-src 'self' blob:; img-src 'self' blob: data:; base-uri 'none'; frame-ancestors 'none'"
+SAFE = b"x-content-type-options: nosniff\r\ncontent-security-policy: " + CSP + b"\r\n"
 READING = ("GET", "HEAD", "OPTIONS")
 LATE_KINDS = ("", "application/json", "application/x-www-form-urlencoded")  # uploads need the key first
 HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([\w.-]+))(?::\d{1,5})?", re.ASCII)
@@ -38,11 +40,11 @@ EXPOSED = "content-range, content-length, retry-after, etag, x-acestep-ignored"
 
 
 class Keys:
-    """The server's key, and what is derived from it: cookies of the page and links to sound that anyone may follow.
+    """The server's key, session cookies for the page, and signed links to audio that work without a key.
 
     Args:
-        key: None: everyone may ask.
-        secret: what links and cookies are signed with.
+        key: the key; None: access is open.
+        secret: key for signing links and cookies.
     """
 
     def __init__(self, key: str | None, secret: bytes):
@@ -50,25 +52,25 @@ class Keys:
         self._secret = secret + (key or "").encode()
 
     def accepts(self, given: str | None) -> bool:
-        """Return whether that is the key, in a time that does not depend on where it differs."""
+        """Return whether this is the key, comparing in constant time."""
         if self.key is None:
             return True
         return given is not None and hmac.compare_digest(given.encode(), self.key.encode())
 
     def session(self) -> str:
-        """Return the value of a cookie that stands for the key, for a day."""
+        """Return the value of a cookie that replaces the key for a day."""
         until = int(time.time()) + LINK_SECONDS
         return f"{until}.{self._signature('session', until)}"
 
     def knows_session(self, value: str | None) -> bool:
-        """Return whether a cookie is one of `session`, and not too old."""
+        """Return whether a cookie comes from `session` and has not expired."""
         until, _, signature = (value or "").partition(".")
         return self._is_signed("session", until, signature)
 
     def link(self, path: str) -> str:
-        """Return a path with a signature that is valid for a day at least, or as it is if there is no key.
+        """Return a path with a signature that is valid for at least a day, or the path itself if there is no key.
 
-        It ends with an hour: what is told again within one has the same links, and so the same ETag.
+        Signatures expire on the hour, so responses within the same hour have the same links, and so the same ETag.
         """
         if self.key is None:
             return path
@@ -76,7 +78,7 @@ class Keys:
         return f"{path}{'&' if '?' in path else '?'}exp={until}&sig={self._signature(path, until)}"
 
     def knows_link(self, path: str, query: str) -> bool:
-        """Return whether a path is one of `link`, and not too old."""
+        """Return whether a path comes from `link` and has not expired."""
         rest, _, last = query.partition("exp=")
         values = parse_qs("exp=" + last)
         signed = path + (f"?{rest.rstrip('&')}" if rest.rstrip("&") else "")
@@ -92,7 +94,7 @@ class Keys:
 
 
 def given_key(given: Mapping[bytes, str]) -> str | None:
-    """Return the key that a request carries in its headers: a bearer token, the bare key, or X-API-Key."""
+    """Return the key in a request's headers: a bearer token, the bare key, or X-API-Key."""
     value = given.get(b"authorization") or given.get(b"x-api-key")
     if value is None:
         return None
@@ -101,13 +103,14 @@ def given_key(given: Mapping[bytes, str]) -> str | None:
 
 
 class Guard:
-    """The middleware that all requests pass.
+    """The middleware that handles all requests first.
 
     Args:
-        hosts: names that the server is called by, besides its addresses and localhost.
-        origins: of pages on other hosts that may ask.
-        max_bytes: of a body.
-        late_keys: paths that take the key in the body and check it themselves.
+        hosts: host names of the server, besides its addresses and localhost.
+        origins: origins of pages on other hosts that are allowed.
+        max_bytes: maximum size of a body.
+        late_keys: paths that accept the key in the body and check it themselves.
+        polls: answers requests that need no route, see `polls.Polls.quick`; None: nothing.
     """
 
     def __init__(
@@ -119,8 +122,10 @@ class Guard:
         origins: Collection[str] = (),
         max_bytes: int,
         late_keys: Collection[str] = (),
+        polls: Callable[[Scope, Mapping[bytes, str], bytes], Told | None] | None = None,
     ):
         self.app, self.keys, self.max_bytes = app, keys, max_bytes
+        self._polls = polls
         self.hosts = {"localhost", *(host.lower() for host in hosts)}
         self.origins = {origin.rstrip("/").lower() for origin in origins}
         self.late_keys = frozenset(late_keys)
@@ -130,7 +135,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        # A poll passes here a thousand times a second: one dictionary, in which the first of equal names counts.
+        # Polls pass here a thousand times per second, so build one dictionary, in which the first of equal names wins.
         given = {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}
         origin = given.get(b"origin")
         allowed = origin is not None and origin.lower() in self.origins
@@ -153,7 +158,7 @@ class Guard:
                 message["headers"] = [*message["headers"], *headers, *own]
             await send(message)
 
-        # Who has not shown the key yet gets no place among large bodies: others could not upload any more.
+        # Unauthorised clients get no place among large bodies, since they could keep others from uploading.
         authorised = scope.get("state", {}).get("authorised", False)
         most = self.max_bytes if authorised else min(self.max_bytes, LARGE_BODY)
         body = _Body(receive, most, self._large, authorised)
@@ -162,11 +167,29 @@ class Guard:
         finally:
             body.release()
 
+    def quick(self, asked: Asked) -> Told | None:
+        """Return the answer to a poll that passes here and needs no route; None: the application answers.
+
+        Pages of other origins are told more headers, so theirs is not answered here.
+        """
+        given = {name: value.decode("latin-1") for name, value in reversed(asked.headers)}
+        path, _, query = asked.target.partition(b"?")
+        if self._polls is None or b"origin" in given or b"%" in path or not path.isascii():
+            return None
+        scope: Scope = dict(type="http", method=asked.method, path=path.decode(), raw_path=path, query_string=query)
+        scope["headers"], scope["state"] = asked.headers, {}
+        if self._problem(scope, given, False) or not scope["state"].get("authorised", False):
+            return None
+        found = self._polls(scope, given, asked.body)
+        # A cookie or a signed link ends some day, a key does not.
+        lasts = found is None or self.keys.key is None or self.keys.accepts(given_key(given))
+        return found if found is None or lasts else found._replace(again=None)
+
     def _problem(self, scope: Scope, given: Mapping[bytes, str], allowed: bool) -> tuple[int, str] | None:
-        """Return the status and the text of a refusal."""
+        """Return the status and message if a request is rejected; None if it is allowed."""
         host, origin = given.get(b"host", ""), given.get(b"origin")
         if not self._is_own(host):
-            return 421, "Host: this server is not called that; start it with --public-host NAME"
+            return 421, "Host: this is not a name of this server; start it with --public-host NAME"
         if origin is not None and not allowed and scope["method"] not in READING:
             if origin.lower().partition("://")[2] != host.lower():
                 return 403, "Origin: pages of other hosts may not do this; start the server with --cors ORIGIN"
@@ -190,7 +213,7 @@ class Guard:
         return None
 
     def _is_open(self, scope: Scope, given: Mapping[bytes, str]) -> bool:
-        path = scope["path"]  # not that of the URL, which some versions of Starlette make of the Host header
+        path = scope["path"]  # not the URL's path, which some versions of Starlette derive from the Host header
         if path == "/" or path in OPEN or path.startswith(OPEN_FOLDERS) or scope["method"] == "OPTIONS":
             return True
         query = scope["query_string"].decode("latin-1")
@@ -199,14 +222,15 @@ class Guard:
         return b"cookie" in given and self.keys.knows_session(Request(scope).cookies.get(COOKIE))
 
     def _is_own(self, host: str) -> bool:
-        """Return whether a Host header names this server: an address cannot be another name's, a name must be known."""
+        """Return whether a Host header names this server: any address, since DNS rebinding needs a name, or a known
+        name."""
         name = name_of(host)
         return name is not None and (not name or name in self.hosts)
 
 
 @functools.lru_cache(256)
 def name_of(host: str) -> str | None:
-    """Return the name in a Host header, in small letters; "" for an address, None for what is neither."""
+    """Return the name in a Host header, in lower case; "" for an address, None if it is neither."""
     found = HOST.fullmatch(host)
     if found is None:
         return None
@@ -219,8 +243,8 @@ def name_of(host: str) -> str | None:
 
 
 class _Body:
-    """The body of a request as it is read: 413 for one that is too large, 408 for one that comes too slowly, and large
-    ones wait for each other."""
+    """The body of a request as it is read: 413 if it is too large, 408 if it arrives too slowly; large bodies wait for
+    each other."""
 
     def __init__(self, receive: Receive, max_bytes: int, large: asyncio.Semaphore, authorised: bool):
         self._authorised = authorised
@@ -233,10 +257,10 @@ class _Body:
             return await self._receive()
         left = self._end + self._count / BODY_RATE - time.monotonic()
         try:
-            async with asyncio.timeout(max(0.0, min(BODY_SECONDS, left))):  # unlike wait_for, without a task of its own
+            async with asyncio.timeout(max(0.0, min(BODY_SECONDS, left))):  # unlike wait_for, it creates no task
                 message = await self._receive()
         except TimeoutError:
-            raise HTTPException(408, "the body did not come in time") from None
+            raise HTTPException(408, "the body did not arrive in time") from None
         if message["type"] == "http.request":
             self._count += len(message.get("body", b""))
             self._is_whole = not message.get("more_body", False)
@@ -250,7 +274,7 @@ class _Body:
         return message
 
     def release(self) -> None:
-        """Let another large body come."""
+        """Release the place of a large body."""
         if self._holds:
             self._holds = False
             self._large.release()
@@ -260,7 +284,7 @@ class _Body:
         try:
             await asyncio.wait_for(self._large.acquire(), BODY_SECONDS)
         except TimeoutError:
-            raise HTTPException(429, "other uploads are under way", {"retry-after": str(int(BODY_SECONDS))}) from None
+            raise HTTPException(429, "other uploads are in progress", {"retry-after": str(int(BODY_SECONDS))}) from None
         self._holds = True
         self._end += time.monotonic() - began
 

@@ -1,4 +1,4 @@
-"""The server without HTTP: it accepts submissions, has the engine make them, and tells how far they are."""
+"""The server without HTTP: accepts submissions, passes them to the engine, and reports their progress."""
 
 import contextlib
 import dataclasses
@@ -7,24 +7,26 @@ import logging
 import math
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from acestep_jax.errors import InputError
 from acestep_jax.planner.plan import Plan
+from acestep_jax.request import FILES
 from acestep_jax.serve import accepting, sounds
 from acestep_jax.serve.engine import BatchReport, Engine, Work, message_of
 from acestep_jax.serve.errands import Errand, Errands
 from acestep_jax.serve.inputs import Inputs
 from acestep_jax.serve.making import Making
 from acestep_jax.serve.records import Records
-from acestep_jax.serve.store import FILE_FIELDS, LRC, Record, Store, now
+from acestep_jax.serve.store import LRC, Record, Store, now
 from acestep_jax.serve.submission import (
     NO_PLANNER,
     Limits,
     Submission,
     check_values,
+    renamed,
     request_and_sampling,
     with_fields,
 )
@@ -32,7 +34,7 @@ from acestep_jax.serve.thinking import Thought
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 3  # ends of the process while a record was made, after which it is at fault
+ATTEMPTS = 3  # crashes of the process while a record was made, after which the record is given up
 
 
 class Busy(Exception):
@@ -48,17 +50,17 @@ class Closing(Exception):
 
 
 class Service:
-    """What clients may do, and what they may know.
+    """The operations and queries of clients.
 
     Args:
         strict: whether fields that would be ignored are an error.
-        inputs: the folder that clients may name files of; None: none.
-        on_report: called with each batch, from the engine's thread.
-        on_death: called when the engine has ended by an error.
+        inputs: the folder whose files clients may use; None: no folder.
+        on_report: called with each batch's report, in the engine's thread.
+        on_death: called when the engine has ended because of an error.
 
     Attributes:
-        records: by id, oldest first.
-        closing: whether new work is refused.
+        records: the records by id, oldest first.
+        closing: whether new work is rejected.
         is_stopped: whether the engine has ended, so that nothing will change any more.
     """
 
@@ -86,7 +88,7 @@ class Service:
             self.kept, engine, self.errands, on_end=self._trim, on_report=self._reported, on_death=self._died
         )
         self.works, self.cancel = self.making.works, self.making.cancel
-        self._reading = threading.Semaphore(2)  # sources that are decoded at once, each up to hundreds of MB
+        self._reading = threading.Semaphore(2)  # sources decoded at once, each up to hundreds of MB
 
     def start(self) -> None:
         """Read the history, put unfinished songs into the queue again, and start the engine."""
@@ -96,9 +98,9 @@ class Service:
         self.engine.start(self.making)
 
     def close(self, grace: float) -> None:
-        """Stop: new work is refused, songs under way get `grace` seconds, those that wait stay on the disk."""
+        """Stop: reject new work, give songs in progress `grace` seconds, and leave waiting songs on the disk."""
         self.closing = True
-        self.kept.wake()  # those who wait for what waits need not wait any longer
+        self.kept.wake()  # clients that wait for queued records need not wait any longer
         self.engine.stop(grace)
         self.making.close()
         if not self.dead and not self.is_stopped:
@@ -106,18 +108,19 @@ class Service:
         self.is_stopped = True
         self.kept.wake()
 
-    # What clients do
+    # Operations
 
     def accept(self, submission: Submission) -> Record:
-        """Check a submission, keep it, and put its songs into the queue.
+        """Check a submission, store it, and put its songs into the queue.
 
         Raises:
-            InputError: if it cannot be made.
+            InputError: if it is invalid.
             Busy: if the queue is full.
             Closing: if the server is stopping.
         """
         try:
-            record, works = self._prepared(submission)
+            with _named(submission.names):
+                record, works = self._prepared(submission)
             client = submission.client
             self.making.reserve(record, works, client, lambda: self.check_room(client, len(works)))
             try:
@@ -136,9 +139,17 @@ class Service:
         return record
 
     def ask(
-        self, works: Sequence[Work], client: str, uploads: Path | None = None, extra: dict[str, Any] | None = None
+        self,
+        works: Sequence[Work],
+        client: str,
+        uploads: Path | None = None,
+        extra: dict[str, Any] | None = None,
+        names: Mapping[str, str] | None = None,
     ) -> Errand:
-        """Put into the queue what is no song, see `serve.errands`. Sources are checked, and are in `uploads`.
+        """Put works that are not songs into the queue, see `serve.errands`. Their sources, in `uploads`, are checked.
+
+        Args:
+            names: see `uploads.Body`.
 
         Raises:
             InputError, Busy, Closing: see `accept`.
@@ -146,9 +157,14 @@ class Service:
         try:
             self.check_room(client, len(works))
             for work in works:
-                if work.request.src_audio is not None:
-                    with self._reading:
-                        sounds.check_upload(Path(str(work.request.src_audio)), "audio", self.limits.duration)
+                vae = self.engine.models[work.model].configs["vae"]
+                for name, path, config in (
+                    ("src_audio", work.request.src_audio, None),
+                    ("src_latents", work.request.src_latents, vae),
+                ):
+                    if path is not None:
+                        with self._reading, _named(names or {}):
+                            sounds.check_upload(Path(str(path)), name, self.limits.duration, config)
                 lengths = {name: getattr(work.request, name) for name in ("audio_duration", "audio_codes")}
                 check_values(lengths, self.limits)
                 if work.thought is not None:
@@ -158,7 +174,7 @@ class Service:
             if uploads is not None:
                 shutil.rmtree(uploads, ignore_errors=True)
             raise
-        return self.errands.begin(works, client, uploads, extra)
+        return self.errands.begin(works, client, uploads, extra, names)
 
     def check_room(self, client: str, count: int = 1) -> None:
         """Raise Busy or Closing unless `count` more songs may wait."""
@@ -168,49 +184,50 @@ class Service:
         if len(waiting) + count > self.limits.queue:
             raise Busy("Server busy: queue is full", self._retry_after(waiting))
         if own + count > self.limits.per_client and not _is_local(client):
-            raise Busy(f"{own} songs of this address wait already", self._retry_after(waiting))
+            raise Busy(f"{own} songs of this address are already waiting", self._retry_after(waiting))
         seconds = self.engine.remaining(waiting) if waiting else 0.0
         if seconds is not None and seconds > 60 * self.limits.queue_minutes:
-            raise Busy(f"Server busy: {seconds / 60:.0f} minutes of work wait", self._retry_after(waiting))
+            raise Busy(f"Server busy: {seconds / 60:.0f} minutes of work are waiting", self._retry_after(waiting))
 
     def delete(self, record: Record) -> None:
-        """Remove a record with its files; one that has not ended is cancelled first."""
+        """Remove a record with its files; cancel an unfinished one first."""
         with self.kept.ending:
             self.cancel(record)
             self.kept.remove(record)
 
     def sound(self, record: Record, index: int, name: str) -> Path | None:
-        """Return the file of a song in a format of `sounds.FORMATS`, made if need be; None if there is none."""
+        """Return the file of a song in a format of `sounds.FORMATS`, converted if necessary; None if there is none."""
         path, is_new = self.kept.sound(record, index, name)
         if is_new:
             self._trim(record)
         return path
 
-    # What is known
+    # Queries
 
     def planner_of(self, model: str | None = None) -> str | None:
-        """Return the name of the planner of a model, by default the first; None if there is none, or no such model."""
+        """Return the name of a model's planner, by default the first model's; None if there is no such model or
+        planner."""
         known = self.engine.models
         found = next(iter(known.values())) if model is None else known.get(model)
         return None if found is None else found.planner
 
     def position(self, record: Record) -> int:
-        """Return the place in the queue, from 1; 0 for what does not wait."""
+        """Return the place in the queue, from 1; 0 if the record is not waiting."""
         if record.status != "queued":
             return 0
         return self.engine.ahead(self.works(record)) + 1
 
     def eta(self, record: Record) -> float | None:
-        """Return the estimated seconds until a record ends; None if nothing alike was measured yet, or its plan is not
-        there, which decides how long the song is."""
+        """Return the estimated seconds until a record ends; None if nothing comparable was measured yet, or its plan,
+        which determines the duration of the song, is not finished."""
         if record.final:
             return 0.0
         works = self.works(record)
         return None if any(work.thought is not None for work in works) else self.engine.remaining(works)
 
     def progress(self, record: Record) -> tuple[float, str, int, int]:
-        """Return the part that is done, 0 to 1, the stage, and the steps made and in all of the song
-        that is furthest behind."""
+        """Return the completed fraction, 0 to 1, and the stage, the steps made and the total steps of the song that is
+        furthest behind."""
         if record.final:
             return 1.0, record.status, 0, 0
         works = self.works(record)
@@ -223,17 +240,17 @@ class Service:
         return part / len(record.songs), first.stage, first.step, first.steps
 
     def waiting(self) -> int:
-        """Return how many songs wait."""
+        """Return the number of waiting songs."""
         return len(self.making.waiting())
 
     def is_over(self, record: Record | Errand) -> bool:
-        """Return whether nothing about a record will change in this process: it has ended, or waits for the next."""
+        """Return whether a record will not change any more in this process: it has ended, or waits for a restart."""
         return record.final or self.is_stopped or self.closing and record.status == "queued"
 
-    # Within
+    # Internals
 
     def _prepared(self, submission: Submission) -> tuple[Record, list[Work]]:
-        """Return the record of a submission and its works, checked."""
+        """Return the record and the checked works of a submission."""
         self.check_room(submission.client, len(submission.songs))
         with self._reading if submission.files else contextlib.nullcontext():
             songs, works = accepting.check(submission, self.engine, self.limits)
@@ -253,8 +270,8 @@ class Service:
         return record, works
 
     def _resume(self, record: Record) -> None:
-        """Put the songs of an earlier process that have no sound yet into the queue."""
-        files = {field: self.store.upload_path(record, field) for field in record.files if field in FILE_FIELDS}
+        """Put the unfinished songs of an earlier process into the queue."""
+        files = {field: self.store.upload_path(record, field) for field in record.files if field in FILES}
         is_at_fault = self.store.attempts(record) >= ATTEMPTS
         works, places = [], []
         for i, song in enumerate(record.songs):
@@ -268,12 +285,12 @@ class Service:
                     logger.warning("%s: not a sound file (%s)", path, error)
             try:
                 if is_at_fault:
-                    raise InputError(f"the server ended {ATTEMPTS} times while it made this; it is not tried again")
+                    raise InputError(f"the server died {ATTEMPTS} times while it made this; it will not try again")
                 request, sampling = request_and_sampling(song.request | song.sampling, files)
                 work = Work(request, sampling, record.model, tuple(sorted(record.adapters.items())), lrc=record.lrc)
                 if record.model not in self.engine.models:
                     raise InputError(f"model: the server was started without {record.model}")
-                if song.thought is not None and song.plan is not None:  # which was written before the end
+                if song.thought is not None and song.plan is not None:  # the plan was finished before
                     work.plan = Plan.from_dict(song.plan)
                     work.request = work.plan.request(work.request)
                 elif song.thought is not None and self.planner_of(record.model) is not None:
@@ -281,7 +298,7 @@ class Service:
                 elif song.thought is not None and (note := f"thinking: {NO_PLANNER}; ignored") not in record.notes:
                     record.notes.append(note)
                 self.engine.check(work)
-            except Exception as error:  # whatever is wrong with one record, the server starts
+            except Exception as error:  # one bad record must not keep the server from starting
                 song.status, song.error = "failed", with_fields(message_of(error), files)
                 continue
             works.append(work)
@@ -289,8 +306,8 @@ class Service:
         self.making.enter(record, works, places)
 
     def _trim(self, newest: Record | None = None) -> None:
-        """Remove the oldest records beyond what may be kept, but for the one that has just ended."""
-        with self.kept.ending:  # or a song would go that becomes a favourite
+        """Remove the oldest records that exceed the limits, but not the one that has just ended."""
+        with self.kept.ending:  # otherwise a song that becomes a favourite could be removed
             for record in self.kept.beyond(self.limits.keep_bytes, self.limits.keep_records, newest):
                 logger.info("%s: removed, --keep-gb is reached", record.id)
                 self.delete(record)
@@ -309,8 +326,19 @@ class Service:
         return min(600, max(1, math.ceil(seconds))) if seconds is not None else 10
 
 
+@contextlib.contextmanager
+def _named(names: Mapping[str, str]) -> Iterator[None]:
+    """Have errors of the input name uploads as the client does; see `uploads.Body`."""
+    try:
+        yield
+    except InputError as error:
+        if (message := renamed(str(error), names)) == str(error):
+            raise
+        raise InputError(message) from None
+
+
 def _part(work: Work) -> float:
-    """Return which part of a song is done: its plan, if it has one, is the first third."""
+    """Return the completed fraction of a song; its plan, if it has one, is the first third."""
     part = work.step / max(1, work.steps)
     if work.thought is not None:
         return 0.3 * part

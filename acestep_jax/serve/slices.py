@@ -1,11 +1,11 @@
-"""One engine of several processes that share a mesh: the leader has the queue and HTTP, the followers run the same
+"""An engine of several processes that share a mesh: the leader has the queue and HTTP, the followers run the same
 programs.
 
-    leader -> followers   batch (songs and their files), before each step: step {stop}, end; at last: leave
+    leader -> followers   batch (songs and their files), before each step: step {stop}, end; finally: leave
     follower -> leader    ended {kind, message}, after each batch
 
-A process that has gone takes the slice with it, because the others wait for it on their devices: all end with status 1,
-so that whatever started them starts them again together. What was accepted lies on the leader's disk, and is made then.
+If a process dies, the whole slice ends, because the others wait for it on their devices: all exit with status 1, so
+that the scheduler restarts them together. Accepted songs are on the leader's disk, and are made after the restart.
 """
 
 import json
@@ -27,6 +27,7 @@ from acestep_jax.planner.plan import Plan
 from acestep_jax.serve.batcher import Program
 from acestep_jax.serve.channel import Channel, Listening, Message, connect
 from acestep_jax.serve.engine import EngineLost, Listener, Work
+from acestep_jax.serve.hearing import Heard
 from acestep_jax.serve.local import LocalEngine
 from acestep_jax.serve.models import Model
 from acestep_jax.serve.parcel import Outcome, Parcel, made_by, outcome_of, pack, unpack, with_names
@@ -34,26 +35,26 @@ from acestep_jax.song import Song
 
 logger = logging.getLogger(__name__)
 
-LATE_SECONDS = 120.0  # between the ends of one batch in two processes, after which the slice is broken
-LEAVE_SECONDS = 20.0  # for the HTTP server to end, once the slice is broken
-STATUS = 1  # of all processes of a broken slice
+LATE_SECONDS = 120.0  # maximum time between the ends of a batch in two processes; then the slice is broken
+LEAVE_SECONDS = 20.0  # for the HTTP server to shut down, once the slice is broken
+STATUS = 1  # exit status of all processes of a broken slice
 
 
 def lead(models: Sequence[Model], adapters: Mapping[str, str], **settings: Any) -> dict[int, Channel]:
-    """Return the channels to the other processes by their index; in process 0, see `join`."""
+    """Connect to the other processes, in process 0; return the channels by process index. See `join`."""
     listening = Listening(leader_host())
     found = _agree(models, adapters, settings, port=listening.port, key=listening.key)
     return listening.accept(len(found) - 1)
 
 
 def join(models: Sequence[Model], adapters: Mapping[str, str], **settings: Any) -> Channel:
-    """Return the channel to process 0, which calls `lead` meanwhile.
+    """Connect to process 0, which calls `lead` at the same time; return the channel.
 
     Args:
-        settings: what else must be the same in all processes, as JSON can hold it.
+        settings: other settings that must be the same in all processes, as values that JSON can hold.
 
     Raises:
-        InputError: in all of them, if they were started with different models, adapters or settings.
+        InputError: in all processes, if they were started with different models, adapters or settings.
     """
     found = _agree(models, adapters, settings)
     return connect(leader_host(), found[0]["port"], found[0]["key"], jax.process_index())
@@ -62,22 +63,22 @@ def join(models: Sequence[Model], adapters: Mapping[str, str], **settings: Any) 
 def _agree(
     models: Sequence[Model], adapters: Mapping[str, str], settings: Mapping[str, Any], **place: Any
 ) -> list[dict[str, Any]]:
-    """Return what each process has told: how it was started, which must be alike, and where it listens."""
+    """Exchange the settings of all processes, which must be equal, and their addresses; return them."""
     about = dict(settings, adapters=list(adapters))
     about["models"] = [[model.name, model.planner, repr(sorted(model.configs.items()))] for model in models]
     found = [json.loads(text) for text in exchange(json.dumps(dict(about=about, **place)))]
     for index, other in enumerate(found):
         for name, value in found[0]["about"].items():
             if other["about"].get(name) != value:
-                raise InputError(f"distributed: {name} of process {index} differs; start all processes alike")
+                raise InputError(f"distributed: {name} of process {index} differs; start all of them the same way")
     return found
 
 
 class LeaderEngine(LocalEngine):
-    """The engine of process 0, whose batches the followers make with it.
+    """The engine of process 0; the followers make its batches together with it.
 
     Args:
-        channels: to the followers, by their index.
+        channels: channels to the followers, by process index.
         models, options: see `LocalEngine`.
     """
 
@@ -95,7 +96,7 @@ class LeaderEngine(LocalEngine):
 
     @property
     def broken(self) -> bool:
-        """Whether a follower has gone, so that this process has to end without waiting for anything."""
+        """Whether a follower is gone, so that this process has to exit without waiting for anything."""
         return self._broken is not None
 
     def start(self, listener: Listener) -> None:
@@ -108,17 +109,17 @@ class LeaderEngine(LocalEngine):
         """See `LocalEngine`.
 
         Raises:
-            EngineLost: if the followers did not end the batch as this process did.
+            EngineLost: if a follower's outcome differs from this process's.
         """
         return self._together(super().songs, works, program)
 
-    def plans(self, works: list[Work], program: Program) -> list[Plan]:
+    def plans(self, works: list[Work], program: Program) -> list[Plan | Heard]:
         """See `LocalEngine` and `songs`."""
         return self._together(super().plans, works, program)
 
     def stop(self, grace: float) -> None:
         """See `Engine`: the followers leave as well."""
-        if self._broken is not None:  # the thread may wait on a device for ever
+        if self._broken is not None:  # the thread may wait on a device forever
             with self._changed:
                 self._stopping = 0.0
                 self._changed.notify_all()
@@ -135,13 +136,13 @@ class LeaderEngine(LocalEngine):
         made: list[Any] = []
         originals = [work.request for work in works]
         with tempfile.TemporaryDirectory(prefix="acestep-jax-", ignore_cleanup_errors=True) as folder:
-            # Of the files that were sent, as the followers do: those of a song that was deleted meanwhile are gone, and
-            # an error in this process alone leaves the others waiting on their devices.
+            # Use copies of the files, like the followers: the files of a song may be deleted meanwhile, and an error in
+            # only this process would leave the others waiting on their devices.
             copies, _, names = unpack(parcel, folder)
             self._tell_all("batch", *parcel)
             try:
                 for work, copy in zip(works, copies, strict=True):
-                    work.request = copy.request  # which only this thread reads while a batch is made
+                    work.request = copy.request  # only this thread reads it while a batch is made
                 made = make(works, program)
             except InputError as error:
                 failure = type(error)(with_names(error, names))  # InputError, or ServerError
@@ -166,19 +167,19 @@ class LeaderEngine(LocalEngine):
             try:
                 channel.send(kind, about, blobs)
             except OSError as error:
-                self._break(f"process {index} has gone ({error})")
+                self._break(f"process {index} is gone ({error})")
         if self._broken is not None and not self._leaving:
             raise EngineLost(self._broken)
 
     def _wait_for_all(self, failure: Exception | None) -> None:
-        """Wait until the followers have ended the batch, and raise EngineLost if that was not as here."""
+        """Wait until the followers have finished the batch; raise EngineLost if an outcome differs from this one."""
         mine = "done" if failure is None else "cancelled" if isinstance(failure, Cancelled) else "failed"
         waiting = set(self._channels)
         while waiting:
             try:
                 index, outcome = self._ends.get(timeout=LATE_SECONDS)
             except queue.Empty:
-                self._break(f"process {min(waiting)} has not ended a batch that was {mine} here")
+                self._break(f"process {min(waiting)} has not finished a batch that was {mine} here")
                 raise EngineLost(self._broken) from None
             if self._broken is not None:
                 raise EngineLost(self._broken)
@@ -188,18 +189,18 @@ class LeaderEngine(LocalEngine):
                 raise EngineLost(self._broken)
 
     def _hear(self, index: int, channel: Channel) -> None:
-        """Note how batches end in a follower, and that it has gone; runs in a thread of its own."""
+        """Receive a follower's outcomes, and notice if it is gone; runs in its own thread."""
         while True:
             try:
                 message = channel.receive()
             except (OSError, ValueError) as error:
                 if not self._leaving:
-                    self._break(f"process {index} has gone ({error})")
-                    self._ends.put((index, Outcome("internal")))  # nobody waits for it any longer
+                    self._break(f"process {index} is gone ({error})")
+                    self._ends.put((index, Outcome("internal")))  # so that no one keeps waiting for it
                 return
             outcome = Outcome(message.about["kind"], message.about["message"])
             if outcome.kind not in ("done", "cancelled"):
-                # The same error is raised here, or this process waits for the other one for ever.
+                # Unless the same error is raised here, this process would wait for the follower forever.
                 timer = threading.Timer(LATE_SECONDS, self._check, (self._batch, index, outcome.message))
                 timer.daemon = True
                 timer.start()
@@ -207,16 +208,16 @@ class LeaderEngine(LocalEngine):
 
     def _check(self, batch: int, index: int, message: str) -> None:
         if self._batch == batch and self._running:
-            self._break(f"a batch that goes on here has failed in process {index}: {message}")
+            self._break(f"a batch that is still running here has failed in process {index}: {message}")
 
     def _break(self, reason: str) -> None:
         with self._changed:
             if self._broken is not None or self._leaving:
                 return
             self._broken = reason
-        logger.critical("the slice is broken: %s; this process ends, and the others with it", reason)
+        logger.critical("the slice is broken: %s; all processes exit", reason)
         self._error = self._error or EngineLost(reason)
-        timer = threading.Timer(LEAVE_SECONDS, leave)  # the end of HTTP may hang as well
+        timer = threading.Timer(LEAVE_SECONDS, leave)  # the shutdown of HTTP may hang as well
         timer.daemon = True
         timer.start()
         if self._listener is not None:
@@ -224,7 +225,7 @@ class LeaderEngine(LocalEngine):
 
 
 class FollowerEngine(LocalEngine):
-    """The engine of another process: without a queue, it makes the batches of the leader."""
+    """The engine of another process, without a queue: it makes the leader's batches."""
 
     alone = False
 
@@ -234,21 +235,21 @@ class FollowerEngine(LocalEngine):
         self._messages: queue.Queue[Message] = queue.Queue()
 
     def hear(self) -> None:
-        """Pass on what the leader sends, and end this process if it has gone; runs in a thread of its own."""
+        """Pass on the leader's messages, and exit if the leader is gone; runs in its own thread."""
         while True:
             try:
                 message = self._channel.receive()
             except (OSError, ValueError) as error:
-                leave(f"process 0 has gone ({error}); this process ends with it")
+                leave(f"process 0 is gone ({error}); this process exits too")
                 return
             self._messages.put(message)
             if message.kind == "leave":
                 return
 
     def follow(self) -> None:
-        """Make what the leader makes, until it says that all leave."""
+        """Make the leader's batches until it tells all processes to leave."""
         while (message := self._messages.get()).kind != "leave":
-            if message.kind != "batch":  # of a batch that has ended here before it did there
+            if message.kind != "batch":  # belongs to a batch that ended here earlier than there
                 continue
             with tempfile.TemporaryDirectory(prefix="acestep-jax-") as folder:
                 works, program, names = unpack(Parcel(message.about, message.blobs), folder)
@@ -265,29 +266,29 @@ class FollowerEngine(LocalEngine):
 
 
 def follow(models: Sequence[Model], channel: Channel, **options: Any) -> int:
-    """Make what the leader makes, until it says that all leave; return the exit status.
+    """Make the leader's batches until it tells all processes to leave; return the exit status.
 
-    SIGTERM, which schedulers send to all processes of a slice, is the leader's to heed; a second one ends this process.
+    Schedulers send SIGTERM to all processes of a slice, but only the leader acts on it; a second one ends this process.
     """
     engine = FollowerEngine(models, channel, **options)
     threading.Thread(target=engine.hear, name="leader", daemon=True).start()
 
     def receive(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)
-        print("acestep-jax: SIGTERM; this process ends when process 0 does", file=sys.stderr, flush=True)
+        print("acestep-jax: SIGTERM; this process exits when process 0 does", file=sys.stderr, flush=True)
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, receive)
     try:
         engine.follow()
-    except BaseException:  # whatever it is, the others must not wait for this process
+    except BaseException:  # in any case, the others must not wait for this process
         logger.critical("this process cannot follow any longer", exc_info=True)
         leave()
     return 0
 
 
 def leave(message: str | None = None) -> None:
-    """End this process as one of a broken slice: at once, because JAX waits for the others at an orderly end."""
+    """Exit this process of a broken slice at once, because JAX waits for the others in an orderly exit."""
     if message is not None:
         print(f"acestep-jax: {message}", file=sys.stderr)
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Sound files for clients: the formats that can be asked for, and songs and latents in them."""
+"""Sound files for clients: the available formats, and conversion of songs and latents to them."""
 
 import io
 from pathlib import Path
@@ -8,12 +8,15 @@ import numpy as np
 import soundfile
 
 from acestep_jax.errors import InputError
+from acestep_jax.inputs.latents import ITEM, check_size
+from acestep_jax.inputs.prepare import check_length
 from acestep_jax.io.audio import BLOCK_FRAMES
 from acestep_jax.io.files import publish_file
+from acestep_jax.models.config import AutoencoderConfig
 
 
 class Format(NamedTuple):
-    """A kind of sound file: its suffix, its MIME type, and the format and subtype of libsndfile."""
+    """A format of sound files: its suffix, its MIME type, and libsndfile's format and subtype."""
 
     suffix: str
     media_type: str
@@ -31,11 +34,11 @@ FORMATS = {
     "wav32": Format(".32.wav", "audio/wav", "WAV", "FLOAT"),
 }
 NAMES = tuple(FORMATS)
-MAX_RATE = 192_000  # Hz; beyond, a second of sound is more memory than any song needs
+MAX_RATE = 192_000  # Hz; beyond, a second of audio takes more memory than any song needs
 
 
 def check_format(name: object) -> str:
-    """Return the name of a format; raise InputError if there is none of that name."""
+    """Return the name of a format; raise InputError if there is no such format."""
     if not isinstance(name, str) or name not in FORMATS:
         raise InputError(f"format: expected one of {', '.join(FORMATS)}, found {name!r}")
     return name
@@ -57,16 +60,22 @@ def convert(path: Path, target: Path, form: Format) -> None:
 
 
 def write_latents(path: Path, latents: np.ndarray) -> None:
-    """Write latents [frames, C] as float32, little-endian, without a header, as acestep.cpp has them."""
+    """Write latents [frames, C] as little-endian float32 without a header, as acestep.cpp does."""
     with publish_file(path) as temporary:
         temporary.write_bytes(np.ascontiguousarray(latents, "<f4").tobytes())
 
 
-def check_upload(path: Path, field: str, max_seconds: float) -> None:
-    """Raise InputError unless a file is sound that can be decoded, of at most `max_seconds`.
+def check_upload(path: Path, field: str, max_seconds: float, config: AutoencoderConfig | None = None) -> None:
+    """Raise InputError unless a file is decodable audio, or latents, of 1 s to `max_seconds`.
 
-    It is decoded in blocks and nothing is kept: a small file may hold hours, whatever its header says.
+    Audio is decoded in blocks that are not kept, because a small file may hold hours, whatever its header says.
+
+    Args:
+        config: the autoencoder's config, for latents; None: it is audio.
     """
+    if config is not None:
+        check_latents(path, field, max_seconds, config)
+        return
     try:
         with path.open("rb") as file, soundfile.SoundFile(file) as sound:
             rate = sound.samplerate
@@ -89,3 +98,16 @@ def check_upload(path: Path, field: str, max_seconds: float) -> None:
         ) from None
     if not count:
         raise InputError(f"{field}: holds no samples")
+    check_length(count / rate, field)
+
+
+def check_latents(path: Path, field: str, max_seconds: float, config: AutoencoderConfig) -> None:
+    """Raise InputError unless a file has latents of the autoencoder, of 1 s to `max_seconds`."""
+    size = path.stat().st_size
+    check_size(size, field, config.decoder_input_channels)
+    frame = config.hop_length / config.sampling_rate
+    if (seconds := size // (4 * config.decoder_input_channels) * frame) > max_seconds + frame:
+        raise InputError(f"{field}: {seconds:g} s, expected at most {max_seconds:g} s; cut it")
+    check_length(seconds, field)
+    if not np.isfinite(np.fromfile(path, ITEM)).all():
+        raise InputError(f"{field}: holds NaN or infinities; expected latents of a song")

@@ -1,16 +1,16 @@
-"""What the server keeps, in one folder: requests, their uploads and their results.
+"""The server's data folder: requests, their uploads and their results.
 
-    DATA/songs/<id>/request.json    what was accepted, with its seeds
+    DATA/songs/<id>/request.json    the accepted request, with its seeds
     DATA/songs/<id>/src_audio       an upload, under the name of its field
-    DATA/songs/<id>/0.flac          a song, and 0.latents beside it; other formats are made when they are asked for
-    DATA/songs/<id>/0.plan          what the planner wrote for it
-    DATA/songs/<id>/0.lrc           when its lyrics are sung
-    DATA/songs/<id>/0.favourite     that it is one
-    DATA/songs/<id>/result.json     how it ended
-    DATA/songs/<id>/attempts        a byte for each process that died while it made this, with nothing finished before
+    DATA/songs/<id>/0.flac          a song, with 0.latents; other formats are converted on request
+    DATA/songs/<id>/0.plan          its plan
+    DATA/songs/<id>/0.lrc           the timestamps of its lyrics
+    DATA/songs/<id>/0.favourite     marks a favourite
+    DATA/songs/<id>/result.json     the outcome
+    DATA/songs/<id>/attempts        a byte for each process that died while it made this, before finishing any record
     DATA/incoming/                  uploads that are not accepted yet
 
-Every file appears whole or not at all, and `result.json` last: a request without one is queued, also after `kill -9`.
+All files are written atomically, and `result.json` last: a request without one is queued again, even after `kill -9`.
 """
 
 import contextlib
@@ -32,21 +32,20 @@ from acestep_jax.io.files import publish_file
 
 logger = logging.getLogger(__name__)
 
-MAX_REMOVED = 100_000  # ids of removed records that are remembered
+MAX_REMOVED = 100_000  # maximum number of remembered ids of removed records
 PLAN, LRC, FAVOURITE = ".plan", ".lrc", ".favourite"  # suffixes
 FINAL = ("done", "failed", "cancelled")
-ENDED = ("status", "error", "seconds", "lrc")  # of a song, as it ended
-FILE_FIELDS = ("src_audio", "reference_audio")
+ENDED = ("status", "error", "seconds", "lrc")  # fields of a song's outcome
 
 
 @dataclasses.dataclass
 class SongRecord:
-    """One song of a record: the fields of `Request` and `Sampling` that were given, with its seed, and its state.
+    """One song of a record: the given fields of `Request` and `Sampling`, with its seed, and its state.
 
     Attributes:
-        thought: what the planner was asked, see `thinking.Thought.to_dict`; None: nothing.
-        plan: what it wrote, or the client gave, see `Plan.to_dict`.
-        lrc: whether there is a file that says when its lyrics are sung.
+        thought: the planner's task, see `thinking.Thought.to_dict`; None: no planning.
+        plan: the plan from the planner or the client, see `Plan.to_dict`.
+        lrc: whether there is a file with timestamps of its lyrics.
         favourite: whether the user has marked it, so that it is not removed to make room.
     """
 
@@ -72,14 +71,14 @@ class Record:
 
     Attributes:
         created, started, finished: seconds since 1970.
-        api: the protocol that it came by.
-        format: the sound file that the client wants, see `serve.sounds`.
-        notes: what of the request was ignored or replaced, in sentences.
-        extra: what only its protocol knows.
+        api: the protocol of the request.
+        format: the requested format of the sound file, see `serve.sounds`.
+        notes: sentences about ignored or replaced parts of the request.
+        extra: data specific to its protocol.
         files: the fields that have an upload.
         lrc: see `Submission`.
         status: "queued", "running", "done", "failed" or "cancelled".
-        version: increases with every change, for those who watch.
+        version: increases with every change, for watchers.
     """
 
     id: str
@@ -105,12 +104,12 @@ class Record:
 
     @property
     def error(self) -> str | None:
-        """What went wrong with the first song that failed."""
+        """The error of the first failed song."""
         return next((song.error for song in self.songs if song.error), None)
 
 
 class Store:
-    """The folder of the server. One process owns it.
+    """The data folder of the server. One process owns it.
 
     Raises:
         OSError: if the folder cannot be written, or another server uses it.
@@ -130,11 +129,11 @@ class Store:
         self.removed = dict.fromkeys(removed)
 
     def close(self) -> None:
-        """Let another process have the folder."""
+        """Release the folder for other processes."""
         self._owner.release()
 
     def secret(self) -> bytes:
-        """Return the key that links are signed with; it is made once, and nobody else may read it."""
+        """Return the key for signing links. It is created once, in a file that only the owner can read."""
         path = self.folder / "secret"
         if not path.exists():
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -163,7 +162,7 @@ class Store:
         return self.folder_of(record) / field
 
     def accept(self, record: Record, uploads: Path | None) -> None:
-        """Keep a new record with the folder of its uploads: from here on it survives the process."""
+        """Store a new record with the folder of its uploads: from now on it survives the process."""
         folder = uploads or self.new_folder()
         values = dataclasses.asdict(record)
         for name in ("status", "started", "finished", "version"):
@@ -178,13 +177,13 @@ class Store:
         _sync(self.songs)
 
     def keep_plan(self, record: Record, index: int) -> None:
-        """Keep what the planner wrote for a song: after a restart it is made of the same plan."""
+        """Store the plan of a song, so that it is made from the same plan after a restart."""
         plan = record.songs[index].plan
         assert plan is not None
         _write_json(self.song_path(record, index, PLAN), plan)
 
     def keep_favourite(self, record: Record, index: int, favourite: bool) -> None:
-        """Keep whether a song is a favourite."""
+        """Store whether a song is a favourite."""
         path = self.song_path(record, index, FAVOURITE)
         if favourite:
             path.touch()
@@ -192,7 +191,7 @@ class Store:
             path.unlink(missing_ok=True)
 
     def finish(self, record: Record) -> None:
-        """Keep how a record ended."""
+        """Store the outcome of a record."""
         values = dict(
             status=record.status,
             started=record.started,
@@ -204,7 +203,7 @@ class Store:
         self._attempts(record).unlink(missing_ok=True)
 
     def remove(self, record: Record) -> None:
-        """Delete a record with its files, and remember that it was there."""
+        """Delete a record with its files, and remember its id."""
         gone = self.incoming / f"gone-{record.id}"
         try:
             os.rename(self.folder_of(record), gone)
@@ -217,17 +216,17 @@ class Store:
                 file.write(record.id + "\n")
 
     def attempt(self, record: Record) -> None:
-        """Remember that a record is being made: what ends the process again and again must not be tried for ever."""
+        """Record an attempt to make a record, so that one that crashes the process is not tried forever."""
         with contextlib.suppress(OSError), self._attempts(record).open("ab") as file:
             file.write(b".")
 
     def forget_attempt(self, record: Record) -> None:
-        """Forget the last attempt: the process ends in peace."""
+        """Forget the last attempt, because the process exits normally."""
         with contextlib.suppress(OSError):
             os.truncate(self._attempts(record), max(0, self.attempts(record) - 1))
 
     def attempts(self, record: Record) -> int:
-        """Return how many processes ended while they made a record."""
+        """Return the number of processes that died while they made a record."""
         try:
             return self._attempts(record).stat().st_size
         except OSError:
@@ -237,17 +236,17 @@ class Store:
         return self.folder_of(record) / "attempts"
 
     def load(self) -> Iterator[Record]:
-        """Yield the records of earlier processes, oldest first; what cannot be read is left alone, with a warning."""
+        """Yield the records of earlier processes, oldest first; skip unreadable ones with a warning."""
         found = []
         for folder in self.songs.iterdir():
             try:
                 found.append(self._read(folder))
             except (OSError, ValueError, KeyError, TypeError) as error:
-                logger.warning("%s: not a record that can be read (%s); left alone", folder, error)
+                logger.warning("%s: not a readable record (%s); skipped", folder, error)
         yield from sorted(found, key=lambda record: record.created)
 
     def size(self, record: Record) -> int:
-        """Return the bytes of a record's files."""
+        """Return the size of a record's files in bytes."""
         with os.scandir(self.folder_of(record)) as files:
             return sum(file.stat().st_size for file in files)
 
@@ -283,7 +282,7 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _lock(path: Path) -> Any:
-    """Hold the folder for this process; raise OSError if another one has it."""
+    """Lock the folder for this process; raise OSError if another process has locked it."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
@@ -295,7 +294,7 @@ def _lock(path: Path) -> Any:
 
 
 def _sync(folder: Path) -> None:
-    """Make a new name in a folder durable."""
+    """Sync a folder, so that a new name in it is durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,8 +1,9 @@
-"""From what a client sent to songs that can be made: the limits of the server, seeds, and the fields of `Request` and
-`Sampling`, from which the protocols are derived."""
+"""Turns client requests into songs to make: the server's limits, seeds, and the fields of `Request` and `Sampling`,
+from which the protocols are derived."""
 
 import dataclasses
 import math
+import re
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from acestep_jax.request import Planning, Request, Sampling, split
 from acestep_jax.serve.thinking import Thought
 
 MAX_SEED = 2**32 - 1
-# Fields that clients do not get: the lengths of texts are limited here, in characters.
+# Fields that clients cannot set: the server limits the lengths of texts, in characters.
 HIDDEN = ("max_text_length", "max_lyric_length")
 FIELDS = {
     name: (field, about)
@@ -29,18 +30,18 @@ NO_PLANNER = "this server has no planner for the model"
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the server accepts.
+    """The limits of the server.
 
     Attributes:
-        queue: songs that wait.
-        queue_minutes: estimated minutes of work that waits.
-        per_client: songs of one address that wait; addresses of this machine are not limited.
-        upload_bytes: of the body of a request.
+        queue: waiting songs.
+        queue_minutes: estimated minutes of waiting work.
+        per_client: waiting songs of one address; addresses of this machine are not limited.
+        upload_bytes: size of a request's body.
         duration: seconds of a song, a source or a reference.
-        variations: songs of one request.
+        variations: songs per request.
         prompt, lyrics: characters.
-        steps: of sampling; other counts that multiply the work are limited alike.
-        keep_bytes, keep_records: of what is kept; the oldest go first.
+        steps: sampling steps; other counts that multiply the work have the same limit.
+        keep_bytes, keep_records: size and number of stored records; the oldest are removed first.
     """
 
     queue: int = 200
@@ -58,16 +59,17 @@ class Limits:
 
 @dataclasses.dataclass
 class Submission:
-    """What a client wants, in whatever protocol it came.
+    """A client's request, independent of the protocol.
 
     Attributes:
-        songs: for each song, the fields of `Request` and `Sampling` that were given.
-        model: None: the first of the server.
-        uploads: a folder of `Store.new_folder` with a file for each field of `files`.
-        client: the address, for limits.
-        thought: what the planner is asked for each song that it writes for; None: nothing.
-        plan: what the client gave of a plan, which is in `songs` already.
-        lrc: whether each song gets a file that says when its lyrics are sung.
+        songs: for each song, the given fields of `Request` and `Sampling`.
+        model: name of the model; None: the server's first.
+        uploads: a folder from `Store.new_folder` with a file for each field of `files`.
+        names: see `uploads.Body`.
+        client: address of the client, for limits.
+        thought: the planner's task for each song that can be planned; None: no planning.
+        plan: the plan from the client, whose values are already in `songs`.
+        lrc: whether to write a file with timestamps of the lyrics for each song.
     """
 
     songs: list[dict[str, Any]]
@@ -79,6 +81,7 @@ class Submission:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     uploads: Path | None = None
     files: list[str] = dataclasses.field(default_factory=list)
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     client: str = "127.0.0.1"
     thought: Thought | None = None
     plan: Plan | None = None
@@ -86,7 +89,7 @@ class Submission:
 
 
 def variations(values: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-    """Return the fields of `count` songs that differ in their seeds: s, s + 1, ...; a new s where none was given.
+    """Return the fields of `count` songs with seeds s, s + 1, ...; s is random if it is not given.
 
     Raises:
         InputError: if a seed is out of range.
@@ -100,16 +103,16 @@ def variations(values: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
 
 
 def split_planning(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the values without those of `Planning`, and these, as far as something is asked for."""
+    """Split values into those that are not fields of `Planning`, and those that are, without unset ones."""
     planning = {name: value for name, value in values.items() if name in PLANNING and value is not None}
     return {name: value for name, value in values.items() if name not in PLANNING}, planning
 
 
 def no_planner(names: Iterable[str], *, strict: bool) -> list[str]:
-    """Return a note for each field of planning that a model without a planner does not heed.
+    """Return a note for each planning field that is ignored because the model has no planner.
 
     Raises:
-        InputError: if `strict` and there is one.
+        InputError: if `strict` is set and there is one.
     """
     names = list(names)
     if strict and names:
@@ -118,30 +121,30 @@ def no_planner(names: Iterable[str], *, strict: bool) -> list[str]:
 
 
 def planning_of(values: Mapping[str, Any], limits: Limits) -> Planning:
-    """Return how the planner samples; raise InputError for a value that it does not take."""
+    """Return the planner's sampling settings; raise InputError for an invalid value."""
     for name, value in values.items():
         if isinstance(value, str):
             check_text_length(name, value, limits.prompt)
     try:
         return Planning(**values)
     except (TypeError, OverflowError) as error:
-        raise InputError(f"a value is not what its field takes ({error})") from None
+        raise InputError(f"a value has the wrong type for its field ({error})") from None
 
 
 def plan_of(values: Any) -> Plan:
-    """Return the plan that a client gave, see `Plan.from_dict`; its version may be left out."""
+    """Return the plan from a client, see `Plan.from_dict`; the version is optional."""
     if not isinstance(values, dict):
-        raise InputError(f"plan: expected an object as POST /v1/plans answers it, found {shown(values)}")
+        raise InputError(f"plan: expected an object as returned by POST /v1/plans, found {shown(values)}")
     try:
         return Plan.from_dict(dict(version=VERSION) | values)
     except InputError:
         raise
     except (TypeError, OverflowError, ValueError) as error:
-        raise InputError(f"plan: a value is not what its field takes ({error})") from None
+        raise InputError(f"plan: a value has the wrong type for its field ({error})") from None
 
 
 def values_of_plan(plan: Plan) -> dict[str, Any]:
-    """Return the fields of `Request` that a plan gives."""
+    """Return the fields of `Request` in a plan."""
     request = plan.request()
     found = {
         name: getattr(request, name)
@@ -152,7 +155,7 @@ def values_of_plan(plan: Plan) -> dict[str, Any]:
 
 
 def check_values(values: Mapping[str, Any], limits: Limits) -> None:
-    """Raise InputError for an unknown name, or a value that is beyond what the server accepts."""
+    """Raise InputError for an unknown name, or a value beyond the server's limits."""
     for name, value in values.items():
         if name not in FIELDS:
             raise InputError(unknown_name(str(name), FIELDS, "field"))
@@ -169,12 +172,12 @@ def check_values(values: Mapping[str, Any], limits: Limits) -> None:
     if isinstance(duration, int | float) and duration > limits.duration:
         raise InputError(f"audio_duration: expected at most {limits.duration:g} s, found {shown(duration)}")
     codes, most = values.get("audio_codes"), count_codes(limits.duration)
-    if isinstance(codes, str) and (count := codes.count("<|audio_code_")) > most:  # which decide how long the song is
-        raise InputError(f"audio_codes: expected at most {most}, those of {limits.duration:g} s, found {count}")
+    if isinstance(codes, str) and (count := codes.count("<|audio_code_")) > most:  # the codes determine the duration
+        raise InputError(f"audio_codes: expected at most {most}, for {limits.duration:g} s, found {count}")
 
 
 def check_text_length(name: str, text: str, most: int) -> None:
-    """Raise InputError unless a text is one, of at most so many characters. Codes are numbers, and not limited."""
+    """Raise InputError unless `text` is valid and has at most `most` characters. Codes are numbers, and not limited."""
     if name != "audio_codes" and len(text) > most:
         raise InputError(f"{name}: expected at most {most} characters, found {len(text)}")
     try:
@@ -184,10 +187,10 @@ def check_text_length(name: str, text: str, most: int) -> None:
 
 
 def request_and_sampling(values: Mapping[str, Any], files: Mapping[str, Path]) -> tuple[Request, Sampling]:
-    """Return what a song is, and how it is sampled.
+    """Return the request and the sampling settings of a song.
 
     Args:
-        files: of the fields that have one.
+        files: uploaded files, by field.
 
     Raises:
         InputError: if a value cannot be used.
@@ -199,28 +202,36 @@ def request_and_sampling(values: Mapping[str, Any], files: Mapping[str, Path]) -
     try:
         return Request(**requested), Sampling(**sampled)
     except (TypeError, OverflowError) as error:
-        raise InputError(f"a value is not what its field takes ({error})") from None
+        raise InputError(f"a value has the wrong type for its field ({error})") from None
 
 
 def with_fields(message: str, files: Mapping[str, Path]) -> str:
-    """Return a message with the names of fields in place of the server's paths, which are not the client's business."""
+    """Return a message with field names in place of the server's paths, which clients should not see."""
     for name, path in files.items():
         message = message.replace(str(path), name)
     return message
 
 
+def renamed(message: str, names: Mapping[str, str]) -> str:
+    """Return a message with the client's names of its uploads, given by our names of them, in place of ours."""
+    if not names:
+        return message
+    ours = "|".join(map(re.escape, names))
+    return re.sub(rf"(?<![\w/])({ours})(?![\w/])", lambda found: names[found[0]], message)
+
+
 def field_of(message: str) -> str | None:
-    """Return the field that a message is about: what it begins with."""
+    """Return the field that a message is about, which it begins with."""
     subject, colon, _ = message.partition(":")
     first = subject.split(",")[0].strip()
     return first if colon and first.isidentifier() else None
 
 
 def shown(value: Any) -> str:
-    """Return a value for messages; what is long is cut."""
+    """Format a value for messages; truncate long ones."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**30:
         return "a number of more than 30 digits"
     if isinstance(value, float) and not math.isfinite(value):
-        return "no finite number"
+        return "a non-finite number"
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

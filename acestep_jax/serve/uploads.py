@@ -1,4 +1,4 @@
-"""The bodies of requests: JSON, forms and uploads, read with limits. No name that a client gives is used for a file."""
+"""The bodies of requests: JSON, forms and uploads, read with limits. Names from clients are never used for files."""
 
 import contextlib
 import dataclasses
@@ -18,19 +18,20 @@ from acestep_jax.errors import InputError
 from acestep_jax.serve.store import Store
 
 MAX_FILES, MAX_FIELDS, MAX_TEXT = 4, 100, 2**20
-MAX_JSON = 4 * 2**20  # bytes; a JSON body holds texts and audio codes alone
+MAX_JSON = 4 * 2**20  # bytes; a JSON body contains only texts and audio codes
 BLOCK = 2**20
 
 
 @dataclasses.dataclass
 class Body:
-    """What a body holds.
+    """The contents of a body.
 
     Attributes:
         values: the fields of an object or a form.
-        raw: the parsed JSON, where it may be something else than an object.
+        raw: the parsed JSON, which may not be an object.
         uploads: a folder of the store with a file for each of `files`; None if there are none.
         files: the fields of the form that have a file.
+        names: what the client calls its files, by our names of them.
         kind: "json" or "form".
     """
 
@@ -38,10 +39,11 @@ class Body:
     raw: Any = None
     uploads: Path | None = None
     files: list[str] = dataclasses.field(default_factory=list)
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
     kind: str = "json"
 
     def discard(self) -> None:
-        """Remove what was uploaded."""
+        """Remove the uploads."""
         if self.uploads is not None:
             shutil.rmtree(self.uploads, ignore_errors=True)
 
@@ -49,10 +51,10 @@ class Body:
 async def read(
     request: Request, store: Store, file_names: Mapping[str, str] | None = None, *, max_json: int = MAX_JSON
 ) -> Body:
-    """Read a body as JSON or as a form, by its Content-Type, or by what it begins with where that is missing.
+    """Read a body as JSON or as a form, by its Content-Type, or by its first bytes if that is missing.
 
     Args:
-        file_names: the fields of a form that may have a file, and what each is called here.
+        file_names: the fields of a form that may have a file, with our name for each.
 
     Raises:
         InputError: if it is not JSON, or its form is damaged.
@@ -66,7 +68,7 @@ async def read(
     if kind == "application/json" or kind.endswith("+json"):
         return _json(data)
     if kind == "application/x-www-form-urlencoded":
-        if start == b"{":  # as curl -d sends JSON
+        if start == b"{":  # JSON, as sent by curl -d
             return _json(data)
         return _form(data)
     if start in (b"{", b"["):
@@ -77,7 +79,7 @@ async def read(
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return parsed JSON; raise InputError for anything else, and for halves of characters, which no file takes."""
+    """Return parsed JSON; raise InputError if it is invalid, or has lone surrogates, which UTF-8 cannot encode."""
     try:
         found = json.loads(text)
         if "\\ud" in (text if isinstance(text, str) else text.decode("utf-8", "replace")).lower():
@@ -89,12 +91,12 @@ def parse_json(text: str | bytes) -> Any:
 
 
 async def read_bytes(request: Request, most: int) -> bytes:
-    """Return the body of a request; raise HTTPException 413 once it has more than `most` bytes."""
+    """Return the body of a request; raise HTTPException 413 as soon as it exceeds `most` bytes."""
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
         if size > most:
-            raise HTTPException(413, f"the body is larger than {most} bytes; upload sound as multipart/form-data")
+            raise HTTPException(413, f"the body is larger than {most} bytes; upload audio as multipart/form-data")
         parts.append(part)
     return b"".join(parts)
 
@@ -132,7 +134,8 @@ async def _multipart(request: Request, store: Store, file_names: Mapping[str, st
                 if file_names[name] in body.files:
                     raise InputError(f"{name}: given twice")
                 body.files.append(file_names[name])
-            elif value.size and value.size <= MAX_TEXT:  # a text that was sent as a file
+                body.names[file_names[name]] = name
+            elif value.size and value.size <= MAX_TEXT:  # text sent as a file
                 with contextlib.suppress(UnicodeDecodeError):
                     body.values[name] = (await value.read()).decode()
     except BaseException:

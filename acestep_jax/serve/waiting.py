@@ -1,4 +1,4 @@
-"""Coroutines that wait for records, for the protocols that answer when a song is there or tell how far it is."""
+"""Coroutines that wait for records, for protocols that respond when a song is finished, or stream its progress."""
 
 import asyncio
 import time
@@ -8,15 +8,14 @@ from acestep_jax.serve.errands import Errand
 from acestep_jax.serve.service import Service
 from acestep_jax.serve.store import Record
 
-TIMEOUT = 600.0  # seconds that a client waits which does not stream
-RETRY_SECONDS = 30  # after which a stopping server may be there again
+TIMEOUT = 600.0  # seconds that a client without streaming waits
+RETRY_SECONDS = 30  # after which a stopping server may be available again
 
 
 async def changes(service: Service, record: Record | Errand, pause: float) -> AsyncIterator[bool]:
-    """Yield at once and after each change of a record: true; or false if `pause` seconds went by without one.
+    """Yield true at once and after each change of a record, and false after `pause` seconds without one.
 
-    It ends when nothing will change any more, after that was told: a server that is stopping still makes what it has
-    begun.
+    It ends after the last change: a stopping server still finishes the songs that it has started.
     """
     loop, wake = asyncio.get_running_loop(), asyncio.Event()
 
@@ -26,7 +25,7 @@ async def changes(service: Service, record: Record | Errand, pause: float) -> As
     with service.watched(record, notify):
         changed = True
         while True:
-            ended = service.is_over(record)  # before it is told: what changes meanwhile is told again
+            ended = service.is_over(record)  # checked before yielding, so that later changes are yielded again
             wake.clear()
             yield changed
             if ended:
@@ -39,10 +38,10 @@ async def changes(service: Service, record: Record | Errand, pause: float) -> As
 
 
 async def ended(service: Service, record: Record | Errand, seconds: float, connected=None) -> bool:
-    """Wait until a record has ended; return false if it has not within `seconds`, or the client has gone.
+    """Wait until a record has ended; return false if it has not within `seconds`, or the client has disconnected.
 
     Args:
-        connected: asked every second whether there still is somebody who waits.
+        connected: called every second; returns whether the client is still connected.
     """
     end = time.monotonic() + seconds
     async for _ in changes(service, record, 1.0):
@@ -54,5 +53,5 @@ async def ended(service: Service, record: Record | Errand, seconds: float, conne
 
 
 def cancel_soon(service: Service, record: Record) -> None:
-    """Cancel a record from a coroutine that may not wait, as one that is ended itself: that writes to the disk."""
+    """Cancel a record in a thread, because this writes to the disk and the calling coroutine may not wait."""
     asyncio.get_running_loop().run_in_executor(None, service.cancel, record)

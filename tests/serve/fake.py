@@ -8,6 +8,7 @@ import numpy as np
 
 from acestep_jax import Request, Sampling
 from acestep_jax.errors import Cancelled, InputError
+from acestep_jax.inputs.latents import load_latents
 from acestep_jax.io import checkpoint
 from acestep_jax.planner.metadata import Metadata
 from acestep_jax.planner.timestamps import Line, Timestamps
@@ -43,9 +44,22 @@ class FakePipeline:
     def free_if_needed(self):
         pass
 
+    sample_rate = 48_000
+
     def song_to_codes(self, song):
         assert song.endswith("audio")
         return np.arange(50, dtype=np.int32)
+
+    def song_to_latents(self, song):
+        assert song.endswith("audio")
+        return np.full((50, self.configs["vae"].decoder_input_channels), 0.5, np.float32)
+
+    def latents_to_codes(self, latents):
+        return np.arange(50, dtype=np.int32)
+
+    def latents_to_song(self, latents):
+        given = load_latents(latents, "latents", self.configs["vae"])
+        return sound(round(float(given[0, 0])), len(given) * self.configs["vae"].hop_length)
 
     def unload_lora(self):
         self.adapters = {}
@@ -56,11 +70,11 @@ class FakePipeline:
     def set_adapters(self, scales):
         self.adapters = dict(scales)
 
-    def timestamps(self, song, request, sampling):
-        if request.seed == self.unsung:
+    def timestamps(self, song, request, sampling=None):
+        if self.unsung is not None and request.seed == self.unsung:
             raise InputError("song: not sung")
         lines = [Line(float(i), i + 1.0, text) for i, text in enumerate(request.lyrics.splitlines())]
-        return Timestamps(tuple(lines), 0.5, 0.5)
+        return Timestamps(tuple(lines), 0.5, 0.5, tuple(lines))
 
     def run(self, jobs, sampling, *, should_stop):
         seeds = [job.request.seed for job in jobs]

@@ -56,7 +56,7 @@ test("clocks", () => {
 
 test("progress is honest: an unknown time is not told", () => {
   const running = { status: "running", stage: "denoising", step: 3, steps: 50, eta_seconds: null };
-  assert.match(progressText(running), /step 3 of 50; the time is not known yet/);
+  assert.match(progressText(running), /step 3 of 50; remaining time unknown/);
   assert.match(progressText({ ...running, eta_seconds: 42 }, 20), /about 20 s left/);
   assert.match(progressText({ ...running, eta_seconds: 5 }, 9), /almost there/);
   assert.match(progressText({ status: "queued", position: 3, eta_seconds: null }), /2 requests before it/);

@@ -113,7 +113,7 @@ def test_audio_parts(http):
 def test_errors_are_read_by_both_kinds_of_client(http):
     client = http(started=False)
     for content, body, message in (
-        (None, {}, "messages: expected one of the role user"),
+        (None, {}, "messages: expected one with the role user"),
         ("x", dict(task_type="cover"), "src_audio: the task cover needs a source"),
         ("x", dict(audio_config=dict(duration=1)), "audio_duration: expected 10 to 600 s"),
     ):

@@ -51,6 +51,28 @@ def test_an_array_and_a_form(http):
     assert kind == "audio/wav" and soundfile.info(io.BytesIO(data)).subtype == "PCM_24"
 
 
+@pytest.mark.parametrize(
+    "asked, expected",
+    [
+        ({}, dict(dcw_enabled=False)),
+        (dict(dcw_scaler=0.1), dict(dcw_enabled=True, dcw_mode="low", dcw_scaler=0.1)),
+        (dict(dcw_high_scaler=0.1), dict(dcw_enabled=False)),
+        (
+            dict(dcw_high_scaler=0.1, dcw_mode="double"),
+            dict(dcw_enabled=True, dcw_mode="double", dcw_scaler=0.0, dcw_high_scaler=0.1),
+        ),
+        (dict(dcw_scaler=0.1, solver="sde"), dict(dcw_enabled=False)),
+    ],
+)
+def test_correction_of_steps(http, asked, expected):
+    client = http(started=False)
+    assert client.post("/synth", json=SONG | asked).status_code == 200
+    (record,) = client.service.records.values()
+    found = record.songs[0].sampling
+    assert {name: value for name, value in found.items() if name.startswith("dcw")} == expected
+    assert client.post("/synth", json=SONG | dict(dcw_scaler=0.1, dcw_mode="odd")).status_code == 400
+
+
 def test_cancel(http):
     client = http(pipe=FakePipeline(delay=0.05))
     job_id = client.post("/synth", json=SONG).json()["id"]
@@ -80,10 +102,7 @@ def test_errors_have_its_shape(http):
     for query in ("", "id=x", "id=0123456789abcdef&result=x", "id=0123456789abcdef&cancel=2"):
         response = client.request("POST" if "cancel" in query else "GET", f"/job?{query}")
         assert response.status_code in (400, 404) and list(response.json()) == ["error"], response.text
-    for path in ("/understand", "/vae"):
-        assert client.post(path, json={}).status_code == 501
-    latents = client.post("/synth", data=dict(request=json.dumps(SONG)), files=dict(src_latents=("x", bytes(256))))
-    assert latents.status_code == 501
+    assert client.post("/understand", json={}).status_code == 501
     props = client.get("/props").json()
     assert props["models"]["dit"] == ["small", "other"] and props["models"]["lm"] == []
     assert props["default"]["caption"] == "" and props["presets"]["turbo"]["inference_steps"] == 8

@@ -18,9 +18,11 @@ import soundfile
 
 from acestep_jax.io.checkpoint import SMALL_MODEL
 from acestep_jax.pipeline import AceStepPipeline
+from acestep_jax.planner import plans
 from acestep_jax.serve.local import LocalEngine
 from acestep_jax.serve.models import Model
 from tests.parity import relative_error
+from tests.processes import free_port
 from tests.serve.fake import FakePipeline, wait_until
 from tests.serve.test_http_native import SONG, wav
 
@@ -135,11 +137,38 @@ print(polls, time.process_time() - began, flush=True)
 """
 
 
+ELSEWHERE = """
+import asyncio, sys
+body = b"{" + b" " * 900 + b"}"
+told = b"HTTP/1.1 200 OK\\r\\ncontent-length: %d\\r\\n\\r\\n" % len(body) + body
+
+class Told(asyncio.Protocol):
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        self.transport.write(told)
+
+async def main():
+    server = await asyncio.get_running_loop().create_server(Told, "127.0.0.1", int(sys.argv[1]))
+    print("there", flush=True)
+    await server.serve_forever()
+
+import uvloop
+uvloop.run(main())
+"""
+
+
 def test_a_thousand_polls_a_second_beside_a_batch(http):
-    """Seconds of a batch of the small model, with and without another process that polls, and what a poll costs."""
+    """Seconds of a batch of the small model: without polls, with another process that polls, and with one that polls a
+    third process, which answers the same bytes to whatever comes: so much of it is the client, and the machine's."""
+    pytest.importorskip("uvloop")
     pipe = AceStepPipeline.from_pretrained()
     engine = LocalEngine([Model("small", SMALL_MODEL, load=lambda: pipe)], max_batch=2)
     client = http(engine=engine)
+    port = free_port()
+    other = subprocess.Popen([sys.executable, "-c", ELSEWHERE, str(port)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "there\n"
 
     def submit():
         record_id = client.post("/v1/songs", json=SONG | dict(num_inference_steps=30, variations=2)).json()["id"]
@@ -149,8 +178,8 @@ def test_a_thousand_polls_a_second_beside_a_batch(http):
         wait_until(lambda: record.final, 300)
         return record.finished - record.started
 
-    def polling(record):
-        command = [sys.executable, "-c", POLLING, str(client.base_url.port), f"/v1/songs/{record.id}"]
+    def polling(record, port):
+        command = [sys.executable, "-c", POLLING, str(port), f"/v1/songs/{record.id}"]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "polling\n"
         return process, time.monotonic()
@@ -160,28 +189,35 @@ def test_a_thousand_polls_a_second_beside_a_batch(http):
         polls, used = told.split()
         return int(polls) / (time.monotonic() - began), float(used) / int(polls)
 
-    seconds(submit())  # compiles
-    times, rates = {True: [], False: []}, []
-    for _ in range(4):  # in turn: other work on the machine comes and goes
-        times[False].append(seconds(submit()))
-        record = submit()
-        process = polling(record)  # of the song that is being made
-        times[True].append(seconds(record))
-        rates.append(stop(*process)[0])
-    process, before = polling(record), time.process_time()
-    time.sleep(3.0)
-    used = time.process_time() - before
-    rate, client_used = stop(*process)
-    quiet, busy = (statistics.median(times[on]) for on in (False, True))
+    try:
+        seconds(submit())  # compiles
+        times, rates = {"alone": [], "polled": [], "elsewhere": []}, []
+        for _ in range(6):  # in turn: other work on the machine comes and goes
+            times["alone"].append(seconds(submit()))
+            for name, its in (("polled", client.base_url.port), ("elsewhere", port)):
+                record = submit()
+                process = polling(record, its)  # of the song that is being made
+                times[name].append(seconds(record))
+                rate, _ = stop(*process)
+                if name == "polled":
+                    rates.append(rate)
+        process, before = polling(record, client.base_url.port), time.process_time()
+        time.sleep(3.0)
+        used = time.process_time() - before
+        rate, client_used = stop(*process)
+    finally:
+        other.kill()
+        other.communicate()
+    alone, polled, elsewhere = (statistics.median(times[name]) for name in times)
     print(f"\n{rate:.0f} polls a second without a batch, {statistics.median(rates):.0f} beside one;")
-    print(
-        f"a poll takes {1e6 * used / (3.0 * rate):.0f} us of the server's processor, {1e6 * client_used:.0f} us of ours"
-    )
-    print(f"a batch takes {quiet:.2f} s without and {busy:.2f} s with them, {busy / quiet:.3f} times as long")
+    own = 1e6 * used / (3.0 * rate)
+    print(f"a poll takes {own:.0f} us of the server's processor, {1e6 * client_used:.0f} us of the client's")
+    print(f"a batch takes {alone:.2f} s, {polled:.2f} s with them ({polled / alone:.3f} times as long),")
+    print(f"{elsewhere:.2f} s beside as many polls of another process ({elsewhere / alone:.3f})")
     assert {client.service.records[one].status for one in client.service.records} == {"done"}
     # Not quite the thousand that are asked for: the client catches up to 0.1 s of delay only.
     assert rate > 900 and statistics.median(rates) > 900
-    assert used / (3.0 * rate) < 350e-6  # on a busy machine, too; 700 before answers were kept
+    assert own < 150  # on a busy machine, too; 700 before answers were kept, 200 through uvicorn
 
 
 def test_an_upload_of_300_mb_and_a_flac_of_three_hours(http):
@@ -210,13 +246,13 @@ def test_an_upload_of_300_mb_and_a_flac_of_three_hours(http):
     assert grown < 100
 
 
-def test_schemathesis_finds_no_error_of_the_server(http, tmp_path):
+def test_schemathesis_finds_no_error_of_the_server(http, tmp_path, monkeypatch):
     program = shutil.which("st") or str(Path(sys.executable).parent / "st")
     if not Path(program).exists():
         pytest.skip("needs pip install schemathesis")
+    monkeypatch.setattr(plans, "pmi_score", lambda planner, plan: 0.5)  # of a planner that computes nothing
     client = http(pipe=FakePipeline(), planner="acestep-5Hz-lm-tiny")
     command = [program, "run", f"{str(client.base_url).rstrip('/')}/openapi.json", "--checks", "not_a_server_error"]
-    command += ["--exclude-path-regex", "^/(vae|v1/transcribe)$"]  # which answer 501, always
     done = subprocess.run(
         [*command, "--max-examples", "150", "--no-color"], capture_output=True, text=True, cwd=tmp_path
     )

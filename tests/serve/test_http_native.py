@@ -177,7 +177,7 @@ def test_a_source_is_uploaded_or_named_by_its_link(http, finished):
         (dict(prompt="x", adapters=[1]), "adapters", "expected an object"),
         (dict(prompt="x", src_audio="/etc/passwd", task_type="cover"), "src_audio", "paths are not opened"),
         (dict(prompt="x", task_type="cover"), "src_audio", "the task cover needs a source"),
-        (dict(prompt=3), "prompt", "expected a text"),
+        (dict(prompt=3), "prompt", "expected text"),
         ({}, "prompt", "missing"),
         ([], None, "expected a JSON object"),
         ("text", None, "expected a JSON object"),

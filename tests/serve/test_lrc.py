@@ -38,7 +38,7 @@ def test_a_file_says_when_lines_are_sung(server, http, finished, tmp_path):
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
     assert answer.text == "[00:00.00][Verse]\n[00:01.00]la la\n[00:02.00]lu lu\n"
     assert "lrc" not in second and second["status"] == "done"  # the song is there all the same
-    assert found["notes"] == ["lrc: the times of its lyrics could not be found"]
+    assert found["notes"] == ["lrc: the timestamps of its lyrics could not be computed"]
     assert client.get(f"/v1/songs/{record_id}/1.lrc").status_code == 404
     client.service.close(0)
     client.service.store.close()
@@ -55,7 +55,7 @@ def test_without_lrc_nothing_is_timed(server, finished):
 @pytest.mark.parametrize(
     "given, field, message",
     [
-        (dict(lyrics=LYRICS), "lrc", "which heads of small follow the lyrics is not known"),
+        (dict(lyrics=LYRICS), "lrc", "the heads of small that follow the lyrics are unknown"),
         (dict(lyrics="[Verse]", model="sung"), "lyrics", "this song has no lyrics"),
         (dict(lyrics=LYRICS, model="sung", lrc="yes"), "lrc", "expected true or false, found 'yes'"),
     ],
@@ -98,7 +98,7 @@ def test_songs_are_there_though_their_times_cannot_be_found(error, monkeypatch, 
     engine.stop(0)
     assert [seeds for seeds, *_ in pipe.batches] == [[0, 1]] and not engine.experience.limits and not told.errors
     assert told.songs[songs[0]].timestamps is not None and told.songs[songs[1]].timestamps is None
-    assert told.notes == {songs[1]: "lrc: the times of its lyrics could not be found"}
+    assert told.notes == {songs[1]: "lrc: the timestamps of its lyrics could not be computed"}
     assert type(error).__name__ in caplog.text  # the traceback
     assert measured[0] + 0.4 <= told.reports[0].seconds  # what is learnt is without the times
 

@@ -176,7 +176,7 @@ def test_options_are_those_of_the_request(http):
     assert fields["repainting_start"]["tasks"] == ["repaint", "lego"] and fields["repainting_start"]["many"]
     assert fields["seed"]["tasks"] == list(TASKS) == list(found["tasks"])
     assert found["tasks"]["extract"] == dict(
-        accepts=["src_audio", "track_name"],
+        accepts=["src_audio", "src_latents", "track_name"],
         needs_source=True,
         regions=False,
         max_tracks=1,

@@ -441,7 +441,7 @@ def test_a_server_that_goes_and_comes_back(visit):
     page.wait_for_selector("[data-state=running]")
     page.context.set_offline(True)
     page.click("[data-testid=generate]")
-    page.locator("#problem", has_text="does not answer").wait_for()
+    page.locator("#problem", has_text="does not respond").wait_for()
     page.wait_for_selector("#offline:not([hidden])")
     page.context.set_offline(False)
     page.wait_for_selector("#offline", state="hidden")

@@ -120,7 +120,7 @@ def test_an_error_of_a_poll_has_the_shape_of_its_protocol(http, finished, monkey
     job = record_id.replace("-", "")[:16]
     answers = [client.get(path), client.post("/query_result", json=ids), client.get(f"/job?id={job}")]
     assert [answer.status_code for answer in answers] == [200] * 3 and answers[0].json()["id"] == record_id
-    assert caplog.text.count("a poll could not be answered") == 3
+    assert caplog.text.count("a poll could not be answered") >= 3
     monkeypatch.setattr(client.service, "progress", lambda record: 1 / 0)
     assert client.get(path).json()["detail"] == "internal error; the server's log has the details"
 

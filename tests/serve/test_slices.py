@@ -223,7 +223,7 @@ def test_a_batch_that_hangs_because_a_follower_has_failed_breaks_the_slice(made)
     one = made(*pipes)
     one.submit(0, num_inference_steps=200)
     wait_until(lambda: one.told.death is not None, 5)
-    assert "a batch that goes on here has failed in process 1" in str(one.told.death)
+    assert "a batch that is still running here has failed in process 1" in str(one.told.death)
 
 
 @pytest.mark.parametrize("running", [False, True])
@@ -235,7 +235,7 @@ def test_a_follower_that_has_gone_breaks_the_slice(made, running):
         wait_until(lambda: songs[0].step > 2)
     one.channels[1].close()
     wait_until(lambda: one.told.death is not None)
-    assert "process 2 has gone" in str(one.told.death) and one.engine.broken
+    assert "process 2 is gone" in str(one.told.death) and one.engine.broken
     began = time.monotonic()
     one.engine.stop(30)  # without waiting for a thread that may hang on a device
     assert time.monotonic() - began < 1 and not one.told.errors and not one.told.songs
@@ -253,7 +253,7 @@ def test_followers_leave_when_the_leader_has_gone(made):
     one = made(FakePipeline(), FakePipeline())
     for channel in one.engine._channels.values():
         channel.close()
-    wait_until(lambda: any(message and "process 0 has gone" in message for message in one.left))
+    wait_until(lambda: any(message and "process 0 is gone" in message for message in one.left))
 
 
 def test_only_those_who_know_the_key_are_followers():
@@ -355,7 +355,7 @@ def test_processes_that_were_started_differently_are_named(monkeypatch):
 
     monkeypatch.setattr(slices, "exchange", exchange)
     monkeypatch.setattr(slices, "leader_host", lambda: "localhost")
-    with pytest.raises(InputError, match="distributed: dtype of process 1 differs; start all processes alike"):
+    with pytest.raises(InputError, match="distributed: dtype of process 1 differs; start all of them the same way"):
         slices.lead([pipe], {}, dtype="float32", mesh="data=2")
     assert '"key"' in told[0]
 

@@ -115,14 +115,14 @@ def test_a_slice_ends_with_a_process_and_resumes_when_it_is_started_again(slices
     one.processes[1].kill()
     leader, follower = one.ends()
     assert leader[0] == 1 and follower[0] == -signal.SIGKILL
-    assert "the slice is broken: process 1 has gone" in leader[2], leader[2]
+    assert "the slice is broken: process 1 is gone" in leader[2], leader[2]
     again = slices()
     assert again.finished(record)["status"] == "done"
     (song,) = AceStepPipeline.from_pretrained()(**SONG | dict(num_inference_steps=150))
     assert np.abs(again.audio(record, 0) - song.audio).max() <= 1e-4
     again.processes[0].kill()
     _, (status, _, errors) = again.ends()
-    assert status == 1 and "process 0 has gone" in errors, errors
+    assert status == 1 and "process 0 is gone" in errors, errors
 
 
 def test_processes_that_differ_do_not_start(tmp_path):

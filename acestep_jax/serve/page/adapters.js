@@ -1,7 +1,7 @@
 // The adapters that the server was started with, each with its scale.
 import { byId, el } from "./dom.js";
 
-/** Show the adapters of these names; `changed` is called after each change of `state.adapters`. */
+/** Show the adapters with these names; `changed` is called after each change of `state.adapters`. */
 export function showAdapters(state, names, changed) {
   const box = byId("adapters");
   box.hidden = !names.length;

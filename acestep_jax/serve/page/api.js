@@ -1,6 +1,6 @@
 // The server's protocol: requests, errors that name a field, the key, and events.
 
-/** What the server refused: `status`, the text, and the `field` that it is about, if any. */
+/** A request that the server rejected: `status`, the message, and the `field` that it is about, if any. */
 export class Refused extends Error {
   constructor(status, detail, field = null, retryAfter = null) {
     super(detail);
@@ -14,7 +14,7 @@ export class Unreachable extends Error {}
 let askForKey = null;
 let asking = null;
 
-/** Say what gets the key from the user: a function that resolves to its text, or null. */
+/** Set the function that asks the user for the key; it resolves to the key, or null. */
 export const onKeyNeeded = (ask) => (askForKey = ask);
 
 async function send(path, options) {
@@ -22,14 +22,14 @@ async function send(path, options) {
     return await fetch(path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error; // it was cancelled here
-    throw new Unreachable("the server does not answer");
+    throw new Unreachable("the server does not respond");
   }
 }
 
 async function call(path, options = {}) {
   let response = await send(path, options);
   if (response.status === 401 && askForKey) {
-    asking ??= openSession().finally(() => (asking = null)); // one dialog, however many requests wait for it
+    asking ??= openSession().finally(() => (asking = null)); // one dialog for all waiting requests
     await asking;
     response = await send(path, options);
   }
@@ -41,7 +41,7 @@ async function call(path, options = {}) {
     detail = body.detail ?? body.error?.message ?? body.error ?? detail;
     field = body.field ?? null;
   } catch {
-    // a proxy's page: the status says all that is known
+    // a proxy's error page: only the status is known
   }
   throw new Refused(response.status, String(detail), field, response.headers.get("retry-after"));
 }
@@ -50,11 +50,11 @@ async function openSession() {
   let problem = null;
   for (;;) {
     const key = await askForKey(problem);
-    if (key === null) throw new Refused(401, "this server needs its key");
+    if (key === null) throw new Refused(401, "this server requires its key");
     const response = await send("/v1/session", { method: "POST", body: key });
     if (response.ok) return;
     problem =
-      response.status === 401 ? "That is not the key of this server." : `The server answered ${response.status}.`;
+      response.status === 401 ? "This is not the key of this server." : `The server returned ${response.status}.`;
   }
 }
 
@@ -76,7 +76,7 @@ export const uploadPath = (id, field) => `/v1/songs/${id}/uploads/${field}`;
 export const blob = async (path) => (await call(path)).blob();
 export const text = async (path) => (await call(path)).text();
 
-/** Request songs; `files` has {blob, name} for each field that is uploaded. */
+/** Request songs; `files` has {blob, name} for each uploaded field. */
 export function submit(body, files) {
   if (!Object.keys(files).length) return post("/v1/songs", body);
   const form = new FormData();
@@ -86,8 +86,8 @@ export function submit(body, files) {
 }
 
 /**
- * Have a plan written of a request; `told` gets {status, stage, step, steps} at each step. Aborting cancels it.
- * Events come over one connection, because a proxy may end one that is silent for long.
+ * Request a plan; `told` gets {status, stage, step, steps} after each step. Aborting cancels it.
+ * It streams events, because a proxy may close a connection that is silent for long.
  */
 export async function plan(request, told, signal) {
   const response = await call("/v1/plans", {
@@ -105,7 +105,7 @@ export async function plan(request, told, signal) {
     text = blocks.pop();
     for (const block of blocks) {
       const data = /^data: (.*)$/m.exec(block)?.[1];
-      if (data === undefined) continue; // a sign of life
+      if (data === undefined) continue; // a heartbeat
       const found = JSON.parse(data);
       if (found.status === "done") return found.plan;
       if (found.status === "failed") throw new Refused(500, found.error ?? "the plan could not be written");
@@ -116,8 +116,8 @@ export async function plan(request, told, signal) {
 }
 
 /**
- * Watch a record by server-sent events: `told` gets it at every change, `ended` is called when no more will come.
- * The browser connects again by itself. Returns a function that stops it.
+ * Watch a record with server-sent events: `told` gets it after every change, `ended` is called after the last one.
+ * The browser reconnects by itself. Returns a function that stops watching.
  */
 export function watch(id, told, ended) {
   const events = new EventSource(`/v1/songs/${id}/events`);

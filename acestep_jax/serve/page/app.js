@@ -1,4 +1,4 @@
-// The page: it ties the form, the source, the history and the player together. See docs/serve.md.
+// The page: connects the form, the source, the history and the player. See docs/serve.md.
 import { showAdapters } from "./adapters.js";
 import * as api from "./api.js";
 import { announce, byId, el, saveText, settle, toast } from "./dom.js";
@@ -18,7 +18,7 @@ const FILES = { source: "src_audio", reference: "reference_audio" };
 
 const state = { ...structuredClone(EMPTY), ...storage.read("draft", {}) };
 let options = null;
-let about = null; // what the server says of itself
+let about = null; // the server's description of itself
 let form = null;
 let editor = null;
 let planPanel = null;
@@ -29,7 +29,7 @@ const modelOf = (name) => about.models.find((model) => model.name === name) ?? a
 const planner = () => Boolean(modelOf(state.model).planner);
 
 const save = settle(() => {
-  // Files are kept by themselves, see `setSound`.
+  // Files are stored separately, see `setSound`.
   const plain = (sound) => (sound?.kind === "file" ? { kind: "file", name: sound.name, title: sound.title } : sound);
   storage.write("draft", { ...state, source: plain(state.source), reference: plain(state.reference) });
 }, 150);
@@ -104,7 +104,7 @@ function useFile(name, file) {
   setSound(name, { kind: "file", blob: file, name: file.name, title: file.name });
 }
 
-/** Read the files that the draft had before the page was loaded again. */
+/** Restore the files that the draft had before a reload. */
 async function restoreSounds() {
   for (const name of Object.keys(FILES)) {
     const sound = state[name];
@@ -120,7 +120,7 @@ async function restoreSounds() {
 async function send(song, task) {
   if (task === null) {
     await setSound("reference", song);
-    toast("It is the reference of the next song now.");
+    toast("It is now the reference for the next song.");
     byId("reference-clear").focus();
     return;
   }
@@ -130,7 +130,7 @@ async function send(song, task) {
   toast(
     options.tasks[task].regions
       ? "Drag over the waveform to choose what changes."
-      : "It is the source of the next song now.",
+      : "It is now the source of the next song.",
   );
   (options.tasks[task].regions ? byId("add-region") : byId("prompt")).focus();
 }
@@ -178,7 +178,7 @@ function showProblem(text) {
   byId("problem").hidden = !text;
 }
 
-/** Show a request in the form: of a record, or of a file. */
+/** Show a request, from a record or a file, in the form. */
 async function adopt(body, { sounds = {}, seed = true } = {}) {
   const { state: next, unknown } = fromRequest(body, options, 600);
   if (!seed) for (const name of ["seed", "retake_seed"]) delete next.values[name];
@@ -226,7 +226,7 @@ async function useRecord(record, seed) {
       sounds[name] = { kind: "file", blob: await api.blob(api.uploadPath(record.id, field)), name: field, title };
     }
   } catch (error) {
-    return toast(`Its sound could not be read: ${error.message}`);
+    return toast(`Its audio could not be read: ${error.message}`);
   }
   await adopt(body, { sounds, seed });
   byId("compose").scrollIntoView({ block: "start" });
@@ -234,7 +234,7 @@ async function useRecord(record, seed) {
   announce("The settings are in the form");
 }
 
-/** Show the plan of a song in the form, to change it and make another song of it. */
+/** Show the plan of a song in the form, to edit it and make another song from it. */
 async function usePlan(record, song) {
   await useRecord(record, false);
   try {
@@ -247,7 +247,7 @@ async function usePlan(record, song) {
 async function importFile(file) {
   try {
     const unknown = await adopt(JSON.parse(await file.text()));
-    toast(unknown.length ? `Imported, without what is not known here: ${unknown.join(", ")}` : "Imported.");
+    toast(unknown.length ? `Imported, except for unknown fields: ${unknown.join(", ")}` : "Imported.");
   } catch (error) {
     toast(`${file.name} is not a request: ${error.message}`);
   }
@@ -256,7 +256,7 @@ async function importFile(file) {
 function exportForm() {
   const { body, files } = toRequest(state, options, planner());
   saveText("request.json", JSON.stringify(body, null, 2));
-  if (Object.keys(files).length) toast("Saved. Sound files are not part of it: choose them again after an import.");
+  if (Object.keys(files).length) toast("Saved. Sound files are not included: choose them again after an import.");
 }
 
 // The page around it
@@ -317,7 +317,7 @@ function connectForm() {
     const before = structuredClone({ ...state, source: null, reference: null });
     const kept = { source: state.source, reference: state.reference };
     adopt({}).then(() => byId("prompt").focus());
-    toast("The form is empty.", { label: "Undo", act: () => restore({ ...before, ...kept }) });
+    toast("The form is cleared.", { label: "Undo", act: () => restore({ ...before, ...kept }) });
   });
 }
 
@@ -332,7 +332,7 @@ async function restore(earlier) {
   showTask();
 }
 
-/** Use a file that was dropped: a request, a reference where it fell on that, else a source. */
+/** Use a dropped file: as a request, as a reference if it was dropped there, else as a source. */
 function take(file, target) {
   if (file.name.endsWith(".json") || file.type === "application/json") return void importFile(file);
   if (target.closest("#reference")) return useFile("reference", file);
@@ -373,7 +373,7 @@ async function openAgainAndAgain() {
       return;
     } catch (error) {
       if (!(error instanceof api.Unreachable)) {
-        showProblem(`The page cannot be used: ${error.message}`);
+        showProblem(`The page could not start: ${error.message}`);
         throw error;
       }
       reachable(false);

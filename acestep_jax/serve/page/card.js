@@ -1,4 +1,4 @@
-// A card of the history: one request, its progress, and its songs side by side.
+// A card in the history: one request, its progress, and its songs side by side.
 import { announce, el, saveText } from "./dom.js";
 import { createTake } from "./take.js";
 import { progressText, when } from "./time.js";
@@ -48,7 +48,7 @@ export function createCard(record, options, actions) {
   reuse.append(
     button("Use these settings", () => actions.use(card.record, false), { data: { testid: "use" } }),
     button("Same seed", () => actions.use(card.record, true), {
-      title: "The settings with the seed: the same song again, to change one thing of it",
+      title: "The settings with the seed: reproduces the song, so that you can change one thing",
       data: { testid: "same-seed" },
     }),
     button("Export", () => saveText(`${record.id}.json`, JSON.stringify(exported(card.record), null, 2)), {
@@ -131,7 +131,7 @@ function factsOf(record) {
   return facts.filter(Boolean).join(" · ");
 }
 
-/** Return the request of a record, as it can be imported here and sent by curl. */
+/** Return the request of a record, in a form that can be imported here and sent with curl. */
 export function exported(record) {
   const body = { ...record.request, model: record.model };
   if (Object.keys(record.adapters ?? {}).length) body.adapters = record.adapters;

@@ -1,6 +1,6 @@
-// A few helpers around the DOM. Every text goes in as text: nothing here parses HTML.
+// DOM helpers. All text is inserted as text: nothing here parses HTML.
 
-/** Return the element of an id; an id that is missing is a mistake of ours, and said at once. */
+/** Return the element with an id; throw if it is missing, which is a bug. */
 export function byId(id) {
   const found = document.getElementById(id);
   if (!found) throw new Error(`the page has no element #${id}`);
@@ -8,8 +8,9 @@ export function byId(id) {
 }
 
 /**
- * Return a new element. Of `properties`, `class`, `data`, `aria` and `on` are what they are called; an attribute that
- * has a dash or no property is set as an attribute; others are properties. Children are elements, texts or null.
+ * Return a new element. In `properties`, `class`, `data`, `aria` and `on` set classes, data and ARIA attributes and
+ * event listeners; names with a dash, or without a DOM property, set attributes; others set properties. Children are
+ * elements, texts or null.
  */
 export function el(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
@@ -37,7 +38,7 @@ const SHAPES = {
   spectrum: "M4 20V10h3v10zM9 20V4h3v16zM14 20v-7h3v7zM19 20V8h1.5v12z",
 };
 
-/** Return an icon that screen readers pass over. */
+/** Return an icon that is hidden from screen readers. */
 export function icon(name) {
   const space = "http://www.w3.org/2000/svg";
   const svg = document.createElementNS(space, "svg");
@@ -52,7 +53,7 @@ export function icon(name) {
 
 let hush = null;
 
-/** Say something to screen readers, once other speech has ended. */
+/** Announce something to screen readers, after any current speech. */
 export function announce(text) {
   const live = byId("live");
   live.textContent = "";
@@ -60,7 +61,7 @@ export function announce(text) {
   hush = setTimeout(() => (live.textContent = text), 50);
 }
 
-/** Show a short message at the foot of the page, which goes by itself; `undo` is a button in it. */
+/** Show a short message at the bottom of the page, which disappears by itself; `undo` is a button in it. */
 export function toast(text, undo = null) {
   const holder = byId("toasts");
   const box = el("div", { class: "toast" }, el("span", {}, text));
@@ -84,7 +85,7 @@ export function settle(act, pause) {
 
 let probe = null;
 
-/** Return a colour of the theme, such as "--wave", as a canvas takes it: the one of light and dark that is in use. */
+/** Return the value of a theme colour, such as "--wave", for a canvas, in the current light or dark theme. */
 export function colour(name) {
   if (!probe) document.body.append((probe = el("i", { hidden: true })));
   probe.style.color = `var(${name})`;

@@ -1,4 +1,4 @@
-// The source: choosing it, its waveform, and the regions on it, by mouse, touch, keyboard and numbers.
+// The source: selecting it, its waveform, and its regions, with mouse, touch, keyboard and numbers.
 import * as api from "./api.js";
 import { announce, byId, el, icon } from "./dom.js";
 import * as player from "./player.js";
@@ -7,14 +7,14 @@ import { clock } from "./time.js";
 import * as waveform from "./waveform.js";
 
 const STEPS = { ArrowLeft: -0.1, ArrowDown: -0.1, ArrowRight: 0.1, ArrowUp: 0.1, PageDown: -5, PageUp: 5 };
-const CLICK = 4; // pixels within which a press is a click
+const CLICK = 4; // pixels; a shorter drag is a click
 const KEY = "source";
 
 /**
  * Return the editor.
  *
- * `state.regions` is what it edits; `changed` is called after each change. The source is {kind, title, seconds, ...}, as
- * in request.js.
+ * It edits `state.regions`; `changed` is called after each change. The source is {kind, title, seconds, ...}, as in
+ * request.js.
  */
 export function createEditor(state, changed) {
   const stage = byId("stage");
@@ -30,7 +30,7 @@ export function createEditor(state, changed) {
 
   const duration = () => source?.seconds ?? 0;
 
-  /** Show another source; null: none. */
+  /** Show another source, or none for null. */
   async function load(next) {
     const turn = ++loading;
     source = next;
@@ -64,7 +64,7 @@ export function createEditor(state, changed) {
     try {
       buffer = await waveform.decode(next.blob);
     } catch {
-      throw new Error("this browser cannot decode the file; the server may");
+      throw new Error("this browser cannot decode the file, but the server may");
     }
     return { peaks: waveform.peaksOf(buffer, 1200), seconds: buffer.duration };
   }
@@ -95,7 +95,7 @@ export function createEditor(state, changed) {
     byId("source-extent").style.width = `${100 * (to - from)}%`;
   }
 
-  /** Move boxes and numbers to where the regions are, without making them anew: what is dragged keeps its focus. */
+  /** Update the boxes and numbers of the regions without recreating them, so that a dragged handle keeps its focus. */
   function place() {
     state.regions.forEach((region, i) => {
       const box = layer.children[i];
@@ -118,8 +118,8 @@ export function createEditor(state, changed) {
 
   function extensionText(region) {
     const words = [];
-    if (region.start < 0) words.push(`adds ${(-region.start).toFixed(1)} s in front`);
-    if (region.end > duration()) words.push(`adds ${(region.end - duration()).toFixed(1)} s behind`);
+    if (region.start < 0) words.push(`adds ${(-region.start).toFixed(1)} s at the start`);
+    if (region.end > duration()) words.push(`adds ${(region.end - duration()).toFixed(1)} s at the end`);
     return words.join(", ");
   }
 
@@ -210,7 +210,7 @@ export function createEditor(state, changed) {
     changed();
   }
 
-  // While a region is dragged the view stays: what is under the pointer must not move away from it.
+  // While a region is dragged, the view is fixed, so that nothing moves away from under the pointer.
   function onPress(event) {
     if (event.button !== 0 || !duration()) return;
     const box = layer.getBoundingClientRect();
@@ -280,12 +280,12 @@ export function createEditor(state, changed) {
 
   return {
     load,
-    /** Show regions or not, and draw all of it again. */
+    /** Show or hide regions, and redraw everything. */
     update(regionsAreUsed) {
       withRegions = regionsAreUsed;
       draw();
     },
-    /** Return whether a source is there, and how long it is. */
+    /** Return whether there is a source, and its duration. */
     source: () => source,
     redraw: drawWave,
   };

@@ -1,4 +1,4 @@
-// A spectrogram by the fast Fourier transform. No DOM here: it runs in a worker.
+// Spectrograms with the fast Fourier transform. No DOM here: it runs in a worker.
 
 /** Return a function that transforms real and imaginary parts in place; `size` is a power of two. */
 export function transform(size) {
@@ -41,8 +41,8 @@ export function transform(size) {
 }
 
 /**
- * Return the levels of a sound, [columns x rows] bytes from the top row (high) to the lowest: 0 is `floor` dB below the
- * loudest, 255 the loudest. Rows are spaced by octaves from `low` Hz on.
+ * Return the levels of audio, [columns x rows] bytes, from the top row (high frequencies) down: 255 is the loudest
+ * level, 0 is `floor` dB below it. Rows are spaced logarithmically, starting at `low` Hz.
  */
 export function spectrogram(samples, rate, columns, rows, { size = 2048, low = 40, floor = 80 } = {}) {
   const fft = transform(size);

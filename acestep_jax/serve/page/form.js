@@ -1,8 +1,8 @@
-// The controls of a request, made from the server's list of options: a new argument there is a new control here.
+// The controls of a request, built from the server's list of options: a new argument there is a new control here.
 import { byId, el } from "./dom.js";
 import { ELSEWHERE, isNumeric, isShown, readValue } from "./request.js";
 
-// What musicians set most; the others are under "More". Names only: labels, ranges and help are the server's.
+// The options that musicians set most; the others are under "More". Labels, ranges and help come from the server.
 const FRONT = [
   "audio_duration",
   "bpm",
@@ -13,18 +13,18 @@ const FRONT = [
   "audio_cover_strength",
   "seed",
 ];
-// Written in the page itself, because they are larger than a control.
+// Fields that are part of the page itself, because they are larger than a control.
 const LARGE = ["prompt", "lyrics"];
-const SHORT = 12; // letters that a small control has room for
+const SHORT = 12; // characters that fit in a small control
 const GROUPS = { request: "More about the song", planning: "Planner", sampling: "How it is computed" };
 
-/** Return what a field is where nothing is set, in words. */
+/** Return the default of a field, in words. */
 function meaning(field) {
   if (field.meaning !== null) return field.meaning;
   return field.default === null || Array.isArray(field.default) ? "" : String(field.default);
 }
 
-/** Return what a small control shows where nothing is set: that it is chosen, if how is too long; its title says that. */
+/** Return the default of a field for a small control; if it is too long, only that it is automatic (see the title). */
 function shortly(field) {
   const words = meaning(field);
   return words.length > SHORT ? "auto" : words;
@@ -33,7 +33,7 @@ function shortly(field) {
 /**
  * Return the form: {show, setError, clearErrors}.
  *
- * `state.values` is what it edits; `planner()` tells whether there is one; `changed(name)` is called after each change.
+ * It edits `state.values`; `planner()` returns whether there is a planner; `changed(name)` is called after each change.
  */
 export function createForm(state, options, planner, changed) {
   const controls = new Map(); // name -> {box, set}
@@ -72,7 +72,7 @@ export function createForm(state, options, planner, changed) {
     changed(name);
   }
 
-  /** Return the box of a field: its label, its control, its help and the place of its error. */
+  /** Return the box of a field: its label, its control, its help and its error message. */
   function make(name) {
     const field = options.fields[name];
     const id = `field-${name}`;
@@ -86,7 +86,7 @@ export function createForm(state, options, planner, changed) {
       el("p", { class: "error", id: `error-${name}`, hidden: true }),
     );
     made.input.setAttribute("aria-describedby", `error-${name} help-${name}`);
-    // In the page for screen readers, and as the tip of the label for others.
+    // In the page for screen readers, and as the label's tooltip for others.
     box.append(el("p", { id: `help-${name}`, class: "help" }, field.help));
     controls.set(name, { box, input: made.input, set: made.set });
     return box;
@@ -135,7 +135,7 @@ export function createForm(state, options, planner, changed) {
     input.addEventListener("change", () => store(name, readValue(field, input.value)));
     const set = () => {
       const value = state.values[name] === undefined ? "" : String(state.values[name]);
-      // "4/4", "en-US" and the like are values, too: what was imported is shown, and not lost.
+      // Other spellings, such as "4/4" or "en-US", are valid too: show imported values instead of losing them.
       if (![...input.options].some((option) => option.value === value)) input.append(el("option", { value }, value));
       input.value = value;
     };
@@ -182,7 +182,7 @@ export function createForm(state, options, planner, changed) {
     made.input.placeholder = "any";
     const roll = el(
       "button",
-      { type: "button", class: "quiet", aria: { label: "Forget the seed: a new one each time" } },
+      { type: "button", class: "quiet", aria: { label: "Clear the seed: a new one each time" } },
       "New",
     );
     roll.addEventListener("click", () => {
@@ -218,7 +218,7 @@ export function createForm(state, options, planner, changed) {
     return { box: group, input: group, label: false, set };
   }
 
-  /** Show the controls of the task with the values of the state. */
+  /** Show the controls for the task with the values of the state. */
   function show() {
     for (const [name, { box, set }] of controls) {
       if (!LARGE.includes(name)) box.hidden = !isShown(name, options.fields[name], state.task, planner());
@@ -230,7 +230,7 @@ export function createForm(state, options, planner, changed) {
 
   const boxOf = (name) => controls.get(name)?.box ?? document.querySelector(`[data-field~="${CSS.escape(name)}"]`);
 
-  /** Show an error at the field that it names, and go there; returns whether the field is on the page. */
+  /** Show an error at the field that it names, and scroll there; return whether the field is on the page. */
   function setError(name, message) {
     const box = boxOf(name);
     const place = box?.querySelector(".error");

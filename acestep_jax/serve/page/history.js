@@ -1,4 +1,4 @@
-// The songs that were made and that are being made, newest first, and what can be done with each.
+// The finished and unfinished songs, newest first, and the actions on them.
 import * as api from "./api.js";
 import { createCard } from "./card.js";
 import { announce, byId, toast } from "./dom.js";
@@ -8,18 +8,18 @@ import { progressText } from "./time.js";
 
 const FINAL = ["done", "failed", "cancelled"];
 const PAGE = 20;
-const POLL = 3000; // ms, for what is not watched: browsers allow six connections to a server in all
+const POLL = 3000; // ms, for records that are not watched, because browsers allow only six connections per server
 const RETRY = 4000;
 
 /**
  * Return the history: {start, add}.
  *
- * `actions` are what a card's buttons do with a song, see card.js; `reachable(yes)` is told whether the server answers.
+ * `actions` are the actions of a card's buttons, see card.js; `reachable(yes)` gets whether the server responds.
  */
 export function createHistory(options, actions, reachable) {
   const list = byId("songs");
-  const cards = new Map(); // id -> card, in no order: the page has it
-  const removed = new Set(); // ids, which an answer that was on its way may still name
+  const cards = new Map(); // id -> card, unordered; the page has the order
+  const removed = new Set(); // ids, which a response in flight may still contain
   let stopWatching = null;
   let watched = null;
 
@@ -48,7 +48,7 @@ export function createHistory(options, actions, reachable) {
     try {
       await act();
     } catch (error) {
-      toast(`That did not work: ${error.message}`);
+      toast(`This failed: ${error.message}`);
     }
   }
 
@@ -64,7 +64,7 @@ export function createHistory(options, actions, reachable) {
     if (hadFocus) next.focus();
   }
 
-  /** Show a record as the server has it now: a new card, or the one that is there. */
+  /** Show the current state of a record, in a new card or its existing one. */
   function show(record) {
     let card = cards.get(record.id);
     const earlier = card?.record.status;
@@ -91,7 +91,7 @@ export function createHistory(options, actions, reachable) {
     if (record.status === "done") document.title = document.hidden ? `✓ ${card.title()}` : "acestep-jax";
   }
 
-  /** Watch the record that is made, or is next; the others are asked for every few seconds. */
+  /** Watch the record in progress, or the next one; the others are polled every few seconds. */
   function watch() {
     if (document.hidden) return;
     const open = records().filter((record) => !FINAL.includes(record.status));
@@ -123,17 +123,17 @@ export function createHistory(options, actions, reachable) {
 
   let lost = false;
   function failed() {
-    if (!lost) announce("The server does not answer. The page tries again.");
+    if (!lost) announce("The server does not respond. The page keeps trying.");
     lost = true;
     reachable(false);
   }
   function answered() {
-    if (lost) announce("The server answers again.");
+    if (lost) announce("The server responds again.");
     lost = false;
     reachable(true);
   }
 
-  /** Ask for the newest records: also those that other pages and clients have requested. */
+  /** Fetch the newest records, including those of other pages and clients. */
   async function refresh() {
     const asked = records();
     const { songs } = await api.history(PAGE);
@@ -149,7 +149,7 @@ export function createHistory(options, actions, reachable) {
     filter();
   }
 
-  /** Return the next page. A record that the server has no more, since others remove some, too, is no mark to go by. */
+  /** Return the next page. Records that other clients have removed cannot mark its start. */
   async function olderThan(mark) {
     try {
       return await api.history(PAGE, mark?.id);
@@ -176,7 +176,7 @@ export function createHistory(options, actions, reachable) {
     byId("songs-tools").hidden = cards.size === 0;
   }
 
-  /** Count down between two reports of the server. */
+  /** Count down between updates from the server. */
   function tick() {
     for (const card of cards.values()) {
       if (!FINAL.includes(card.record.status))

@@ -1,12 +1,11 @@
-// Lyrics with times, as LRC files hold them: [mm:ss.xx]text. No DOM here.
+// Timed lyrics, as in LRC files: [mm:ss.xx]text. No DOM here.
 
 const STAMP = /\[(\d{1,3}):(\d{1,2}(?:[.:]\d{1,3})?)\]/g;
 const TAG = /^\[[^\]]*\]$/;
 const OFFSET = /^\[offset:\s*([+-]?\d+)\s*\]\s*$/i;
 
 /**
- * Return the lines of an LRC text, [{time, text}] in the order of their times; lines without a time are left out, and
- * tags such as [Verse], which nobody sings.
+ * Return the lines of an LRC text, [{time, text}] sorted by time, without untimed lines and tags such as [Verse].
  */
 export function parse(text) {
   let shift = 0;
@@ -26,7 +25,7 @@ export function parse(text) {
   return lines.map((line) => ({ ...line, time: line.time - shift })).sort((one, other) => one.time - other.time);
 }
 
-/** Return the index of the line that is sung at a time; -1 before the first one. */
+/** Return the index of the line sung at a time; -1 before the first one. */
 export function lineAt(lines, seconds) {
   let low = 0;
   let high = lines.length;

@@ -1,11 +1,11 @@
-// The text of lyrics: sections in brackets, and a guess at tokens until the server has counted them. No DOM here.
+// The text of lyrics: sections in brackets, and an estimate of its tokens until the server counts them. No DOM here.
 
 export const TAGS = ["Intro", "Verse", "Pre-Chorus", "Chorus", "Bridge", "Instrumental", "Guitar Solo", "Outro"];
 
 /**
- * Return a text with a tag on a line of its own at a place, and where the cursor goes.
+ * Return a text with a tag inserted on its own line, and the new position of the cursor.
  *
- * A tag that replaces a selection is put before it: nothing that was written is lost.
+ * If text is selected, the tag is inserted before it, so that nothing is lost.
  */
 export function withTag(text, place, tag) {
   const before = text.slice(0, place).replace(/[ \t]+$/, "");
@@ -16,7 +16,7 @@ export function withTag(text, place, tag) {
   return { text: head + rest, cursor: head.length };
 }
 
-/** Return about how many tokens a text is: a third of its letters, and one for each sign of other scripts. */
+/** Estimate the tokens of a text: a third of its Latin letters, and one for each character of other scripts. */
 export function guessTokens(text) {
   const wide = (text.match(/[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]/g) || []).length;
   return Math.ceil((text.length - wide) / 3.2) + wide;

@@ -1,21 +1,21 @@
-// Which records of the history come where, and which are gone. No DOM here.
+// The order of records in the history, and which of them are gone. No DOM here.
 
-/** Return the record that the oldest songs have; null of none. */
+/** Return the oldest record; null if there is none. */
 export function oldest(records) {
   return records.reduce((found, record) => (found && found.created <= record.created ? found : record), null);
 }
 
-/** Return which of some records comes next after one, the newest first: the newest of those that are older; or null. */
+/** Return the record that follows another one, newest first: the newest of the older ones, or null. */
 export function follower(record, records) {
   const older = records.filter((other) => other.created < record.created);
   return older.reduce((found, other) => (found && found.created >= other.created ? found : other), null);
 }
 
 /**
- * Return the ids of records that the server has no more.
+ * Return the ids of records that the server has removed.
  *
- * `asked` are those that were known when the newest `limit` were asked for, `songs` the answer: what became known
- * meanwhile is not in it, and is there all the same.
+ * `asked` are the records that were known when the newest `limit` were requested, `songs` is the response. Records that
+ * became known in between are not in it, but are not gone.
  */
 export function vanished(asked, songs, limit) {
   const known = new Set(songs.map((record) => record.id));

@@ -1,35 +1,35 @@
-// The planner's plan, where the server has one: written from what the form holds, shown, and edited before it is sung.
+// The planner's plan, if the server has a planner: written from the form, shown, and edited before generating.
 import * as api from "./api.js";
 import { announce, byId, el } from "./dom.js";
 import { readValue } from "./request.js";
 
-// What of a plan is edited, by the names of a request's fields; a plan's caption stands for its prompt.
+// The editable fields of a plan, by the names of a request's fields; a plan's caption replaces the prompt.
 const WORDS = ["caption", "lyrics"];
 const FACTS = ["audio_duration", "bpm", "keyscale", "timesignature", "vocal_language"];
 
 /**
  * Return the panel: {show, use}.
  *
- * `request(withPlan)` gives the body that would be sent now; `planner()` tells whether the model has one; `failed(error)`
- * shows what went wrong.
+ * `request(withPlan)` returns the body that would be sent now; `planner()` returns whether the model has a planner;
+ * `failed(error)` shows an error.
  */
 export function createPlan(state, options, planner, request, changed, failed) {
   const box = byId("plan");
   const body = byId("plan-body");
   const write = byId("plan-write");
   const drop = byId("plan-drop");
-  let writing = null; // what cancels it
+  let writing = null; // cancels the request
   let stale = false;
 
   async function writePlan() {
     if (writing) return writing.abort();
     writing = new AbortController();
     show();
-    announce("The planner writes");
+    announce("Writing the plan");
     try {
       state.plan = await api.plan(request(Boolean(state.plan && stale)), tell, writing.signal);
       stale = false;
-      announce("The plan is written");
+      announce("The plan is finished");
       changed();
     } catch (error) {
       if (error.name === "AbortError") announce("Cancelled");
@@ -80,7 +80,7 @@ export function createPlan(state, options, planner, request, changed, failed) {
     const plan = state.plan;
     if (!plan) return body.replaceChildren();
     const codes = plan.audio_codes?.length ?? 0;
-    const about = codes ? `${codes} audio codes, ${codes / 5} s of music` : "no audio codes: the words alone";
+    const about = codes ? `${codes} audio codes, ${codes / 5} s of music` : "no audio codes: text only";
     body.replaceChildren(
       el("div", { class: "fields" }, [...WORDS, ...FACTS].map(field)),
       el(
@@ -88,12 +88,12 @@ export function createPlan(state, options, planner, request, changed, failed) {
         { class: "hint" },
         plan.score === null || plan.score === undefined
           ? about
-          : `${about}; they fit the words by ${Math.round(100 * plan.score)} %`,
+          : `${about}; they match the text by ${Math.round(100 * plan.score)} %`,
       ),
       el(
         "p",
         { class: "hint", id: "plan-stale", hidden: !stale },
-        "The codes were written for other words. “Write it anew” makes codes for these.",
+        "The codes were written for the earlier text. “Rewrite” writes new codes.",
       ),
     );
   }
@@ -101,7 +101,7 @@ export function createPlan(state, options, planner, request, changed, failed) {
   function show() {
     box.hidden = state.task !== "text2music" || !planner();
     box.setAttribute("aria-busy", Boolean(writing));
-    write.textContent = writing ? "Cancel" : state.plan ? "Write it anew" : "Write a plan";
+    write.textContent = writing ? "Cancel" : state.plan ? "Rewrite" : "Write a plan";
     byId("plan-progress").hidden = !writing;
     drop.hidden = !state.plan || Boolean(writing);
   }
@@ -121,7 +121,7 @@ export function createPlan(state, options, planner, request, changed, failed) {
       rebuild();
       show();
     },
-    /** Take a plan that exists, to change it. */
+    /** Show an existing plan, to edit it. */
     use(plan) {
       state.plan = plan;
       stale = false;

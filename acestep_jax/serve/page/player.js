@@ -1,15 +1,15 @@
-// One player for the whole page: a song, its source beside it in step, and the line that is sung.
+// One player for the whole page: a song, its source in sync, and the current line of the lyrics.
 //
-// A track is {key, title, url, seconds, lines, source}; source, where there is one, is {url, offset}, and `offset` the
-// seconds of the song before its source begins. Both sounds run; the one that is not chosen is muted. The silent one is
-// the one that is moved when they drift apart, so that a correction is never heard.
+// A track is {key, title, url, seconds, lines, source}; source, if there is one, is {url, offset}, where `offset` is the
+// time in the song at which its source begins. Both play at the same time, and one of them is muted. When they drift
+// apart, the muted one is moved, so that corrections are inaudible.
 import { announce, byId, icon } from "./dom.js";
 import { lineAt } from "./lrc.js";
 import * as storage from "./storage.js";
 import { clock } from "./time.js";
 
 const DRIFT = 0.04; // seconds
-const PAUSE = 400; // ms between corrections: a seek takes a moment
+const PAUSE = 400; // ms between corrections, because seeking takes a moment
 
 const main = byId("sound-a");
 const other = byId("sound-b");
@@ -20,13 +20,13 @@ let side = "A";
 let corrected = 0;
 let frame = null;
 
-/** Call a function with {key, seconds, playing} whenever something of it changes. */
+/** Call a function with {key, seconds, playing} whenever one of these changes. */
 export const onChange = (listener) => listeners.add(listener);
 
-/** Return what plays: {key, seconds, playing}. */
+/** Return the current state: {key, seconds, playing}. */
 export const now = () => ({ key: track?.key ?? null, seconds: main.currentTime || 0, playing: !main.paused });
 
-/** Play a track, or pause it if it plays; `at` seconds, where given. */
+/** Play a track, or pause it if it is playing; start at `at` seconds if given. */
 export function toggle(next, at = null) {
   if (track?.key !== next.key) {
     load(next);
@@ -38,10 +38,10 @@ export function toggle(next, at = null) {
   start();
 }
 
-/** Play from a time, if that track is loaded or not. */
+/** Play a track from a time, whether it is loaded or not. */
 export const playFrom = (next, seconds) => toggle(next, seconds);
 
-/** Forget a track, because it was removed. */
+/** Unload a track that was removed. */
 export function forget(prefix) {
   if (!track?.key.startsWith(prefix)) return;
   main.pause();
@@ -51,14 +51,14 @@ export function forget(prefix) {
   changed();
 }
 
-/** Give the loaded track other lines of lyrics. */
+/** Set the lyrics of the loaded track. */
 export function setLines(key, lines) {
   if (track?.key !== key) return;
   track.lines = lines;
   changed();
 }
 
-/** Hear the song (A) or its source (B). */
+/** Switch to the song (A) or its source (B). */
 export function setSide(name) {
   side = track?.source ? name : "A";
   main.muted = side === "B";
@@ -85,7 +85,7 @@ async function start() {
   try {
     await main.play();
   } catch (error) {
-    if (error.name !== "AbortError") announce("This sound cannot be played."); // aborted: another one was chosen
+    if (error.name !== "AbortError") announce("This sound cannot be played."); // aborted: another track was selected
   }
 }
 
@@ -111,7 +111,7 @@ function correct(atOnce = false) {
   }
   if (other.paused) {
     other.currentTime = wanted;
-    other.play().catch(() => {}); // it is tried again at the next frame
+    other.play().catch(() => {}); // retried at the next frame
     return;
   }
   const drift = other.currentTime - wanted;
@@ -154,12 +154,12 @@ function run() {
 
 const TYPING = "input, textarea, select, button, summary, a, audio, [role=slider], [contenteditable]";
 
-/** Connect the transport bar and the keys: space plays and pauses, b changes sides. */
+/** Connect the transport bar and the keys: space plays and pauses, b switches sides. */
 export function connect() {
   for (const name of ["play", "pause", "ended", "seeked", "loadedmetadata"]) {
     main.addEventListener(name, () => (frame ??= requestAnimationFrame(run)));
   }
-  main.addEventListener("timeupdate", changed); // also while the page is hidden, where no frames come
+  main.addEventListener("timeupdate", changed); // also while the page is hidden and gets no animation frames
   main.addEventListener("error", () => track && announce("This sound cannot be loaded."));
   byId("play").addEventListener("click", () => track && toggle(track));
   position.addEventListener("input", () => seek(Number(position.value)));

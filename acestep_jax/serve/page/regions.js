@@ -1,15 +1,15 @@
-// Regions of a source, in seconds: how they move, what is shown around the source, and what is requested. No DOM here.
+// Regions of a source, in seconds: how they move, the visible range, and their request fields. No DOM here.
 //
-// A region is {start, end}. It may begin before 0, which extends the song at the front, and end after the source, which
-// extends it behind; between the source and a region there may be no gap.
+// A region is {start, end}. It may start before 0, which extends the song at the start, or end after the source, which
+// extends it at the end. There must be no gap between the source and a region.
 
 export const SHORTEST = 0.1;
-const GRID = 100; // of a second: what the numbers show
+const GRID = 100; // steps per second, the resolution of the numbers
 
 export const round = (seconds) => Math.round(seconds * GRID) / GRID;
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 
-/** Return the part of time that an editor shows: the source, the regions, and room to drag beyond both ends. */
+/** Return the visible range of time: the source, the regions, and room to drag past both ends. */
 export function view(regions, duration, longest = 600) {
   const room = Math.max(4, 0.12 * duration);
   const first = Math.min(0, ...regions.map((region) => region.start));
@@ -19,16 +19,16 @@ export function view(regions, duration, longest = 600) {
   return { start, end: Math.max(end, start + 1), longest };
 }
 
-/** Return the fraction of the view at which a time lies, and back. */
+/** Convert a time to a fraction of the view, and back. */
 export const toFraction = (seconds, shown) => (seconds - shown.start) / (shown.end - shown.start);
 export const toSeconds = (fraction, shown) => shown.start + fraction * (shown.end - shown.start);
 
-/** Return the region between two times, in whichever order they come, as the source allows. */
+/** Return the region between two times in any order, within the limits of the source. */
 export function between(one, other, duration) {
   return limited({ start: Math.min(one, other), end: Math.max(one, other) }, duration);
 }
 
-/** Return a region with its start or its end moved to a time; it stays SHORTEST, and touches the source. */
+/** Return a region with its start or end moved to a time; it is at least SHORTEST long, and touches the source. */
 export function withEdge(region, edge, seconds, duration) {
   if (edge === "start") {
     return { start: round(Math.min(seconds, region.end - SHORTEST, duration)), end: region.end };
@@ -36,7 +36,7 @@ export function withEdge(region, edge, seconds, duration) {
   return { start: region.start, end: round(Math.max(seconds, region.start + SHORTEST, 0)) };
 }
 
-/** Return a region moved by some seconds, as long as before, as far as it touches the source. */
+/** Return a region moved by some seconds with the same length, as far as it still touches the source. */
 export function moved(region, by, duration) {
   const step = clamp(by, -region.end, duration - region.start);
   return { start: round(region.start + step), end: round(region.end + step) };
@@ -49,7 +49,7 @@ export function limited(region, duration) {
   return { start: round(start), end: round(end) };
 }
 
-/** Return where a new region goes: after the last one if there is room, else over the whole source. */
+/** Return a new region: after the last one if there is room, else the whole source. */
 export function another(regions, duration) {
   const last = Math.max(0, ...regions.map((region) => region.end));
   const length = Math.max(SHORTEST, Math.min(duration / 4, 8));
@@ -58,7 +58,7 @@ export function another(regions, duration) {
   return limited({ start, end: Math.min(start + length, duration) }, duration);
 }
 
-/** Return the fields of a request: numbers for one region, lists for several, nothing without any. */
+/** Return the request fields: numbers for one region, lists for several, no fields without regions. */
 export function toFields(regions) {
   if (!regions.length) return {};
   const sorted = [...regions].sort((one, other) => one.start - other.start);
@@ -69,7 +69,7 @@ export function toFields(regions) {
     : { repainting_start: starts, repainting_end: ends };
 }
 
-/** Return the regions that the fields of a request mean; an end that is missing or -1 is the source's. */
+/** Return the regions in the fields of a request; a missing end, or -1, is the end of the source. */
 export function fromFields(values, duration) {
   const list = (value) => (Array.isArray(value) ? value : value === undefined ? [] : [value]);
   const starts = list(values.repainting_start);
@@ -82,7 +82,7 @@ export function fromFields(values, duration) {
   }).filter((region) => Number.isFinite(region.start) && Number.isFinite(region.end));
 }
 
-/** Return how many seconds of a finished song come before its source begins. */
+/** Return the time in a finished song at which its source begins. */
 export function offsetOf(values, frameRate) {
   const first = Math.min(0, ...fromFields(values, Infinity).map((region) => region.start));
   return first < 0 ? Math.ceil(-first * frameRate - 1e-6) / frameRate : 0;

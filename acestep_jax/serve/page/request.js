@@ -1,14 +1,21 @@
-// From what the form holds to a request, and back. No DOM here.
+// Converts the form's state to a request, and back. No DOM here.
 //
 // The form's state is {task, values, regions, adapters, source, reference, model, variations, format, lrc, plan}. `values` has
-// a field of the server's list for each that was set; what is not there is left to the server.
+// the fields of the server's list that were set; the server chooses the others.
 import { fromFields, toFields } from "./regions.js";
 
 const REGIONS = ["repainting_start", "repainting_end"];
+// Fields with a song, and what of the form's state it is; of latents, the form takes the sound.
+const SOUNDS = {
+  src_audio: "source",
+  reference_audio: "reference",
+  src_latents: "source",
+  reference_latents: "reference",
+};
 const OWN = ["model", "adapters", "variations", "format", "lrc", "plan"];
-/** Fields that the form has in another shape than a control of their own. */
-export const ELSEWHERE = ["task_type", "src_audio", "reference_audio", ...REGIONS];
-// What a plan says takes the place of these, as `prompt` its caption.
+/** Fields that have no control of their own in the form. */
+export const ELSEWHERE = ["task_type", ...Object.keys(SOUNDS), ...REGIONS];
+// Fields that a plan replaces; its caption replaces `prompt`.
 const PLANNED = [
   "prompt",
   "lyrics",
@@ -19,7 +26,7 @@ const PLANNED = [
   "timesignature",
   "audio_codes",
 ];
-// What a song's own description has beyond its request.
+// Fields of a song's JSON that are not part of its request.
 const DESCRIPTIVE = ["seconds"];
 
 export const EMPTY = {
@@ -36,7 +43,7 @@ export const EMPTY = {
   plan: null,
 };
 
-/** Return whether a field is shown for a task: none that the task does not take, and none that the form has elsewhere. */
+/** Return whether a field is shown for a task: the task takes it, and it is not elsewhere in the form. */
 export function isShown(name, field, task, planner) {
   if (field.hidden || ELSEWHERE.includes(name)) return false;
   if (field.group === "planning" && !planner) return false;
@@ -51,16 +58,16 @@ export function reasonAgainst(name, task, model) {
   return "this model was not trained for it";
 }
 
-/** Return whether a task takes a source, in this state: editing by flow needs one for every task. */
+/** Return whether a task takes a source in this state: FlowEdit needs one for every task. */
 export function takesSource(state, options) {
   const task = options.tasks[state.task];
   return task.accepts.includes("src_audio") || Boolean(state.values.flow_edit_morph);
 }
 
 /**
- * Return the body of a request, and the files that go with it.
+ * Return the body of a request, and its files.
  *
- * A source is {kind: "song", id, index} of this server, which is named by its link, or {kind: "file", blob}, which is
+ * A source is a song of this server, {kind: "song", id, index}, sent as a link, or {kind: "file", blob}, which is
  * uploaded. Fields that the task does not take stay in the form, but are not sent.
  */
 export function toRequest(state, options, planner = false) {
@@ -95,21 +102,21 @@ export function toRequest(state, options, planner = false) {
   return { body, files };
 }
 
-/** Return whether the song is made of the plan, and not of the prompt and what is beside it. */
+/** Return whether the song is made from the plan instead of the prompt and its related fields. */
 export const usesPlan = (state, planner) => Boolean(planner && state.plan && state.task === "text2music");
 
 export const songLink = (sound) => `/v1/songs/${sound.id}/${sound.index}.flac`;
 
-/** Return the song that a link names, {kind, id, index}; null for any other text. */
+/** Return the song that a link refers to, {kind, id, index}; null for any other text. */
 export function songOf(link) {
   const found = /\/v1\/songs\/([0-9a-f-]{36})\/(\d+)(?:\.\w+)?(?:\?.*)?$/.exec(String(link ?? ""));
   return found ? { kind: "song", id: found[1], index: Number(found[2]) } : null;
 }
 
 /**
- * Return the state that a request means, and the names that are not known here.
+ * Return the form's state for a request, and the unknown names in it.
  *
- * It takes the body of a request, a line of JSONL, and what the server says of a song.
+ * It accepts the body of a request, a line of JSONL, and the server's JSON of a song.
  */
 export function fromRequest(body, options, duration = Infinity) {
   if (typeof body !== "object" || body === null || Array.isArray(body)) {
@@ -120,9 +127,9 @@ export function fromRequest(body, options, duration = Infinity) {
   for (const [name, value] of Object.entries(body)) {
     if (value === null || DESCRIPTIVE.includes(name)) continue;
     if (OWN.includes(name)) state[name] = value;
-    else if (name === "src_audio" || name === "reference_audio") {
+    else if (Object.hasOwn(SOUNDS, name)) {
       const song = songOf(value);
-      if (song) state[name === "src_audio" ? "source" : "reference"] = song;
+      if (song) state[SOUNDS[name]] = song;
       else unknown.push(name);
     } else if (name === "task_type" && options.tasks[value]) state.task = value;
     else if (REGIONS.includes(name)) continue;
@@ -133,7 +140,7 @@ export function fromRequest(body, options, duration = Infinity) {
   return { state, unknown };
 }
 
-/** Return a value of a control as the server takes it: a number, a list, true or false, or text; undefined if empty. */
+/** Convert a control's value for the server: a number, a list, true or false, or text; undefined if empty. */
 export function readValue(field, text) {
   const trimmed = text.trim();
   if (trimmed === "") return undefined;
@@ -150,18 +157,18 @@ export function readValue(field, text) {
   return field.long ? text : trimmed;
 }
 
-/** Return whether a field is a number, also where a text is accepted for it, as in "128 bpm". */
+/** Return whether a field is a number, even if text such as "128 bpm" is accepted too. */
 export function isNumeric(field) {
   return field.types.some((type) => type === "whole" || type === "number") && !(field.values.length > 0);
 }
 
-// What is no number is sent as it is: the server says what it expects, in one voice with all other errors.
+// Invalid numbers are sent unchanged, so that the server reports them like all other errors.
 function numberOf(text) {
   const value = Number(text.replace(/^([+-]?\d+),(\d+)$/, "$1.$2"));
   return Number.isFinite(value) ? value : text;
 }
 
-/** Return the difference between two requests, the names of fields that are not equal. */
+/** Return the names of the fields that differ between two requests. */
 export function differing(one, other) {
   const names = new Set([...Object.keys(one), ...Object.keys(other)]);
   return [...names].filter((name) => JSON.stringify(one[name]) !== JSON.stringify(other[name])).sort();

@@ -1,11 +1,11 @@
-// What is around the form and the songs: colours, the key, files that are dropped, whether the server answers.
+// Everything around the form and the songs: colours, the key, dropped files, whether the server responds.
 import * as api from "./api.js";
 import { announce, byId } from "./dom.js";
 import * as storage from "./storage.js";
 
 const THEMES = ["system", "light", "dark"];
 
-/** Let the button go through the colours; canvases are drawn again by `redraw`. */
+/** Let the button cycle through the themes; `redraw` redraws the canvases. */
 export function connectTheme(redraw) {
   const button = byId("theme");
   const show = (theme) => {
@@ -25,7 +25,7 @@ export function connectTheme(redraw) {
   show(storage.read("theme", "system"));
 }
 
-/** Ask for the key in a dialog; resolves to null if it is closed. */
+/** Ask for the key in a dialog; resolve to null if it is closed. */
 function askForKey(problem) {
   const dialog = byId("key-dialog");
   const input = byId("key");
@@ -41,7 +41,7 @@ function askForKey(problem) {
   });
 }
 
-/** Ask for the key whenever the server wants it. */
+/** Ask for the key whenever the server requires it. */
 export function connectKey() {
   api.onKeyNeeded(askForKey);
   byId("key-form").addEventListener("submit", (event) => {
@@ -50,7 +50,7 @@ export function connectKey() {
   });
 }
 
-/** Take files that are dropped anywhere: `dropped(file, target)`. */
+/** Accept files that are dropped anywhere: `dropped(file, target)`. */
 export function connectDrops(dropped) {
   const veil = byId("drop");
   let inside = 0;
@@ -69,13 +69,13 @@ export function connectDrops(dropped) {
   });
 }
 
-/** Show whether the server answers. */
+/** Show whether the server responds. */
 export function reachable(yes) {
   byId("offline").hidden = yes;
   document.body.dataset.server = yes ? "up" : "down";
 }
 
-/** Let the box show and hide what each option means. */
+/** Let the checkbox show and hide the help of each option. */
 export function connectHelp() {
   const explain = byId("explain");
   const showHelp = () => byId("compose").classList.toggle("explained", explain.checked);

@@ -1,4 +1,4 @@
-// Computes spectrograms, so that the page does not freeze meanwhile.
+// Computes spectrograms in a worker, so that the page does not freeze.
 import { spectrogram } from "./fft.js";
 
 self.addEventListener("message", ({ data }) => {

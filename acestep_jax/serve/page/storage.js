@@ -1,10 +1,10 @@
-// What this browser keeps: settings and the draft in localStorage, sound files in IndexedDB.
+// Storage in this browser: settings and the draft in localStorage, sound files in IndexedDB.
 
 const PREFIX = "acestep.";
 const DATABASE = "acestep";
 const FILES = "files";
 
-/** Return what was kept under a name; `fallback` if there is nothing, or nothing that can be read. */
+/** Return the value stored under a name; `fallback` if there is none, or it cannot be read. */
 export function read(name, fallback) {
   try {
     const text = localStorage.getItem(PREFIX + name);
@@ -14,7 +14,7 @@ export function read(name, fallback) {
   }
 }
 
-/** Keep a value; returns whether there was room, which a private window may not have. */
+/** Store a value; return whether there was room, which a private window may not have. */
 export function write(name, value) {
   try {
     localStorage.setItem(PREFIX + name, JSON.stringify(value));
@@ -37,7 +37,7 @@ async function files(mode) {
   return { store: database.transaction(FILES, mode).objectStore(FILES), close: () => database.close() };
 }
 
-/** Keep a file under a name; null removes it. A browser that keeps none forgets it on reload, and nothing else. */
+/** Store a file under a name; null removes it. A browser without storage only loses it on reload. */
 export async function keepFile(name, blob) {
   try {
     const { store, close } = await files("readwrite");
@@ -49,7 +49,7 @@ export async function keepFile(name, blob) {
   }
 }
 
-/** Return a file that was kept; null if there is none. */
+/** Return a stored file; null if there is none. */
 export async function keptFile(name) {
   try {
     const { store, close } = await files("readonly");

@@ -1,4 +1,4 @@
-// One song of a card: its player, its pictures, its plan, and what can be made of it.
+// One song of a card: its player, its pictures, its plan, and its actions.
 import * as api from "./api.js";
 import { el, icon, toast } from "./dom.js";
 import * as lrc from "./lrc.js";
@@ -10,7 +10,7 @@ import { clock } from "./time.js";
 import * as waveform from "./waveform.js";
 
 const COLUMNS = 420;
-const LEVELS = [480, 128]; // of a spectrogram
+const LEVELS = [480, 128]; // columns and rows of a spectrogram
 const PLAN_WORDS = [
   "caption",
   "lyrics",
@@ -22,7 +22,7 @@ const PLAN_WORDS = [
   "score",
 ];
 
-// Cards off the screen load no waveform: a long history opens as fast as a short one.
+// Cards outside of the screen load no waveform, so that a long history opens as fast as a short one.
 const seen = new IntersectionObserver(
   (entries) => {
     for (const entry of entries)
@@ -131,7 +131,7 @@ export function createTake(record, song, title, options, actions) {
     toast(
       count
         ? `${count} lines are shown while it plays.`
-        : "This file has no lines with times, such as [00:12.00]words.",
+        : "This file has no timed lines, such as [00:12.00]words.",
     );
   });
 
@@ -180,7 +180,7 @@ export function createTake(record, song, title, options, actions) {
           actions.send({ kind: "song", id: record.id, index: song.index, title: name, seconds: song.seconds }, null),
         { title: "Use its timbre", data: { testid: "to-reference" } },
       ),
-      small("LRC", () => words.click(), { title: "Show the words of an LRC file while it plays" }),
+      small("LRC", () => words.click(), { title: "Show the lyrics of an LRC file while it plays" }),
       words,
       el("span", { class: "icons" }, picture, star, downloads),
     ),
@@ -193,7 +193,7 @@ export function createTake(record, song, title, options, actions) {
     player.playFrom(track, ((event.clientX - box.left) / box.width) * song.seconds);
   });
   element.addEventListener("seen", async () => {
-    if (song.lrc && !track.lines.length) api.text(song.lrc).then(setLines, () => {}); // without, it plays all the same
+    if (song.lrc && !track.lines.length) api.text(song.lrc).then(setLines, () => {}); // without them, it plays anyway
     try {
       peaks = (await api.peaks(record.id, song.index, COLUMNS)).peaks;
       redraw();
@@ -243,7 +243,7 @@ export function createTake(record, song, title, options, actions) {
   return { element, played, redraw };
 }
 
-/** Return what the planner wrote for a song, folded. */
+/** Return the plan of a song, collapsed. */
 function planBox(plan, edit) {
   const shown = Object.entries(plan).filter(
     ([name, value]) => PLAN_WORDS.includes(name) && value !== null && value !== "",
@@ -254,11 +254,11 @@ function planBox(plan, edit) {
     { class: "plan", data: { testid: "plan" } },
     el("summary", {}, "Plan"),
     el("dl", {}, rows),
-    el("button", { type: "button", class: "quiet small", on: { click: edit } }, "Change this plan"),
+    el("button", { type: "button", class: "quiet small", on: { click: edit } }, "Edit this plan"),
   );
 }
 
-// The link of another format; a signature is of one path, so without the session's cookie only its own format is there.
+// The link of another format. A signature is for one path, so without the session cookie only its own format works.
 function formatPath(link, own, form) {
   const [path] = link.split("?");
   return form === own ? link : `${path.slice(0, path.length - own.length)}${form}`;

@@ -1,10 +1,10 @@
-// The tasks, as buttons of which one is chosen; those that the model was not trained for say why.
+// The tasks, as radio buttons; tasks that the model was not trained for say why.
 import { byId, el } from "./dom.js";
 import { reasonAgainst } from "./request.js";
 
 const NAMES = { text2music: "New song", "cover-nofsq": "Close cover" };
 
-/** Show the tasks; `choose(name)` is called when another one is chosen. */
+/** Show the tasks; `choose(name)` is called when another one is selected. */
 export function showTasks(options, model, chosen, choose) {
   byId("tasks").replaceChildren(
     ...Object.entries(options.tasks).map(([name, task]) => {

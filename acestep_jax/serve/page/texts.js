@@ -1,17 +1,17 @@
-// The prompt and the lyrics: sections by button, and the tokens of both, a guess at once and then the server's count.
+// The prompt and the lyrics: buttons for sections, and token counts, an estimate first and then the server's count.
 import * as api from "./api.js";
 import { byId, el, settle } from "./dom.js";
 import { guessTokens, TAGS, withTag } from "./lyrics.js";
 
-const PAUSE = 400; // ms without a key before the server is asked
+const PAUSE = 400; // ms without a key press before the server is asked
 
-/** Return a function that counts again, and shows it below the texts. */
+/** Return a function that recounts the tokens, and shows them below the texts. */
 export function createCounter(state, options) {
   function show(name, count, limit, guessed) {
     const place = byId(`${name}-tokens`);
     place.textContent = `${guessed ? "about " : ""}${count} of ${limit} tokens`;
     place.classList.toggle("over", count > limit);
-    if (count > limit) place.textContent += ": the end is cut";
+    if (count > limit) place.textContent += ": the end is truncated";
   }
 
   const ask = settle(async () => {
@@ -25,7 +25,7 @@ export function createCounter(state, options) {
       const counted = await api.tokens(asked);
       for (const [name, { tokens, limit }] of Object.entries(counted)) show(name, tokens, limit, false);
     } catch {
-      // the guess stays, and says that it is one; what is wrong is said when the song is requested
+      // keep the estimate, marked as one; errors are shown when the song is requested
     }
   }, PAUSE);
 
@@ -36,7 +36,7 @@ export function createCounter(state, options) {
   };
 }
 
-/** Make the buttons that insert a section into the lyrics. */
+/** Create the buttons that insert a section into the lyrics. */
 export function connectTags() {
   const tags = byId("tags");
   for (const tag of TAGS) {

@@ -1,6 +1,6 @@
-// Seconds in words and numbers. No DOM here.
+// Times in words and numbers. No DOM here.
 
-/** Return seconds as m:ss, or m:ss.t with `tenths`; negative ones begin with a minus. */
+/** Return seconds as m:ss, or m:ss.t with `tenths`; negative times begin with a minus. */
 export function clock(seconds, tenths = false) {
   if (!Number.isFinite(seconds)) return "–:––";
   const unit = tenths ? 10 : 1;
@@ -11,7 +11,7 @@ export function clock(seconds, tenths = false) {
   return `${seconds < 0 && whole > 0 ? "−" : ""}${minutes}:${text}`;
 }
 
-/** Return a duration in words that say no more than is known, such as "40 s" or "3 min". */
+/** Return a rounded duration in words, such as "40 s" or "3 min". */
 export function roughly(seconds) {
   if (seconds < 10) return `${Math.max(1, Math.ceil(seconds))} s`;
   if (seconds < 90) return `${Math.round(seconds / 5) * 5} s`;
@@ -23,13 +23,13 @@ const STAGES = {
   queued: "starting",
   planning: "writing the plan",
   loading: "loading the model",
-  encoding: "reading the words",
+  encoding: "reading the text",
   denoising: "composing",
   aligning: "timing the lyrics",
-  decoding: "turning it into sound",
+  decoding: "decoding audio",
 };
 
-/** Return how far a record is, in words: its place in the queue, or its step, and what remains. */
+/** Return the progress of a record in words: its place in the queue, or its step, and the remaining time. */
 export function progressText(record, secondsSince = 0) {
   if (record.status === "queued") {
     const ahead = Math.max(0, record.position - 1);
@@ -40,16 +40,16 @@ export function progressText(record, secondsSince = 0) {
   if (record.status !== "running") return "";
   const step = `step ${record.step} of ${record.steps}`;
   const stage = record.stage === "denoising" && record.steps ? step : (STAGES[record.stage] ?? record.stage);
-  return `Making it, ${stage}${remaining(record, secondsSince)}`;
+  return `Generating, ${stage}${remaining(record, secondsSince)}`;
 }
 
 function remaining(record, secondsSince) {
-  if (record.eta_seconds === null || record.eta_seconds === undefined) return "; the time is not known yet";
+  if (record.eta_seconds === null || record.eta_seconds === undefined) return "; remaining time unknown";
   const left = record.eta_seconds - secondsSince;
   return left <= 0 ? "; almost there" : `; about ${roughly(left)} left`;
 }
 
-/** Return when something was, relative to now: "just now", "5 min ago", or a date. */
+/** Return a time relative to now: "just now", "5 min ago", or a date. */
 export function when(created, now = Date.now() / 1000) {
   const age = now - created;
   if (age < 60) return "just now";

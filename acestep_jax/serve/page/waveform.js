@@ -1,15 +1,15 @@
-// Sound as pictures: decoding, peaks, and drawing them on a canvas.
+// Audio as pictures: decoding, peaks, and drawing them on a canvas.
 import { colour } from "./dom.js";
 
-const RATE = 48_000; // what spectrograms and peaks are computed at, whatever the device plays
+const RATE = 48_000; // sample rate for spectrograms and peaks, independent of the device
 
-/** Return the samples of a sound file, decoded by the browser; rejects where it cannot read it. */
+/** Return the samples of a sound file, decoded by the browser; reject if it cannot decode it. */
 export async function decode(blob) {
   const context = new OfflineAudioContext(1, 1, RATE);
   return context.decodeAudioData(await blob.arrayBuffer());
 }
 
-/** Return the least and greatest sample of each of `count` parts in turn, from -127 to 127, as the server gives them. */
+/** Return the minimum and maximum sample of each of `count` parts, interleaved, from -127 to 127, like the server. */
 export function peaksOf(buffer, count) {
   const found = new Array(2 * count).fill(0);
   const hop = Math.max(1, Math.ceil(buffer.length / count));
@@ -30,7 +30,7 @@ export function peaksOf(buffer, count) {
   return found;
 }
 
-/** Return one channel, the mean of all. */
+/** Return the mean of all channels. */
 export function mono(buffer) {
   const mixed = new Float32Array(buffer.length);
   for (let channel = 0; channel < buffer.numberOfChannels; channel++) {
@@ -40,7 +40,7 @@ export function mono(buffer) {
   return mixed;
 }
 
-/** Make a canvas as fine as the screen; return its context, in CSS pixels, and its size. */
+/** Set a canvas to the screen's resolution; return its context, in CSS pixels, and its size. */
 export function fitted(canvas) {
   const ratio = Math.min(window.devicePixelRatio || 1, 2);
   const width = Math.max(1, canvas.clientWidth);
@@ -56,8 +56,8 @@ export function fitted(canvas) {
 }
 
 /**
- * Draw peaks as bars between two fractions of the width; what lies before `played`, a fraction of the sound, is in the
- * colour of what was played.
+ * Draw peaks as bars between two fractions of the width; bars before `played`, a fraction of the audio, have the played
+ * colour.
  */
 export function drawPeaks(canvas, peaks, { from = 0, to = 1, played = 0, tone = "--wave-played" } = {}) {
   const { context, width, height } = fitted(canvas);
@@ -103,7 +103,7 @@ export async function levelsOf(blob, columns, rows) {
   });
 }
 
-// Dark to light through the colours of heat; the same in both themes, as a picture is.
+// A heat colour map from dark to light; the same in both themes, like a picture.
 const STOPS = [
   [12, 10, 24],
   [74, 20, 78],
@@ -112,7 +112,7 @@ const STOPS = [
   [255, 238, 170],
 ];
 
-/** Draw levels on a canvas of as many pixels. */
+/** Draw levels on a canvas of the same size in pixels. */
 export function drawLevels(canvas, levels, columns, rows) {
   canvas.width = columns;
   canvas.height = rows;
