@@ -1,4 +1,4 @@
-"""A model in memory: its networks and tokenizer, where they are, its adapters, and how it is loaded and saved."""
+"""A model in memory: its networks and tokenizer, their placement, its adapters, and loading and saving."""
 
 import contextlib
 import functools
@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from acestep_jax.arguments import unknown_name
 from acestep_jax.errors import InputError
 from acestep_jax.inputs.settings import defaults_of
+from acestep_jax.inputs.sources import SilentTimbre
 from acestep_jax.io import checkpoint, sharing
 from acestep_jax.io.adapter import Adapter, LoadedAdapters, scales_by_name
 from acestep_jax.io.files import as_path
@@ -39,10 +40,10 @@ class LoadedModel:
     Args:
         transformer, condition_encoder, text_encoder, vae, audio_tokenizer, audio_token_detokenizer: the networks; None
             for those that are not needed. A method that needs one of these raises InputError.
-        tokenizer: of the text encoder.
+        tokenizer: tokenizer of the text encoder.
         mesh: the device mesh that holds the networks; None: one device.
         placement: whether networks stay on the host until they are used, see `acestep_jax.placement`.
-        sampling_defaults: of this checkpoint; they override those of its variant in `models.registry`.
+        sampling_defaults: defaults of this checkpoint, which override those of its variant in `models.registry`.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class LoadedModel:
         self.sampling_defaults = dict(sampling_defaults or {})
         self.loaded_from: Path | None = None  # the native checkpoint, if there is one
         self.planner_source: PlannerSource | None = None
+        self.silent_timbre = SilentTimbre()
 
     @classmethod
     @with_own_settings
@@ -97,11 +99,11 @@ class LoadedModel:
                 checkpoint. By default the small model of this package.
             variant: "turbo", "base", "sft", "xl-turbo", ..., where the source has several.
             dtype: dtype of weights and computation, "float32", "bfloat16", "float16" or "mixed_float16", see
-                `Runtime.of`; None: the checkpoint's own, or else what suits the device. "int8" and "fp8" quantise the
+                `Runtime.of`; None: the checkpoint's own, or else the best for the device. "int8" and "fp8" quantise the
                 weights of layers, see `models.quantization`; everything else is then as for None.
             mesh: from `acestep_jax.make_mesh`; None: the first device.
             revision: branch, tag or commit of the repository; None: its main branch.
-            token: access token of the hub, for private and gated repositories; None: that of `hf auth login` or
+            token: access token of the hub, for private and gated repositories; None: the one of `hf auth login` or
                 HF_TOKEN.
             cache_dir: folder for downloads and converted weights; None: the hub's cache, and acestep-jax/models in the
                 user's cache folder.
@@ -110,7 +112,7 @@ class LoadedModel:
             offload: whether to keep networks in the host's memory except while they are used; None: only if the device
                 has too little memory for all of them and a song of ten minutes. Not with a mesh.
             planner: the language model that plans songs: a folder, or the id of a repository such as
-                "ACE-Step/acestep-5Hz-lm-0.6B"; None: the model's own. It is loaded when it is first needed.
+                "ACE-Step/acestep-5Hz-lm-0.6B"; None: the model's own. It is loaded on first use.
 
         Raises:
             InputError: if the model cannot be found, downloaded or read, or an argument is unknown.
@@ -163,16 +165,16 @@ class LoadedModel:
         private: bool | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Upload what `save_pretrained` writes to the Hugging Face hub; return the address of the commit.
+        """Upload the files of `save_pretrained` to the Hugging Face hub; return the URL of the commit.
 
         Args:
             repo_id: OWNER/NAME; created if it does not exist.
-            token: access token with write permission; None: that of `hf auth login` or HF_TOKEN.
+            token: access token with write permission; None: the one of `hf auth login` or HF_TOKEN.
             private: whether a new repository is private; None: as in the owner's settings.
             commit_message: None: "Upload with acestep-jax".
 
         Raises:
-            InputError: see `save_pretrained`; or if the hub refuses or cannot be reached.
+            InputError: see `save_pretrained`; or if the hub rejects the upload or cannot be reached.
         """
         from acestep_jax.io import hub
 
@@ -201,7 +203,7 @@ class LoadedModel:
 
     @property
     def transformer(self) -> AceStepTransformer1DModel | None:
-        """The diffusion transformer with the adapters that are loaded. Assigning another transformer discards them."""
+        """The diffusion transformer with the loaded adapters. Assigning another transformer discards the adapters."""
         return self._loaded.network
 
     @transformer.setter
@@ -251,7 +253,7 @@ class LoadedModel:
 
         Args:
             adapter: a folder, a file, the id of a repository, or OWNER/NAME/FILE.safetensors.
-            adapter_name: name for `set_adapters`; None: that of the folder, file or repository.
+            adapter_name: name for `set_adapters`; None: the name of the folder, file or repository.
             weight_name: the file to use if a folder or repository holds several adapters.
             revision, token, cache_dir, local_files_only: of the hub, see `from_pretrained`.
 
@@ -328,7 +330,7 @@ class LoadedModel:
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults for what `Sampling` leaves open: the checkpoint's own, or else the variant's."""
+        """Defaults for unset fields of `Sampling`: the checkpoint's own, or else the variant's."""
         return defaults_of(Sampling(), self.need("transformer").config, self.sampling_defaults)
 
     def need(self, name: str) -> Any:
@@ -346,9 +348,9 @@ class LoadedModel:
 
 
 def converted_dtype(dtype: str | None) -> str | None:
-    """Return the dtype that weights are stored in after conversion, for the dtype that a user gave; None: unchanged.
+    """Return the dtype of stored weights after conversion, for the dtype given by the user; None: unchanged.
 
-    Mixed precision does not change what is stored: weights are rounded when they are loaded.
+    Mixed precision does not change the stored weights: they are rounded when they are loaded.
     """
     precision, quantization = split_dtype(dtype)
     return quantization if precision in (None, MIXED) else precision

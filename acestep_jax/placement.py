@@ -1,12 +1,14 @@
 """Where the networks of a pipeline are kept: on the device, or on the host except while they are used.
 
     with placement.stage(networks) as placed:
-        encode(placed["text_encoder"], ...)     # copied to the device when it is first read
-    with placement.stage(networks) as placed:   # and dropped when the stage ends
+        encode(placed["text_encoder"], ...)     # copied to the device on first use
+    with placement.stage(networks) as placed:   # and freed at the end of the stage
         denoise(placed["transformer"], ...)
 
-The compiled programs are the same either way, and so are the results, bit for bit; but where a GPU keeps a second copy
-of the transformer's layers, songs are equal only up to rounding. For one device, not for a mesh.
+On a CPU, networks are in mapped files of their checkpoint, see `io.mapped`, and a stage releases their pages.
+
+The compiled programs are the same either way, and so are the results, bit for bit; but if a GPU keeps a second copy of
+the transformer's layers, songs are equal only up to rounding. For one device, not for a mesh.
 """
 
 import contextlib
@@ -20,6 +22,7 @@ import jax
 from jax.sharding import Mesh
 
 from acestep_jax.errors import InputError
+from acestep_jax.io import mapped
 from acestep_jax.models.kernels.unstacked import unstacking_pays
 from acestep_jax.models.transformer import AceStepTransformer1DModel
 
@@ -27,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 
 class Placement:
-    """Copies networks to `device` for the duration of a stage; None: they are on the device already.
+    """Copies networks to `device` for the duration of a stage; None: they are already on the device.
 
-    second_copy: bytes of a second copy of the transformer's layers, which denoising uses, see `kernels.unstacked`; 0:
-        there is none.
+    second_copy: bytes of a second copy of the transformer's layers for denoising, see `kernels.unstacked`; 0: there is
+        none.
     """
 
     def __init__(self, device: Any = None, *, second_copy: int = 0):
@@ -45,22 +48,23 @@ class Placement:
 
     @contextlib.contextmanager
     def stage(self, networks: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-        """Yield the networks by name, on the device. Copies are freed at the end, so wait for results before."""
+        """Yield the networks by name, on the device. Copies are freed at the end, so wait for results before that."""
         placed = _Placed(networks, self.device)
         try:
             yield placed
         finally:
             placed.drop()
+            mapped.release()
 
     def for_denoising(self, transformer: AceStepTransformer1DModel) -> AceStepTransformer1DModel:
-        """Return a transformer in the form in which this device makes steps."""
+        """Return a transformer in the form that denoising on this device uses."""
         if not self.second_copy:
             return transformer
         arrays = jax.tree.leaves(transformer)  # a module can be changed in place; its arrays cannot
         is_same = len(arrays) == len(self._made_of) and all(map(operator.is_, arrays, self._made_of))
         if self._unstacked is not None and is_same:
             return self._unstacked
-        self.forget()  # frees the memory before the next one is made
+        self.forget()  # free the memory before the next copy is made
         try:
             made = jax.block_until_ready(_unstack(transformer))
         except jax.errors.JaxRuntimeError as error:
@@ -85,7 +89,7 @@ _unstack = jax.jit(AceStepTransformer1DModel.unstacked)
 
 
 class _Placed(Mapping[str, Any]):
-    """Networks by name, copied when they are first read."""
+    """Networks by name, copied on first use."""
 
     def __init__(self, networks: Mapping[str, Any], device: Any):
         self._networks, self._device = networks, device
@@ -108,7 +112,7 @@ class _Placed(Mapping[str, Any]):
         return len(self._networks)
 
     def _copy(self, array: jax.Array) -> jax.Array:
-        if array.devices() == {self._device}:  # it would share its memory with the copy
+        if array.devices() == {self._device}:  # a copy would share its memory
             return array
         copy = jax.device_put(array, self._device)
         self._copies.append(copy)
@@ -129,7 +133,7 @@ def choose(needed: int, offload: bool | None, mesh: Mesh | None, transformer_byt
         needed: bytes of all weights and of generating a song, see `memory.needed_bytes`.
         offload: whether to keep them on the host; None: if the first device has less memory than `needed`.
         mesh: the device mesh that holds them; networks on a mesh are never kept on the host.
-        transformer_bytes: size of the weights of the transformer, of which a GPU with enough memory keeps two forms.
+        transformer_bytes: size of the transformer's weights, which a GPU with enough memory keeps in two forms.
 
     Raises:
         InputError: if they should be kept on the host, but there is a mesh, or JAX may not use the host.

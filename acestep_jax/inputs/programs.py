@@ -13,7 +13,7 @@ from acestep_jax.models.condition_encoder import AceStepConditionEncoder
 from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS
 from acestep_jax.models.qwen3 import Qwen3Model
 
-REFERENCE_FRAMES = 750  # latent frames of a timbre reference (30 s); without one it is silence
+REFERENCE_FRAMES = 750  # latent frames of a timbre reference (30 s); silence if there is none
 PEAK = 10.0 ** (-1.0 / 20.0)  # -1 dBFS, the loudest sample of every song
 
 
@@ -60,16 +60,20 @@ def detokenize(
 
 
 @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
-def encode_timbres(condition_encoder: AceStepConditionEncoder, references: jax.Array | None = None) -> jax.Array:
-    """Encode reference clips to tokens [N + 1, D]; the last one is the token of silence.
+def encode_timbres(
+    condition_encoder: AceStepConditionEncoder,
+    references: jax.Array | None = None,
+    silent: jax.Array | None = None,
+) -> jax.Array:
+    """Encode reference clips to tokens [N, D], followed by the token of silence if that is given.
 
     Args:
-        references: [N, 750, C], latents of the clips; None: no clips.
+        references: [N, 750, C], latents of the clips; None: silence, which is one clip.
+        silent: [1, D], the token of silence.
     """
-    clips = condition_encoder.silence(REFERENCE_FRAMES).astype(jnp.float32)
-    if references is not None:
-        clips = jnp.concatenate([references, clips])
-    return condition_encoder.timbre_encoder(clips.astype(condition_encoder.runtime.dtype))
+    clips = condition_encoder.silence(REFERENCE_FRAMES) if references is None else references
+    tokens = condition_encoder.timbre_encoder(clips.astype(condition_encoder.runtime.dtype))
+    return tokens if silent is None else jnp.concatenate([tokens, silent])
 
 
 @functools.partial(jax.jit, static_argnames="attend_to_padding", compiler_options=COMPILER_OPTIONS)
@@ -86,7 +90,7 @@ def encode(
     """Encode prompts, lyrics and timbres to the condition of B songs.
 
     Args:
-        tokens: of the prompts.
+        tokens: tokens of the prompts.
         timbres: [N, D], see `encode_timbres`.
         owners: [B] int32, index into `timbres` for each song.
         attend_to_padding: whether to treat padding as valid, as diffusers does.
@@ -111,7 +115,7 @@ def decode(vae: AutoencoderOobleck, latents: jax.Array, lengths: jax.Array, scal
         lengths: [B] int32, latent frames; later samples are silent.
         scaled: [B] bool, whether to normalise a song to a peak of -1 dBFS.
     """
-    waveform = vae.decode(latents, lengths).astype(jnp.float32)
+    waveform = vae.decode(latents, lengths)
     ends = lengths[:, None, None] * vae.hop_length
     waveform = jnp.where(jnp.arange(waveform.shape[-1]) < ends, waveform, 0.0)
     peak = jnp.max(jnp.abs(waveform), axis=(1, 2), keepdims=True)

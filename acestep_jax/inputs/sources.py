@@ -1,8 +1,10 @@
 """From the audio, codes and texts of jobs to latents and conditions through the compiled programs, and back to songs.
 
-Arrays that songs share out among themselves differ in length: rows are padded to `frames` latent frames.
+The arrays of songs in a batch differ in length: rows are padded to `frames` latent frames.
 """
 
+import operator
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,16 +25,53 @@ FADE = 0.025  # seconds at each end of a repainted region, over which its source
 
 SOURCE_NOISE, REFERENCE_NOISE = 2**31 - 1, 2**31 - 2  # beyond the numbers of steps, which solvers fold into keys
 
-Networks = Mapping[str, Any]  # by the names of `models.registry`
+Networks = Mapping[str, Any]  # networks by their names in `models.registry`
+
+
+class SilentTimbre:
+    """Encodes the timbre of silence once for the weights of a condition encoder, and keeps the token."""
+
+    def __init__(self):
+        self._token: jax.Array | None = None
+        self._made_of: list[weakref.ref] = []
+
+    def token(self, networks: Networks, placed: Networks) -> jax.Array:
+        """Return the token, [1, D].
+
+        Args:
+            networks: networks of the model; a module can be changed in place, its arrays cannot.
+            placed: the same networks on the device.
+        """
+        arrays = jax.tree.leaves(networks["condition_encoder"])
+        made_of = [kept() for kept in self._made_of]
+        token = self._token
+        if token is None or len(arrays) != len(made_of) or not all(map(operator.is_, arrays, made_of)):
+            # Kept only if it succeeds.
+            token = jax.block_until_ready(programs.encode_timbres(placed["condition_encoder"]))
+            self._token, self._made_of = token, [weakref.ref(array) for array in arrays]
+        return token
 
 
 def conditions(
-    networks: Networks, batch: Batch, references: tuple[jax.Array | None, np.ndarray], *, attend_to_padding: bool
+    networks: Networks,
+    batch: Batch,
+    references: tuple[jax.Array | None, np.ndarray],
+    silent: jax.Array | None,
+    *,
+    attend_to_padding: bool,
 ) -> tuple[Condition, Condition | None, Condition | None]:
-    """Return the condition of each song; that of text2music, if a cover is partial; and that of the texts that describe
-    the source, for FlowEdit. The first two have the same number of tokens."""
+    """Return the conditions of the songs; their conditions for text2music, if a cover is partial; and the conditions
+    from the texts that describe the sources, for FlowEdit. The first two have the same number of tokens.
+
+    Args:
+        references: see `references`.
+        silent: token of silence, see `SilentTimbre`; None if each song has a clip.
+    """
     clips, owners = references
-    timbres = programs.encode_timbres(networks["condition_encoder"], clips)
+    timbres = silent
+    if clips is not None:
+        timbres = programs.encode_timbres(networks["condition_encoder"], clips, silent)
+    assert timbres is not None
 
     def encode(tokens: Tokens[np.ndarray], lyrics: Tokens[np.ndarray] = batch.lyrics) -> Condition:
         return programs.encode(
@@ -58,7 +97,7 @@ def conditions(
 def source_latents(
     networks: Networks, jobs: Sequence[Job], frames: int, channels: int, keys: jax.Array | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the latents of the sources, and those that the transformer gets, some after the audio tokenizer.
+    """Return the latents of the sources, and the latents for the transformer, some after the audio tokenizer.
 
     Both are [B, frames, channels] float32, zero for songs without a source.
 
@@ -68,10 +107,13 @@ def source_latents(
     clean = np.zeros((len(jobs), frames, channels), np.float32)
     codes = {i: job.codes for i, job in enumerate(jobs) if job.codes is not None}
     waves = {i: job.source for i, job in enumerate(jobs) if job.source is not None}
+    given = [i for i, job in enumerate(jobs) if job.source_latents is not None]
+    for i in given:
+        clean[i, : jobs[i].frames] = _with_silence(networks, jobs[i])
     if waves:
         own = None if keys is None else _folded(keys, list(waves), SOURCE_NOISE)
         clean[list(waves)] = encode_audio(networks["vae"], list(waves.values()), frames, own)
-    if rows := [i for i in waves if jobs[i].task.tokenized]:
+    if rows := [i for i in (*waves, *given) if jobs[i].task.tokenized]:
         found = tokenize(networks, clean[rows], [jobs[i].frames for i in rows])
         codes |= dict(zip(rows, found, strict=True))
     source = clean.copy()
@@ -79,13 +121,25 @@ def source_latents(
         made = detokenize(networks, list(codes.values()), frames)
         for i, latents in zip(codes, made, strict=True):
             source[i] = latents
-            if jobs[i].source is None:
+            if jobs[i].codes is not None:
                 clean[i] = latents
     return clean, source
 
 
+def _with_silence(networks: Networks, job: Job) -> np.ndarray:
+    """Return the latents that a job brings along, [frames, C], with those of silence where the song is longer."""
+    assert job.source_latents is not None
+    hop = networks["vae"].hop_length
+    first, end = (sample // hop for sample in job.source_samples)
+    if first == 0 and end == job.frames:
+        return job.source_latents
+    latents = np.array(on_host(networks["condition_encoder"].silence(job.frames)))[0].astype(np.float32)
+    latents[first:end] = job.source_latents[first:end]
+    return latents
+
+
 def _folded(keys: jax.Array, rows: Sequence[int], purpose: int) -> jax.Array:
-    """Return keys for one purpose, derived from those of the songs in `rows`."""
+    """Return keys for one purpose, derived from the keys of the songs in `rows`."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys[np.array(rows)], purpose)
 
 
@@ -97,15 +151,22 @@ def references(
 
     keys: see `source_latents`.
     """
-    waves = [job.reference for job in jobs if job.reference is not None]
-    owners = np.full(len(jobs), len(waves), np.int32)
-    if not waves:
+    rows = [i for i, job in enumerate(jobs) if job.reference is not None or job.reference_latents is not None]
+    owners = np.full(len(jobs), len(rows), np.int32)
+    if not rows:
         return None, owners
-    owners[[job.reference is not None for job in jobs]] = np.arange(len(waves))
-    lengths = np.full(len(waves), waves[0].shape[-1], np.int32)
-    rows = [i for i, job in enumerate(jobs) if job.reference is not None]
-    own = None if keys is None else _folded(keys, rows, REFERENCE_NOISE)
-    return programs.encode_audio(networks["vae"], np.stack(waves), lengths, own), owners
+    owners[rows] = np.arange(len(rows))
+    waves = {i: wave for i in rows if (wave := jobs[i].reference) is not None}
+    made = None
+    if waves:
+        lengths = np.full(len(waves), next(iter(waves.values())).shape[-1], np.int32)
+        own = None if keys is None else _folded(keys, list(waves), REFERENCE_NOISE)
+        made = programs.encode_audio(networks["vae"], np.stack(list(waves.values())), lengths, own)
+        if len(waves) == len(rows):
+            return made, owners
+    encoded = iter(() if made is None else np.array(on_host(made)))
+    clips = [next(encoded) if (own := jobs[i].reference_latents) is None else own for i in rows]
+    return jnp.asarray(np.stack(clips)), owners
 
 
 def encode_audio(
@@ -151,18 +212,30 @@ def check_songs(jobs: Sequence[Job], seeds: Sequence[int | None], values: Sequen
         audio.check_finite(own, name if seed is None else f"{name}, seed {seed}", what)
 
 
-def finished(job: Job, made: np.ndarray, vae: AutoencoderConfig) -> np.ndarray:
+def decoded_sources(networks: Networks, jobs: Sequence[Job], clean: np.ndarray, lengths: np.ndarray) -> Any:
+    """Return the audio of sources that are latents, [B, channels, samples] float32, at their own level; None if no song
+    keeps such a source. `clean`: see `source_latents`."""
+    if not any(job.keeps_source and job.source_latents is not None for job in jobs):
+        return None
+    return on_host(programs.decode(networks["vae"], clean, lengths, np.zeros(len(jobs), bool)))
+
+
+def finished(job: Job, made: np.ndarray, vae: AutoencoderConfig, source: np.ndarray | None = None) -> np.ndarray:
     """Return the audio of a song, [channels, samples] float32: `made`, cut to the song's length, with the source
-    outside of repainted regions."""
+    outside of repainted regions.
+
+    Args:
+        source: see `decoded_sources`; None: the job has it.
+    """
     made = made[:, : job.samples]
     if not job.keeps_source:
         return np.array(made)
-    assert job.source is not None
+    source = job.source if job.source is not None else source
+    assert source is not None
     mask = np.zeros(job.samples, bool)
     for first, last in job.regions:
         mask[first:last] = True
-    source = job.source[:, : job.samples]
-    return audio.splice(source, made, mask, job.source_samples, round(FADE * vae.sampling_rate))
+    return audio.splice(source[:, : job.samples], made, mask, job.source_samples, round(FADE * vae.sampling_rate))
 
 
 def _padded(condition: Condition, size: int) -> Condition:

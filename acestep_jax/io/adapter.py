@@ -1,7 +1,7 @@
-"""LoRA, DoRA, LoKr and LoHa adapters of the transformer: as files, loaded beside its weights, or merged into them.
+"""LoRA, DoRA, LoKr and LoHa adapters of the transformer: as files, loaded alongside its weights, or merged into them.
 
-A folder: `adapter.json` is the `LoRAConfig`, `adapter.safetensors` the float32 parameters by dotted path. Files of
-PyTorch are read as well, see `io.adapter_reader`.
+A folder: `adapter.json` is the `LoRAConfig`, `adapter.safetensors` the float32 parameters by dotted path. PyTorch
+adapters are read as well, see `io.adapter_reader`.
 """
 
 import dataclasses
@@ -36,11 +36,11 @@ CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
 class Adapter:
     """A trained adapter of a transformer with L layers.
 
-    config: what it was trained with; at scale 1 its product counts `alpha / rank` times.
-    leaves: the parameters, float32, by dotted path within the transformer. Of an adapted layer of `layers`:
+    config: its training configuration; at scale 1 its product is multiplied by `alpha / rank`.
+    leaves: the parameters, float32, by dotted path within the transformer. A layer in `layers` has
         `layers.P.lora_a` [L, in, r], `layers.P.lora_b` [L, r, out] and, for DoRA only, `layers.P.lora_magnitude`
-        [L, out]. Of another, such as `condition_embedder`, the same without L. A LoKr or LoHa layer has the parts that
-        `models.lora` names instead.
+        [L, out]. Another layer, such as `condition_embedder`, has the same without L. A LoKr or LoHa layer has the
+        arrays that `models.lora` names instead.
     """
 
     config: LoRAConfig
@@ -51,7 +51,7 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
     """Write an adapter, atomically.
 
     Raises:
-        InputError: if `path` exists, see `publish_folder`, or the parameters are not what `Adapter` says.
+        InputError: if `path` exists, see `publish_folder`, or the parameters do not match `Adapter`.
     """
     path = as_path(path)
     check_new(path)
@@ -59,16 +59,17 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
     leaves = {name: np.ascontiguousarray(value) for name, value in adapter.leaves.items()}
     values = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(adapter.config)}
     with publish_folder(path, sum(value.nbytes for value in leaves.values())) as folder:
-        (folder / WEIGHTS).write_bytes(save(leaves))  # `save_file` would let nobody else read it
+        (folder / WEIGHTS).write_bytes(save(leaves))  # `save_file` would make it readable only by its owner
         (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(path: str | Path, num_layers: int | None = None) -> Adapter:
-    """Read an adapter that `save_adapter` wrote, or one of PyTorch in any layout that `adapter_reader.read_lora` knows.
+    """Read an adapter written by `save_adapter`, or a PyTorch adapter in any layout that `adapter_reader.read_lora`
+    supports.
 
     Args:
-        num_layers: of the transformer; needed for a file of PyTorch that leaves out the last layers, which does not say
-            how many there are.
+        num_layers: number of layers of the transformer; required for a PyTorch adapter without the last layers, which
+            does not say how many there are.
 
     Raises:
         InputError: if `path` is something else, or is damaged or incomplete.
@@ -87,7 +88,7 @@ def load_adapter(path: str | Path, num_layers: int | None = None) -> Adapter:
     try:
         values = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: expected {CONFIG} beside {WEIGHTS}; export or convert the adapter again") from None
+        raise InputError(f"{path}: expected {CONFIG} next to {WEIGHTS}; export or convert the adapter again") from None
     except ValueError as error:
         raise InputError(f"{path / CONFIG}: not valid JSON ({error}); export or convert the adapter again") from None
     adapter = Adapter(_read_config(path / CONFIG, values), _read_leaves(path / WEIGHTS))
@@ -96,7 +97,7 @@ def load_adapter(path: str | Path, num_layers: int | None = None) -> Adapter:
 
 
 def check_adapter(adapter: Adapter, config: TransformerConfig, source: str = "adapter") -> None:
-    """Check that an adapter fits a transformer; raise InputError naming `source` and the parameter if it does not."""
+    """Check that an adapter matches a transformer; if not, raise InputError naming `source` and the parameter."""
     shapes = checkpoint.leaf_shapes("transformer", config)
     kernels = {n.removesuffix(".kernel"): leaf.shape for n, leaf in shapes.items() if n.endswith(".kernel")}
     check_shapes(adapter.leaves, kernels, source)
@@ -105,13 +106,12 @@ def check_adapter(adapter: Adapter, config: TransformerConfig, source: str = "ad
 def merge_adapters(
     transformer: AceStepTransformer1DModel, adapters: Sequence[Adapter], scales: Sequence[float]
 ) -> AceStepTransformer1DModel:
-    """Return a copy of the transformer whose weights are changed by the sum of `scales[i]` times what `adapters[i]`
-    changes.
+    """Return a copy of the transformer with the changes of all adapters, each times its scale, added to its weights.
 
     Every change is relative to the given weights, so the order does not matter. See `models.lora.merge_loras`.
 
     Args:
-        scales: 1 is what was trained, 0 nothing, and below 0 the opposite.
+        scales: scale of each adapter: 1 is the adapter as trained, 0 has no effect, below 0 is the opposite.
 
     Raises:
         InputError: if an adapter is for another model, or a scale is not a finite number.
@@ -127,10 +127,10 @@ def resolve_adapters(
     scale: float | Sequence[float],
     config: TransformerConfig,
 ) -> tuple[list[Adapter], list[float]]:
-    """Return as lists, read and checked, one or several adapters or their folders, and one scale for all or for each.
+    """Read and check one or several adapters or folders, and one scale for all or one for each; return both as lists.
 
     Raises:
-        InputError: see `load_adapter`, `check_adapter` and `check_scale`; or if the numbers of both differ.
+        InputError: see `load_adapter`, `check_adapter` and `check_scale`; or if the counts differ.
     """
     adapters = [adapters] if isinstance(adapters, str | Path | Adapter) else list(adapters)
     scales = list(cast(Sequence[float], [scale] * len(adapters) if np.ndim(scale) == 0 else scale))
@@ -156,14 +156,14 @@ def check_scale(scale: float, argument: str = "scale") -> None:
 class LoadedAdapters:
     """The adapters of a transformer, by name. Every method returns a new object, and changes nothing if it raises.
 
-    LoRA and DoRA are computed beside the weights, see `models.adapters`: every change is relative to those of `base`,
-    so the order in which adapters are loaded does not matter, and other scales need neither memory nor compilation
-    (but see `Placement.second_copy`).
-    LoKr and LoHa change a copy of the weights of their layers, which other scales make anew.
+    LoRA and DoRA are computed alongside the weights, see `models.adapters`: every change is relative to the weights of
+    `base`, so the order in which adapters are loaded does not matter, and new scales need neither memory nor
+    compilation (but see `Placement.second_copy`). LoKr and LoHa change a copy of the weights of their layers, which is
+    made again for new scales.
 
     base: the transformer without adapters; None in a pipeline without one.
-    network: the one that computes with them; it shares the arrays of `base`, and is `base` where there are none.
-    scales: by name; 1 is what was trained, 0 is off.
+    network: the transformer with adapters; it shares the arrays of `base`, and is `base` if there are no adapters.
+    scales: scale of each adapter by name; 1 is the adapter as trained, 0 is off.
     """
 
     base: Any
@@ -210,7 +210,7 @@ class LoadedAdapters:
         return self._apply(self.base, {**self.factors, **made}, {**self.scales, **scales})
 
     def set(self, scales: Mapping[str, float]) -> "LoadedAdapters":
-        """Change the scales of loaded adapters; those that are not named are off.
+        """Change the scales of loaded adapters; adapters that are not named are turned off.
 
         Raises:
             InputError: if a name is unknown, or a scale is not a finite number.
@@ -257,7 +257,7 @@ def scales_by_name(
         scales: one for all names, or one for each; None: 1.
 
     Raises:
-        InputError: if there are more or fewer scales than names, or scales beside those by name.
+        InputError: if the numbers of scales and names differ, or scales are given twice.
     """
     if isinstance(names, Mapping):
         if scales is not None:
@@ -293,7 +293,7 @@ def _check_names(name: str | Sequence[str], count: int, taken: Iterable[str]) ->
         raise InputError(f"name: expected {count}, one for each adapter, found {len(names)}")
     for i, name in enumerate(names):
         if not isinstance(name, str) or not name:
-            raise InputError(f"name: expected a text that is not empty, found {name!r}")
+            raise InputError(f"name: expected text that is not empty, found {name!r}")
         if name in {*taken, *names[:i]}:
             raise InputError(f"name: an adapter {name!r} is loaded already; choose another name or unload it first")
     return names
@@ -329,7 +329,7 @@ def _read_leaves(file: Path) -> dict[str, np.ndarray]:
 
 
 def _check_leaves(adapter: Adapter, source: str) -> None:
-    """Check that the parameters are complete, and agree with the config and with each other."""
+    """Check that the parameters are complete, and consistent with the config and each other."""
     rank, leaves, use_dora = adapter.config.rank, adapter.leaves, adapter.config.use_dora
     if not leaves:
         raise InputError(f"{source}: holds no adapted layer; expected NAME.lora_a and NAME.lora_b of at least one")
@@ -361,7 +361,7 @@ def _check_leaves(adapter: Adapter, source: str) -> None:
 
 
 def _check_shapes_of(parts: Mapping[str, np.ndarray], kind: str, layer: str, rank: int, source: str) -> int | None:
-    """Check that the parts of a layer agree in shape; return how many layers of the transformer they are for."""
+    """Check that the shapes of a layer's arrays match; return the number of transformer layers that they are for."""
     stacked = re.search(r"(?:^|\.)layers\.", layer) is not None
     ndim = 3 if stacked else 2
     name, *others = PARTS[kind]
@@ -386,7 +386,7 @@ def _check_shapes_of(parts: Mapping[str, np.ndarray], kind: str, layer: str, ran
     for part, expected in rest.items():
         if (shape := parts[part].shape) != expected:
             raise InputError(
-                f"{source}: {layer}.{part} has shape {list(shape)}, expected {list(expected)} beside {name} "
+                f"{source}: {layer}.{part} has shape {list(shape)}, expected {list(expected)} to match {name} "
                 f"{list(first.shape)}"
             )
     return len(first) if stacked else None

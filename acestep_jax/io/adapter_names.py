@@ -1,7 +1,7 @@
-"""The names that tensors of adapters have in files of PyTorch, as trainers and applications write them.
+"""The names of adapter tensors in PyTorch files, as trainers and applications write them.
 
-There are 18 linear layers, of which most exist once in each of the transformer's layers. Each has a name in diffusers
-and one in ACE-Step's own code, with dots or, flattened, with underscores, after any of the prefixes below.
+There are 18 linear layers, most of which exist once in each transformer layer. Each has a name in diffusers and one in
+ACE-Step's own code, with dots or, flattened, with underscores, after any of the prefixes below.
 """
 
 import functools
@@ -28,7 +28,7 @@ PARTS = {
     **{f"lokr_{part}": ("lokr", part) for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
     **{f"hada_{part}": ("loha", part) for part in ("w1_a", "w1_b", "w2_a", "w2_b")},
 }
-# What a tensor of another name belongs to.
+# Other kinds of adapters, by their tensor names.
 OTHER_KINDS = {
     r"\.lokr_t[12]\b|\.hada_t[12]\b|\.lora_mid\b": "a Tucker decomposition, which is of convolutions",
     r"\.oft_|\.boft_": "an OFT adapter",
@@ -43,13 +43,13 @@ OTHER_KINDS = {
 NAMES = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}
 # An adapter's name may stand between a part and `weight`, as in PEFT's own state: `lora_A.default.weight`.
 _TENSOR = re.compile(rf"(.+)\.({'|'.join(map(re.escape, PARTS))})(?:\.(?!(?:weight|bias)$)([^.]+))?(?:\.weight)?")
-# Of PEFT, diffusers, ComfyUI, kohya's and LyCORIS' trainers, torch.compile and data-parallel wrappers.
+# Prefixes of PEFT, diffusers, ComfyUI, kohya's and LyCORIS' trainers, torch.compile and data-parallel wrappers.
 _PREFIX = "(?:(?:base_model|model|transformer|diffusion_model|decoder|unet|dit|lora|lycoris|module)_)*"
 _ORIGINAL = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "o_proj"}
 
 
 class Name(NamedTuple):
-    """Say what a tensor is: of which module, as the file names it, of which kind, which part, of which adapter."""
+    """The meaning of a tensor's name: its module, as the file names it, its kind and part, and its adapter."""
 
     module: str
     kind: str
@@ -58,13 +58,13 @@ class Name(NamedTuple):
 
 
 def parse(tensor: str) -> Name | None:
-    """Return what a tensor is by its name; None if it is no part of an adapter of the kinds in `NAMES`."""
+    """Parse the name of a tensor; return None if it does not belong to an adapter of a kind in `NAMES`."""
     match = _TENSOR.fullmatch(tensor)
     return None if match is None else Name(match[1], *PARTS[match[2]], match[3])
 
 
 def other_kind(tensor: str) -> str | None:
-    """Return what a tensor that `parse` does not know belongs to, if its name says so."""
+    """Return the kind of adapter that a tensor unknown to `parse` belongs to, if its name says so."""
     return next((kind for pattern, kind in OTHER_KINDS.items() if re.search(pattern, tensor)), None)
 
 
@@ -77,12 +77,12 @@ def linear_layers() -> frozenset[str]:
 
 
 def is_stacked(layer: str) -> bool:
-    """Return whether a path of ours stands for one layer in each of the transformer's."""
+    """Return whether one of our paths stands for a linear layer in each transformer layer."""
     return layer.startswith("layers.")
 
 
 def find_layer(module: str) -> tuple[str, int | None] | None:
-    """Return the path of the linear layer that a module is for, and its row in a stack; None if it is for no such."""
+    """Return the path of the linear layer for a module, and its row in a stack; None if there is none."""
     flat = re.sub(r"_orig_mod[._]", "", module).replace(".", "_")
     match = _modules().fullmatch(flat)
     if match is None:

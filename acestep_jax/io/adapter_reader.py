@@ -1,6 +1,6 @@
-"""Reading adapters of PyTorch: LoRA, DoRA, LoKr and LoHa of PEFT, diffusers, ComfyUI, LyCORIS and ACE-Step's trainer.
+"""Reads PyTorch adapters: LoRA, DoRA, LoKr and LoHa from PEFT, diffusers, ComfyUI, LyCORIS and ACE-Step's trainer.
 
-What is needed is NumPy and safetensors. See `adapter_names` for the names and `adapter_settings` for rank and alpha.
+This needs only NumPy and safetensors. See `adapter_names` for the names and `adapter_settings` for rank and alpha.
 """
 
 import logging
@@ -29,7 +29,7 @@ from acestep_jax.models.config import LoRAConfig
 logger = logging.getLogger(__name__)
 
 DIFFUSERS_WEIGHTS, LOKR_WEIGHTS = "pytorch_lora_weights.safetensors", "lokr_weights.safetensors"
-TRAINER_FOLDER = "adapter"  # beside the state file of ACE-Step's own trainer
+TRAINER_FOLDER = "adapter"  # next to the state file of ACE-Step's own trainer
 _DTYPES = ("F32", "F16", "BF16", "F64")
 
 
@@ -39,7 +39,7 @@ class _Tensor(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """Hold a file of tensors and what its trainer recorded of it."""
+    """A file of tensors, and the settings that its trainer recorded."""
 
     file: Path
     tensors: dict[str, _Tensor]
@@ -47,7 +47,7 @@ class _Source(NamedTuple):
 
 
 class _Module(NamedTuple):
-    """Hold the adapter of one torch module: `parts` as `io.adapter.Adapter` has them, float32, and their factor."""
+    """The adapter of one torch module: `parts` as in `io.adapter.Adapter`, float32, and their factor."""
 
     kind: str
     parts: dict[str, np.ndarray]
@@ -95,7 +95,7 @@ def _open(source: Path) -> _Source:
         if PEFT_CONFIG in names:
             if PEFT_WEIGHTS not in names:
                 raise InputError(
-                    f"{source}: expected {PEFT_WEIGHTS} beside {PEFT_CONFIG}, found {some(names)}; "
+                    f"{source}: expected {PEFT_WEIGHTS} next to {PEFT_CONFIG}, found {some(names)}; "
                     "save it again with safe_serialization=True"
                 )
             file = source / PEFT_WEIGHTS
@@ -143,7 +143,7 @@ def _read_header(file: Path) -> dict[str, _Tensor]:
 
 
 def _group(source: _Source) -> dict[str, tuple[str, dict[str, _Tensor]]]:
-    """Return kind and tensors by module, as the file names it, and by part. Names alone decide the kind of each."""
+    """Return kind and tensors by module, as the file names it, and by part. Names determine the kind of each."""
     modules: dict[str, dict[str, _Tensor]] = {}
     kinds: dict[str, set[str]] = {}
     adapters: dict[str | None, str] = {}
@@ -182,7 +182,7 @@ def _group(source: _Source) -> dict[str, tuple[str, dict[str, _Tensor]]]:
 
 
 def _need(raw: str, parts: dict[str, _Tensor], wanted: dict[str, str], source: _Source) -> None:
-    """Check that matrices are there. `wanted`: by part, what a message calls it."""
+    """Check that matrices exist. `wanted`: name of each part for messages."""
     for part, name in wanted.items():
         if part not in parts:
             raise InputError(f"{source.file}: {raw} has no {name}; expected all factors of each layer")

@@ -1,6 +1,6 @@
-"""What trainers record of an adapter beside its tensors, and which of it this library can follow.
+"""The settings that trainers record with an adapter, and the ones that this library supports.
 
-Only settings that are known not to change what the tensors mean may be set; others are named and refused.
+Settings are accepted only if they are known not to change the meaning of the tensors; others are errors that name them.
 """
 
 import json
@@ -17,7 +17,7 @@ PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_KEY, LOKR_KEY = "lora_adapter_metadata", "lokr_config"
 PEFT_KINDS = {"LORA": "lora_alpha", "LOKR": "alpha", "LOHA": "alpha"}  # the key of alpha in each
 
-# Settings of PEFT that are read, or that matter only to training, or only where others are set.
+# PEFT settings that are read, or that matter only for training, or only together with others.
 _ALLOWED = frozenset(
     "alpha alpha_pattern auto_mapping base_model_name_or_path bias corda_config decompose_both decompose_factor "
     "ensure_weight_tying eva_config exclude_modules inference_mode init_lora_weights init_weights layers_pattern "
@@ -25,14 +25,14 @@ _ALLOWED = frozenset(
     "module_dropout peft_type peft_version qalora_group_size r rank_dropout rank_dropout_scale rank_pattern revision "
     "runtime_config target_modules task_type use_dora use_effective_conv2d use_rslora".split()
 )
-# Initialisations that leave the model's weights as they are. Others change them, and the adapter is relative to that.
+# Initialisations that do not change the model's weights. Others change them, and the adapter is relative to the change.
 _INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 class Settings(NamedTuple):
-    """Hold what a trainer recorded: rank and alpha, perhaps by module, and how they are combined.
+    """The recorded settings: rank and alpha, possibly by module, and how they are combined.
 
-    file: where it is recorded.
+    file: the file that contains them.
     pattern: rank and alpha by a regular expression for the end of a module's name.
     """
 
@@ -56,9 +56,9 @@ class Settings(NamedTuple):
 
 
 def read_peft_settings(file: Path) -> Settings:
-    """Read `adapter_config.json`; raise InputError if it is missing, damaged, or says what is not supported."""
+    """Read `adapter_config.json`; raise InputError if it is missing, damaged, or has unsupported settings."""
     if not file.is_file():
-        raise InputError(f"{file}: missing; it holds the adapter's rank and alpha, put it beside {PEFT_WEIGHTS}")
+        raise InputError(f"{file}: missing; it holds the adapter's rank and alpha, put it next to {PEFT_WEIGHTS}")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -67,11 +67,11 @@ def read(path: str | Path, sample_rate: int, channels: int = 2) -> np.ndarray:
 
 
 def check_finite(values: np.ndarray, name: str, what: str) -> None:
-    """Raise InputError, with what to do, if a result holds NaN or infinities; nothing is made of such a result.
+    """Raise InputError, with advice, if a result contains NaN or infinities, so that it is not used.
 
     Args:
-        name: of what it belongs to, for the message, such as a file or a song.
-        what: the values are, such as "of the audio".
+        name: name of the result for the message, such as a file or a song.
+        what: description of the values, such as "of the audio".
     """
     if bad := int((~np.isfinite(values)).sum()):
         raise InputError(
@@ -84,10 +84,9 @@ def check_finite(values: np.ndarray, name: str, what: str) -> None:
 def splice(
     source: np.ndarray, made: np.ndarray, mask: np.ndarray, source_samples: tuple[int, int], fade: int
 ) -> np.ndarray:
-    """Return `made` within the mask, and the source outside of it, sample for sample. All are [channels, samples].
+    """Return `made` inside the mask, and the source outside of it, sample for sample. All are [channels, samples].
 
-    Within the mask, next to samples that are kept, the source fades out. `made` is scaled down if it exceeds full
-    scale.
+    Inside the mask, next to kept samples, the source fades out. `made` is scaled down if it exceeds full scale.
 
     Args:
         mask: [samples] bool.
@@ -121,7 +120,7 @@ def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"{path}: unknown kind of audio file; use one of the suffixes {', '.join(FORMATS)}")
     if not soundfile.check_format(*FORMATS[path.suffix.lower()]):
-        raise InputError(f"{path}: the libsndfile at hand cannot write {path.suffix}; use .wav")
+        raise InputError(f"{path}: the installed libsndfile cannot write {path.suffix}; use .wav")
     return files.check_output(path, overwrite=overwrite)
 
 
@@ -161,8 +160,8 @@ def write(path: str | Path, audio: np.ndarray, sample_rate: int, *, overwrite: b
     encoded = io.BytesIO()
     channels = frames.shape[1]
     if subtype.startswith("PCM"):
-        # Whole numbers by our own scale, that of reading: libsndfile's two differ, so that a sample that is read and
-        # written would change.
+        # Convert to integers with the scale used for reading: libsndfile's scales for reading and writing differ, so a
+        # sample that is read and written again would change.
         scale = 2.0 ** (int(subtype[4:]) - 1)
         whole = np.clip(np.round(frames.astype(np.float64) * scale), -scale, scale - 1)
         frames = (whole * (2.0**31 / scale)).astype(np.int32)

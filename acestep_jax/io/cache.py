@@ -1,8 +1,8 @@
 """The cache of converted checkpoints: official weights are converted once, and every later start reads the result.
 
-An entry is a native checkpoint, with `source.json` beside its weights: what it was made from, and its files with their
-sizes, by which an entry that was half deleted is found out. Entries appear atomically; a lock of the operating system,
-which ends with its process, lets one process convert while others wait.
+An entry is a native checkpoint with a file `source.json`: its source, and its files with their sizes, which reveal a
+partly deleted entry. Entries appear atomically; a lock of the operating system, released when its process ends, lets
+one process convert while others wait.
 """
 
 import contextlib
@@ -26,8 +26,7 @@ SOURCE = "source.json"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A converted checkpoint in the cache: its folder, what it was made from, its size in bytes, and whether it is
-    all there."""
+    """A converted checkpoint in the cache: its folder, its source, its size in bytes, and whether it is complete."""
 
     path: Path
     source: str
@@ -50,15 +49,15 @@ def obtain(
     about: dict[str, Any],
     convert: Callable[[Path, dict[str, Callable[[Path], None]]], None],
 ) -> Path:
-    """Return the entry called `name`, which is made if it is not there or not all there.
+    """Return the entry called `name`; make it if it does not exist or is incomplete.
 
     Args:
-        folder: of the cache, created if need be.
-        about: what `source.json` says of the source, ready for JSON.
+        folder: folder of the cache, created if necessary.
+        about: description of the source for `source.json`, ready for JSON.
         convert: writes the native checkpoint, given the folder to create and `extra_files` of `checkpoint_writer.save`.
 
     Raises:
-        InputError: if the cache cannot be written, and what `convert` raises; nothing is left behind.
+        InputError: if the cache cannot be written, or `convert` raises it; nothing is left behind.
     """
     path = folder / name
     if _is_complete(path):
@@ -68,12 +67,12 @@ def obtain(
     except OSError as error:
         raise InputError(f"{folder}: the cache cannot be created ({error}); choose another cache_dir") from None
     with _lock(folder / f".{name}.lock"):
-        if _is_complete(path):  # by the process that was waited for
+        if _is_complete(path):  # made by the process that held the lock
             return path
         if path.exists():
             logger.warning("%s: incomplete, so it is made again from %s", path, about["source"])
             shutil.rmtree(path)
-        for left in folder.glob(f".{name}-*"):  # by a process that was killed
+        for left in folder.glob(f".{name}-*"):  # left by a killed process
             shutil.rmtree(left, ignore_errors=True)
         logger.info("%s: converted to %s, once", about["source"], path)
         convert(path, {SOURCE: functools.partial(_write_source, about=about)})
@@ -95,7 +94,7 @@ def entries(folder: Path) -> list[Entry]:
 
 
 def clear(folder: Path) -> list[Entry]:
-    """Delete all entries of a cache, and what processes that were killed have left there; return the entries.
+    """Delete all entries of a cache, and the leftovers of killed processes; return the entries.
 
     Nothing else in the folder is touched, such as downloads.
     """
@@ -108,14 +107,14 @@ def clear(folder: Path) -> list[Entry]:
         with _lock(lock):
             for left in folder.glob(f"{name}-*"):
                 shutil.rmtree(left, ignore_errors=True)
-            if (folder / name[1:] / CONFIG).exists():  # made since, by the process that held the lock
+            if (folder / name[1:] / CONFIG).exists():  # made meanwhile by the process that held the lock
                 continue
             shutil.rmtree(folder / name[1:], ignore_errors=True)
     return found
 
 
 def _is_complete(path: Path) -> bool:
-    """Return whether an entry has all its files in their sizes."""
+    """Return whether an entry has all its files with the right sizes."""
     try:
         files = json.loads((path / SOURCE).read_text(encoding="utf-8"))["files"]
         return (path / CONFIG).is_file() and all((path / name).stat().st_size == size for name, size in files.items())
@@ -124,7 +123,7 @@ def _is_complete(path: Path) -> bool:
 
 
 def _write_source(file: Path, about: dict[str, Any]) -> None:
-    """Write `source.json` beside all other files but `config.json`."""
+    """Write `source.json`, which lists all other files except `config.json`."""
     folder = file.parent
     files = {str(part.relative_to(folder)): part.stat().st_size for part in sorted(folder.rglob("*")) if part.is_file()}
     file.write_text(json.dumps(about | {"files": files}, indent=2) + "\n", encoding="utf-8")
@@ -132,7 +131,7 @@ def _write_source(file: Path, about: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _lock(file: Path) -> Iterator[None]:
-    """Hold the lock of a file; say so if another process has it, and wait."""
+    """Hold the lock of a file; if another process has it, log that and wait."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(file)

@@ -1,8 +1,8 @@
 """The native checkpoint: a folder with `config.json`, `tokenizer.json` and the weights as an Orbax tree.
 
 Parameters are named by network and module path, `transformer.layers.self_attn.to_q.kernel`; each is stored whole
-and read back straight onto its device or its part of a mesh. A quantised weight is stored as its values, under the
-name of the weight, and its scales beside it, `transformer.layers.self_attn.to_q.scale`.
+and read directly onto its device or its part of a mesh. A quantised weight is stored as its values, under the name of
+the weight, and its scales, `transformer.layers.self_attn.to_q.scale`.
 """
 
 import contextlib
@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from orbax.checkpoint import v1 as ocp
 from tokenizers import Tokenizer
 
 from acestep_jax.distributed import variable_sharding
@@ -40,17 +39,19 @@ from acestep_jax.io.manifest import (
     read_manifest,
 )
 from acestep_jax.models.config import NetworkConfig
+from acestep_jax.models.layers import shapes_only
 from acestep_jax.models.quantization import NETWORKS, parts, quantize, quantize_array
 from acestep_jax.models.registry import FAMILY
-from acestep_jax.models.runtime import DEFAULT_RUNTIME, Runtime, check_dtype, check_precision
+from acestep_jax.models.runtime import DEFAULT_RUNTIME, DTYPES, Runtime, check_dtype, check_precision
 
 TOKENIZER, WEIGHTS = "tokenizer.json", "weights"
 
 SMALL_MODEL = Path(__file__).parents[1] / "small_model"  # the checkpoint that comes with the package
 
-BATCH_BYTES = 256 * 2**20  # written at once by `save`
+BATCH_BYTES = 256 * 2**20  # bytes that `save` writes at once
+ALONE_BYTES = 2**25  # arrays of this size or more get a file of their own, which aligns them, see `io.mapped`
 
-# Orbax names every file it touches, and logs what it also raises.
+# Orbax logs every file that it touches, and errors that it also raises.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 
@@ -61,7 +62,7 @@ def abstract(name: str, config: NetworkConfig, runtime: Runtime = DEFAULT_RUNTIM
     """
     network, _ = FAMILY.every[name]
     kind = runtime.quantization if name in NETWORKS else None
-    # Each caller gets a module of its own, because callers may change it.
+    # Each caller gets its own module, because callers may change it.
     made = _traced(network, config, runtime, kind, NETWORKS.get(name), jax.sharding.get_abstract_mesh())
     return jax.tree.map(lambda leaf: leaf, made)
 
@@ -70,13 +71,23 @@ def abstract(name: str, config: NetworkConfig, runtime: Runtime = DEFAULT_RUNTIM
 def _traced(
     network: Any, config: NetworkConfig, runtime: Runtime, kind: Any, activations: Any, mesh: Any
 ) -> nnx.Module:
-    """Trace the construction of a network once for each mesh, because it takes a second for the networks of a model."""
+    """Trace the construction of a network once for each mesh, because that takes a while."""
 
     def make() -> nnx.Module:
-        made = network(config, runtime=runtime, rngs=nnx.Rngs(0))
+        rngs = nnx.Rngs(0)
+        rngs.default = _OneKey(0, tag="default")  # pyright: ignore[reportAttributeAccessIssue]
+        with shapes_only():
+            made = network(config, runtime=runtime, rngs=rngs)
         return made if kind is None else quantize(made, kind, activations=activations)
 
     return jax.eval_shape(make)
+
+
+class _OneKey(nnx.RngStream):
+    """Random keys for values that are never drawn: tracing the derivation of a new key for each parameter is slow."""
+
+    def __call__(self) -> jax.Array:
+        return self.key[...]
 
 
 def leaves(module: nnx.Module) -> dict[str, nnx.Variable]:
@@ -87,12 +98,18 @@ def leaves(module: nnx.Module) -> dict[str, nnx.Variable]:
 
 @functools.lru_cache
 def leaf_shapes(
-    name: str, config: NetworkConfig, quantization: str | None = None
+    name: str, config: NetworkConfig, quantization: str | None = None, precision: str = "float32"
 ) -> Mapping[str, jax.ShapeDtypeStruct]:
     """Return the shape and dtype of every parameter of the network called `name`, by dotted path, in order: float32, or
-    8 bits for quantised weights."""
-    found = leaves(abstract(name, config, Runtime(quantization=quantization)))
-    return MappingProxyType({leaf: jax.ShapeDtypeStruct(v.shape, v.dtype) for leaf, v in found.items()})
+    8 bits for quantised weights.
+
+    Args:
+        precision: precision of the runtime that the network is traced with. It does not change the result; one that
+            is used for loading too saves a second trace.
+    """
+    found = leaves(abstract(name, config, Runtime.of(precision, quantization=quantization)))
+    wide = {leaf: jnp.float32 if v.dtype in map(jnp.dtype, DTYPES) else v.dtype for leaf, v in found.items()}
+    return MappingProxyType({leaf: jax.ShapeDtypeStruct(v.shape, wide[leaf]) for leaf, v in found.items()})
 
 
 def assemble(module: nnx.Module, arrays: dict[str, jax.Array]) -> nnx.Module:
@@ -121,7 +138,7 @@ def first_error_only() -> Iterator[None]:
 
 
 def byte_size(array: Any) -> int:
-    """Return the bytes of an array, or of what has the shape and the dtype of one."""
+    """Return the size in bytes of an array, or of an object with a shape and a dtype."""
     return math.prod(array.shape) * array.dtype.itemsize
 
 
@@ -141,14 +158,15 @@ def load(
 
     Args:
         path: the folder of a checkpoint.
-        dtype: of weights and computation, one of `runtime.PRECISIONS`; None: weights as stored, `default_dtype` for the
-            computation.
-        param_dtype: of the weights only; None: as `dtype`.
-        quantization: of the weights of layers, one of `runtime.QUANTIZATIONS`, see `models.quantization`; None: as
-            stored. Weights that are not quantised yet are quantised a few at a time; `dtype` applies to all others.
+        dtype: dtype of weights and computation, one of `runtime.PRECISIONS`; None: weights as stored, `default_dtype`
+            for the computation.
+        param_dtype: dtype of only the weights; None: as `dtype`.
+        quantization: quantisation of the layers' weights, one of `runtime.QUANTIZATIONS`, see `models.quantization`;
+            None: as stored. Weights that are not quantised yet are quantised a few at a time; `dtype` applies to all
+            others.
         remat, attention: see `Runtime`.
         mesh: from `distributed.make_mesh`; None: all on the first device.
-        names: of the networks to load; None: all networks of the checkpoint.
+        names: names of the networks to load; None: all networks of the checkpoint.
         on_host: whether to load them into the host's memory, for `placement`, instead of onto devices.
 
     Raises:
@@ -159,11 +177,11 @@ def load(
         check_precision(dtype)
     if param_dtype is not None:
         check_dtype(param_dtype, "param_dtype")
-    manifest = read_manifest(path, None if names is None else ())  # those named are looked for below
+    manifest = read_manifest(path, None if names is None else ())  # named networks are checked below
     names = list(manifest.configs if names is None else names)
     if absent := [name for name in names if name not in manifest.configs]:
         raise InputError(f"{path}: has no {', '.join(absent)}, only {', '.join(manifest.configs)}")
-    stored = network_leaves(path, manifest)
+    stored = network_leaves(path, manifest, dtype or manifest.dtypes.get("transformer", "float32"))
     networks = {}
     for name in names:
         kind = quantization_of(path, manifest, name, quantization)
@@ -172,7 +190,7 @@ def load(
         )
         if param_dtype is not None:
             runtime = dataclasses.replace(runtime, param_dtype=param_dtype)
-        stored_as = runtime.param_dtype if dtype or param_dtype else None  # None: each leaf as it is
+        stored_as = runtime.param_dtype if dtype or param_dtype else None  # None: each array as stored
         module = abstract(name, manifest.configs[name], runtime)
         quantized = parts(module)
         scales = {part.scale for part in quantized.values()}
@@ -199,7 +217,7 @@ def load(
 
 def quantization_of(path: Path, manifest: Manifest, name: str, wanted: str | None) -> str | None:
     """Return the quantisation of the network `name` after loading, None for none; raise InputError if it is stored with
-    another one than wanted."""
+    a different one."""
     found = manifest.quantization.get(name)
     if wanted is None or name not in NETWORKS:
         return found
@@ -229,24 +247,33 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def stored_leaves(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Return shape and dtype of every stored array by dotted name; raise InputError if the weights are unreadable."""
     weights = absolute(path / WEIGHTS)
+    if (found := mapped.stored(weights)) is not None:
+        return found
+    from orbax.checkpoint import v1 as ocp  # takes half a second to import, and songs do not need it
+
     with first_error_only():
         try:
             tree = ocp.metadata(weights).metadata  # pyright: ignore[reportArgumentType]
-        except Exception as error:  # Orbax raises many kinds, depending on what is broken
+        except Exception as error:  # Orbax raises many types, depending on the damage
             raise InputError(f"{weights}: missing or damaged ({error}); convert the checkpoint again") from None
         if not isinstance(tree, dict):
             raise InputError(f"{weights}: damaged; convert the checkpoint again")
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flatten(tree)}
 
 
-def network_leaves(path: Path, manifest: Manifest) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+def network_leaves(
+    path: Path, manifest: Manifest, precision: str = "float32"
+) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """Return `stored_leaves` by network and dotted path, in the order of the network's parameters.
+
+    Args:
+        precision: see `leaf_shapes`.
 
     Raises:
         InputError: if the weights are unreadable, or do not match the configs.
     """
     stored = stored_leaves(path)
-    result = described_leaves(manifest)
+    result = described_leaves(manifest, precision)
     wanted = {f"{name}.{leaf}": shape for name, shapes in result.items() for leaf, shape in shapes.items()}
     for name in sorted(wanted.keys() | stored.keys()):
         if name not in stored:
@@ -263,10 +290,10 @@ def network_leaves(path: Path, manifest: Manifest) -> dict[str, dict[str, jax.Sh
     return {name: {leaf: stored[f"{name}.{leaf}"] for leaf in shapes} for name, shapes in result.items()}
 
 
-def described_leaves(manifest: Manifest) -> dict[str, Mapping[str, jax.ShapeDtypeStruct]]:
+def described_leaves(manifest: Manifest, precision: str = "float32") -> dict[str, Mapping[str, jax.ShapeDtypeStruct]]:
     """Return `leaf_shapes` of the networks that a manifest describes."""
     kinds = manifest.quantization
-    return {name: leaf_shapes(name, config, kinds.get(name)) for name, config in manifest.configs.items()}
+    return {name: leaf_shapes(name, config, kinds.get(name), precision) for name, config in manifest.configs.items()}
 
 
 def load_leaves(path: Path, name: str, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -279,6 +306,21 @@ def load_leaves(path: Path, name: str, targets: dict[str, jax.ShapeDtypeStruct])
         return {}
     named = {f"{name}.{leaf}": target for leaf, target in targets.items()}
     weights = absolute(path / WEIGHTS)
+    read = mapped.read if mapped.is_mapped(weights, targets.values()) else _read_by_orbax
+    try:
+        loaded = dict(read(weights, named))
+    except Exception as error:
+        cause = error.__cause__ or error
+        if not isinstance(cause, ValueError):  # all that TensorStore raises
+            raise
+        raise InputError(f"{weights}: damaged ({cause}); convert the checkpoint again") from None
+    return {leaf.removeprefix(f"{name}."): value for leaf, value in loaded.items()}
+
+
+def _read_by_orbax(weights: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
+    """Do what `mapped.read` does, in any place and onto any devices."""
+    from orbax.checkpoint import v1 as ocp
+
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     if all(target.sharding is not None and target.sharding.is_fully_addressable for target in targets.values()):
@@ -286,22 +328,13 @@ def load_leaves(path: Path, name: str, targets: dict[str, jax.ShapeDtypeStruct])
         process, options = jax.process_index(), context.multiprocessing
         options.active_processes, options.primary_host = {process}, process
         options.barrier_sync_key_prefix = str(process)
-    try:
-        if mapped.is_mapped(weights, targets.values()):
-            loaded = nest(dict(mapped.read(weights, named)))
-        else:
-            with context, first_error_only():
-                loaded = ocp.load(weights, nest(named))  # pyright: ignore[reportArgumentType]
-    except Exception as error:
-        cause = error.__cause__ or error
-        if not isinstance(cause, ValueError):  # all that TensorStore raises
-            raise
-        raise InputError(f"{weights}: damaged ({cause}); convert the checkpoint again") from None
-    return {leaf.removeprefix(f"{name}."): value for leaf, value in flatten(loaded)}
+    with context, first_error_only():
+        loaded = ocp.load(weights, nest(dict(targets)))  # pyright: ignore[reportArgumentType]
+    return flatten(loaded)
 
 
 def read_leaves(path: Path, name: str, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
-    """Load some arrays into the host's memory, as they are stored; see `load_leaves`."""
+    """Load some arrays into the host's memory without changes; see `load_leaves`."""
     host = host_sharding()
     targets = {leaf: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=host) for leaf, shape in shapes.items()}
     return {leaf: np.asarray(value) for leaf, value in load_leaves(path, name, targets).items()}
@@ -316,12 +349,22 @@ def host_sharding() -> jax.sharding.SingleDeviceSharding:
     return jax.sharding.SingleDeviceSharding(device)
 
 
-def batches(arrays: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Group arrays, or their shapes, into batches of `BATCH_BYTES`, because every call of Orbax has a fixed cost."""
+def batches(arrays: Iterable[tuple[str, Any]], alone: float = math.inf) -> Iterator[dict[str, Any]]:
+    """Group arrays, or their shapes, into batches of `BATCH_BYTES`, because every call of Orbax has a fixed cost.
+
+    Args:
+        alone: size in bytes from which an array is a batch by itself.
+    """
     batch, size = {}, 0
     for name, value in arrays:
+        own = byte_size(value)
+        if own >= alone:
+            single = {name: value}
+            del value
+            yield single
+            continue
         batch[name] = value
-        size += byte_size(value)
+        size += own
         del value
         if size >= BATCH_BYTES:
             yield batch

@@ -1,6 +1,6 @@
-"""Writing native checkpoints, which `io.checkpoint` describes and reads.
+"""Writes native checkpoints, which `io.checkpoint` describes and reads.
 
-A checkpoint is written atomically, and some arrays at a time, so that not all of them need be in memory.
+A checkpoint is written atomically, a few arrays at a time, so that they need not all be in memory.
 """
 
 import functools
@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from acestep_jax.errors import InputError
 from acestep_jax.io.checkpoint import (
+    ALONE_BYTES,
     TOKENIZER,
     WEIGHTS,
     batches,
@@ -55,22 +55,25 @@ def save(
     """Write a checkpoint.
 
     Args:
-        configs: by the names of the networks of `FAMILY`.
+        configs: architectures by the network names of `FAMILY`.
         arrays: pairs of dotted name (network first) and value, every leaf once.
-        tokenizer: the text of `tokenizer.json`; None: there is none, beside single networks.
+        tokenizer: the text of `tokenizer.json`; None: there is none, as for single networks.
         tokenizer_config: see `Manifest`.
         extra_files: name to a function that writes the file of that name, given its path.
-        sampling, dtypes, quantization: see `Manifest`; None: nothing of the kind.
-        size: bytes of all arrays, for which the disk must have room; None: those of float32.
-        compress: trained weights hardly get smaller, and it takes time and memory, but the latents of silence do.
+        sampling, dtypes, quantization: see `Manifest`; None: empty.
+        size: bytes of all arrays, for which the disk must have room; None: their size in float32.
+        compress: whether to compress; trained weights hardly get smaller, and it takes time and memory, but the latents
+            of silence do get smaller.
 
     Raises:
-        InputError: see `publish_folder` and `check_sampling`; nothing is left behind. Also in one of several
-            processes, for Orbax waits for all of them.
+        InputError: see `publish_folder` and `check_sampling`; nothing is left behind. Also if there are several
+            processes, because Orbax would wait for all of them.
     """
+    from orbax.checkpoint import v1 as ocp  # takes half a second to import, and songs do not need it
+
     if jax.process_count() > 1:
         raise InputError(
-            f"{path}: several processes write no checkpoint; convert the model before, in one process, with "
+            f"{path}: several processes cannot write a checkpoint; convert the model first, in one process, with "
             "`acestep-jax convert from-torch`"
         )
     manifest = Manifest(configs, tokenizer_config, dict(sampling or {}), dict(dtypes or {}), dict(quantization or {}))
@@ -82,7 +85,7 @@ def save(
         weights = absolute(folder / WEIGHTS)
         context = ocp.Context()
         context.array.saving.use_compression = compress
-        for batch in batches(arrays):
+        for batch in batches(arrays, ALONE_BYTES):
             wanted -= batch.keys()
             with context:
                 ocp.partial.save(weights, nest(batch))  # pyright: ignore[reportArgumentType]
@@ -98,10 +101,10 @@ def save(
 
 
 def save_changed(source: str | Path, destination: str | Path, name: str, arrays: Mapping[str, Any]) -> None:
-    """Write a copy of the checkpoint `source` with other values of leaves of the network `name`.
+    """Write a copy of the checkpoint `source` with new values for parameters of the network `name`.
 
     Args:
-        arrays: by dotted path within the network; cast to what `source` stores. Leaves that are not there stay.
+        arrays: new values by dotted path within the network, cast to the stored dtypes. Other parameters are kept.
 
     Raises:
         InputError: see `publish_folder`, `read_manifest` and `load_leaves`.
@@ -134,12 +137,12 @@ def save_changed(source: str | Path, destination: str | Path, name: str, arrays:
 
 
 def other_files(source: Path) -> dict[str, Any]:
-    """Return what `save` writes as `extra_files` to copy those of another checkpoint."""
+    """Return `extra_files` for `save` that copy the extra files of a checkpoint."""
     extra = [file for file in source.iterdir() if file.is_file() and file.name not in (CONFIG, TOKENIZER)]
     return {file.name: functools.partial(copy_file, file) for file in extra}
 
 
 def copy_file(file: Path, target: Path) -> None:
-    """Copy a file of a checkpoint, from and to the disk or Cloud Storage."""
+    """Copy a file of a checkpoint, on the disk or in Cloud Storage."""
     with publish_file(target) as temporary:
         shutil.copyfile(local_copy(file), temporary)

@@ -1,9 +1,9 @@
-"""Weights as ComfyUI keeps them: all networks in one file, or a file for each; names, and configs read off the shapes.
+"""ComfyUI's weights: all networks in one file, or a file for each; their names, and configs inferred from the shapes.
 
 One file: `model.diffusion_model.` before the original names of the transformer and its encoders, `vae.` and
 `text_encoders.qwen3_06b.transformer.`; the 5 Hz language model (`text_encoders.qwen3_2b.` or `qwen3_4b.`) is left out.
 Separate files have the names without these prefixes. There is no config.json, so sizes come from the shapes of the
-tensors, and what has no shape (window, rotary base, levels of the quantiser) is that of all published models.
+tensors, and other values (window, rotary base, levels of the quantiser) are those of all published models.
 """
 
 import re
@@ -34,9 +34,9 @@ _VARIANT = re.compile(r"(?:^|[^a-z])(turbo|base|sft)(?=[^a-z]|$)")
 
 
 def parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of a file by part, without prefixes; a part that the file does not have is not there.
+    """Return the tensors of a file by part, without prefixes and without missing parts.
 
-    The 5 Hz language model is a part only where it is alone. Of a file of anything else, nothing is returned.
+    The 5 Hz language model is a part only if there are no others. The result is empty for any other file.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -59,10 +59,10 @@ def parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def find_variant(name: str, given: str | None) -> str:
-    """Return turbo, base or sft: as given, or as the name of a file says.
+    """Return turbo, base or sft: the given variant, or the one in the name of a file.
 
     Raises:
-        InputError: if neither says it, since nothing in the tensors does.
+        InputError: if there is neither, because the tensors do not tell the variant.
     """
     stem = (given or name).lower()
     found = set(_VARIANT.findall(stem))
@@ -76,7 +76,7 @@ def model_config(tensors: Mapping[str, Tensor], variant: str, source: str) -> di
     """Return the configs of the networks in a diffusion model with original names.
 
     Raises:
-        InputError: if a tensor that tells a size is missing.
+        InputError: if a tensor that determines a size is missing.
     """
     size = _Sizes(tensors, source)
     attention = "decoder.layers.0.self_attn"
@@ -155,10 +155,10 @@ def text_encoder_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def vae_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return an autoencoder under diffusers' names from those of Stable Audio, which ComfyUI uses; or as it is.
+    """Rename an autoencoder from Stable Audio's names, which ComfyUI uses, to diffusers'; leave others unchanged.
 
-    There, encoder and decoder are sequences: a convolution, the blocks, a snake activation and a convolution; a block
-    is one too, of which the residual units come first in the encoder and last in the decoder.
+    There, encoder and decoder are sequences: a convolution, the blocks, a snake activation and a convolution. A block
+    is a sequence too, with the residual units first in the encoder and last in the decoder.
     """
     last = max((int(found[1]) for name in tensors if (found := re.match(r"decoder\.layers\.(\d+)\.", name))), default=0)
     if not last:
@@ -176,7 +176,7 @@ def vae_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for level, part in zip((outer, inner.get(half, {}), unit), numbers, strict=False):
             number, _, rest = part.partition(".")
             path.append(level.get(int(number), part) if number.isdigit() else part)
-        # A newer PyTorch calls the two factors of a normalised weight otherwise.
+        # Newer versions of PyTorch have other names for the two factors of weight norm.
         rest = rest.replace("parametrizations.weight.original0", "weight_g")
         rest = rest.replace("parametrizations.weight.original1", "weight_v")
         if rest in ("alpha", "beta") and len(tensor.shape) == 1:
@@ -188,7 +188,7 @@ def vae_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Sizes:
-    """Read sizes off the shapes of tensors."""
+    """Reads sizes from the shapes of tensors."""
 
     def __init__(self, tensors: Mapping[str, Tensor], source: str):
         self.tensors, self.source = tensors, source

@@ -1,7 +1,7 @@
 """The two small files that ComfyUI's weights lack: the tokenizer, and the latents of silence.
 
 ComfyUI has both in its code. They are the same for all published models: the tokenizer is Qwen3's, and the latents are
-what the one autoencoder makes of silence.
+silence encoded by the common autoencoder.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ def find_companion(name: str, places: Sequence[Path], fetch: Fetch | None = None
         fetch: see `fetch_companion`.
 
     Raises:
-        InputError: if it is nowhere, with what to do.
+        InputError: if it cannot be found, with advice.
     """
     for place in places:
         for file in (place / name, place / PLACES[name]):
@@ -43,6 +43,6 @@ def fetch_companion(
     path: str, *, token: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False
 ) -> Path:
     """Return the path of a file of `REPOSITORY` in the hub's cache, see `hub.locate_file`; raise InputError as that."""
-    from acestep_jax.io import hub  # whose client takes a fifth of a second to import
+    from acestep_jax.io import hub  # importing the client takes a fifth of a second
 
     return hub.locate_file(REPOSITORY, path, token=token, cache_dir=cache_dir, local_files_only=local_files_only)

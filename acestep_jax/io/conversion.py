@@ -42,8 +42,8 @@ def from_torch(
         source: a folder or file as for `open_checkpoint`, the folder of a planner, or the id of a repository on the
             Hugging Face hub.
         destination: the folder to create.
-        dtype: what all weights are cast to; None keeps the dtype of each, and folded convolutions are float32. "int8"
-            and "fp8" quantise layers and keep the dtype of all else, see `models.quantization`.
+        dtype: dtype of all weights; None keeps the dtype of each, and folded convolutions are float32. "int8" and "fp8"
+            quantise layers and keep the dtype of other weights, see `models.quantization`.
         vae, text_encoder, variant: see `open_checkpoint`.
 
     Raises:
@@ -63,13 +63,13 @@ def from_torch(
 
 
 def _planner_folder(source: str | Path) -> Path | None:
-    """Return the folder of the planner that a source names; None: it names something else."""
+    """Return the folder of the planner that a source names; None if it is not a planner."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder if is_planner(folder) else None
     if names_planner(str(source)) is None:
         return None
-    from acestep_jax.io.hub_planner import locate_planner  # whose client takes a fifth of a second to import
+    from acestep_jax.io.hub_planner import locate_planner  # importing the client takes a fifth of a second
 
     return locate_planner(str(source)).model
 
@@ -113,7 +113,7 @@ def open_located(
 def convert(
     opened: TorchCheckpoint, destination: str | Path, extra_files: Mapping[str, Callable[[Path], None]] | None = None
 ) -> None:
-    """Write an open checkpoint as a native one, one stacked parameter at a time: peak memory is near the largest.
+    """Write an open checkpoint as a native one, one stacked parameter at a time, with peak memory near the largest one.
 
     Args:
         destination: the folder to create.
@@ -153,11 +153,11 @@ def convert(
 
 
 def sampling_of(files: Iterable[Path]) -> dict[str, float]:
-    """Return what a model's own sampling defaults are: the shift of turbo models that were distilled at one.
+    """Return a model's own sampling defaults: the shift of a turbo model that was distilled at a single one.
 
     Args:
-        files: of the model. The nearest of their folders that is called after ACE-Step tells, such as
-            acestep-v15-turbo-shift1; its config does not.
+        files: files of the model. The name of their nearest ACE-Step folder, such as acestep-v15-turbo-shift1, tells
+            the shift; the config does not.
     """
 
     def name(file: Path) -> str:
@@ -211,7 +211,7 @@ def gather(network: str, leaf: str, tensors: list[Tensor]) -> np.ndarray:
     if not rules.is_stacked(leaf):
         return np.ascontiguousarray(rule.to_jax(tensors[0].read()))
     first = rule.to_jax(tensors[0].read())
-    # The layers of one model may be in several dtypes, of which NumPy cannot promote bfloat16 with float16.
+    # The layers of a model may have several dtypes, and NumPy cannot promote bfloat16 with float16.
     dtype = jnp.result_type(*{tensor.dtype for tensor in tensors})
     stacked = np.empty((len(tensors), *first.shape), dtype)
     stacked[0] = first

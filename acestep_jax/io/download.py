@@ -1,8 +1,8 @@
 """Downloading files of the Hugging Face hub into its own cache: in parallel, resumed, and checked by their hashes.
 
-The cache's layout is the documented one of huggingface_hub, so that files which other programs downloaded are found
-and theirs find ours. Its own download starts a file anew in each process and compares only sizes; this one keeps what
-arrived, in `blobs/HASH.partial`, and compares the hash. https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+The cache has huggingface_hub's documented layout, so it is shared with other programs. huggingface_hub's own download
+starts a file from scratch in each process and compares only sizes; this one keeps partial files, `blobs/HASH.partial`,
+and compares hashes. https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 """
 
 import concurrent.futures
@@ -40,13 +40,13 @@ logger = logging.getLogger(__name__)
 LIBRARY = "acestep-jax"
 WORKERS = 8  # files at once
 CHUNK = 2**20  # bytes read at once from the disk
-ATTEMPTS = 5  # in a row, of which each brought not one byte
-PAUSE = 1.0  # seconds after the first such attempt, twice as many after each further one
+ATTEMPTS = 5  # consecutive attempts that received no bytes
+PAUSE = 1.0  # seconds after the first such attempt, doubled after each further one
 
 
 @dataclasses.dataclass(frozen=True)
 class HubFile:
-    """What the hub says of a file.
+    """The hub's metadata of a file.
 
     size: bytes.
     digest: the SHA-256 of a large file, the hash that git gives a small one (SHA-1 of a header and its bytes).
@@ -56,7 +56,7 @@ class HubFile:
     digest: str
 
     def hasher(self) -> Any:
-        """Return an object of hashlib that gives `digest` when it was fed the right bytes."""
+        """Return a hashlib object that computes `digest` from the file's bytes."""
         return hashlib.sha256() if len(self.digest) == 64 else hashlib.sha1(b"blob %d\0" % self.size)
 
 
@@ -64,9 +64,9 @@ class HubFile:
 class Snapshot:
     """A commit of a repository.
 
-    folder: where its files are in the cache.
-    files: by path.
-    offline: why the hub could not be asked, or "". If it could not, `files` are those of the cache, their digests "".
+    folder: folder of its files in the cache.
+    files: its files by path.
+    offline: reason why the hub could not be reached, or "". If so, `files` are the cached ones, with digests of "".
     """
 
     id: str
@@ -76,7 +76,7 @@ class Snapshot:
     offline: str = ""
 
     def has(self, path: str) -> bool:
-        """Return whether a file is there in whole."""
+        """Return whether a file is completely downloaded."""
         try:
             return (self.folder / path).stat().st_size == self.files[path].size
         except OSError:  # also a link to a file that was deleted
@@ -84,7 +84,7 @@ class Snapshot:
 
 
 class Unreachable(Exception):
-    """The hub does not answer, or its answers break off again and again."""
+    """The hub does not respond, or its responses keep breaking off."""
 
 
 class _Stopped(Exception):
@@ -93,9 +93,9 @@ class _Stopped(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _Transfer:
-    """What all files of one call have in common.
+    """The shared state of all files in one call.
 
-    progress: is told the bytes that arrived; of what arrived in vain, a negative number.
+    progress: called with the number of received bytes; negative for bytes that have to be discarded.
     stop: set once another file failed or the user interrupted.
     """
 
@@ -106,7 +106,7 @@ class _Transfer:
 
 
 def cache_folder(cache_dir: str | Path | None) -> Path:
-    """Return the folder of the cache: the one given, or the one that HF_HUB_CACHE and HF_HOME say."""
+    """Return the folder of the cache: the given one, or the one set by HF_HUB_CACHE or HF_HOME."""
     return local_folder(cache_dir if cache_dir is not None else constants.HF_HUB_CACHE).absolute()
 
 
@@ -117,7 +117,7 @@ def repository_folder(cache: Path, id: str) -> Path:
 
 @functools.cache
 def transport_errors() -> tuple[type[Exception], ...]:
-    """Return the errors of connections, as the HTTP library that huggingface_hub uses calls them."""
+    """Return the connection errors of the HTTP library that huggingface_hub uses."""
     http = importlib.import_module(type(get_session()).__module__.partition(".")[0])
     return (http.TransportError,)
 
@@ -126,13 +126,13 @@ def download(wanted: Sequence[tuple[Snapshot, Sequence[str]]], cache: Path, toke
     """Download the files that are not in the cache, with one progress bar over all of their bytes.
 
     Args:
-        wanted: snapshots, each with the paths of the files that are needed of it.
-        token: of the hub; None: the one that is stored or that HF_TOKEN says.
+        wanted: snapshots, each with the paths of the files that are needed.
+        token: access token of the hub; None: the stored one, or HF_TOKEN.
 
     Raises:
-        InputError: if the disk has no room, before or on the way, or the bytes are not those that the hub promised.
-        Unreachable: if the hub does not answer. What arrived is kept.
-        huggingface_hub.errors.HfHubHTTPError: if the hub refuses.
+        InputError: if the disk is full, before or during the download, or a hash does not match.
+        Unreachable: if the hub does not respond. Received bytes are kept.
+        huggingface_hub.errors.HfHubHTTPError: if the hub rejects a request.
     """
     missing = [(snapshot, path) for snapshot, paths in wanted for path in paths if not snapshot.has(path)]
     if not missing:
@@ -161,7 +161,7 @@ def download(wanted: Sequence[tuple[Snapshot, Sequence[str]]], cache: Path, toke
 
 
 def _check_room(missing: Sequence[tuple[Snapshot, str]], cache: Path) -> None:
-    """Raise InputError if the disk has no room for what is missing of the files."""
+    """Raise InputError if the disk has no room for the missing files."""
     blobs = {(snapshot.id, snapshot.files[path].digest): snapshot.files[path] for snapshot, path in missing}
     needed = 0
     for (id, _), file in blobs.items():
@@ -195,7 +195,7 @@ def _disk_full_is_bad_input(cache: Path) -> Iterator[None]:
 
 
 def _fetch(snapshot: Snapshot, path: str, transfer: _Transfer) -> None:
-    """Bring one file into the snapshot. Of several processes that want the same file, one downloads it."""
+    """Add one file to the snapshot. If several processes need the same file, one of them downloads it."""
     file = snapshot.files[path]
     blob = _blob(transfer.cache, snapshot.id, file)
     lock = transfer.cache / ".locks" / blob.parent.parent.name / f"{file.digest}.lock"
@@ -217,7 +217,7 @@ def _fetch(snapshot: Snapshot, path: str, transfer: _Transfer) -> None:
 
 
 def _download_blob(snapshot: Snapshot, path: str, blob: Path, transfer: _Transfer) -> None:
-    """Download a file, resuming what an earlier attempt left, and give it its name once its hash is right."""
+    """Download a file, resuming an earlier attempt, and rename it to its final name once its hash is right."""
     file = snapshot.files[path]
     partial = _partial(blob)
     resumed = 0 < _size(partial)
@@ -226,7 +226,7 @@ def _download_blob(snapshot: Snapshot, path: str, blob: Path, transfer: _Transfe
     finally:
         if not _size(partial) and file.size:
             partial.unlink(missing_ok=True)
-    if digest != file.digest and resumed:  # what an earlier process left may be what is wrong
+    if digest != file.digest and resumed:  # the part from an earlier process may be wrong
         partial.unlink()
         transfer.progress(-file.size)
         digest = _stream(snapshot, path, partial, transfer)
@@ -242,7 +242,7 @@ def _download_blob(snapshot: Snapshot, path: str, blob: Path, transfer: _Transfe
 def _stream(snapshot: Snapshot, path: str, partial: Path, transfer: _Transfer) -> str:
     """Append to the file `partial` until it has its size, and return its hash.
 
-    A connection that breaks off is opened again where it did, and a failure counts only if nothing came.
+    An interrupted connection is resumed where it broke off, and a failure counts only if no bytes were received.
     """
     file, progress, stop = snapshot.files[path], transfer.progress, transfer.stop
     url = hf_hub_url(snapshot.id, path, revision=snapshot.commit, endpoint=constants.ENDPOINT)
@@ -264,11 +264,11 @@ def _stream(snapshot: Snapshot, path: str, partial: Path, transfer: _Transfer) -
                     if response.status_code in (408, 429) or response.status_code >= 500:
                         raise Unreachable(f"the hub answers {response.status_code}")
                     hf_raise_for_status(response)
-                    if done and response.status_code != 206:  # the whole file comes again
+                    if done and response.status_code != 206:  # the server sends the whole file again
                         progress(-done)
                         output.truncate(0)
                         digest, done = file.hasher(), 0
-                    for chunk in response.iter_bytes():  # as they arrive: a size would keep some back, and lose them
+                    for chunk in response.iter_bytes():  # as they arrive: with a chunk size, some would be lost
                         if stop.is_set():
                             raise _Stopped
                         chunk = chunk[: file.size - done]
@@ -289,7 +289,7 @@ def _stream(snapshot: Snapshot, path: str, partial: Path, transfer: _Transfer) -
 
 
 def _link(blob: Path, pointer: Path) -> None:
-    """Let the snapshot's file be a link to the blob; where links are not supported, it is the blob itself."""
+    """Make the snapshot's file a link to the blob; where links are not supported, move the blob itself there."""
     pointer.parent.mkdir(parents=True, exist_ok=True)
     pointer.unlink(missing_ok=True)
     try:

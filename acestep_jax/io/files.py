@@ -1,7 +1,7 @@
 """Files of this machine and of Google Cloud Storage, written atomically.
 
-A path that begins with gs:// is one of `etils.epath`, as in Orbax, with the methods of pathlib that mean something
-there: it has no working directory, no links and no empty folders, and an object appears when all of it is written.
+A path that begins with gs:// is an `etils.epath` path, as in Orbax, with the methods of pathlib that make sense there:
+there is no working directory, there are no links or empty folders, and an object appears when all of it is written.
 """
 
 import atexit
@@ -21,7 +21,7 @@ from acestep_jax.errors import InputError
 
 REMOTE = "gs://"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-TEMPORARY = ".acestep-"  # how names of temporary files begin
+TEMPORARY = ".acestep-"  # prefix of temporary files
 
 
 def is_remote(path: str | Path) -> bool:
@@ -52,7 +52,7 @@ def _file_system() -> Any:
     import fsspec
     from fsspec.config import conf
 
-    # Listings that are kept would hide what other processes have written, from epath as well.
+    # Cached listings would hide files that other processes have written, also from epath.
     conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     try:
         return fsspec.filesystem("gcs")
@@ -73,7 +73,7 @@ def local_folder(cache_dir: str | Path) -> Path:
 
 
 def on_this_machine(path: str | Path) -> Path:
-    """Return the path of files of PyTorch; raise InputError if it is in Cloud Storage, where only ours may lie."""
+    """Return the path of PyTorch files; raise InputError if it is in Cloud Storage, where only native files may be."""
     path = as_path(path)
     if is_remote(path):
         raise InputError(
@@ -94,7 +94,7 @@ def identity(path: str | Path) -> str:
 
 
 def check_parent(path: Path) -> None:
-    """Raise InputError if the folder that a path should be in does not exist; those of Cloud Storage need not."""
+    """Raise InputError if the parent folder of a path does not exist; in Cloud Storage it need not exist."""
     if not is_remote(path) and not path.absolute().parent.is_dir():
         raise InputError(f"{path}: the folder {path.absolute().parent} does not exist; create it first")
 
@@ -116,7 +116,7 @@ def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
 
 
 def check_new(path: Path) -> None:
-    """Raise InputError if `path` exists, or the folder it should be in does not or cannot be written to."""
+    """Raise InputError if `path` exists, or its parent folder does not exist or is not writable."""
     if path.exists():
         raise InputError(f"{path}: already exists; remove it or choose another name")
     check_parent(path)
@@ -129,13 +129,13 @@ def read_text(path: Path) -> str:
 
 
 def size_and_time(path: Path) -> tuple[int, int]:
-    """Return the size of a file in bytes and its time of change in nanoseconds; in Cloud Storage, in whole seconds."""
+    """Return a file's size in bytes and its modification time in nanoseconds; in Cloud Storage, to whole seconds."""
     stat: Any = path.stat()
     return (stat.length, stat.mtime * 10**9) if is_remote(path) else (stat.st_size, stat.st_mtime_ns)
 
 
 def files_below(folder: Path) -> list[str]:
-    """Return the files in a folder and its subfolders as relative paths with "/" between their parts, sorted."""
+    """Return the files in a folder and its subfolders as sorted relative paths with "/" as separator."""
     if is_remote(folder):
         root = str(folder).removeprefix(REMOTE).rstrip("/") + "/"
         return sorted(str(name).lstrip("/").removeprefix(root) for name in _file_system().find(root))
@@ -143,7 +143,7 @@ def files_below(folder: Path) -> list[str]:
 
 
 def remove_tree(folder: Path) -> None:
-    """Delete a folder and all in it, if it is there."""
+    """Delete a folder with its contents, if it exists."""
     if is_remote(folder):
         found: Any = folder
         found.rmtree(missing_ok=True)
@@ -152,14 +152,14 @@ def remove_tree(folder: Path) -> None:
 
 
 def local_copy(path: Path) -> Path:
-    """Return the file itself or, if it is in Cloud Storage, a copy on the disk, for libraries that read no other. There
-    is one of each, until this process ends."""
+    """Return the file itself or, if it is in Cloud Storage, a copy on the disk, for libraries that need one. There is
+    one copy of each file, until this process ends."""
     return _copy(str(path), *size_and_time(path)) if is_remote(path) else path
 
 
 def local_files(folder: Path, suffixes: tuple[str, ...]) -> Path:
-    """Return the folder itself or, if it is in Cloud Storage, one on the disk with copies of its files that have one of
-    these suffixes; it stays until this process ends."""
+    """Return the folder itself or, if it is in Cloud Storage, a folder on the disk with copies of its files that have
+    one of these suffixes; it exists until this process ends."""
     if not is_remote(folder):
         return folder
     copies = Path(tempfile.mkdtemp(dir=_copies())) / folder.name
@@ -218,19 +218,19 @@ def publish_file(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def publish_folder(path: str | Path, size: int = 0) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`, which takes that name if all went well and is removed otherwise; in
-    Cloud Storage, the folder itself.
+    """Yield a temporary folder next to `path`, which is renamed to it on success and removed on failure; in Cloud
+    Storage, yield the folder itself.
 
     Args:
-        size: bytes that will be written, as far as they are known.
+        size: bytes that will be written, if known.
 
     Raises:
-        InputError: if `path` exists, the folder it should be in does not, or the disk has no room.
+        InputError: if `path` exists, its parent folder does not, or the disk has no room.
     """
     path = as_path(path)
     check_new(path)
     if is_remote(path):
-        # There is nothing to rename; what is read first, such as `config.json`, is written last.
+        # Nothing is renamed; files that are read first, such as `config.json`, are written last.
         try:
             yield path
         except BaseException:
@@ -254,7 +254,7 @@ def publish_folder(path: str | Path, size: int = 0) -> Iterator[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a folder until it stays away: after a failure, writes under way may create it again."""
+    """Delete a folder repeatedly until it is gone, because pending writes may create it again after a failure."""
     for _ in range(50):
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.2)
@@ -263,23 +263,23 @@ def _remove(folder: Path) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether a write failed for want of space; TensorStore tells so only in its message."""
+    """Return whether a write failed because the disk is full; TensorStore says so only in its message."""
     found = re.search(r"os_error_code='(\d+)'", str(error))
     number = int(found[1]) if found else getattr(error, "errno", None)
     return number in DISK_FULL
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise InputError unless a file or folder of that name can be created, by creating and removing one beside it.
+    """Raise InputError unless a file or folder of that name can be created; try it with a temporary one next to it.
 
-    It is asked before anything slow begins: what is found out only when a result is written costs the result. Cloud
-    Storage is not asked, where to write may be allowed and to delete not.
+    This is called before anything slow begins, because a failure to write would lose the result. It does nothing in
+    Cloud Storage, where writing may be allowed and deleting not.
     """
     path = as_path(path)
     if is_remote(path):
         return
     try:
-        os.lstat(path)  # a name that is too long, or no text, is an error here
+        os.lstat(path)  # raises for names that are too long or invalid
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
@@ -294,7 +294,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    """Create an empty file beside `path` with its suffix; raise OSError naming `path`."""
+    """Create an empty file next to `path` with its suffix; raise OSError naming `path`."""
     try:
         handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=path.suffix, dir=path.absolute().parent)
     except OSError as error:

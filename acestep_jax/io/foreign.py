@@ -1,4 +1,4 @@
-"""What a file or folder is that is no checkpoint of ACE-Step 1.5, so that an error can call it by its name."""
+"""Recognises files and folders that are not ACE-Step 1.5 checkpoints, so that errors can say what they are."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ _SAFETENSORS = "expected .safetensors files of the model"
 
 
 def describe(path: Path) -> str | None:
-    """Return what is wrong with `path` as a checkpoint, for an error that begins with its name; None: nothing known."""
+    """Return why `path` is not a checkpoint, for an error that begins with its name; None if it is not recognised."""
     return _describe_folder(path) if path.is_dir() else _describe_file(path)
 
 
@@ -43,9 +43,9 @@ def _describe_folder(folder: Path) -> str | None:
         tokens = config.get("vocab_size")
         if isinstance(tokens, int) and tokens > MOST_TOKENS:
             return "the 5 Hz language model, which plans songs; expected a diffusion model such as acestep-v15-turbo"
-        return "the text encoder alone; expected the folder of the model, or the one above both"
+        return "only the text encoder; expected the folder of the model, or the one above both"
     if config.get("_class_name") == "AutoencoderOobleck":
-        return "the autoencoder alone; expected the folder of the model, or the one above both"
+        return "only the autoencoder; expected the folder of the model, or the one above both"
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.index*.json")):
         return None
     if files := sorted(folder.glob("*.gguf")):

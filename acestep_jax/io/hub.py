@@ -1,7 +1,7 @@
-"""Models by name: which repositories of the Hugging Face hub a name stands for, and which of their files are needed.
+"""Models by name: the repositories of the Hugging Face hub that a name stands for, and the files that are needed.
 
-ACE-Step publishes turbo, the autoencoder, the text encoder and a planner together, and each other transformer alone in
-a repository of its own, which takes the rest from the first.
+ACE-Step publishes turbo, the autoencoder, the text encoder and a planner together, and each other transformer in its
+own repository, which is used with the other networks of the first.
 """
 
 import re
@@ -44,19 +44,19 @@ def locate(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Located:
-    """Download what is needed of a model, unless it is in the cache, and return where it is.
+    """Download the files of a model that are not in the cache yet, and return their location.
 
     Args:
         source: the id of a repository, OWNER/NAME/FILE.safetensors for one file of it, or one of the names of
             `VARIANTS`, with or without "acestep-v15-".
-        variant: the transformer to use where a repository holds several; of ACE-Step's own one of `VARIANTS`.
-        revision: branch, tag or commit of the repository that holds the transformer; None: its main branch.
-        token: of the hub; None: the one that `hf auth login` stored, or HF_TOKEN.
-        cache_dir: None: where HF_HUB_CACHE or HF_HOME say.
-        local_files_only: whether to use only what is in the cache.
+        variant: the transformer to use if a repository has several; for ACE-Step's own, one of `VARIANTS`.
+        revision: branch, tag or commit of the transformer's repository; None: its main branch.
+        token: access token of the hub; None: the one stored by `hf auth login`, or HF_TOKEN.
+        cache_dir: folder of the cache; None: as set by HF_HUB_CACHE or HF_HOME.
+        local_files_only: whether to use only cached files.
 
     Raises:
-        InputError: if there is no such model, it may not be read, or it cannot be downloaded whole.
+        InputError: if there is no such model, access is denied, or it cannot be downloaded completely.
     """
     hub = Hub(cache_folder(cache_dir), token, local_files_only)
     id, variant, file = complete(source, variant, revision)
@@ -101,11 +101,11 @@ def locate_adapter(
 
     Args:
         source: the id of a repository, or OWNER/NAME/FILE.safetensors.
-        file: the file to use where the repository holds several adapters; None: the whole first folder.
+        file: the file to use if the repository has several adapters; None: the whole first folder.
         revision, token, cache_dir, local_files_only: see `locate`.
 
     Raises:
-        InputError: if there is no such adapter, it may not be read, or it cannot be downloaded whole.
+        InputError: if there is no such adapter, access is denied, or it cannot be downloaded completely.
     """
     hub = Hub(cache_folder(cache_dir), token, local_files_only)
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/(.+\.safetensors))?", source)
@@ -119,15 +119,15 @@ def locate_adapter(
 def locate_file(
     id: str, path: str, *, token: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False
 ) -> Path:
-    """Download one file of a repository, unless it is in the cache, and return where it is.
+    """Download one file of a repository, unless it is in the cache, and return its path.
 
     Args:
-        id: of the repository, whose main branch is taken.
-        path: of the file in it.
+        id: id of the repository, whose main branch is used.
+        path: path of the file in it.
         token, cache_dir, local_files_only: see `locate`.
 
     Raises:
-        InputError: if there is no such file, it may not be read, or it cannot be downloaded.
+        InputError: if there is no such file, access is denied, or it cannot be downloaded.
     """
 
     def needed(snapshot: Snapshot) -> list[str]:
@@ -141,19 +141,19 @@ def locate_file(
 def push_to_hub(
     id: str, save: Callable[[Path], None], *, token: str | None, private: bool | None, commit_message: str | None
 ) -> str:
-    """Upload a model to the Hugging Face hub; return the address of the commit.
+    """Upload a model to the Hugging Face hub; return the URL of the commit.
 
-    The repository is created if it does not exist. Files that are there and not in the model stay.
+    The repository is created if it does not exist. Existing files that are not part of the model are kept.
 
     Args:
-        id: of the repository, OWNER/NAME.
-        save: writes the model, given a folder to create.
-        token: with the right to write; None: the one that `hf auth login` stored, or HF_TOKEN.
-        private: of a new repository; None: as the owner's settings say.
-        commit_message: None: "Upload with acestep-jax".
+        id: id of the repository, OWNER/NAME.
+        save: function that writes the model to a new folder.
+        token: access token with write permission; None: the one stored by `hf auth login`, or HF_TOKEN.
+        private: whether a new repository is private; None: as in the owner's settings.
+        commit_message: message of the commit; None: "Upload with acestep-jax".
 
     Raises:
-        InputError: if the hub refuses or cannot be reached, and what `save` raises.
+        InputError: if the hub rejects the upload or cannot be reached, or `save` raises it.
     """
     hub = constants.ENDPOINT
     api = HfApi(endpoint=hub, token=token, library_name=LIBRARY)
@@ -177,7 +177,7 @@ def push_to_hub(
 
 
 def complete(source: str, variant: str | None, revision: str | None) -> tuple[str, str | None, str | None]:
-    """Return the repository, the variant to look for in it, and the file in it, that a name stands for.
+    """Return the repository that a name stands for, and the variant and the file to use in it.
 
     Raises:
         InputError: if the name or the variant is unknown, or they contradict each other.
@@ -200,7 +200,7 @@ def complete(source: str, variant: str | None, revision: str | None) -> tuple[st
     elif not (match := re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/(.+\.safetensors))?", source)):
         raise InputError(f"{source}: no such folder or file, and no id of a repository, which is OWNER/NAME")
     elif match[2]:
-        return match[1], variant, match[2]  # whose name may not say the variant
+        return match[1], variant, match[2]  # the file's name may not tell the variant
     else:
         id = REPOSITORY if source.lower() == REPOSITORY.lower() else source
     if variant is None or id not in VARIANTS.values():

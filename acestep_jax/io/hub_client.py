@@ -1,4 +1,4 @@
-"""The Hugging Face hub and, where it cannot be reached, the snapshots in its cache."""
+"""The Hugging Face hub or, if it cannot be reached, the snapshots in its cache."""
 
 import contextlib
 import dataclasses
@@ -35,13 +35,13 @@ MAIN = "main"
 
 
 class Hub:
-    """The hub or, without network, what is in its cache."""
+    """The hub or, without network, its cache."""
 
     def __init__(self, cache: Path, token: str | None, local_files_only: bool):
         self.cache, self.token, self.local_files_only = cache, token, local_files_only
 
     def snapshot(self, id: str, revision: str | None) -> Snapshot:
-        """Return what the hub has of a repository; if it cannot be reached, what the cache has."""
+        """Return the hub's snapshot of a repository or, if the hub cannot be reached, the cached one."""
         if self.local_files_only:
             return self._cached(id, revision, Unreachable("local_files_only"))
         try:
@@ -61,14 +61,14 @@ class Hub:
         return Snapshot(id, commit, repository_folder(self.cache, id) / "snapshots" / commit, files)
 
     def _cached(self, id: str, revision: str | None, reason: Exception) -> Snapshot:
-        """Return the snapshot that the cache has; raise Unreachable if it has none."""
+        """Return the cached snapshot; raise Unreachable if there is none."""
         found = cached_snapshot(self.cache, id, revision)
         if found is None or not is_complete(found):
             raise Unreachable(why(reason)) from reason
         return dataclasses.replace(found, offline=why(reason))
 
     def fetched(self, id: str, revision: str | None, needed: Callable[[Snapshot], Sequence[str]]) -> Snapshot:
-        """Return the snapshot of a repository, after downloading the files that are needed of it."""
+        """Return the snapshot of a repository, after downloading its needed files."""
         with self.one_line_errors(id, revision), incomplete_without_network(snapshot := self.snapshot(id, revision)):
             self.fetch([(snapshot, needed(snapshot))])
         self.remember(snapshot, revision)
@@ -78,11 +78,11 @@ class Hub:
         download(wanted, self.cache, self.token)
 
     def remember(self, snapshot: Snapshot, revision: str | None) -> None:
-        """Note the commit of a branch or tag, for when there is no network."""
+        """Store the commit of a branch or tag, for use without network."""
         file = repository_folder(self.cache, snapshot.id) / "refs" / (revision or MAIN)
         if (revision or MAIN) == snapshot.commit or file.is_file() and file.read_text() == snapshot.commit:
             return
-        with contextlib.suppress(OSError):  # of a cache that is only to be read
+        with contextlib.suppress(OSError):  # the cache may be read-only
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(snapshot.commit)
 
@@ -126,7 +126,7 @@ class Hub:
 
 @contextlib.contextmanager
 def incomplete_without_network(snapshot: Snapshot) -> Iterator[None]:
-    """Raise Unreachable for InputError where only the cache is known: files that are not in it may well exist."""
+    """Raise Unreachable instead of InputError if only the cache is known, because other files may exist on the hub."""
     try:
         yield
     except InputError as error:
@@ -141,7 +141,7 @@ def why(error: Exception) -> str:
 
 
 def cached_snapshot(cache: Path, id: str, revision: str | None) -> Snapshot | None:
-    """Return the snapshot of a branch, tag or commit (None: of main) that the cache has, or None."""
+    """Return the cached snapshot of a branch, tag or commit (None: main), or None if there is none."""
     folder = repository_folder(cache, id)
     with contextlib.suppress(OSError):
         revision = (folder / "refs" / (revision or MAIN)).read_text().strip()
@@ -157,7 +157,7 @@ def cached_snapshot(cache: Path, id: str, revision: str | None) -> Snapshot | No
 
 
 def is_complete(snapshot: Snapshot) -> bool:
-    """Return whether all parts that indices of weights name are there."""
+    """Return whether all shards named in indices exist."""
     for path in snapshot.files:
         if re.search(r"\.safetensors\.index(\.\w+)?\.json$", path):
             file = snapshot.folder / path
@@ -171,7 +171,7 @@ def is_complete(snapshot: Snapshot) -> bool:
 
 
 def cached_models(cache: Path) -> list[str]:
-    """Return the ids of the models that are whole in the cache, with what they take from other repositories."""
+    """Return the ids of the models that are complete in the cache, including their files from other repositories."""
 
     def has(test: Callable[[], object]) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""The planner of a model on the Hugging Face hub: which repository holds it, and which of its files are needed."""
+"""The planner of a model on the Hugging Face hub: its repository, and the files that are needed."""
 
 from pathlib import Path
 
@@ -23,16 +23,16 @@ def locate_planner(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Located:
-    """Download what is needed of a planner, unless it is in the cache, and return where it is.
+    """Download the files of a planner that are not in the cache yet, and return their location.
 
     Args:
-        source: the id of a repository of a planner, or of a model, which may hold one; if it does not, the planner is
-            ACE-Step's. Or a name such as acestep-5Hz-lm-4B, or that of a model, see `hub.locate`.
+        source: the id of a planner's repository, or of a model's, which may contain one; if it does not, ACE-Step's
+            planner is used. Or a name such as acestep-5Hz-lm-4B, or the name of a model, see `hub.locate`.
         size: which planner, such as 0.6B; None: 1.7B, or the only one of the repository.
         revision, token, cache_dir, local_files_only: see `hub.locate`; the revision is of `source`.
 
     Raises:
-        InputError: if there is no such planner, it may not be read, or it cannot be downloaded whole.
+        InputError: if there is no such planner, access is denied, or it cannot be downloaded completely.
     """
     hub = Hub(cache_folder(cache_dir), token, local_files_only)
     named = names_planner(source)
@@ -63,8 +63,8 @@ def locate_planner(
 
 
 def _find(snapshot: Snapshot, size: str | None) -> tuple[str, list[str]] | None:
-    """Return the folder of the planner in a repository, "" if it is the repository's own, and the files that are read;
-    None: there is none.
+    """Return the folder of the planner in a repository, "" if it is at the top, and the files to read; None if there is
+    none.
 
     Raises:
         InputError: if there are several, or not the one of this size.

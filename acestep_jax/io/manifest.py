@@ -1,8 +1,8 @@
-"""`config.json` of the native checkpoint: the architecture of each network, and what else a checkpoint says of itself.
+"""`config.json` of the native checkpoint: the architecture of each network, and other metadata of the checkpoint.
 
-Version 2 of the format holds no runtime. Version 1, which stored dtypes, remat and the attention kernel with each
-network, still reads: of these only the dtype of the computation counts, as the checkpoint's default. Version 3 is that
-of checkpoints with quantised weights, which earlier versions of this library cannot read.
+Version 2 of the format contains no runtime. Version 1, which stored dtypes, remat and the attention kernel with each
+network, can still be read: only its dtype of the computation is used, as the checkpoint's default. Version 3 is for
+checkpoints with quantised weights, which earlier versions of this library cannot read.
 """
 
 import dataclasses
@@ -32,15 +32,15 @@ CONFIG = "config.json"
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What `config.json` says.
+    """The contents of `config.json`.
 
     configs: the architecture of each network.
-    tokenizer_config: of the PyTorch tokenizer folder, kept for the way back.
-    sampling: defaults that this checkpoint has instead of its variant's: some of the fields of `SamplingDefaults`.
-    dtypes: by network, what it computes in unless told otherwise; of a network that is not there, the dtype that most
-        of its weights are stored in.
-    quantization: by network, what its weights are quantised to, one of `runtime.QUANTIZATIONS`; those that are not
-        there are not quantised.
+    tokenizer_config: settings from the PyTorch tokenizer folder, kept for conversion back.
+    sampling: defaults of this checkpoint that override its variant's: some of the fields of `SamplingDefaults`.
+    dtypes: default dtype of the computation by network; for a network without an entry, it is the dtype that most of
+        its weights are stored in.
+    quantization: quantisation of the weights by network, one of `runtime.QUANTIZATIONS`; networks without an entry are
+        not quantised.
     """
 
     configs: dict[str, NetworkConfig]
@@ -51,7 +51,7 @@ class Manifest:
 
 
 def manifest_values(manifest: Manifest) -> dict[str, Any]:
-    """Return what `config.json` says, ready for JSON."""
+    """Return the contents of `config.json`, ready for JSON."""
     return {
         "format": FORMAT,
         "format_version": NEWEST_VERSION if manifest.quantization else FORMAT_VERSION,
@@ -117,7 +117,7 @@ def read_manifest(path: str | Path, required: Iterable[str] | None = None) -> Ma
 
 
 def _check_quantization(values: Any, networks: Iterable[str], source: str) -> None:
-    """Raise InputError unless these say what some of the networks are quantised to."""
+    """Raise InputError unless these are valid quantisations of some of the networks."""
     if not isinstance(values, dict):
         raise InputError(f"{source}: expected a JSON object, found {values!r}")
     for name, kind in values.items():
@@ -129,7 +129,7 @@ def _check_quantization(values: Any, networks: Iterable[str], source: str) -> No
 
 
 def check_unquantized(path: str | Path, manifest: Manifest, what: str) -> None:
-    """Raise InputError if a checkpoint is quantised. `what`: what is done with its weights."""
+    """Raise InputError if a checkpoint is quantised. `what`: how its weights would be used, for the message."""
     for name, kind in manifest.quantization.items():
         raise InputError(
             f"{path}: its {name} is quantised to {kind}, but {what} weights in float32, bfloat16 or float16; take the "
@@ -138,7 +138,7 @@ def check_unquantized(path: str | Path, manifest: Manifest, what: str) -> None:
 
 
 def _drop_runtime(values: dict[str, Any], source: str) -> dict[str, str]:
-    """Take what version 1 of the format stored of the runtime out of `values`; return the dtypes of the networks."""
+    """Remove the runtime that version 1 of the format stored from `values`; return the dtypes of the networks."""
     dtypes = {}
     for name in FAMILY.networks:
         if isinstance(network := values.get(name), dict):
@@ -150,7 +150,7 @@ def _drop_runtime(values: dict[str, Any], source: str) -> dict[str, str]:
 
 
 def check_sampling(values: Any, source: str) -> None:
-    """Raise InputError if these are no sampling defaults that a checkpoint may carry. `source`: what messages say."""
+    """Raise InputError unless these are valid sampling defaults for a checkpoint. `source`: name for messages."""
     if not isinstance(values, Mapping):
         raise InputError(f"{source}: expected a JSON object, found {values!r}")
     known = [field.name for field in dataclasses.fields(SamplingDefaults)]
@@ -170,12 +170,12 @@ def check_sampling(values: Any, source: str) -> None:
 
 
 def default_dtype(manifest: Manifest, name: str, stored: Mapping[str, jax.ShapeDtypeStruct]) -> str:
-    """Return the dtype that the network `name` computes in unless told otherwise, see `Manifest.dtypes`.
+    """Return the default dtype of the network `name`'s computation, see `Manifest.dtypes`.
 
-    Weights that are merely stored as float16 are computed with in float32, for activations leave its range.
+    If weights are only stored as float16, the computation is in float32, because activations exceed float16's range.
 
     Args:
-        stored: its leaves, as `network_leaves` returns them. What is quantised does not count.
+        stored: its parameters, as returned by `network_leaves`. Quantised ones do not count.
     """
     if name in manifest.dtypes:
         return manifest.dtypes[name]
@@ -189,10 +189,10 @@ def default_dtype(manifest: Manifest, name: str, stored: Mapping[str, jax.ShapeD
 
 
 def pick_dtype(manifest: Manifest, mesh: Mesh | None = None) -> str | None:
-    """Return the dtype to load a checkpoint in unless the user says otherwise: `default_precision` of the device.
+    """Return the default dtype for loading a checkpoint: `default_precision` of the device.
 
-    None, each array as stored, where the checkpoint itself says what its networks compute in; but what it has in
-    bfloat16 or float16 is computed in the mixed precision on GPUs that this suits.
+    None, each array as stored, if the checkpoint itself gives the dtypes of its networks' computation; but bfloat16 and
+    float16 are replaced with mixed precision on GPUs that need it.
     """
     suited = default_precision(mesh)
     half = set(manifest.dtypes.values()) - {"float32"}

@@ -1,4 +1,4 @@
-"""From any name of a model to a folder in the native format: what `AceStepPipeline.from_pretrained` loads."""
+"""From any name of a model to a folder in the native format, which `AceStepPipeline.from_pretrained` loads."""
 
 import dataclasses
 import functools
@@ -21,12 +21,12 @@ from acestep_jax.io.manifest import CONFIG, FORMAT, FORMAT_VERSION, read_manifes
 from acestep_jax.io.pretrained import TorchCheckpoint
 from acestep_jax.models.runtime import check_stored
 
-CONVERSION_VERSION = 1  # to be raised when the same files convert to other arrays
+CONVERSION_VERSION = 1  # increase this when the same files convert to other arrays
 
 
 @dataclasses.dataclass(frozen=True)
 class Native:
-    """A native checkpoint: its folder, and the commit of the repository that it comes from; None: not of the hub."""
+    """A native checkpoint: its folder, and the commit of the repository that it comes from; None: not from the hub."""
 
     folder: Path
     commit: str | None = None
@@ -49,13 +49,13 @@ def find_native(
 ) -> Native:
     """Return a native checkpoint: `source` itself, or its conversion, which is made once and kept.
 
-    Of several processes with one cache, one converts and the others wait for it.
+    If several processes share a cache, one converts and the others wait for it.
 
     Args:
         source: a native checkpoint; a PyTorch checkpoint in a folder or file, see `open_checkpoint`; or the id of a
             repository on the Hugging Face hub with either of them.
-        variant: which model, such as turbo or xl-base, where the source has several.
-        dtype: what weights are converted to, one of `runtime.DTYPES` or `runtime.QUANTIZATIONS`; None: as they are.
+        variant: which model, such as turbo or xl-base, if the source has several.
+        dtype: dtype to convert weights to, one of `runtime.DTYPES` or `runtime.QUANTIZATIONS`; None: unchanged.
         revision, token, local_files_only: see `hub.locate`.
         cache_dir: for downloads and conversions; None: the hub's own cache, and `cache.cache_folder`.
 
@@ -104,12 +104,12 @@ def converted(
     opened: TorchCheckpoint | None,
     cache_dir: str | Path | None,
 ) -> Path:
-    """Return the folder of a conversion, which is made once, by one of all processes, and kept.
+    """Return the folder of a conversion, which one of all processes makes once, and which is kept.
 
     Args:
-        place: of the PyTorch checkpoint.
-        open_source: opens it; another process may be asked to.
-        about: what `source.json` says of it, with the keys "key" and "dtype".
+        place: location of the PyTorch checkpoint.
+        open_source: function that opens it, possibly in another process.
+        about: description for `source.json`, with the keys "key" and "dtype".
         variant: which of its models is converted; None: the only one.
         opened: the checkpoint, if this process has opened it already.
         cache_dir: see `find_native`.
@@ -122,7 +122,7 @@ def converted(
     name = re.sub(r"[^\w.-]+", "-", "-".join(word for word in (model, variant, dtype) if word))
 
     def convert(folder: Path, extra: dict[str, Any]) -> None:
-        if jax.process_count() > 1:  # Orbax writes with all processes, or in one that knows of no others
+        if jax.process_count() > 1:  # Orbax writes with all processes, or in one that is not part of the cluster
             alone(_convert, open_source, folder, extra)
         else:
             conversion.convert(opened or open_source(), folder, extra)
@@ -136,7 +136,7 @@ def _convert(open_source: Callable[[], TorchCheckpoint], folder: Path, extra: di
 
 
 def is_native(path: Path) -> bool:
-    """Return whether a folder is a checkpoint of this library, of any version, judging by its `config.json` alone."""
+    """Return whether a folder is a checkpoint of this library, of any version, judging only by its `config.json`."""
     try:
         values = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -145,7 +145,7 @@ def is_native(path: Path) -> bool:
 
 
 def _check_variant(path: Path, variant: str | None) -> None:
-    """Raise InputError if a native checkpoint is of another variant than was asked for."""
+    """Raise InputError if a native checkpoint has another variant than the requested one."""
     if variant is None:
         return
     configs = read_manifest(path, ()).configs
@@ -158,6 +158,6 @@ def _check_variant(path: Path, variant: str | None) -> None:
 
 
 def key_of_files(files: Iterable[Path]) -> str:
-    """Return what changes when one of the files is replaced: a hash of their names, sizes and times."""
+    """Return a key that changes when one of the files is replaced: a hash of their names, sizes and times."""
     found = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return f"files:{hashlib.sha256(json.dumps(found).encode()).hexdigest()}"

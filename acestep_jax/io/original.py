@@ -1,4 +1,4 @@
-"""What is particular to the layout in which ACE-Step publishes its models: folders, config and tensor names.
+"""The layout in which ACE-Step publishes its models: folders, config and tensor names.
 
 `decoder` is the transformer, `encoder` the condition encoder; one `config.json` describes all but the autoencoder
 and the text encoder. See also diffusers' `scripts/convert_ace_step_to_diffusers.py`.
@@ -34,7 +34,7 @@ VARIANTS = MappingProxyType(
         for name in "base sft turbo-shift1 turbo-shift3 turbo-continuous xl-base xl-sft xl-turbo".split()
     }
 )
-MOST_TOKENS = 152_000  # of Qwen3's vocabulary; the 5 Hz language model adds 64000 audio codes to it
+MOST_TOKENS = 152_000  # bound of Qwen3's vocabulary size; the 5 Hz language model adds 64000 audio codes to it
 
 PREFIXES = {
     "decoder.": "transformer",
@@ -72,7 +72,7 @@ def find_folders(
 
     Args:
         source: the model's folder, or the one that holds it and the other two.
-        vae, text_encoder: their folders; None: those beside the model's.
+        vae, text_encoder: their folders; None: the ones next to the model's.
         variant: which of several models, see `names_variant`.
 
     Raises:
@@ -157,7 +157,7 @@ def split_config(values: dict[str, Any], source: str) -> dict[str, NetworkConfig
         "audio_tokenizer": AudioTokenizerConfig.from_hf(tokenizer, source),
         "audio_token_detokenizer": AudioTokenDetokenizerConfig.from_hf(detokenizer, source),
     }
-    # What makes an XL model is that its transformer is wider than its encoders.
+    # In an XL model, the transformer is wider than the encoders.
     configs["condition_encoder"] = dataclasses.replace(
         configs["condition_encoder"],
         timbre_special_token="encoder_hidden_size" in transformer,
@@ -167,7 +167,7 @@ def split_config(values: dict[str, Any], source: str) -> dict[str, NetworkConfig
 
 
 def join_config(configs: dict[str, NetworkConfig]) -> dict[str, Any]:
-    """Return the one config of the original layout, the inverse of `split_config`, from those of all four networks.
+    """Return the single config of the original layout for all four networks, the inverse of `split_config`.
 
     Raises:
         InputError: if the networks differ in a value that this layout has only once.
@@ -184,7 +184,7 @@ def join_config(configs: dict[str, NetworkConfig]) -> dict[str, Any]:
     if network.lyric_alignment_layers_config is not None:
         heads = network.lyric_alignment_layers_config
         values["lyric_alignment_layers_config"] = {str(layer): list(rows) for layer, rows in heads}
-    # All or none: where one is there, ACE-Step's own classes read all four.
+    # All or none: if one is present, ACE-Step's own classes read all four.
     if any(encoder[key] != transformer[key] for key in _ENCODER_KEYS):
         values |= {f"encoder_{key}": encoder[key] for key in _ENCODER_KEYS}
     for name in ("audio_tokenizer", "audio_token_detokenizer"):
@@ -207,7 +207,7 @@ def join_config(configs: dict[str, NetworkConfig]) -> dict[str, Any]:
 
 
 def _essentials(config: NetworkConfig) -> dict[str, Any]:
-    """Return what a config says of the network's function, with the defaults that depend on other keys."""
+    """Return a config's values that affect the network's function, including defaults that depend on other keys."""
     assert isinstance(config, AttentionConfig)
     values = config.to_hf()
     del values["attention_dropout"]

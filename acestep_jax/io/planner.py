@@ -1,8 +1,8 @@
-"""From any name of a model to its planner: found beside it or on the hub, converted once, and loaded.
+"""From any name of a model to its planner: found next to it or on the hub, converted once, and loaded.
 
-A native checkpoint of a planner is like any other, with one network and the files of the tokenizer as they are
-published. It is a folder of its own; where it lies in the folder of a model's native checkpoint, it is called
-`planner`, and is found by the model's name.
+A native checkpoint of a planner is like any other, with one network and the published files of the tokenizer. It is a
+separate folder; inside the folder of a model's native checkpoint, it is called `planner`, and is found by the model's
+name.
 """
 
 import functools
@@ -45,17 +45,17 @@ def load_planner(
     """Load the planner of a model.
 
     Args:
-        source: what `AceStepPipeline.from_pretrained` takes, of which the planner is looked for; or a planner: a folder
-            of PyTorch or of this library, or the id of a repository such as ACE-Step/acestep-5Hz-lm-0.6B.
-        size: which planner, such as 0.6B or 4B, where there are several; None: 1.7B if there is one.
-        dtype: of weights and computation, one of `runtime.PRECISIONS`; None: what suits the device. "int8" and "fp8"
-            are of the weights of layers, see `models.quantization`; the rest is what suits the device.
+        source: a model, as for `AceStepPipeline.from_pretrained`, whose planner is loaded; or a planner: a PyTorch or
+            native folder, or the id of a repository such as ACE-Step/acestep-5Hz-lm-0.6B.
+        size: which planner, such as 0.6B or 4B, if there are several; None: 1.7B if there is one.
+        dtype: dtype of weights and computation, one of `runtime.PRECISIONS`; None: the best for the device. "int8" and
+            "fp8" apply to the weights of layers, see `models.quantization`; the rest is the best for the device.
         mesh: from `distributed.make_mesh`; None: all on the first device.
         attention: see `Runtime`.
         revision, token, cache_dir, local_files_only: see `native_folder`.
 
     Raises:
-        InputError: if there is no planner, with the places where there is one, or it cannot be read.
+        InputError: if there is no planner, with the places that have one, or it cannot be read.
     """
     dtype, quantization = split_dtype(dtype)
     folder = planner_folder(
@@ -89,7 +89,7 @@ def planner_folder(
     """Return the folder of a planner's native checkpoint, which is converted once and kept; see `load_planner`.
 
     Args:
-        dtype: what weights are converted to, one of `runtime.DTYPES` or `runtime.QUANTIZATIONS`; None: as they are.
+        dtype: dtype to convert weights to, one of `runtime.DTYPES` or `runtime.QUANTIZATIONS`; None: unchanged.
     """
     if dtype is not None:
         check_stored(dtype)
@@ -109,10 +109,10 @@ def planner_folder(
 
 
 def _locate(source: str | Path, size: str | None, *, revision: str | None, **options: Any) -> Located:
-    """Return where the planner of a model is, on this machine or, by id, on the hub.
+    """Return the location of a model's planner, on this machine or, by id, on the hub.
 
     Raises:
-        InputError: if it is nowhere, with the places where there is one.
+        InputError: if there is none, with the places that have one.
     """
     path = as_path(source) if is_remote(source) else Path(source).expanduser()
     if is_remote(source) or path.exists():
@@ -126,13 +126,13 @@ def _locate(source: str | Path, size: str | None, *, revision: str | None, **opt
         raise InputError(
             f"{source}: no such folder; expected a model, a planner, or the id of a hub repository; {WHERE}"
         )
-    from acestep_jax.io.hub_planner import locate_planner  # whose client takes a fifth of a second to import
+    from acestep_jax.io.hub_planner import locate_planner  # importing the client takes a fifth of a second
 
     return locate_planner(text, size, revision=revision, **options)
 
 
 def beside(path: Path, size: str | None) -> Path:
-    """Return the folder of the planner that `path` is, holds, or lies beside.
+    """Return the folder of the planner that `path` is, contains, or is next to.
 
     Raises:
         InputError: if there is none, or there are several.

@@ -1,7 +1,7 @@
 """The PyTorch checkpoint of a planner: a folder of transformers with the 5 Hz language model and its tokenizer.
 
-Published folders are called `acestep-5Hz-lm-0.6B`, -1.7B and -4B and lie beside the folder of a diffusion model. Their
-tensors have the names of Qwen3Model, others have those of Qwen3ForCausalLM.
+Published folders are called `acestep-5Hz-lm-0.6B`, -1.7B and -4B and are next to the folder of a diffusion model. Their
+tensors have the names of Qwen3Model; others have the names of Qwen3ForCausalLM.
 """
 
 import json
@@ -20,7 +20,7 @@ from acestep_jax.models.registry import PLANNER
 from acestep_jax.models.runtime import QUANTIZATIONS
 
 PREFIX = "acestep-5Hz-lm-"
-DEFAULT_SIZE = "1.7B"  # what the authors' application takes, and the main repository holds
+DEFAULT_SIZE = "1.7B"  # the one that the authors' application uses, in the main repository
 SIZES = ("0.6B", "1.7B", "4B")
 VOCABULARY = ("vocab.json", "merges.txt")
 TOKENIZER = "tokenizer.json"
@@ -53,14 +53,14 @@ def is_planner(folder: Path) -> bool:
 
 
 def choose_planner(names: Iterable[str], size: str | None, source: str) -> str | None:
-    """Return which of several names of folders is the planner to use; None: there is none.
+    """Return the name of the planner to use among several folder names; None if there is none.
 
     Args:
-        size: one of `SIZES`, or what else follows "acestep-5Hz-lm-"; None: 1.7B, or the only one.
-        source: what messages say that the folders are in.
+        size: one of `SIZES`, or another suffix of "acestep-5Hz-lm-"; None: 1.7B, or the only one.
+        source: location of the folders, for messages.
 
     Raises:
-        InputError: if there are several and none of the size, or others only.
+        InputError: if none of them has the size, or there are several and none is the default.
     """
     found = {name.removeprefix(PREFIX): name for name in sorted(names) if name.startswith(PREFIX)}
     if not found:
@@ -75,10 +75,10 @@ def choose_planner(names: Iterable[str], size: str | None, source: str) -> str |
 
 
 def planner_names(tensors: Mapping[str, Tensor], source: str = PLANNER) -> dict[str, Tensor]:
-    """Return the tensors of a planner under diffusers' names, without a head that is the embedding.
+    """Return the tensors of a planner under diffusers' names, without a head that equals the embedding.
 
     Raises:
-        InputError: if a tensor is there under both of its names, or the head is another matrix.
+        InputError: if a tensor exists under both of its names, or the head is another matrix.
     """
     plain: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -107,7 +107,7 @@ def open_planner(folder: Path, dtype: str | None) -> TorchCheckpoint:
         dtype: see `open_checkpoint`.
 
     Raises:
-        InputError: if it is no planner, or a part of it is missing, damaged or unknown.
+        InputError: if it is not a planner, or a part of it is missing, damaged or unknown.
     """
     file = folder / "config.json"
     config = PlannerConfig.from_hf(read_json(file), str(file))
@@ -129,7 +129,7 @@ def open_planner(folder: Path, dtype: str | None) -> TorchCheckpoint:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Return the files of a planner's tokenizer; raise InputError if one cannot be made of them."""
+    """Return the files of a planner's tokenizer; raise InputError if they are incomplete."""
     found = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     names = {file.name for file in found}
     if TOKENIZER not in names and not set(VOCABULARY) <= names:
@@ -141,7 +141,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def names_planner(source: str) -> str | None:
-    """Return the id of the hub's repository of a planner that is called by it or by the name of its folder; None: the
-    name is of something else. The 1.7B has no repository of its own, see `WHERE`."""
+    """Return the id of a planner's hub repository, given that id or the name of its folder; None if the name is not a
+    planner's. The 1.7B has no separate repository, see `WHERE`."""
     match = re.fullmatch(rf"(ACE-Step/)?{PREFIX}(\d[\w.]*)", source)
     return None if match is None else f"ACE-Step/{PREFIX}{match[2]}"

@@ -1,4 +1,4 @@
-"""Where the planner of a loaded model is, which is remembered until it is needed."""
+"""The source of a loaded model's planner, stored until the planner is needed."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ class PlannerSource:
     """The source of a planner.
 
     Attributes:
-        source: a planner, or the model that it is beside, see `load_planner`.
+        source: a planner, or the model that it belongs to, see `load_planner`.
         named: whether the user named the planner, so that there must be one.
         dtype: see `load_planner`.
         hub: the options of the hub, see `native_folder`.
@@ -36,10 +36,9 @@ class PlannerSource:
         """Return the source of a model's planner.
 
         Args:
-            planner: what the user named; None: nothing.
-            source: of the model, as the user named it.
-            native: the folder that it was loaded from. Where that is a conversion, the planner is looked for where it
-                comes from.
+            planner: the planner given by the user, or None.
+            source: source of the model, as given by the user.
+            native: the folder that it was loaded from. If that is a conversion, the planner is looked up at its source.
         """
         if planner is not None:
             # The revision is of the model's repository.
@@ -50,7 +49,7 @@ class PlannerSource:
 
     @property
     def is_possible(self) -> bool:
-        """Whether there may be a planner. Of a model on the hub only the hub knows: ACE-Step's serves all of them."""
+        """Whether there may be a planner. For a model on the hub, this is always true: ACE-Step's planner fits all."""
         path = as_path(self.source) if is_remote(self.source) else Path(self.source).expanduser()
         if self.named or not is_remote(path) and not path.exists():
             return True

@@ -1,8 +1,8 @@
-"""Finding and reading the tensors of a PyTorch checkpoint, in any layout, under one set of names, without PyTorch.
+"""Finds and reads the tensors of a PyTorch checkpoint, in any layout, under one set of names, without PyTorch.
 
 Layouts: "diffusers", a folder with `model_index.json` and a folder for each network; "original", the folder of a
-diffusion model as ACE-Step publishes it, with the autoencoder and the text encoder in folders beside it; ComfyUI's
-files, see `io.comfyui`. No tensor is read before its `read` is called, and no file stays open, or mapped into memory,
+diffusion model as ACE-Step publishes it, with the autoencoder and the text encoder in folders next to it; ComfyUI's
+files, see `io.comfyui`. No tensor is read before its `read` is called, and no file stays open or mapped into memory
 between two tensors.
 """
 
@@ -35,12 +35,12 @@ WEIGHT_FILES = ("diffusion_pytorch_model", "model")
 
 @dataclasses.dataclass(frozen=True)
 class TorchCheckpoint:
-    """Hold a checkpoint as `tensors[network][name]`, with diffusers' names.
+    """A checkpoint as `tensors[network][name]`, with diffusers' names.
 
-    `weight_norm` are the factors that the weights of `vae` are folded from. `files` are all that it was read from,
-    `extra_files` those of them that a native checkpoint takes over as they are, by name. `tokenizer` is the text of
-    `tokenizer.json`; None: it is among these. `quantization` is what its layers become when they are converted, see
-    `models.quantization`; None: what they are.
+    `weight_norm` are the factors that the weights of `vae` are folded from. `files` are all files that it was read
+    from, `extra_files` the ones that a native checkpoint copies unchanged, by name. `tokenizer` is the text of
+    `tokenizer.json`; None: it is among these. `quantization` is the quantisation of layers at conversion, see
+    `models.quantization`; None: none.
     """
 
     configs: dict[str, NetworkConfig]
@@ -55,7 +55,7 @@ class TorchCheckpoint:
 
 @dataclasses.dataclass
 class _Parts:
-    """What a layout gives: configs and tensors by network, the folder of the tokenizer, and the files of configs."""
+    """The contents of a layout: configs and tensors by network, the folder of the tokenizer, and the config files."""
 
     configs: dict[str, NetworkConfig]
     tensors: dict[str, dict[str, Tensor]]
@@ -64,8 +64,8 @@ class _Parts:
 
 
 def cast_to(dtype: str | None) -> np.dtype | None:
-    """Return the dtype of NumPy that tensors are cast to, of one of `runtime.DTYPES`; None: to none, as what is to be
-    quantised is not."""
+    """Return the NumPy dtype that tensors are cast to for one of `runtime.DTYPES`; None: no cast, as for weights to
+    quantise."""
     return None if dtype is None or dtype in QUANTIZATIONS else np.dtype(getattr(ml_dtypes, dtype, dtype))
 
 
@@ -82,12 +82,12 @@ def open_checkpoint(
 
     Args:
         source: a folder of any layout, or a .safetensors file.
-        vae, text_encoder: folders, or files, that are not beside `source`.
-        dtype: dtype that every tensor is cast to as it is read; None keeps its own, and float8 becomes bfloat16. One of
-            `runtime.QUANTIZATIONS` is what layers are quantised to when they are converted.
-        variant: which model to take from a folder of several, such as turbo or xl-base; that of a file whose name does
-            not say it.
-        fetch: gets the small files that weights of ComfyUI lack, see `io.companions`; None: from the hub.
+        vae, text_encoder: folders or files, if they are not next to `source`.
+        dtype: dtype that every tensor is cast to when it is read; None keeps its own, and float8 becomes bfloat16. With
+            one of `runtime.QUANTIZATIONS`, layers are quantised at conversion.
+        variant: model to use if a folder has several, such as turbo or xl-base; or the variant of a file whose name
+            does not tell it.
+        fetch: function that gets the small files that ComfyUI's weights lack, see `io.companions`; None: from the hub.
 
     Raises:
         InputError: if `source` is not a checkpoint, or a part of it is missing, damaged or unknown.
@@ -162,7 +162,7 @@ def _open_diffusers(path: Path, dtype: np.dtype | None) -> _Parts:
 
 
 def _with_timbre_token(configs: dict[str, NetworkConfig], path: Path) -> ConditionEncoderConfig:
-    """Return the config of the condition encoder with the timbre token of ACE-Step's XL models, told by their size."""
+    """Return the condition encoder's config with the timbre token of ACE-Step's XL models, recognised by their size."""
     transformer, encoder = configs["transformer"], configs["condition_encoder"]
     assert isinstance(transformer, TransformerConfig) and isinstance(encoder, ConditionEncoderConfig)
     if transformer.hidden_size == encoder.hidden_size:
@@ -198,7 +198,7 @@ def _open_original(
 
 
 def _comfyui_model(path: Path, variant: str | None) -> Path | None:
-    """Return the diffusion model in a folder of ComfyUI's models or split files; None: it is no such folder.
+    """Return the diffusion model in a folder of ComfyUI's models or split files; None if it is not such a folder.
 
     Raises:
         InputError: if there are several for the variant, or none.
@@ -227,13 +227,13 @@ def _open_file(
     variant: str | None,
     fetch: Fetch | None,
 ) -> _Parts:
-    """Open a .safetensors file of ComfyUI, with the other networks in it or beside it."""
+    """Open a .safetensors file of ComfyUI, with the other networks in it or next to it."""
     found = comfyui.parts(read_header(file, dtype))
     if comfyui.MODEL not in found:
         alone = {comfyui.VAE: "the autoencoder", comfyui.TEXT_ENCODER: "the text encoder"}
         alone[comfyui.PLANNER] = "the 5 Hz language model, which plans songs,"
-        what = next((f"holds {alone[part]} alone" for part in found), "no tensors of ACE-Step 1.5")
-        raise InputError(f"{file}: {what}; expected the diffusion model, alone or with the other networks")
+        what = next((f"holds only {alone[part]}" for part in found), "no tensors of ACE-Step 1.5")
+        raise InputError(f"{file}: {what}; expected the diffusion model, with or without the other networks")
     found[comfyui.MODEL].pop("silence_latent", None)
     configs = comfyui.model_config(found[comfyui.MODEL], comfyui.find_variant(file.stem, variant), str(file))
     tensors = original.split_names(found[comfyui.MODEL], str(file))
@@ -266,7 +266,7 @@ def _open_file(
 
 
 def _beside(file: Path, part: str) -> Path:
-    """Return the file or folder of a part of which `file` is the diffusion model, in ComfyUI's folders or beside it."""
+    """Return the file or folder of a part for the diffusion model `file`, in ComfyUI's folders or next to it."""
     name = comfyui.FILES[part]
     folder = {comfyui.VAE: original.VAE, comfyui.TEXT_ENCODER: original.TEXT_ENCODER}[part]
     places = [file.parent.parent / comfyui.FOLDERS[part] / name, file.parent / name, file.parent / folder]
@@ -276,7 +276,7 @@ def _beside(file: Path, part: str) -> Path:
             return place
     option = f"--{part.replace('_', '-')}"
     raise InputError(
-        f"{file}: holds the diffusion model alone, and there is no {part} at {places[0]}, {name} or {folder}/ beside "
+        f"{file}: holds only the diffusion model, and there is no {part} at {places[0]}, {name} or {folder}/ next to "
         f"it; put it there, or convert with acestep-jax convert from-torch {option} PATH"
     )
 
@@ -324,7 +324,7 @@ def file_tensors(folder: Path, dtype: np.dtype | None) -> dict[str, Tensor]:
 
 
 def _weight_files(folder: Path) -> tuple[Path | None, Path]:
-    """Return the index of the shards of a folder, or None, and its one file; a variant such as fp16 if that is all.
+    """Return the index of a folder's shards, or None, and its single file; a variant such as fp16 if there is no other.
 
     Raises:
         InputError: if there are none, or several variants.
@@ -360,7 +360,7 @@ def _silence_latent(file: Path, dtype: np.dtype | None) -> Tensor:
 
 
 def fold(g: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Compute the weight v * g / |v| of weight norm, the norm over all axes but the first, in float32."""
+    """Compute the weight v * g / |v| of weight norm in float32, with the norm over all axes but the first."""
     v = v.astype(np.float32)
     return v * (g.astype(np.float32) / weight_norm(v))
 
@@ -379,7 +379,7 @@ def fold_weight_norm(tensors: dict[str, Tensor], dtype: np.dtype | None) -> dict
         if name.endswith(".weight_v"):
             stem = name.removesuffix("_v")
             if (g := tensors.get(f"{stem}_g")) is None:
-                raise InputError(f"vae: {stem}_v has no {stem}_g beside it; the checkpoint is incomplete")
+                raise InputError(f"vae: {stem}_v has no matching {stem}_g; the checkpoint is incomplete")
             expected = (tensor.shape[0],) + (1,) * (len(tensor.shape) - 1)
             if g.shape != expected:
                 raise InputError(f"vae: {stem}_g has shape {g.shape}, expected {expected}")
@@ -389,7 +389,7 @@ def fold_weight_norm(tensors: dict[str, Tensor], dtype: np.dtype | None) -> dict
         elif not name.endswith(".weight_g"):
             folded[name] = tensor
         elif f"{name.removesuffix('_g')}_v" not in tensors:
-            raise InputError(f"vae: {name} has no weight_v beside it; the checkpoint is incomplete")
+            raise InputError(f"vae: {name} has no matching weight_v; the checkpoint is incomplete")
     return folded
 
 

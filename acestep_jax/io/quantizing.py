@@ -1,4 +1,4 @@
-"""Weights of 8 bits in checkpoints: made as a model is converted, or of a native checkpoint.
+"""8-bit weights in checkpoints: quantised during conversion of a model, or from a native checkpoint.
 
 acestep-jax convert quantize SRC DST --dtype int8
 """
@@ -20,15 +20,15 @@ from acestep_jax.models.runtime import QUANTIZATIONS, Runtime
 
 
 def kinds_of(configs: Mapping[str, NetworkConfig], kind: str | None) -> dict[str, str]:
-    """Return `Manifest.quantization` of these networks, quantised to one of `runtime.QUANTIZATIONS`; None: to none."""
+    """Return `Manifest.quantization` for these networks, quantised to one of `runtime.QUANTIZATIONS` or None."""
     return {} if kind is None else {name: kind for name in configs if name in NETWORKS}
 
 
 class Quantizer:
-    """Turns the weights of a network into what is stored.
+    """Converts the weights of a network to stored arrays.
 
     Args:
-        name: of the network.
+        name: name of the network.
         kind: one of `runtime.QUANTIZATIONS`; None: it is not quantised.
     """
 
@@ -49,8 +49,8 @@ class Quantizer:
 
 
 def quantize_checkpoint(source: str | Path, destination: str | Path, dtype: str) -> None:
-    """Write a native checkpoint, of a model or a planner, with the weights of its layers in 8 bits; what loads it needs
-    no others. All else is copied as it is.
+    """Write a native checkpoint of a model or a planner with 8-bit weights of its layers; loading it does not need the
+    original. Everything else is copied unchanged.
 
     Args:
         source: a native checkpoint.
@@ -58,8 +58,8 @@ def quantize_checkpoint(source: str | Path, destination: str | Path, dtype: str)
         dtype: one of `runtime.QUANTIZATIONS`.
 
     Raises:
-        InputError: if `source` is no native checkpoint, or quantised already, `destination` exists, or the disk has no
-            room. Nothing is written then.
+        InputError: if `source` is not a native checkpoint, or already quantised, `destination` exists, or the disk has
+            no room. Nothing is written in these cases.
     """
     if dtype not in QUANTIZATIONS:
         raise InputError(f"--dtype: expected {' or '.join(QUANTIZATIONS)}, found {dtype!r}")

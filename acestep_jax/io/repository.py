@@ -1,7 +1,7 @@
-"""What of a repository's files is used: its layout, the folder of its transformer, one set of weights of each network.
+"""The files of a repository that are used: its layout, its transformer's folder, one set of weights for each network.
 
-Layouts: native; diffusers, whole; original, the folder of a transformer and, in some repositories, those of the
-autoencoder and the text encoder beside or in it.
+Layouts: native; diffusers, complete; original, the folder of a transformer and, in some repositories, the folders of
+the autoencoder and the text encoder next to or in it.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from acestep_jax.models.registry import FAMILY
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What of a snapshot is used.
+    """The parts of a snapshot that are used.
 
     model: folder or file of the model; "": the snapshot itself.
     whole: whether autoencoder and text encoder are in `model`.
     needed: the paths to download.
-    absent: VAE, TEXT_ENCODER or both, where the snapshot lacks them and the model does not hold them.
+    absent: VAE, TEXT_ENCODER or both, if neither the snapshot nor the model has them.
     """
 
     model: str
@@ -34,17 +34,17 @@ class Parts:
 
 
 def find_file(snapshot: Snapshot, file: str) -> Parts:
-    """Return the parts where one file is the model; raise InputError if it is not there."""
+    """Return the parts for a model in one file; raise InputError if it does not exist."""
     if file not in snapshot.files:
         raise InputError(f"{snapshot.id}: has no {file}; {nearest(file, _weights(snapshot.files))}")
     return Parts(file, True, [file], [])
 
 
 def find_parts(snapshot: Snapshot, variant: str | None) -> Parts:
-    """Return what is needed of a repository, in any of the layouts: native, diffusers, original.
+    """Return the needed parts of a repository in any of the layouts: native, diffusers, original.
 
     Raises:
-        InputError: if it holds no model, not the variant, or several of which none is called turbo.
+        InputError: if it has no model, not the variant, or several models and none called turbo.
     """
     files = snapshot.files
     if INDEX in files or is_native(files):
@@ -65,7 +65,7 @@ def find_parts(snapshot: Snapshot, variant: str | None) -> Parts:
 
 
 def find_adapter(snapshot: Snapshot, file: str | None) -> list[str]:
-    """Return the files of an adapter: those of the first folder, or one with the settings beside it.
+    """Return the files of an adapter: all of the first folder, or one file with the settings next to it.
 
     Raises:
         InputError: if there are none.
@@ -96,7 +96,7 @@ def _choose(snapshot: Snapshot, folders: Sequence[str], variant: str | None) -> 
             found = ", ".join(sorted(snapshot.files)[:5]) or "nothing"
             raise InputError(f"{snapshot.id}: holds no weights that can be read here; found {found}")
         raise InputError(
-            f"{snapshot.id}: expected {INDEX}, a native checkpoint, or config.json beside {SILENCE}; for a "
+            f"{snapshot.id}: expected {INDEX}, a native checkpoint, or config.json next to {SILENCE}; for a "
             f"single file, name it: {snapshot.id}/{weights[0]}"
         )
     names = {folder.rstrip("/").removeprefix(MODEL_PREFIX): folder for folder in folders}
@@ -106,7 +106,7 @@ def _choose(snapshot: Snapshot, folders: Sequence[str], variant: str | None) -> 
         return names[variant]
     if len(names) == 1 or "" in names:
         return names.get("", folders[0])
-    if "turbo" in names:  # what the authors' application takes
+    if "turbo" in names:  # the default of the authors' application
         return names["turbo"]
     raise InputError(f"variant: {snapshot.id} holds several models; choose one of {', '.join(names)}")
 
@@ -137,7 +137,7 @@ def network_files(snapshot: Snapshot, folder: str, *, weights: bool = True) -> l
 
 
 def _one_set(names: Sequence[str]) -> list[str]:
-    """Return the files of one of the sets of weights of a folder: those without a variant such as fp16 come first."""
+    """Return the files of one set of weights in a folder, preferring one without a variant such as fp16."""
     for middle in ("", r"\.[A-Za-z0-9]+"):
         for stem in WEIGHT_FILES:
             index = [n for n in names if re.fullmatch(rf"{stem}\.safetensors\.index{middle}\.json", n)]
@@ -156,5 +156,5 @@ def _weights(files: Iterable[str]) -> list[str]:
 
 
 def _is_native(path: str) -> bool:
-    """Return whether a file belongs to a native checkpoint: one of the weights, or beside config.json."""
+    """Return whether a file belongs to a native checkpoint: one of the weights, or next to config.json."""
     return path.startswith("weights/") or "/" not in path and path.endswith((".json", ".safetensors"))

@@ -1,6 +1,6 @@
-"""The table between PyTorch's tensor names and layouts and ours, which is read in both directions.
+"""The mapping between PyTorch's tensor names and layouts and ours, used in both directions.
 
-The PyTorch side speaks diffusers' names. A stacked leaf `layers.REST` stands for `layers.0.REST`, `layers.1.REST`, ...
+The PyTorch side uses diffusers' names. A stacked leaf `layers.REST` stands for `layers.0.REST`, `layers.1.REST`, ...
 """
 
 import re
@@ -13,7 +13,7 @@ Transform = Callable[[np.ndarray], np.ndarray]
 
 
 class Rule(NamedTuple):
-    """Pair a torch name with ours. `*` stands for any module path, empty or ending in a dot, the same on both sides."""
+    """A torch name and ours. `*` stands for any module path, empty or ending in a dot, the same on both sides."""
 
     torch: str
     jax: str

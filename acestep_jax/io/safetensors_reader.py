@@ -1,8 +1,9 @@
 """Reading safetensors files one tensor at a time; 8-bit floats are multiplied by their scales as they are read.
 
-Scales of 8-bit floats, as ComfyUI and its converters write them: `X.weight` float8 belongs to `X.scale_weight` beside a
-tensor `scaled_fp8`, or to `X.weight_scale` beside `X.comfy_quant`, the format as JSON. A scale is one number or one for
-each row. Scales of activations (`X.scale_input`, `X.input_scale`) matter only to 8-bit products, so they are skipped.
+Scales of 8-bit floats, as ComfyUI and its converters write them: `X.weight` float8 has the scale `X.scale_weight` if
+there is a tensor `scaled_fp8`, or `X.weight_scale` if there is `X.comfy_quant`, the format as JSON. A scale is one
+number or one for each row. Scales of activations (`X.scale_input`, `X.input_scale`) matter only for 8-bit products, so
+they are skipped.
 """
 
 import json
@@ -19,13 +20,13 @@ from acestep_jax.errors import InputError
 
 _DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
-_FROM_FLOAT8 = _DTYPES["BF16"]  # what the published weights are in, and ComfyUI computes in
+_FROM_FLOAT8 = _DTYPES["BF16"]  # the dtype of the published weights, and of ComfyUI's computation
 _SCALES = (".weight_scale", ".scale_weight")
 _SKIPPED = (".scale_input", ".input_scale")
 
 
 class Tensor(NamedTuple):
-    """Hold a tensor's shape and dtype, the function that reads it, and the file that it is in."""
+    """A tensor's shape and dtype, the function that reads it, and its file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -37,13 +38,13 @@ def read_header(file: Path, dtype: np.dtype | None) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, which are cast to `dtype` when read (None: float8 to bfloat16).
 
     Raises:
-        InputError: if the file is missing or damaged, or holds tensors that are not floating-point or quantised in a
-            way that is not known.
+        InputError: if the file is missing or damaged, or holds tensors that are not floating-point or have an unknown
+            quantisation.
     """
     if not file.is_file():
         raise InputError(f"{file}: missing; the checkpoint is incomplete, download the file")
     try:
-        with safe_open(file, framework="np") as reader:  # which checks the header against the size of the file
+        with safe_open(file, framework="np") as reader:  # checks the header against the size of the file
             metadata = reader.metadata() or {}
     except SafetensorError as error:
         raise InputError(f"{file}: damaged or truncated ({error}); download it again") from None

@@ -40,16 +40,16 @@ def save_pretrained(
     loaded_from: Path | None,
     name: str | None = None,
 ) -> None:
-    """Write networks as a native checkpoint, atomically: the arrays as they are in memory, and a model card.
+    """Write networks atomically as a native checkpoint, with the dtypes that they have in memory, and a model card.
 
     Args:
         folder: must not exist yet.
         networks: by the names of `models.registry`, without adapters.
-        scales: of the adapters that are loaded beside the transformer; all must be 0.
+        scales: scales of the loaded adapters; all must be 0.
         sampling: see `Manifest`.
-        loaded_from: the native checkpoint that the networks were read from, for what of it is not in memory: the
-            settings of the tokenizer, the factors of the autoencoder's weight norm, and where it came from.
-        name: what the card calls the model; None: `folder`.
+        loaded_from: the native checkpoint that the networks were read from, for its parts that are not in memory: the
+            settings of the tokenizer, the factors of the autoencoder's weight norm, and its source.
+        name: name of the model in the card; None: `folder`.
 
     Raises:
         InputError: if `folder` exists, an adapter is on, a network is missing, or the disk has no room.
@@ -79,7 +79,7 @@ def save_pretrained(
         read_manifest(kept, ()).tokenizer_config if kept else {},
         extra,
         sampling=sampling,
-        # The mixed precision is for one kind of device: others choose for themselves.
+        # Mixed precision is for one kind of device; other devices choose their own default.
         dtypes={name: _dtype(module) for name, module in networks.items() if module.runtime.products is None},  # pyright: ignore[reportAttributeAccessIssue]
         quantization={n: kind for n, module in networks.items() if (kind := module.runtime.quantization)},  # pyright: ignore[reportAttributeAccessIssue]
         size=sum(value.nbytes for value in arrays.values()),
@@ -87,11 +87,11 @@ def save_pretrained(
 
 
 def model_card(name: str, networks: Mapping[str, nnx.Module], source: Mapping[str, Any]) -> str:
-    """Return the text of a model card, in Markdown: what it was made from, what is in it, how to load it.
+    """Return the text of a model card in Markdown: its source, its contents, how to load it.
 
     Args:
         name: an id on the hub, or a folder.
-        source: what `source.json` says; empty: nothing is known.
+        source: contents of `source.json`; empty: unknown.
     """
     origin = source.get("source")
     on_hub = isinstance(origin, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", origin) and not Path(origin).exists()
@@ -124,7 +124,7 @@ def check_networks(
 ) -> None:
     if on := [name for name, scale in scales.items() if scale]:
         raise InputError(
-            f"adapters: {', '.join(on)} would be lost, a checkpoint holds the model alone; call unload_lora() first, "
+            f"adapters: {', '.join(on)} would be lost, a checkpoint holds only the model; call unload_lora() first, "
             "or merge them into a checkpoint's weights with `acestep-jax convert merge-lora`"
         )
     wanted = [name for name in FAMILY.networks if name not in FAMILY.optional and name not in networks]
@@ -135,7 +135,7 @@ def check_networks(
 
 
 def _read_source(folder: Path | None) -> dict[str, Any]:
-    """Return what `source.json` of a checkpoint says of its source; {} if there is none."""
+    """Return the contents of a checkpoint's `source.json`; {} if there is none."""
     if folder is None:
         return {}
     try:

@@ -1,8 +1,8 @@
 """Reading one floating-point tensor of a file that `torch.save` wrote, without PyTorch and without running its code.
 
 Such a file is a zip archive: `NAME/data.pkl`, a pickle that describes the tensor, and `NAME/data/0`, its bytes. A
-pickle is a program, which may call anything. This one may only use the few instructions that a tensor needs, and the
-names that it looks up mean nothing but what is listed here; a file with anything else is refused.
+pickle is a program, which may call anything. Here it may use only the few instructions that a tensor needs, and names
+are resolved only to the functions listed here; any other file is rejected.
 """
 
 import io
@@ -19,12 +19,12 @@ import numpy as np
 from acestep_jax.errors import InputError
 
 _STORAGES = {"FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16}
-# Neither BUILD nor NEWOBJ, nor any other that makes or changes objects; REDUCE calls what `_find` allows.
+# Excludes BUILD, NEWOBJ and all others that create or change objects; REDUCE calls only what `find_class` allows.
 _INSTRUCTIONS = frozenset(
     "PROTO FRAME GLOBAL STACK_GLOBAL MARK TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE EMPTY_DICT REDUCE BINPERSID NONE "
     "NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINUNICODE SHORT_BINUNICODE BINPUT BINGET MEMOIZE STOP".split()
 )
-_MOST_BYTES = 64 * 1024  # of the pickle of one tensor, which has about 200
+_MOST_BYTES = 64 * 1024  # maximum size of the pickle; one tensor takes about 200 bytes
 
 
 class _Storage(NamedTuple):
@@ -85,7 +85,7 @@ def _content(archive: zipfile.ZipFile, file: Path, name: str, most: int) -> byte
 
 
 def _describe(file: Path, program: bytes) -> _View:
-    """Return what the pickle says of the tensor; raise InputError if it is more than one tensor."""
+    """Return the pickle's description of the tensor; raise InputError if it is more than one tensor."""
     refused = f"{file}: refused, because it is more than a tensor and may hold code"
     advice = "take the file from the publisher of the model"
     try:
@@ -104,7 +104,7 @@ def _describe(file: Path, program: bytes) -> _View:
 
 
 class _Unpickler(pickle.Unpickler):
-    """An unpickler for which every name that is not listed here is an error."""
+    """An unpickler that raises an error for every name not listed here."""
 
     def __init__(self, program: bytes, refused: str, advice: str):
         super().__init__(io.BytesIO(program))
@@ -134,7 +134,7 @@ def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _V
 
 
 def _no_hooks() -> None:
-    """Stand for the empty dictionary of hooks that every tensor has."""
+    """Stand in for the empty dictionary of hooks that every tensor has."""
 
 
 def _is_count(value: Any) -> bool:

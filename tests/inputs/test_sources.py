@@ -1,11 +1,13 @@
-"""What is checked of the songs that were made."""
+"""What is checked of the songs that were made, and what is kept from one to the next."""
 
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from acestep_jax import InputError, Request
+from acestep_jax.inputs import sources
 from acestep_jax.inputs.sources import check_songs
 
 pytestmark = pytest.mark.unit
@@ -20,3 +22,17 @@ def test_a_song_that_is_not_finite_is_named():
     with pytest.raises(InputError, match="^song 'piano': 2 of 4 values"):
         check_songs(jobs[:1], [None], values[2:], "of it")
     check_songs(jobs[:2], [5, 6], values, "of it")
+
+
+def test_silence_is_encoded_once_for_the_same_weights(monkeypatch):
+    """A module may be another one, or be changed in place; its arrays tell."""
+    encoded = []
+    monkeypatch.setattr(sources.programs, "encode_timbres", lambda encoder: encoded.append(encoder) or len(encoded))
+    silent, placed = sources.SilentTimbre(), {"condition_encoder": "on the device"}
+    weights = {"x": jnp.ones(3), "y": jnp.zeros(2)}
+    assert silent.token({"condition_encoder": weights}, placed) == 1
+    assert silent.token({"condition_encoder": dict(weights)}, placed) == 1
+    weights["x"] = jnp.ones(3)
+    assert silent.token({"condition_encoder": weights}, placed) == 2
+    assert silent.token({"condition_encoder": weights}, placed) == 2
+    assert encoded == ["on the device"] * 2

@@ -246,12 +246,15 @@ BROKEN = {
         ["AutoencoderConfig.patch_size: expected a positive integer, found 0"],
     ),
     "runtime": (lambda f: edit_json(f / "config.json", vae={"remat": "full"}), ["vae: unknown key(s) remat"]),
-    "bad dtype": (lambda f: edit_json(f / "config.json", dtypes={"vae": "int8"}), ["dtypes: vae: 'int8' is no dtype"]),
+    "bad dtype": (
+        lambda f: edit_json(f / "config.json", dtypes={"vae": "int8"}),
+        ["dtypes: vae: 'int8' is not a dtype"],
+    ),
     "dtype of nothing": (lambda f: edit_json(f / "config.json", dtypes={"foo": "float32"}), ["unknown network(s) foo"]),
     "no dtypes": (lambda f: edit_json(f / "config.json", dtypes=3), ["dtypes: expected a dtype for", "found 3"]),
     "bad dtype of version 1": (
         lambda f: edit_json(f / "config.json", format_version=1, vae={"dtype": "int8"}),
-        ["vae.dtype: 'int8' is no dtype"],
+        ["vae.dtype: 'int8' is not a dtype"],
     ),
     "sampling": (lambda f: edit_json(f / "config.json", sampling=3), ["sampling: expected a JSON object, found 3"]),
     "unknown default": (
@@ -319,7 +322,7 @@ def test_broken_checkpoint(tiny, tmp_path, capfd, case):
 def test_wrong_arguments(tiny):
     with pytest.raises(InputError, match="no config.json here.*python -m convert from-torch"):
         checkpoint.load(tiny[0])
-    with pytest.raises(InputError, match="dtype: 'int8' is no dtype"):
+    with pytest.raises(InputError, match="dtype: 'int8' is not a dtype"):
         checkpoint.load(tiny[1], dtype="int8")
     with pytest.raises(InputError, match="native: has no foo, only transformer, "):
         checkpoint.load(tiny[1], names=["vae", "foo"])
@@ -334,3 +337,19 @@ def test_broken_tokenizer(tmp_path, content, message):
         (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(InputError, match=f"tokenizer.json: {message}"):
         checkpoint.load_tokenizer(tmp_path)
+
+
+@pytest.mark.unit
+def test_large_arrays_are_batches_of_their_own():
+    arrays = [("a", np.zeros(4)), ("b", np.zeros(100)), ("c", np.zeros(4))]
+    assert [list(batch) for batch in checkpoint.batches(arrays, alone=800)] == [["b"], ["a", "c"]]
+    assert [list(batch) for batch in checkpoint.batches(arrays)] == [["a", "b", "c"]]
+
+
+@pytest.mark.unit
+def test_shapes_do_not_depend_on_the_precision_of_the_trace():
+    config = checkpoint.read_manifest(checkpoint.SMALL_MODEL).configs["transformer"]
+    for kind in (None, "int8"):
+        expected = checkpoint.leaf_shapes("transformer", config, kind)
+        assert checkpoint.leaf_shapes("transformer", config, kind, "bfloat16") == expected
+        assert checkpoint.leaf_shapes("transformer", config, kind, "mixed_float16") == expected

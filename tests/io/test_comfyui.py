@@ -82,7 +82,7 @@ def test_parts_in_folders_of_their_own(published, expected, tmp_path):
     alone.parent.mkdir()
     shutil.copy(file, alone)
     shutil.copy(published / MODEL / "silence_latent.pt", alone.parent)
-    with pytest.raises(InputError, match="holds the diffusion model alone, and there is no vae"):
+    with pytest.raises(InputError, match="holds only the diffusion model, and there is no vae"):
         open_checkpoint(alone)
     given = dict(vae=published / VAE, text_encoder=published / TEXT_ENCODER)
     assert_equal_arrays(native_arrays(alone, **given), expected)

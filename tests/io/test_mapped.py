@@ -1,5 +1,7 @@
 """Arrays read from mapped files against Orbax's own reading."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,83 @@ def test_memory_is_aligned_so_that_jax_takes_it_as_it_is():
     large = mapped._empty((1 << 20,), np.dtype(np.float32))
     large[:] = 1
     assert jax.device_put(large, checkpoint.host_sharding()).unsafe_buffer_pointer() == large.ctypes.data
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Return a checkpoint as `save` writes large arrays: uncompressed, the first of each file at its beginning."""
+    arrays = {
+        "net.a": np.arange(4800.0, dtype=np.float32).reshape(60, 80),
+        "net.b": np.arange(500, dtype=np.int32),
+        "net.c": np.array(3, np.int8),
+    }
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    with context:
+        for names in (["net.a"], ["net.b", "net.c"]):
+            ocp.partial.save(tmp_path / "weights", checkpoint.nest({name: arrays[name] for name in names}))
+        ocp.partial.finalize(tmp_path / "weights")
+    return tmp_path / "weights", arrays
+
+
+def wanted_of(arrays):
+    host = checkpoint.host_sharding()
+    return {name: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=host) for name, x in arrays.items()}
+
+
+@pytest.mark.unit
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_arrays_lie_where_they_are_stored(weights):
+    path, arrays = weights
+    views = mapped._views(path / mapped.STATE, wanted_of(arrays))
+    assert set(views) == {"net.a", "net.b"}  # what is smaller than a kilobyte lies within the tree
+    found = dict(mapped.read(path, wanted_of(arrays)))
+    mapped.release()
+    for name, value in arrays.items():
+        np.testing.assert_array_equal(found[name], value)
+        assert (name in views) == is_mapped(found[name])
+    donated = jax.jit(lambda x: x + 1, donate_argnums=0)(found["net.a"])
+    np.testing.assert_array_equal(donated, arrays["net.a"] + 1)
+    np.testing.assert_array_equal(views["net.a"], arrays["net.a"])  # which is not written to
+
+
+def is_mapped(array):
+    """Return whether an array lies in a mapped file of a checkpoint."""
+    address = array.unsafe_buffer_pointer()
+    with open("/proc/self/maps") as file:
+        areas = [line.split() for line in file if "/ocdbt.process_" in line]
+    return any(first <= address < last for first, last in ([int(x, 16) for x in a[0].split("-")] for a in areas))
+
+
+@pytest.mark.unit
+def test_shapes_are_those_that_orbax_reads(weights):
+    path, arrays = weights
+    assert {name: (x.shape, x.dtype) for name, x in mapped.stored(path).items()} == {
+        name: (np.shape(x), np.asarray(x).dtype) for name, x in arrays.items()
+    }
+    tree = dict(checkpoint.flatten(ocp.metadata(WEIGHTS).metadata))
+    found = mapped.stored(WEIGHTS)
+    assert {name: (x.shape, x.dtype) for name, x in tree.items()} == {
+        name: (x.shape, x.dtype) for name, x in found.items()
+    }
+
+
+@pytest.mark.unit
+def test_what_is_damaged_is_an_error(weights):
+    path, arrays = weights
+    for file in path.rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert mapped.stored(path) is None
+    with pytest.raises(ValueError):
+        dict(mapped.read(path, wanted_of(arrays)))
+
+
+@pytest.mark.unit
+def test_another_shape_is_an_error(weights):
+    path, arrays = weights
+    other = jax.ShapeDtypeStruct((80, 60), np.float32, sharding=checkpoint.host_sharding())
+    with pytest.raises(ValueError, match=r"net.a: expected shape \(80, 60\), found \(60, 80\)"):
+        dict(mapped.read(path, {"net.a": other}))
 
 
 @pytest.mark.unit

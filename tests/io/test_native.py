@@ -99,7 +99,7 @@ def test_native_checkpoints_are_read_where_they_are(tiny, tmp_path):
             native_folder(source, variant)
     with pytest.raises(InputError, match="revision: 'main' is of a repository of the hub"):
         native_folder(tiny[1], revision="main")
-    with pytest.raises(InputError, match="dtype: 'int4' is no dtype"):
+    with pytest.raises(InputError, match="dtype: 'int4' is not a dtype"):
         native_folder(tiny[1], dtype="int4")
 
 
@@ -324,10 +324,10 @@ FOREIGN = {
     "planner": (lambda at: folder_of(at / "lm", **PLANNER), "the 5 Hz language model, which plans songs"),
     "planner file": (
         lambda at: tensors_of(at / "x.safetensors", **{EMBEDDING: np.zeros((217204, 1), np.float16)}),
-        "x.safetensors: holds the 5 Hz language model, which plans songs, alone",
+        "x.safetensors: holds only the 5 Hz language model, which plans songs",
     ),
-    "text encoder": (lambda at: folder_of(at / "qwen", **ENCODER), "the text encoder alone; expected the folder of"),
-    "vae": (lambda at: folder_of(at / "v", _class_name="AutoencoderOobleck"), "the autoencoder alone; expected"),
+    "text encoder": (lambda at: folder_of(at / "qwen", **ENCODER), "only the text encoder; expected the folder of"),
+    "vae": (lambda at: folder_of(at / "v", _class_name="AutoencoderOobleck"), "only the autoencoder; expected"),
     "other model": (
         lambda at: tensors_of(at / "x.safetensors", **{"unet.weight": np.zeros(1, np.float32)}),
         "x.safetensors: no tensors of ACE-Step 1.5; expected the diffusion model",

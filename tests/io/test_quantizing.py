@@ -103,7 +103,7 @@ def test_bad_input(tiny, stored, tmp_path):
     message = "its transformer is quantised to int8 and cannot be quantised to fp8; leave the dtype"
     with pytest.raises(InputError, match=message):
         checkpoint.load(stored["int8"], quantization="fp8")
-    with pytest.raises(InputError, match="dtype: 'int4' is no dtype of this library; use one of .*, int8, fp8"):
+    with pytest.raises(InputError, match="dtype: 'int4' is not a dtype of this library; use one of .*, int8, fp8"):
         native_folder(tiny[0], dtype="int4", cache_dir=tmp_path)
 
 
