@@ -1,4 +1,4 @@
-"""Planning: from a few words to a plan, and which requests are planned before their songs are generated."""
+"""Planning: turns a few words into a plan, and decides which requests are planned before generation."""
 
 import contextlib
 import dataclasses
@@ -9,6 +9,7 @@ from typing import Any, overload
 import jax
 from tqdm import tqdm
 
+from acestep_jax.converting import ConvertingModel
 from acestep_jax.distributed import spans_processes
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
@@ -16,7 +17,6 @@ from acestep_jax.inputs.keywords import requests_of
 from acestep_jax.inputs.prepare import codebook_size
 from acestep_jax.inputs.settings import compat_of
 from acestep_jax.io.planner_files import WHERE
-from acestep_jax.loaded import LoadedModel
 from acestep_jax.memory import needed_bytes
 from acestep_jax.placement import first_device, memory_limit
 from acestep_jax.planner.plan import Plan
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 Wish = str | Request | Plan
 
 
-class PlanningModel(LoadedModel):
-    """A loaded model whose planner, if it has one, is loaded when it is first needed."""
+class PlanningModel(ConvertingModel):
+    """A loaded model whose planner, if it has one, is loaded on first use."""
 
     _planner: Planner | None = None
     _is_given = False  # whether the user set the planner, so that it cannot be loaded again
@@ -46,7 +46,7 @@ class PlanningModel(LoadedModel):
         """
         if self._planner is None:
             if self.planner_source is None:
-                raise InputError(f"planner: a model that was put together by hand has none; set pipe.planner; {WHERE}")
+                raise InputError(f"planner: a manually constructed model has none; set pipe.planner; {WHERE}")
             loaded = self.planner_source.load(self.mesh)
             self._planner = Planner(loaded.network, PlannerTokenizer.from_folder(loaded.folder), self.mesh)
         return self._planner
@@ -56,12 +56,12 @@ class PlanningModel(LoadedModel):
         self._planner, self._is_given = planner, planner is not None
 
     def unload_planner(self) -> None:
-        """Free the memory of the planner. It is loaded again when it is needed."""
+        """Free the memory of the planner. It is loaded again on the next use."""
         self._planner = None
 
     def _thinks(self, planning: Planning, sampling: Sampling) -> bool:
         """Return whether requests are planned: by default, if there is a planner. If the model's own planner cannot be
-        loaded, that is a warning; if it is one that the user named, an error."""
+        loaded, log a warning; if it is one that the user named, raise the error."""
         if planning.thinking is not None:
             return planning.thinking
         if not compat_of(sampling).thinking:
@@ -72,7 +72,7 @@ class PlanningModel(LoadedModel):
         try:
             return self.planner is not None
         except (InputError, OSError, jax.errors.JaxRuntimeError) as error:
-            # Of several processes on one mesh, all must do the same.
+            # Several processes on one mesh must all do the same.
             if source is None or source.named or spans_processes(self.mesh):
                 raise
             logger.warning("thinking: the planner is not used (%s); thinking=False silences this warning", error)
@@ -80,13 +80,13 @@ class PlanningModel(LoadedModel):
             return False
 
     def free_if_needed(self) -> None:
-        """Free the planner's memory where the networks of a song need it; see `unload_planner`."""
+        """Free the planner's memory if the networks of a song need it; see `unload_planner`."""
         if self.needs_memory_of_planner():
-            logger.info("planner: dropped, for the song needs its memory")
+            logger.info("planner: unloaded, because the song needs its memory")
             self.unload_planner()
 
     def needs_memory_of_planner(self) -> bool:
-        """Return whether there is a planner in memory that the networks of a song leave no room for."""
+        """Return whether a planner is in memory that does not fit together with the networks of a song."""
         limit = memory_limit(first_device())
         if limit is None or self._planner is None or self._is_given:
             return False
@@ -137,7 +137,7 @@ class PlanningModel(LoadedModel):
         are_wishes = [isinstance(i, str) and not r.lyrics for i, r in zip(items, requests, strict=True)]
         if any(len(set(each)) > 1 for each in (are_plans, are_wishes)):
             raise InputError("wish: expected a batch of only words, only requests or only plans, found several kinds")
-        if are_plans[0]:  # their words stay
+        if are_plans[0]:  # their text is kept
             planning = dataclasses.replace(planning, use_cot_caption=False)
         with self.on_mesh(), _watched(on_progress) as progress:
             plans = write_plans(
@@ -190,9 +190,10 @@ class PlanningModel(LoadedModel):
         A request without a seed gets one here, so that its plan and its noise use the same seed.
 
         Args:
-            finished: indices of requests that come of plans, which are planned again only with `thinking=True`.
-            seeds: of the plans, one for each request; None: see `Planning.lm_seed`.
-            keep: whether the planner stays in memory for further requests, whatever a song needs; see `free_if_needed`.
+            finished: indices of requests that come from plans, which are planned again only with `thinking=True`.
+            seeds: seed of the plan for each request; None: see `Planning.lm_seed`.
+            keep: whether to keep the planner in memory for further requests even if a song needs its memory; see
+                `free_if_needed`.
             on_progress, should_stop: see `plan`.
 
         Raises:
@@ -219,7 +220,7 @@ class PlanningModel(LoadedModel):
         if not (codes := codebook_size(self.configs) is not None):
             logger.warning("thinking: this model has no audio tokenizer, so the planner writes only text, no codes")
         mine, joint = [requests[i] for i in chosen], spans_processes(self.mesh)
-        if any(request.seed is None for request in mine):  # the plan and the noise of a song have one seed
+        if any(request.seed is None for request in mine):  # the plan and the noise of a song share one seed
             fresh = seeds_of(mine, Planning(), joint=joint)
             mine = [
                 r if r.seed is not None else dataclasses.replace(r, seed=s) for r, s in zip(mine, fresh, strict=True)
@@ -239,7 +240,7 @@ class PlanningModel(LoadedModel):
         except InputError as error:
             if asked:
                 raise
-            logger.warning("thinking: made without the planner (%s)", error)  # which reads less than the transformer
+            logger.warning("thinking: made without the planner (%s)", error)  # its limit is below the transformer's
             return made
         if not keep:
             self.free_if_needed()
@@ -250,8 +251,8 @@ class PlanningModel(LoadedModel):
 
 @contextlib.contextmanager
 def _watched(on_progress: Progress | None) -> Iterator[Progress | None]:
-    """Give what is told of the progress: `on_progress`, or a bar. Several processes must run the same programs, and
-    only one would have a bar, so there is none."""
+    """Yield a progress callback: `on_progress`, or one that updates a progress bar. Several processes must run the same
+    programs, and only one would have a bar, so they have none."""
     if on_progress is not None or jax.process_count() > 1:
         yield on_progress
         return
@@ -272,7 +273,7 @@ def can_be_planned(request: Request) -> bool:
 
 
 def split_planning(keywords: dict[str, Any]) -> tuple[dict[str, Any], Planning]:
-    """Return the values of fields of `Request`, and the `Planning` of the others.
+    """Split keywords into the values of `Request` fields and a `Planning` of the others.
 
     Raises:
         InputError: if a name is a field of neither.

@@ -1,8 +1,8 @@
-"""Performance of the planner against transformers' own: `python -m benchmarks.planner`.
+"""Performance of the planner compared with transformers' own: `python -m benchmarks.planner`.
 
-Both have the same random weights and read the same tokens in one process, with their calls in turn. A step of decoding
-reads all weights and the head of codes once: the floor is the time that these bytes take at the rate at which JAX sums
-a large array in the same run.
+Both have the same random weights and tokens, and run in one process with alternating calls. A decoding step reads all
+weights and the head of codes once: the floor is the time to read these bytes at the rate at which JAX sums a large
+array in the same run.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from transformers import Qwen3ForCausalLM as TorchQwen3
 from acestep_jax.convert.from_torch import from_module
 from acestep_jax.models.config import PlannerConfig
 from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS
-from acestep_jax.models.kv_cache import KVCache
+from acestep_jax.models.kv_cache import KVCache, SplitCache
 from acestep_jax.models.qwen3 import Qwen3ForCausalLM
 from benchmarks import measure
 from benchmarks.floor import PLANNER_SIZES, planner_step_bytes
@@ -27,20 +27,20 @@ from benchmarks.transformer import cast
 SIZES = PLANNER_SIZES | {
     "tiny": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=16)
 }
-READ_BYTES = 1 << 29  # of the array that is summed for the bandwidth
+READ_BYTES = 1 << 29  # size of the array that is summed to measure the bandwidth
 COLUMNS = ("what", "side", "cold", "seconds", "tokens/s", "steps/s", "GB a step", "time / floor", "torch / ours")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planner", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--size", choices=SIZES, default="0.6B", help="of the planner [0.6B]")
+    add("--size", choices=SIZES, default="0.6B", help="size of the planner [0.6B]")
     add("--layers", type=int, default=0, help="number of layers; 0: all [0]")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and computation [float32]")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of weights and products [float32]")
     add("--batch", type=int, default=2, help="rows: a song with guidance has two [2]")
     add("--prompt", type=int, default=256, help="tokens of a prompt [256]")
-    add("--steps", type=int, default=16, help="tokens that are decoded in a call [16]")
-    add("--window", type=int, default=512, help="slots of the cache that are attended to [512]")
+    add("--steps", type=int, default=16, help="tokens decoded per call [16]")
+    add("--window", type=int, default=512, help="slots of the cache to attend to [512]")
     add("--torch", nargs="*", choices=("eager", "static"), default=["eager", "static"], help="caches of transformers")
     add("--runs", type=int, default=3, help="calls of each side after the first [3]")
     options = parser.parse_args()
@@ -79,7 +79,7 @@ def _ratio(timings: dict[str, measure.Timing], name: str) -> str:
 def sides(config: PlannerConfig, options: argparse.Namespace) -> tuple[dict, dict]:
     """Return the calls of prefill and of decoding, by side."""
     prompts = np.random.default_rng(0).integers(0, 151643, (options.batch, options.prompt))
-    # transformers' static cache is not cut back between two calls.
+    # transformers' static cache is not truncated between calls.
     slots = max(options.window, options.prompt + options.steps * (options.runs + 2))
     values = config.to_hf()
     with torch.device("meta"):
@@ -97,8 +97,8 @@ def sides(config: PlannerConfig, options: argparse.Namespace) -> tuple[dict, dic
     start = np.zeros(options.batch, np.int32)
     tokens = jnp.asarray(prompts, jnp.int32)
 
-    def read() -> tuple[jax.Array, KVCache]:
-        return prefill(ours, tokens, start, slots=slots)
+    def read() -> tuple[jax.Array, KVCache | SplitCache]:
+        return prefill(ours, tokens, start, slots=options.window)
 
     kept = read()
     head = jax.jit(lambda model: model.code_head())(ours)
@@ -145,13 +145,15 @@ def _torch_calls(theirs: TorchQwen3, form: str, prompts: np.ndarray, slots: int,
 
 
 @functools.partial(jax.jit, static_argnames="slots", compiler_options=COMPILER_OPTIONS)
-def prefill(model: Qwen3ForCausalLM, tokens: jax.Array, start: jax.Array, *, slots: int) -> tuple[jax.Array, KVCache]:
+def prefill(
+    model: Qwen3ForCausalLM, tokens: jax.Array, start: jax.Array, *, slots: int
+) -> tuple[jax.Array, KVCache | SplitCache]:
     return model.prefill(tokens, start, model.init_cache(tokens.shape[0], slots))
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "window"), compiler_options=COMPILER_OPTIONS)
 def decode(model, head, hidden, cache, start, position, *, steps: int, window: int) -> jax.Array:
-    """Write the most likely code, `steps` times; return the hidden state of the last one."""
+    """Write the likeliest code `steps` times; return the hidden state of the last one."""
 
     def body(i, carry):
         hidden, cache = carry

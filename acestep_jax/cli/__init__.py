@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit status.
 
     0: done; 1: some songs of a batch failed, or `convert verify` found a difference; 2: an error message was printed;
-    130: interrupted; 143: ended by SIGTERM, after what was under way has been saved.
+    130: interrupted; 143: ended by SIGTERM, after work in progress has been saved.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     words = sys.argv[1:] if arguments is None else arguments

@@ -13,7 +13,7 @@ KINDS = "int8 or fp8"
 
 
 def add(commands: Any) -> None:
-    """Add the command "convert", which has commands of its own. `commands`: what `add_subcommands` returned."""
+    """Add the command "convert" and its subcommands. `commands`: the result of `add_subcommands`."""
     about = "Convert checkpoints and adapters between PyTorch and the native format."
     parser = Parser(description=about)
     commands.add_subcommand("convert", parser, help="Convert checkpoints and adapters from and to PyTorch.")
@@ -25,14 +25,13 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--dtype",
         metavar="DTYPE",
-        help=f"Cast all weights to {DTYPES}, or quantise those of layers to {KINDS}; without it they keep the dtypes "
-        "of SRC.",
+        help=f"Cast all weights to {DTYPES}, or quantise the weights of layers to {KINDS}. Default: the dtypes of SRC.",
     )
 
-    command = _command(commands, "quantize", "Write a native checkpoint with the weights of its layers in 8 bits.")
+    command = _command(commands, "quantize", "Write a native checkpoint with 8-bit weights of its layers.")
     command.add_argument("source", metavar="SRC", help="Folder of a native checkpoint, of a model or a planner.")
     command.add_argument("destination", metavar="DST", help="Folder to create for the quantised checkpoint.")
-    command.add_argument("--dtype", metavar="DTYPE", required=True, help=f"What weights are quantised to: {KINDS}.")
+    command.add_argument("--dtype", metavar="DTYPE", required=True, help=f"Dtype of the quantised weights: {KINDS}.")
 
     command = _command(commands, "to-torch", "Convert a native checkpoint to a PyTorch one.")
     command.add_argument("source", metavar="SRC", help="Folder of a native checkpoint.")
@@ -41,7 +40,7 @@ def add(commands: Any) -> None:
         "--layout",
         metavar="LAYOUT",
         required=True,
-        help='Layout to write: "diffusers", or "original" for that of ACE-Step\'s own application.',
+        help='Layout to write: "diffusers", or "original" for the one of ACE-Step\'s own application.',
     )
 
     command = _command(commands, "verify", "Run a PyTorch checkpoint in torch and in JAX and compare every stage.")
@@ -53,8 +52,8 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="Native checkpoint that the adapter is for, to check that it fits; needed for an adapter that leaves out "
-        "the last layers",
+        help="Native checkpoint that the adapter is for, to check that they match; required for an adapter without the "
+        "last layers",
     )
 
     command = _command(commands, "lora-to-torch", "Convert an adapter for PEFT, diffusers or ComfyUI.")
@@ -80,7 +79,7 @@ def add(commands: Any) -> None:
         "--size",
         choices=("tiny", "2B"),
         default="tiny",
-        help='Size of the networks; "2B" is that of the published ones.',
+        help='Size of the networks; "2B" is the published size.',
     )
     command.add_argument(
         "--variant", choices=("turbo", "base", "sft"), default="turbo", help="Variant that the checkpoint claims to be."
@@ -162,10 +161,10 @@ def _add_source(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--vae",
         metavar="DIR",
-        help="Folder, or file, of the autoencoder; without it, the folder vae beside SRC.",
+        help="Folder or file of the autoencoder. Default: the folder vae next to SRC.",
     )
     parser.add_argument(
         "--text-encoder",
         metavar="DIR",
-        help="Folder, or file, of the text encoder; without it, Qwen3-Embedding-0.6B beside SRC.",
+        help="Folder or file of the text encoder. Default: the folder Qwen3-Embedding-0.6B next to SRC.",
     )

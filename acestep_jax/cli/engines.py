@@ -1,4 +1,4 @@
-"""The options of `acestep-jax serve` about who makes the songs: this process, actors of Ray, or a slice of hosts."""
+"""The options of `acestep-jax serve` for where songs are made: in this process, Ray actors, or a slice of hosts."""
 
 import contextlib
 import functools
@@ -17,30 +17,30 @@ from acestep_jax.errors import InputError
 from acestep_jax.serve import slices
 from acestep_jax.serve.local import LocalEngine
 
-# What returns the models and the adapters that the options name, on a mesh.
+# Function from options and a mesh to the models and the adapters.
 Offer = Callable[[Any, Any], tuple[list[Any], dict[str, str]]]
 
 
 def add_engine(parser: Parser) -> None:
     """Add --distributed, --replicas and --replica-resources."""
-    add_distributed(parser, "with a mesh over the devices of all; process 0 answers HTTP")
+    add_distributed(parser, "with a mesh over all their devices; process 0 answers HTTP")
     parser.add_argument(
         "--replicas",
         type=int,
         metavar="N",
-        help="Number of actors of a Ray cluster that make the songs, each with devices of its own, which --mesh "
-        "describes: that of RAY_ADDRESS, that of this machine, or one that is started here. Needs pip install "
-        "'acestep-jax[ray]'. Default: this process makes the songs.",
+        help="Number of Ray actors that make the songs, each with its own devices, which --mesh describes. The cluster "
+        "is the one at RAY_ADDRESS, or running on this machine, or a new one. Needs pip install 'acestep-jax[ray]'. "
+        "Default: this process makes the songs.",
     )
     parser.add_argument(
         "--replica-resources",
         metavar="NAME=N,...",
-        help="What each of --replicas takes of the cluster, such as GPU=1 or TPU=4. Default: CPU=1.",
+        help="Resources of each of --replicas, such as GPU=1 or TPU=4. Default: CPU=1.",
     )
 
 
 def check_engine(options: Any) -> None:
-    """Raise InputError if the options do not go together, or ray is needed and not installed."""
+    """Raise InputError if the options contradict each other, or ray is needed and not installed."""
     if options.replicas is None:
         if options.replica_resources is not None:
             raise InputError("--replica-resources: without --replicas this process makes the songs")
@@ -55,16 +55,16 @@ def check_engine(options: Any) -> None:
 
 
 def start_devices(options: Any) -> None:
-    """Set JAX up: as one of several processes, or, where replicas have the devices, without any of them."""
+    """Set up JAX: as one of several processes, or without accelerators if replicas use these."""
     if options.replicas is None:
         start(options.distributed)
     else:
-        jax.config.update("jax_platforms", "cpu")  # a replica on this machine may want the accelerator
+        jax.config.update("jax_platforms", "cpu")  # a replica on this machine may use the accelerator
         use_compilation_cache()
 
 
 def open_models(options: Any, offer: Offer) -> tuple[list[Any], dict[str, str]]:
-    """Return the models and the adapters that this process knows.
+    """Return the models and the adapters for this process.
 
     Raises:
         InputError: if they cannot be found; also if another process fails.
@@ -74,11 +74,11 @@ def open_models(options: Any, offer: Offer) -> tuple[list[Any], dict[str, str]]:
 
 
 def open_engine(options: Any, models: Sequence[Any], adapters: Mapping[str, str], offer: Offer, **settings: Any) -> Any:
-    """Return the engine that the options ask for, in the process that answers HTTP; the others call `follow`.
+    """Return the requested engine, in the process that answers HTTP; the others call `follow`.
 
     Args:
-        offer: what returned models and adapters.
-        settings: of the engine.
+        offer: the function that returned models and adapters.
+        settings: settings of the engine.
 
     Raises:
         InputError: if other processes or the cluster cannot be joined.
@@ -97,7 +97,7 @@ def open_engine(options: Any, models: Sequence[Any], adapters: Mapping[str, str]
 
 @contextlib.contextmanager
 def ended(engine: Any) -> Iterator[None]:
-    """Stop the engine at the end, so that its other processes end whatever has happened here; leave a broken slice."""
+    """Stop the engine at the end, so that its other processes always exit; leave a broken slice."""
     try:
         yield
     finally:
@@ -107,7 +107,7 @@ def ended(engine: Any) -> Iterator[None]:
 
 
 def follow(options: Any, models: Sequence[Any], adapters: Mapping[str, str]) -> int:
-    """Make what process 0 makes, until it ends; return the exit status.
+    """Make the batches of process 0 until it exits; return the exit status.
 
     Raises:
         InputError: if process 0 cannot be joined.
@@ -119,7 +119,7 @@ def follow(options: Any, models: Sequence[Any], adapters: Mapping[str, str]) -> 
 
 
 def _resources(text: str | None) -> dict[str, float]:
-    """Return what each replica takes of the cluster."""
+    """Return the resources of each replica."""
     found: dict[str, float] = {}
     for part in (text or "CPU=1").split(","):
         name, _, amount = part.partition("=")
@@ -133,7 +133,7 @@ def _resources(text: str | None) -> dict[str, float]:
 
 
 def _absolute(options: Any) -> Any:
-    """Return the options with paths that hold wherever a replica is started."""
+    """Return the options with absolute paths, which are valid wherever a replica is started."""
     copy = options.clone()
     copy.checkpoint = [_path(text) for text in options.checkpoint or ()] or None
     copy.lora = [_path(text) for text in options.lora or ()] or None
@@ -147,6 +147,6 @@ def _path(text: str) -> str:
 
 
 def _in_replica(options: Any, offer: Offer) -> tuple[list[Any], dict[str, str]]:
-    """Return what a replica offers, on the devices that it was given."""
+    """Return the models and adapters of a replica, on its own devices."""
     start()
     return offer(options, parse_mesh(options.mesh))

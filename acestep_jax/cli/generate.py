@@ -1,4 +1,4 @@
-"""`acestep-jax generate`: one song, or those of a JSONL file."""
+"""`acestep-jax generate`: one song, or the songs of a JSONL file."""
 
 import importlib.metadata
 import logging
@@ -9,7 +9,8 @@ import jax
 from jax.sharding import Mesh
 
 from acestep_jax import preemption
-from acestep_jax.cli.options import add_lora, lora_scales
+from acestep_jax.arguments import arguments, flag
+from acestep_jax.cli.options import add_instrumental, add_lora, is_instrumental, lora_scales
 from acestep_jax.cli.parser import Parser, add_fields, name_flags, read_fields
 from acestep_jax.cli.runtime import add_checkpoint, add_devices, add_dtype, add_planner, model_folder, start
 from acestep_jax.distributed import all_succeed, local_mesh, parse_mesh
@@ -23,9 +24,10 @@ from acestep_jax.io.native import is_native
 from acestep_jax.models.config import TransformerConfig
 from acestep_jax.models.registry import FAMILY
 from acestep_jax.pipeline import AceStepPipeline
+from acestep_jax.planner.metadata import INSTRUMENTAL
 from acestep_jax.planner.plan import Plan
 from acestep_jax.planner.timestamps import check_alignment, write_lrc
-from acestep_jax.request import KINDS, Arguments, Request, Sampling
+from acestep_jax.request import FILES, KINDS, Arguments, Request, Sampling
 from acestep_jax.serve import jsonl
 
 
@@ -40,13 +42,12 @@ def add(commands: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Overwrite existing outputs.")
     for kind in KINDS:
         add_fields(parser, kind)
+    add_instrumental(parser, f'Request no vocals: short for --lyrics "{INSTRUMENTAL}".')
     parser.add_argument(
         "--plan", metavar="FILE", help="Plan to use instead of PROMPT, as written by `acestep-jax plan`."
     )
     add_planner(parser)
-    parser.add_argument(
-        "--lrc", action="store_true", help="Also write SONG.lrc, with the time at which each line is sung."
-    )
+    parser.add_argument("--lrc", action="store_true", help="Also write SONG.lrc, with timestamps of the lyrics.")
     parser.add_argument(
         "--batch",
         metavar="FILE",
@@ -68,12 +69,14 @@ def add(commands: Any) -> None:
 
 
 def run(options: Any) -> int | None:
-    """Write one song, or those of a file; return 1 if songs of a file failed.
+    """Write one song, or the songs of a file; return 1 if songs of a file failed.
 
     Everything that can be checked without the weights is checked before they are loaded.
     """
     try:
         given = read_fields(options, Arguments)
+        if is_instrumental(options, given):
+            given["lyrics"] = INSTRUMENTAL
         return run_batch(options, given) if options.batch is not None else run_one(options, given)
     except InputError as error:
         raise name_flags(error, KINDS) from None
@@ -99,9 +102,11 @@ def run_one(options: Any, given: dict[str, Any]) -> None:
         audio.check_output(out, overwrite=options.overwrite)
         if options.lrc:
             check_output(as_path(out).with_suffix(".lrc"), overwrite=options.overwrite)
-        for name, path in (("--source", request.src_audio), ("--reference", request.reference_audio)):
+        for name in FILES:
+            path = getattr(request, name)
             if path is not None and identity(str(path)) == identity(out):
-                raise InputError(f"--out: {out} is the {name} itself; choose another name")
+                option = flag(name, arguments(Request)[name][1])
+                raise InputError(f"--out: {out} is the {option} itself; choose another name")
     if not is_native(as_path(options.checkpoint)):
         check_request(request, sampling)
     path = model_folder(options)
@@ -131,7 +136,7 @@ def run_one(options: Any, given: dict[str, Any]) -> None:
 
 
 def run_batch(options: Any, given: dict[str, Any]) -> int:
-    """Write the songs of --batch and report at the end what failed; return 1 if anything did."""
+    """Write the songs of --batch and report failures at the end; return 1 if there are any."""
     if options.prompt is not None:
         raise InputError(f"PROMPT, --batch: expected one of them, found both ({options.prompt!r})")
     for option, given_too in (("--plan", options.plan), ("--lrc", options.lrc or None)):
@@ -162,7 +167,7 @@ def run_batch(options: Any, given: dict[str, Any]) -> int:
     if options.planner is not None:
         about["planner"] = identity(options.planner)
     if any(line.planning.thinking for line in lines):
-        _ = pipe.planner  # that there is none is found out now
+        _ = pipe.planner  # raises now if there is none
     reports = apart or jax.process_index() == 0
     failures = unusable if jax.process_index() == 0 else []
     with all_succeed(), preemption.handled(in_step=not apart):
@@ -179,14 +184,14 @@ def run_batch(options: Any, given: dict[str, Any]) -> int:
 def check_request(request: Request, sampling: Sampling) -> None:
     """Check a request before its model is downloaded or converted: against the architecture of the published models.
 
-    What is wrong with a request hardly ever depends on the model, and a download takes minutes. The request is prepared
-    again, with the model's own tokenizer, when that is there; its warnings are given then.
+    Errors of a request hardly ever depend on the model, and a download takes minutes. The request is prepared again
+    with the model's own tokenizer when it is available; warnings are logged then.
 
     Raises:
         InputError, OSError: see `prepare`.
     """
     configs: dict[str, Any] = {name: config() for name, (_, config) in FAMILY.networks.items()}
-    if request.global_caption:  # only the model itself tells whether it was fine-tuned on stems
+    if request.global_caption:  # only the model itself says whether it was fine-tuned on stems
         configs["transformer"] = TransformerConfig(is_lego_sft=True)
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""`acestep-jax info`: versions, this machine and what JAX sees of it, which models fit, and what a checkpoint holds."""
+"""`acestep-jax info`: versions, this machine and JAX's devices, which models fit, and the contents of a checkpoint."""
 
 import importlib.metadata
 import math
@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: Any) -> None:
-    """Print it all, or list the cache, or clear it; warnings do not change the exit status.
+    """Print everything, or list or clear the cache; warnings do not change the exit status.
 
     Raises:
         InputError: if JAX_PLATFORMS names a backend that is not installed, or there is no checkpoint.
@@ -65,7 +65,7 @@ def show(lines: Iterator[tuple[str, str]]) -> None:
 
 
 def versions() -> Iterator[tuple[str, str]]:
-    """Yield the versions of Python and of the packages that matter, JAX's plugins among them."""
+    """Yield the versions of Python and of the relevant packages, including JAX's plugins."""
     yield "python", platform.python_version()
     packages = ("acestep-jax", "jax", "jaxlib", "flax", "orbax-checkpoint")
     yield from ((name, importlib.metadata.version(name)) for name in packages)
@@ -73,7 +73,7 @@ def versions() -> Iterator[tuple[str, str]]:
 
 
 def described(found: machine.Machine) -> Iterator[tuple[str, str]]:
-    """Yield what is in the machine, whatever JAX sees of it."""
+    """Yield the hardware of the machine, whether JAX sees it or not."""
     if found.nvidia:
         cuda = f", CUDA up to {found.cuda}" if found.cuda else ""
         yield "NVIDIA driver", f"{found.driver}{cuda}" if found.driver else "none"
@@ -96,7 +96,7 @@ def device_lines(devices: list[Any]) -> Iterator[tuple[str, str]]:
 
 
 def fitting(device: Any, found: machine.Machine) -> Iterator[tuple[str, str]]:
-    """Yield for each published model what its songs need, and whether the first device has it."""
+    """Yield, for each published model, the memory that its songs need, and whether the first device has it."""
     precision = default_precision()
     limit = placement.memory_limit(device)
     limit = found.free if limit is None else limit
@@ -117,7 +117,7 @@ def fits(whole: list[int], turns: list[int], limit: int, *, in_turn: bool) -> st
     """Return in words which of the lengths `memory.SECONDS` fit `limit` bytes.
 
     Args:
-        whole, turns: what a song of each length needs with all networks on the device, and with them in turn.
+        whole, turns: bytes for a song of each length with all networks on the device, and with one network at a time.
         in_turn: whether there is a device that networks could be copied to.
     """
     # A pipeline is loaded for any song, so either all of its networks stay on the device or they take turns.
@@ -144,7 +144,7 @@ def contents(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def gigabytes(size: int) -> str:
-    """Return a number of bytes in words."""
+    """Return a number of bytes as text in GB."""
     return f"{size / 1e9:.1f} GB"
 
 

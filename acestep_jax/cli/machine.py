@@ -1,7 +1,7 @@
-"""What is in this machine, whatever JAX sees of it: accelerators, drivers, memory, and what to do where JAX misses one.
+"""The hardware of this machine, whether JAX sees it or not: accelerators, drivers, memory, and advice if one is missed.
 
-Nothing here starts JAX's backend. The functions read below a root folder and take the output of commands, so that any
-machine can be described to them.
+Nothing here starts JAX's backend. The functions read files below a root folder and take the output of commands, so that
+tests can describe any machine to them.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-# The oldest drivers that JAX's plugins run with on Linux, and the compute capability that CUDA 13 begins with:
+# The oldest drivers that JAX's plugins support on Linux, and the lowest compute capability that CUDA 13 supports:
 # https://docs.jax.dev/en/latest/installation.html
 DRIVER_OF_CUDA_12, DRIVER_OF_CUDA_13, CAPABILITY_OF_CUDA_13 = 525, 580, 7.5
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
@@ -25,13 +25,13 @@ _TPU_VARIABLES = ("TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID", "COLAB_TPU_ADDR")
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What is there.
+    """The hardware of a machine.
 
     nvidia, tpu: whether there is such an accelerator.
-    driver: version of NVIDIA's, such as "550.54.15"; None: none is loaded.
-    cuda: the newest version that the driver knows, where `nvidia-smi` tells.
-    capabilities: compute capability of each GPU, where `nvidia-smi` tells.
-    memory, free: of the host, bytes; None where the system does not tell.
+    driver: version of NVIDIA's driver, such as "550.54.15"; None: none is loaded.
+    cuda: newest CUDA version that the driver supports, according to `nvidia-smi`.
+    capabilities: compute capability of each GPU, according to `nvidia-smi`.
+    memory, free: total and free memory of the host, bytes; None if unknown.
     """
 
     nvidia: bool = False
@@ -54,7 +54,7 @@ def run(*command: str) -> str:
 def probe(
     root: Path = Path("/"), environment: Mapping[str, str] = os.environ, command: Callable[..., str] = run
 ) -> Machine:
-    """Look at files below `root`, environment variables and, where there is a GPU, `nvidia-smi`."""
+    """Inspect files below `root`, environment variables and, if there is a GPU, `nvidia-smi`."""
     folders = _list(root, "sys/bus/pci/devices/*")
     devices = [(_read(folder / "vendor"), _read(folder / "device"), _read(folder / "class")) for folder in folders]
     driver = re.search(r"Kernel Module\D*?(?:for \S+\s+)?([\d.]+)", _read(root / "proc/driver/nvidia/version"))
@@ -82,7 +82,7 @@ def probe(
 
 
 def installed(names: Sequence[str] = PLUGINS) -> dict[str, str]:
-    """Return the versions of those of these packages that are installed."""
+    """Return the versions of these packages, if they are installed."""
     found = {}
     for name in names:
         try:
@@ -93,7 +93,7 @@ def installed(names: Sequence[str] = PLUGINS) -> dict[str, str]:
 
 
 def cuda_extra(machine: Machine) -> str:
-    """Return the extra for the machine's GPUs: "cuda13" where driver and cards support it, else "cuda12"."""
+    """Return the extra for the machine's GPUs: "cuda13" if driver and cards support it, else "cuda12"."""
     supported = all(capability >= CAPABILITY_OF_CUDA_13 for capability in machine.capabilities)
     return "cuda13" if _major(machine.driver) >= DRIVER_OF_CUDA_13 and supported else "cuda12"
 
@@ -104,8 +104,8 @@ def advice(
     """Return what to do if JAX computes on the CPU of a machine with an accelerator; None if it does not.
 
     Args:
-        platform: of JAX's default backend.
-        packages: what `installed` found.
+        platform: platform of JAX's default backend.
+        packages: result of `installed`.
     """
     if platform != "cpu" or not (machine.nvidia or machine.tpu):
         return None

@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 import math
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -46,6 +47,27 @@ def lora_scales(options: Namespace) -> tuple[list[str], list[float]]:
             f"{len(scales)}"
         )
     return folders, scales
+
+
+def add_instrumental(parser: ArgumentParser, help: str) -> None:
+    """Add --instrumental, which `is_instrumental` reads."""
+    parser.add_argument("--instrumental", action="store_true", help=help)
+
+
+def is_instrumental(options: Namespace, given: dict[str, Any]) -> bool:
+    """Return whether a song without vocals is requested.
+
+    Args:
+        given: the fields that were given.
+
+    Raises:
+        InputError: if lyrics were given, too.
+    """
+    if options.instrumental and given.get("lyrics"):
+        raise InputError(
+            f"--instrumental, --lyrics: expected one of them, found both ({given['lyrics'][:40]!r}); leave one out"
+        )
+    return options.instrumental
 
 
 def _scale(value: object) -> float:

@@ -18,12 +18,12 @@ from acestep_jax.request import KINDS
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """A parser that raises `InputError` in words, with the nearest known option, where argparse would exit.
+    """A parser that raises a readable `InputError`, with the nearest known option, where argparse would exit.
 
     The main program calls `finish` once all options are added.
 
     Args:
-        kinds: what the options that the library converts may be, such as "a whole number", by name.
+        kinds: descriptions of the values of options that jsonargparse converts, such as "a whole number", by name.
     """
 
     def __init__(self, *, kinds: Mapping[str, str] | None = None, **options: Any):
@@ -33,8 +33,8 @@ class Parser(jsonargparse.ArgumentParser):
         self._needed: list[argparse.Action] = []
 
     def finish(self) -> None:
-        """Spell every option of this parser and its commands with dashes; underscores are accepted as well."""
-        # The library clears `required` while it parses.
+        """Spell every option of this parser and its commands with dashes; also accept underscores."""
+        # jsonargparse clears `required` while it parses.
         self._needed = [action for action in self._actions if action.required and not _is_command(action)]
         for action in self._actions:
             dashed = [option.replace("_", "-") for option in action.option_strings]
@@ -45,9 +45,9 @@ class Parser(jsonargparse.ArgumentParser):
                     parser.finish()
 
     def parse_args(self, args=None, namespace=None, env=None, defaults=True, **options) -> jsonargparse.Namespace:
-        """Parse the options; raise InputError for an unknown one, or one that is missing."""
+        """Parse the options; raise InputError for an unknown or missing one."""
         if not any(map(_is_command, self._actions)):
-            options.pop("_skip_validation", None)  # by which the main program would find errors late, and name others
+            options.pop("_skip_validation", None)  # with it, the main program would report errors late
         values = super().parse_args(args, namespace, env, defaults, **options)
         if missing := [action for action in self._needed if values.get(action.dest) is None]:
             names = [action.option_strings[0] if action.option_strings else str(action.metavar) for action in missing]
@@ -55,7 +55,7 @@ class Parser(jsonargparse.ArgumentParser):
         return values
 
     def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
-        """Raise InputError with the library's message in words."""
+        """Raise InputError with a readable form of the library's message."""
         words = self.args or ()
         files = [value for option, value in itertools.pairwise(words) if option == "--config"]
         files += [word.partition("=")[2] for word in words if word.startswith("--config=")]
@@ -69,7 +69,7 @@ class Parser(jsonargparse.ArgumentParser):
         return f"`{self.prog.replace(' [options]', '')} --help` lists all options"
 
     def _explain(self, message: str) -> str:
-        """Return the message of an error in words, without advice unless a name is near."""
+        """Return a readable form of an error message, with advice only if there is a similar name."""
         if found := re.search(r'Parser key "([\w.]+)"(?: element \d+)?:\s*(.*)', message, re.DOTALL):
             name, rest = found.groups()
             value = re.search(r"(?:Got|Given) value: ([^\n]*)", rest)
@@ -96,7 +96,7 @@ class Parser(jsonargparse.ArgumentParser):
         return " ".join(message.split())
 
     def _nearest(self, option: str) -> list[str]:
-        """Return the options nearest to an unknown one: those with the same last part, else the one spelled alike."""
+        """Return the options nearest to an unknown one: options with the same last part, else the most similar one."""
         known = [spelling for action in self._actions for spelling in action.option_strings if spelling != "-h"]
         lasts = {one.strip("-").rpartition(".")[2]: one for one in known}
         last = _dashed(option).strip("-").rpartition(".")[2]
@@ -114,14 +114,14 @@ def _dashed(name: str) -> str:
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help texts as they are written: they name the default themselves."""
+    """Prints help texts unchanged, because they name the default themselves."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **{"max_help_position": 28} | options)
 
 
 class _Switch(argparse.Action):
-    """--x for true, --no-x for false; unlike a value, neither can be taken for the word that follows."""
+    """--x for true, --no-x for false; unlike an option with a value, they never consume the next word."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **options: Any):
         super().__init__(option_strings, dest, nargs=0, **options)
@@ -131,10 +131,11 @@ class _Switch(argparse.Action):
 
 
 def add_fields(parser: Parser, kind: type, names: Iterable[str] | None = None) -> None:
-    """Add an option for each field of one of `request.KINDS` that has one. Values are text until `read_fields`.
+    """Add an option for each field of a dataclass in `request.KINDS`, if the field has one. Values are text until
+    `read_fields`.
 
     Args:
-        names: of the fields; None: all.
+        names: names of the fields; None: all.
     """
     for name, (field, about) in arguments(kind).items():
         if name == "prompt" or not (option := flag(name, about)) or (names is not None and name not in names):
@@ -152,7 +153,7 @@ def add_fields(parser: Parser, kind: type, names: Iterable[str] | None = None) -
 
 
 def _with_flags(text: str) -> str:
-    """Return a help text with options of the command line in place of names of fields: "--compat diffusers" for
+    """Return a help text with field names replaced by command-line options: "--compat diffusers" for
     "compat=diffusers"."""
     for kind in KINDS:
         for name, (_, about) in arguments(kind).items():
@@ -163,7 +164,7 @@ def _with_flags(text: str) -> str:
 
 
 def read_fields(options: Any, kind: type) -> dict[str, Any]:
-    """Return the values of fields that were given, converted from text.
+    """Return the values of the given fields, converted from text.
 
     Raises:
         InputError: if one is not a number where a number is expected, or a file cannot be read as text.
@@ -182,7 +183,7 @@ def read_fields(options: Any, kind: type) -> dict[str, Any]:
 
 
 def name_flags(error: InputError, kinds: Iterable[type]) -> InputError:
-    """Return the error with the options of the command line in place of the fields that its message begins with."""
+    """Return the error with command-line options instead of the field names at the start of its message."""
     flags = {name: flag(name, about) for kind in kinds for name, (_, about) in arguments(kind).items()}
     subject, colon, rest = str(error).partition(":")
     names = subject.split(", ")
@@ -192,17 +193,17 @@ def name_flags(error: InputError, kinds: Iterable[type]) -> InputError:
 
 
 def text_or_file(text: str) -> str:
-    """Return the text, or the content of the file whose name follows @."""
+    """Return the text, or the contents of the file named after @."""
     if not text.startswith("@"):
         return text
     try:
-        return Path(text[1:]).read_text(encoding="utf-8-sig").rstrip("\r\n")  # which ends the file, not the text
+        return Path(text[1:]).read_text(encoding="utf-8-sig").rstrip("\r\n")  # the line end is the file's
     except UnicodeDecodeError as error:
         raise InputError(f"{text[1:]}: not UTF-8 text ({error}); save it as UTF-8") from None
 
 
 def _key(name: str) -> str:
-    """Return where the parser keeps a field. Not under its name: that of one field may be the option of another."""
+    """Return the parser's key for a field. It is not the field's name, which may be the option of another field."""
     return name if name == "prompt" else f"field_{name}"
 
 

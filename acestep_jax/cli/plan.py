@@ -1,4 +1,4 @@
-"""`acestep-jax plan`, `rewrite` and `describe`: words to a plan, words to better words, a song to words."""
+"""`acestep-jax plan`, `rewrite` and `describe`: turn words into a plan, improve words, describe a song."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from acestep_jax.cli.codes import NETWORKS
+from acestep_jax.cli.options import add_instrumental, is_instrumental
 from acestep_jax.cli.parser import Parser, add_fields, name_flags, read_fields
 from acestep_jax.cli.runtime import add_checkpoint, add_devices, add_dtype, add_planner, model_folder, start
 from acestep_jax.distributed import parse_mesh
@@ -19,7 +20,7 @@ from acestep_jax.pipeline import AceStepPipeline
 from acestep_jax.planner.plan import Plan
 from acestep_jax.request import Planning, Request, split
 
-# What a user may say of a song that is planned, and how the planner samples.
+# Fields that a user may give for a planned song, and those for the planner's sampling.
 SONG = ("lyrics", "audio_duration", "vocal_language", "bpm", "keyscale", "timesignature")
 SAMPLING = tuple(name for name in Planning.__dataclass_fields__ if name.startswith("lm_"))
 TEXT_SAMPLING = ("lm_seed", "lm_temperature", "lm_top_k", "lm_top_p", "lm_repetition_penalty")
@@ -31,7 +32,7 @@ def add(commands: Any) -> None:
         description="Plan a song: caption, lyrics, metadata and audio codes, which `acestep-jax generate --plan` reads."
     )
     plan.add_argument("wish", metavar="WISH", help='What the song should be like, such as "a sad song about the sea".')
-    plan.add_argument("--instrumental", action="store_true", help="Plan music without vocals.")
+    add_instrumental(plan, "Plan music without vocals.")
     plan.add_argument("--no-codes", dest="codes", action="store_false", help="Write only text, without audio codes.")
     rewrite = Parser(description="Write a more detailed caption, lyrics in the model's format, and metadata.")
     rewrite.add_argument("wish", metavar="PROMPT", help="Description of the music.")
@@ -47,7 +48,7 @@ def add(commands: Any) -> None:
     describe.add_argument(
         "--captions",
         action="store_true",
-        help="Write the description of each song beside it, SONG.json, where training looks for it.",
+        help="Write the description next to each song, as SONG.json, where training looks for it.",
     )
     add_fields(describe, Planning, TEXT_SAMPLING)
     _add_model(describe)
@@ -70,16 +71,18 @@ def plan(options: Any) -> None:
 
 
 def rewrite(options: Any) -> None:
-    """Print a request as the planner writes it anew, or write it to a file."""
+    """Print a request rewritten by the planner, or write it to a file."""
     _write(options, lambda pipe, given: pipe.rewrite(options.wish, **given))
 
 
 def _write(options: Any, make: Any) -> None:
     try:
         given = {**read_fields(options, Request), **read_fields(options, Planning)}
+        if "instrumental" in options:
+            is_instrumental(options, given)
         requested, planned, _ = split(given)
         for kind, values in ((Request, dict(prompt=options.wish) | requested), (Planning, planned)):
-            kind(**values)  # which checks them before anything slow
+            kind(**values)  # checks them before anything slow
         if options.out is not None:
             check_output(options.out, overwrite=options.overwrite)
         start(options.distributed)
@@ -99,7 +102,7 @@ def _write(options: Any, make: Any) -> None:
 
 
 def describe(options: Any) -> int:
-    """Print the description of each song, or write it beside it; return 1 if one could not be described."""
+    """Print the description of each song, or write it next to the song; return 1 if one could not be described."""
     given = read_fields(options, Planning)
     try:
         Planning(**given)

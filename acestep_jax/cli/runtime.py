@@ -1,4 +1,4 @@
-"""What commands share: options of the checkpoint and the devices, and the set-up of JAX."""
+"""Shared parts of commands: options for the checkpoint and the devices, and the set-up of JAX."""
 
 import logging
 import os
@@ -53,10 +53,11 @@ def add_planner(parser: ArgumentParser) -> None:
 
 
 def model_folder(options: Any) -> str:
-    """Return the folder of the native checkpoint that the options name, which is downloaded and converted if need be.
+    """Return the folder of the native checkpoint that the options name, after downloading and converting it if
+    necessary.
 
     Raises:
-        InputError: see `native_folder`; also if that of another process fails.
+        InputError: see `native_folder`; also if this fails in another process.
     """
     dtype = converted_dtype(options.get("dtype"))
     with all_succeed():
@@ -69,8 +70,8 @@ def add_dtype(parser: Parser) -> None:
         "--dtype",
         metavar="DTYPE",
         help=f"Dtype of weights and computation: {', '.join(PRECISIONS)}; or {' or '.join(QUANTIZATIONS)}, which "
-        "quantises the weights of layers, in half the memory of bfloat16. Default: the checkpoint's own, or else what "
-        "suits the device.",
+        "quantises the weights of layers, in half the memory of bfloat16. Default: the checkpoint's own, or else the "
+        "best for the device.",
     )
 
 
@@ -81,11 +82,11 @@ def add_devices(parser: Parser) -> None:
         metavar="AXIS=N,...",
         help=f"Number of devices along each of the axes {', '.join(MESH_AXES)}. Default: one device.",
     )
-    add_distributed(parser, "with a mesh over the devices of all or, for --batch without one, each with its own songs")
+    add_distributed(parser, "with a mesh over all devices or, for --batch without --mesh, each with its own songs")
 
 
 def add_distributed(parser: ArgumentParser, work: str) -> None:
-    """Add --distributed. `work`: how the processes divide it."""
+    """Add --distributed. `work`: how the processes divide the work, for the help text."""
     parser.add_argument(
         "--distributed",
         nargs="?",
@@ -97,8 +98,8 @@ def add_distributed(parser: ArgumentParser, work: str) -> None:
 
 
 def start(distributed: str | None = None) -> None:
-    """Join the other processes, check that the backend can be used, warn if it misses an accelerator of this machine,
-    and keep compiled programs on disk.
+    """Join the other processes, check that the backend works, warn if JAX misses an accelerator of this machine, and
+    cache compiled programs on disk.
 
     Raises:
         InputError: if JAX_PLATFORMS names a backend that is not installed, or there is no cluster.
@@ -129,7 +130,7 @@ def check_backend() -> list[Any]:
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs on disk, so that they are compiled once for all runs: where JAX_COMPILATION_CACHE_DIR
-    says, else in the user's cache folder."""
+    """Cache compiled programs on disk, so that they are compiled once for all runs: in JAX_COMPILATION_CACHE_DIR, or
+    else in the user's cache folder."""
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(user_cache()))

@@ -35,8 +35,8 @@ KEY = "ACESTEP_API_KEY"
 def add(commands: Any) -> None:
     """Add the command."""
     parser = Parser(
-        description="Make songs over HTTP: the library's own API, that of ACE-Step's application, a chat API in the "
-        "manner of OpenAI's, and that of acestep.cpp. Needs pip install 'acestep-jax[serve]'."
+        description="Generate songs over HTTP, with the library's own API, the APIs of ACE-Step's application and of "
+        "acestep.cpp, and an OpenAI-style chat API. Needs pip install 'acestep-jax[serve]'."
     )
     # jsonargparse takes no type for an option that appends.
     parser.add_argument(
@@ -46,65 +46,65 @@ def add(commands: Any) -> None:
         metavar="[NAME=]MODEL",
         action="append",
         help="Model to offer, as in `acestep-jax generate`, and the name that clients use (repeatable; the first is "
-        "the default; one at a time is in memory). Default: the small model of this package.",
+        "the default; one model at a time is in memory). Default: the small model of this package.",
     )
     parser.add_argument(
         "--variant",
         metavar="NAME",
         action="append",
-        help="Variant of the models, where there are several (once for all of them, or once for each --model).",
+        help="Variant of the models, if there are several (once for all of them, or once for each --model).",
     )
     parser.add_argument(
         "--planner",
         metavar="MODEL",
         help="Planner of all models: a folder, or the id of a repository such as ACE-Step/acestep-5Hz-lm-0.6B; none: "
-        "songs are made without. Default: the one that is with each model.",
+        "no planner. Default: each model's own.",
     )
     parser.add_argument(
         "--lora", metavar="NAME=DIR", action="append", help="Adapter that clients may use by its name (repeatable)."
     )
-    parser.add_argument("--host", default="127.0.0.1", help="Address to listen at. Default: this machine only.")
+    parser.add_argument("--host", default="127.0.0.1", help="Address to listen on. Default: this machine only.")
     parser.add_argument("--port", type=int, default=8001, metavar="N", help="Port. Default: 8001.")
     parser.add_argument(
         "--api-key",
         metavar="KEY",
         help=f"Key that clients must send; @FILE reads it from a file. Default: the variable {KEY}, or none.",
     )
-    parser.add_argument("--insecure", action="store_true", help="Listen at an address of the network without a key.")
+    parser.add_argument("--insecure", action="store_true", help="Listen on a network address without a key.")
     parser.add_argument(
         "--public-host",
         metavar="NAME",
         action="append",
-        help="Name that the server is reached by, such as that of a proxy (repeatable).",
+        help="Host name at which clients reach the server, such as the name of a proxy (repeatable).",
     )
     parser.add_argument(
         "--cors",
         metavar="ORIGIN",
         action="append",
-        help="Origin of pages on other hosts that may ask, such as http://localhost:5173 (repeatable).",
+        help="Allowed origin of pages on other hosts, such as http://localhost:5173 (repeatable).",
     )
     parser.add_argument(
-        "--data", metavar="DIR", default="acestep-songs", help="Folder of queue and songs. Default: acestep-songs."
+        "--data", metavar="DIR", default="acestep-songs", help="Folder for queue and songs. Default: acestep-songs."
     )
     parser.add_argument(
         "--inputs",
         metavar="DIR",
-        help="Folder whose sound files clients may use as sources and references by their paths. Default: none; they "
-        "upload.",
+        help="Folder whose sound files clients may use as sources and references, by path. Default: none; clients "
+        "upload files.",
     )
     parser.add_argument(
-        "--keep-gb", type=float, default=20.0, metavar="GB", help="Songs to keep, besides favourites. Default: 20 GB."
+        "--keep-gb", type=float, default=20.0, metavar="GB", help="Songs to keep, besides favourites. Default: 20."
     )
-    parser.add_argument("--max-batch", type=int, default=4, metavar="N", help="Most songs made at once. Default: 4.")
+    parser.add_argument("--max-batch", type=int, default=4, metavar="N", help="Maximum batch size. Default: 4.")
     parser.add_argument(
         "--warm", metavar="S,...", help="Durations to compile before /ready, such as 30,60,120. Default: none."
     )
-    parser.add_argument("--queue", type=int, default=200, metavar="N", help="Most songs that wait. Default: 200.")
+    parser.add_argument("--queue", type=int, default=200, metavar="N", help="Most waiting songs. Default: 200.")
     parser.add_argument(
-        "--queue-minutes", type=float, default=30.0, metavar="N", help="Most minutes of work that wait. Default: 30."
+        "--queue-minutes", type=float, default=30.0, metavar="N", help="Maximum minutes of waiting work. Default: 30."
     )
     parser.add_argument(
-        "--max-upload-mb", type=int, default=256, metavar="MB", help="Largest body of a request. Default: 256."
+        "--max-upload-mb", type=int, default=256, metavar="MB", help="Maximum size of a request. Default: 256."
     )
     parser.add_argument(
         "--max-duration", type=float, default=600.0, metavar="S", help="Longest song and source. Default: 600."
@@ -112,11 +112,11 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--strict",
         action="store_true",
-        help="Refuse fields that would be ignored. What is replaced, as an unknown model of an API that allows any, is "
-        "noted in the answer all the same.",
+        help="Reject fields that would be ignored. Replaced values, such as an unknown model in an API that allows "
+        "any, are still only noted in the response.",
     )
     parser.add_argument(
-        "--grace", type=float, default=30.0, metavar="S", help="Seconds that SIGTERM leaves songs. Default: 30."
+        "--grace", type=float, default=30.0, metavar="S", help="Seconds for songs after SIGTERM. Default: 30."
     )
     add_dtype(parser)
     parser.add_argument(
@@ -129,7 +129,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: Any) -> int:
-    """Serve until a signal; return 1 if the engine has ended by an error.
+    """Serve until a signal; return 1 if the engine has ended because of an error.
 
     Everything that can be checked is checked before anything is loaded.
     """
@@ -158,7 +158,7 @@ def run(options: Any) -> int:
     with all_succeed():
         inputs = None if options.inputs is None else Inputs(options.inputs)
         store = Store(options.data)
-    tempfile.tempdir = str(store.incoming)  # where uploads are spooled
+    tempfile.tempdir = str(store.incoming)  # uploads are spooled there
     limits = Limits(
         queue=options.queue,
         queue_minutes=options.queue_minutes,
@@ -214,10 +214,10 @@ def _models(options: Any, mesh: Any) -> list[Any]:
 
 
 def _planner(given: str | None, source: str, folder: Path, dtype: str | None) -> str | None:
-    """Return the folder of a model's planner, which is downloaded and converted now if need be; None: it has none.
+    """Return the folder of a model's planner, after downloading and converting it if necessary; None: it has none.
 
     Raises:
-        InputError: if one was named, and cannot be had.
+        InputError: if the user named one, and it cannot be used.
     """
     if given == "none":
         return None
@@ -229,12 +229,12 @@ def _planner(given: str | None, source: str, folder: Path, dtype: str | None) ->
     except (InputError, OSError) as error:
         if found.named:
             raise
-        print(f"acestep-jax: songs are made without the planner ({error}); --planner none says no more", flush=True)
+        print(f"acestep-jax: running without the planner ({error}); --planner none silences this", flush=True)
         return None
 
 
 def _planner_name(folder: str | None) -> str | None:
-    """Return the authors' name of a planner, or that of its folder."""
+    """Return the authors' name of a planner, or the name of its folder."""
     if folder is None:
         return None
     about = Path(folder) / cache.SOURCE
@@ -245,7 +245,7 @@ def _planner_name(folder: str | None) -> str | None:
 
 
 def _name(source: str, model: Any) -> str:
-    """Return the authors' name of a published model, or that of the folder."""
+    """Return the authors' name of a published model, or the name of its folder."""
     if source == str(SMALL_MODEL):
         return "small"
     variant = model.configs["transformer"].variant
@@ -279,14 +279,14 @@ def _key(given: str | None) -> str | None:
 
 
 def _check_address(host: str, key: str | None, insecure: bool) -> None:
-    """Raise InputError for an address that others reach, without a key."""
+    """Raise InputError for an address that other machines can reach, without a key."""
     try:
         local = ipaddress.ip_address(host).is_loopback
     except ValueError:
         local = host == "localhost"
     if not local and key is None and not insecure:
         raise InputError(
-            f"--host: everyone who reaches {host} could use this server; set a key with --api-key or {KEY}, or say "
+            f"--host: everyone who can reach {host} could use this server; set a key with --api-key or {KEY}, or give "
             "--insecure"
         )
 

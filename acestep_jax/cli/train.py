@@ -1,7 +1,7 @@
-"""`acestep-jax train`: songs to training data, training, and the results of its steps.
+"""`acestep-jax train`: prepare training data, train, and export the results of steps.
 
-The options of `fit` and `autoencoder` are the settings of `acestep_jax.train.config`; in YAML files they have
-underscores, as options dashes or underscores. What a command needs is imported when it runs.
+The options of `fit` and `autoencoder` are the settings of `acestep_jax.train.config`; they have underscores in YAML
+files, and dashes or underscores as options. Dependencies of a command are imported when it runs.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ PROGRAM = "acestep-jax train"
 
 
 def add(commands: Any) -> None:
-    """Add `train` to the commands of the main program, what its parser's `add_subcommands` has returned."""
+    """Add `train` to the commands of the main program. `commands`: the result of `add_subcommands`."""
     train = Parser(description="Train adapters, whole models and autoencoders.")
     commands.add_subcommand("train", train, help="Fine-tune a model, or train an autoencoder.")
     actions = train.add_subcommands(required=True, dest="command", metavar="COMMAND")
@@ -32,14 +32,14 @@ def add(commands: Any) -> None:
         added = Parser(description=text, kinds=kinds)
         actions.add_subcommand(name, added, help=text)
         added.prog = f"{PROGRAM} {name}"
-        added.formatter_class = jsonargparse.DefaultHelpFormatter  # which shows types and defaults of settings
+        added.formatter_class = jsonargparse.DefaultHelpFormatter  # shows types and defaults of settings
         if settings is not None:
             config_file.add_settings(added, settings)
         return added
 
-    preprocess = command("preprocess", "Encode a folder of songs, or what changed in it.", crop_seconds="numbers")
+    preprocess = command("preprocess", "Encode a folder of songs, or only its changes.", crop_seconds="numbers")
     preprocess.add_argument(
-        "audio_dir", metavar="AUDIO_DIR", help="Folder of songs, with captions and lyrics beside them."
+        "audio_dir", metavar="AUDIO_DIR", help="Folder of songs, with captions and lyrics next to them."
     )
     preprocess.add_argument("data_dir", metavar="DATA_DIR", help="Folder of training data to create or update.")
     preprocess.add_argument(
@@ -59,10 +59,10 @@ def add(commands: Any) -> None:
         help="Lengths of the crops to train on, in seconds, 1 to 600.",
     )
     preprocess.add_argument("--dtype", help=f"Dtype of the encoders, {', '.join(DTYPES)}. By default as stored.")
-    add_distributed(preprocess, "each of which encodes a share of the songs on its first device")
+    add_distributed(preprocess, "each of which encodes a part of the songs on its first device")
 
     fit = command("fit", "Fine-tune the transformer on preprocessed songs.", TrainConfig)
-    add_distributed(fit, "with a mesh over the devices of all")
+    add_distributed(fit, "with a mesh over all their devices")
     command("autoencoder", "Train an autoencoder from scratch on a folder of audio.", AutoencoderTrainConfig)
 
     export = command("export", "Write the result of a step of a run, which may be in progress.", step="a whole number")
@@ -74,7 +74,7 @@ def add(commands: Any) -> None:
     export.add_argument(
         "--ema",
         action="store_true",
-        help="Export the moving averages of the weights. An autoencoder is always made of them if they are kept.",
+        help="Export the moving averages of the weights. An autoencoder is always exported from them if there are any.",
     )
 
 
@@ -82,14 +82,14 @@ def run(options: jsonargparse.Namespace) -> int | None:
     """Run the command that the options of `train` name.
 
     Raises:
-        InputError: among others; a setting at the beginning of its message is spelled as the option.
+        InputError: for invalid input; a setting at the start of the message is spelled as its option.
     """
     values = options[options.command]
     try:
         return _COMMANDS[options.command](values)
     except InputError as error:
         name, colon, rest = str(error).partition(": ")
-        if colon and name in values and values[name] != name:  # a folder of that name is no setting
+        if colon and name in values and values[name] != name:  # a folder with that name is not a setting
             error.args = (f"{flag(name)}: {rest}",)
         raise
 
@@ -151,7 +151,7 @@ def flag(name: str) -> str:
 
 
 def _kinds(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every setting by dotted name, with what it may be."""
+    """Yield every setting by dotted name, with a description of its values."""
     words = {
         int: "a whole number",
         float: "a number",

@@ -1,4 +1,4 @@
-"""`acestep-jax warm`: compile the programs for songs of some durations, before somebody waits for them."""
+"""`acestep-jax warm`: compile the programs for songs of some durations ahead of time."""
 
 import dataclasses
 import time
@@ -22,8 +22,8 @@ def add(commands: Any) -> None:
     parser = Parser(
         description="Compile the programs for songs of some durations, by generating a song of each. Programs are kept "
         "on disk, see JAX_COMPILATION_CACHE_DIR, so that later runs with the same options, also on other machines of "
-        "the same kind, start at once. Longer prompts and lyrics need programs of their own: give examples that are as "
-        "long as yours."
+        "the same kind, start at once. Longer prompts and lyrics need other programs: give examples that are as long "
+        "as yours."
     )
     add_checkpoint(parser)
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", default="piano", help="Description of the music.")
@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     add_lora(parser)
     add_dtype(parser)
     add_devices(parser)
-    commands.add_subcommand("warm", parser, help="Compile the programs that songs need, ahead of the first one.")
+    commands.add_subcommand("warm", parser, help="Compile the programs that songs need ahead of time.")
 
 
 def run(options: Any) -> None:

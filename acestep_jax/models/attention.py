@@ -12,7 +12,7 @@ from acestep_jax.distributed import log_once, partition_spec, shard
 from acestep_jax.models.config import AttentionConfig
 from acestep_jax.models.kernels import heads_gpu
 from acestep_jax.models.kernels.attention import attend, choose_kernel
-from acestep_jax.models.kernels.heads import Rope, as_it_comes, normalise, suits
+from acestep_jax.models.kernels.heads import Rope, keep_layout, normalise, suits
 from acestep_jax.models.kernels.products import to_float16
 from acestep_jax.models.kernels.unstacked import FusedLinear
 from acestep_jax.models.layers import RMSNorm, apply_rotary, linear
@@ -50,8 +50,8 @@ def attention(
         k, v: [B, S, K, H]; N is a multiple of K, and query head n reads key head n // (N / K).
         window: key j is visible to query i if |i - j| <= window, which costs O(T * window) and requires S = T.
         causal: key j is visible to query i if j <= i. Not together with `window`.
-        key_lengths: [B] int32, number of valid keys of each item; later keys are padding, which no query sees. None: S.
-        dropout: rate at which attention weights are dropped; it has no effect without `dropout_key`.
+        key_lengths: [B] int32, number of valid keys of each item; later keys are padding and masked. None: S.
+        dropout: dropout rate of the attention weights; it has no effect without `dropout_key`.
         kernel: "xla", plain JAX; "cudnn", for GPUs, with a Pallas kernel if there is a window; "splash", Pallas on
             TPUs; "auto", the fastest of these for the backend. Causal attention and dropout always use plain JAX.
             "cudnn" without a window and "splash" have no forward-mode derivative: choose "xla" for `jax.jvp` on an
@@ -67,11 +67,12 @@ def attention(
     if causal and window is not None:
         raise ValueError("attention is causal or has a window, not both")
     if window is not None and window >= k.shape[1] - 1:
-        window = None  # it hides nothing
+        window = None  # it masks nothing
     if dropout_key is None:
         dropout = 0.0
     if products is not None:
-        # Only values need a scale: queries and keys are normalised. The result is a mean of values and has their scale.
+        # Only values need a scale, since queries and keys are normalised. The result is a mean of values, so it has the
+        # same scale.
         half, scale = to_float16(v, (1, 3))  # scale: [B, 1, K, 1]
         y = attention(
             q.astype(products),
@@ -94,7 +95,7 @@ def attention(
         dropout_key=dropout_key if dropout else None,
         kernel=choose_kernel(kernel, q, k),
     )
-    # With dropout XLA partitions the computation, so that the same weights are dropped on every mesh.
+    # With dropout, XLA partitions the computation, so that the same weights are dropped on every mesh.
     if mesh.empty or mesh.size == 1 or dropout:
         return local(q, k, v, key_lengths)
     return _sharded(local, mesh, q, k, v, key_lengths, window, causal)
@@ -108,12 +109,12 @@ def _sharded(local, mesh, q, k, v, key_lengths, window, causal):
         if t // shards < window:
             log_once(f"{t} tokens on sequence={shards} are fewer than the window of {window} each: replicated")
             sequence = None
-        elif key_lengths is None:  # one device does not see how many keys there are in all
+        elif key_lengths is None:  # a device does not know the total number of keys
             key_lengths = jnp.full((b,), t)
 
     key_heads = heads if heads and k.shape[2] % mesh.shape["tensor"] == 0 else None
     local_heads = n // mesh.shape["tensor"] if heads else n
-    # Heads can be split further than key heads if the query heads of a device all read the same key head.
+    # Query heads can be split further than key heads if all query heads of a device read the same key head.
     if heads and not key_heads and (n // k.shape[2]) % local_heads:
         log_once(f"{n} query and {k.shape[2]} key heads do not divide by tensor={mesh.shape['tensor']}: replicated")
         heads, local_heads = None, n
@@ -144,12 +145,12 @@ def _exchange_halo(x: jax.Array, window: int, shards: int) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with RMS-normalised queries and keys; cross-attention where `context` is given.
+    """Grouped-query attention with RMS-normalised queries and keys; cross-attention if `context` is given.
 
         q = rope(norm_q(x Wq)),  k = rope(norm_k(c Wk)),  v = c Wv,  c = context or x,
         y = softmax(q k^T / sqrt(H)) v Wo
 
-    Source: diffusers `AceStepAttention`; Qwen3's attention is the same with `causal`.
+    Source: diffusers `AceStepAttention`; with `causal`, it is Qwen3's attention.
     """
 
     def __init__(self, config: AttentionConfig, *, runtime: Runtime = DEFAULT_RUNTIME, rngs: nnx.Rngs):
@@ -173,7 +174,7 @@ class Attention(nnx.Module):
         if self.kernel == "xla" or not suits(self.head_dim):
             x = norm(self._heads(x, time))
             return x if rope is None else apply_rotary(x, rope)
-        x = self._heads(as_it_comes(x), time)
+        x = self._heads(keep_layout(x), time)
         local = functools.partial(normalise, eps=norm.eps)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
@@ -197,12 +198,19 @@ class Attention(nnx.Module):
         keys = self._normalised(self.to_k(context), self.norm_k, time, rope)
         return KeysValues(keys, self._heads(self.to_v(context), time))
 
-    def _self_projections(self, x: jax.Array, rope: Rope | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        if isinstance(self.to_q, FusedLinear) and rope is not None:  # with to_k and to_v
+    def projections(
+        self, x: jax.Array, rope: Rope | None, *, time: str | None = "sequence"
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Project x [B, T, D] to queries and keys, both normalised, and values. Other arguments: see `queries`."""
+        if isinstance(self.to_q, FusedLinear):  # with to_k and to_v
+            if rope is None:
+                q, k, v = self.to_q(x)
+                q, k = self._normalised(q, self.norm_q, time, None), self._normalised(k, self.norm_k, time, None)
+                return q, k, self._heads(v, time)
             scales, ends, eps = (self.norm_q.scale[...], self.norm_k.scale[...]), self.to_q.ends, self.norm_q.eps
             return heads_gpu.split(self.to_q.linear(x), *scales, rope, ends=ends, eps=eps, plain=self.kernel == "xla")
-        k, v = self.keys_values(x, time="sequence", rope=rope)
-        return self.queries(x, time="sequence", rope=rope), k, v
+        k, v = self.keys_values(x, time=time, rope=rope)
+        return self.queries(x, time=time, rope=rope), k, v
 
     def __call__(
         self,
@@ -216,7 +224,7 @@ class Attention(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:  # [B, T, D]
         if context is None:
-            q, k, v = self._self_projections(x, rope)
+            q, k, v = self.projections(x, rope)
         else:
             q = self.queries(x, time="sequence", rope=rope)
             k, v = context if isinstance(context, KeysValues) else self.keys_values(context)

@@ -1,9 +1,14 @@
-"""Keys and values of earlier tokens, which a causal model reads instead of computing them again.
+"""The KV cache: keys and values of earlier tokens, which a causal model reads instead of recomputing them.
+
+    carried = cache.carried()                                    what the loop over layers carries
+    y, carried = cache.attend(carried, q, new, layer, first, position, window)      in each layer
+    cache = cache.settled(carried, position)
 
 Axis letters: L layers, B songs, S slots, K key heads, G query heads of a key head, H head dim.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +20,9 @@ from acestep_jax.models.kernels.stack import restored, storage_dtype, stored
 
 
 class KVCache(NamedTuple):
-    """Keys, rotated by their positions, [L, B, K, H, S], and values, [L, B, K, S, H], of all layers, as `kernels.stack`
-    keeps them: in these orders XLA for CPUs multiplies by them as they lie. (Scores by keys in the order of the values
-    take 3.5 times as long there.)"""
+    """Keys, rotated by their positions, [L, B, K, H, S], and values, [L, B, K, S, H], of all layers, stored as in
+    `kernels.stack`. In these layouts XLA for CPUs multiplies by them without a copy; scores from keys in the layout of
+    the values take 3.5 times as long there."""
 
     keys: jax.Array
     values: jax.Array
@@ -25,7 +30,7 @@ class KVCache(NamedTuple):
     def write(self, new: KeysValues, layer: jax.Array, slot: int | jax.Array) -> "KVCache":
         """Return the cache with keys and values [B, T, K, H] of a layer in the slots `slot` to `slot + T - 1`.
 
-        Where the cache is the carry of a loop, or donated, XLA does this in place.
+        XLA updates the cache in place if it is the carry of a loop or donated.
         """
         keys, values = stored(new.keys).transpose(0, 2, 3, 1)[None], stored(new.values).transpose(0, 2, 1, 3)[None]
         return KVCache(
@@ -34,29 +39,139 @@ class KVCache(NamedTuple):
         )
 
     def read(self, layer: jax.Array, window: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """Return keys [B, K, H, window] and values [B, K, window, H], of `dtype`, of a layer in the first `window`
-        slots."""
+        """Return the keys [B, K, H, window] and values [B, K, window, H] of a layer in the first `window` slots, as
+        `dtype`."""
         at, (_, b, k, h, _) = (layer, 0, 0, 0, 0), self.keys.shape
         keys = jax.lax.dynamic_slice(self.keys, at, (1, b, k, h, window))[0]
         values = jax.lax.dynamic_slice(self.values, at, (1, b, k, window, h))[0]
         return restored(keys, dtype), restored(values, dtype)
 
+    def carried(self) -> "KVCache":
+        """Return what a loop over layers carries: the cache, which XLA updates in place."""
+        return self
+
+    def attend(
+        self,
+        carried: Any,
+        q: jax.Array,
+        new: KeysValues,
+        layer: jax.Array,
+        first: jax.Array,
+        position: jax.Array,
+        window: int,
+    ) -> tuple[jax.Array, "KVCache"]:
+        """Attend to the slots `first` to `position`, of which the last is that of the new keys and values.
+
+        Args:
+            carried: of the layer before.
+            q: [B, N, H], see `attend_to_cache`.
+            new: [B, 1, K, H] each.
+            window: static; the slots that are read.
+
+        Returns:
+            [B, N, H] in q's dtype, and what the next layer is given.
+        """
+        carried = carried.write(new, layer, position)
+        keys, values = carried.read(layer, window, q.dtype)
+        return attend_to_cache(q, keys, values, first, position), carried
+
+    def settled(self, carried: Any, position: jax.Array) -> "KVCache":
+        """Return the cache after a token, with what the loop over layers carried in the slot `position`."""
+        return carried
+
+    def grown(self, slots: int) -> "KVCache":
+        """Return the cache, which has all slots from the start."""
+        return self
+
+    def split(self, dtype: jnp.dtype) -> "SplitCache":
+        """Return the cache with arrays of its own for each layer. dtype: of the values."""
+        parts = ((restored(x[i], dtype).astype(jnp.float32) for i in range(x.shape[0])) for x in self)
+        return SplitCache(*(tuple(part) for part in parts))
+
+
+class SplitCache(NamedTuple):
+    """Keys [B, K, H, S] and values [B, K, S, H] of each layer as arrays of their own, in float32: the form in which a
+    CPU reads them where they lie, with the interface of `KVCache`.
+
+    Out of the stack of all layers, XLA for CPUs copies a layer before it multiplies by it. It also copies an array that
+    is read after it was written in the same step, or of which fewer slots are read than there are, or that holds half
+    precision as bits. So a step only reads the layers, each in a branch of its own, attends to the new token apart, and
+    writes what is new at its end; and the cache has as many slots as the window, with which it grows.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+
+    def carried(self) -> KeysValues:
+        """Return where a loop over layers gathers the new keys and values, [L, B, K, H] each."""
+        b, k, h, _ = self.keys[0].shape
+        empty = jnp.zeros((len(self.keys), b, k, h), jnp.float32)
+        return KeysValues(empty, empty)
+
+    def attend(
+        self,
+        carried: Any,
+        q: jax.Array,
+        new: KeysValues,
+        layer: jax.Array,
+        first: jax.Array,
+        position: jax.Array,
+        window: int,
+    ) -> tuple[jax.Array, KeysValues]:
+        """Compute what `KVCache.attend` does. window: all slots."""
+        (b, n, h), size = q.shape, self.keys[0].shape[-1]
+        if window != size:
+            raise ValueError(f"a split cache of {size} slots is read as a whole, not {window} of them")
+        key, value = (x[:, 0].astype(jnp.float32) for x in new)  # [B, K, H]
+        carried = KeysValues(*(_put(whole, x, layer) for whole, x in zip(carried, (key, value), strict=True)))
+        slots = jnp.arange(size)
+        is_new = slots == position
+        hidden = (slots < first[:, None]) | (slots > position)  # [B, S]
+        q32 = q.astype(jnp.float32).reshape(b, key.shape[1], -1, h) * h**-0.5
+        scores = _by_layer("bkgh,bkhs->bkgs", q32, self.keys, layer)
+        scores = jnp.where(is_new, (q32 * key[:, :, None]).sum(-1, keepdims=True), scores)
+        weights = jax.nn.softmax(jnp.where(hidden[:, None, None], jnp.finfo(jnp.float32).min, scores), axis=-1)
+        y = _by_layer("bkgs,bksh->bkgh", jnp.where(is_new, 0, weights), self.values, layer)
+        y += jnp.where(is_new, weights, 0).sum(-1, keepdims=True) * value[:, :, None]
+        return y.astype(q.dtype).reshape(b, n, h), carried
+
+    def settled(self, carried: Any, position: jax.Array) -> "SplitCache":
+        """Return the cache with the new keys and values of all layers in the slot `position`, written in place."""
+        zero = jnp.zeros_like(position)
+        keys = (
+            jax.lax.dynamic_update_slice(old, new[..., None], (zero, zero, zero, position))
+            for old, new in zip(self.keys, carried.keys, strict=True)
+        )
+        values = (
+            jax.lax.dynamic_update_slice(old, new[:, :, None], (zero, zero, position, zero))
+            for old, new in zip(self.values, carried.values, strict=True)
+        )
+        return SplitCache(tuple(keys), tuple(values))
+
+    def grown(self, slots: int) -> "SplitCache":
+        """Return the cache with so many slots, of which what is added is zeros."""
+        more = slots - self.keys[0].shape[-1]
+        if not more:
+            return self
+        add = lambda x, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
+        return SplitCache(tuple(add(x, 3) for x in self.keys), tuple(add(x, 2) for x in self.values))
+
 
 def empty_cache(config: AttentionConfig, layers: int, batch: int, slots: int, dtype) -> KVCache:
-    """Return a cache of zeros for `batch` songs of up to `slots` tokens, of values of `dtype`."""
+    """Return a cache of zeros for `batch` songs of up to `slots` tokens, with values of `dtype`."""
     rows, kind = (layers, batch, config.num_key_value_heads), storage_dtype(dtype)
     keys, values = (*rows, config.head_dim, slots), (*rows, slots, config.head_dim)
     return KVCache(_place(jnp.zeros(keys, kind)), _place(jnp.zeros(values, kind)))
 
 
 def attend_to_cache(q: jax.Array, keys: jax.Array, values: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
-    """Compute softmax(q k^T / sqrt(H)) v over the slots `first` to `last`, the softmax in float32.
+    """Compute softmax(q k^T / sqrt(H)) v over the slots `first` to `last`, with the softmax in float32.
 
     Args:
         q: [B, N, H], one token of each song; N is a multiple of K, and query head n reads key head n // (N / K).
         keys, values: [B, K, H, S] and [B, K, S, H].
-        first: [B] int32.
-        last: scalar int32.
+        first: [B] int32, first visible slot of each song.
+        last: scalar int32, last visible slot, inclusive.
 
     Returns:
         [B, N, H] in q's dtype.
@@ -73,3 +188,13 @@ def attend_to_cache(q: jax.Array, keys: jax.Array, values: jax.Array, first: jax
 
 def _place(x: jax.Array) -> jax.Array:
     return shard(x, "layers", "batch", "heads", None, None)
+
+
+def _put(stack: jax.Array, x: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, x, layer, 0)
+
+
+def _by_layer(equation: str, x: jax.Array, layers: tuple[jax.Array, ...], layer: jax.Array) -> jax.Array:
+    """Return the product, float32, of x and the array of a layer."""
+    branches = [functools.partial(lambda array, x: jnp.einsum(equation, x, array), array) for array in layers]
+    return jax.lax.switch(layer, branches, x)

@@ -1,7 +1,7 @@
-"""Qwen3 as the text encoder, last hidden states of the prompt, and as the planner, a causal language model.
+"""Qwen3 as the text encoder (last hidden states of the prompt) and as the planner (a causal language model).
 
-The planner's tokens are text, then audio codes: `first_code + N` is code N. It reads the next token's logits from the
-embedding, either of text or of codes, for what a plan needs is never both.
+The planner's vocabulary is text, then audio codes: `first_code + N` is code N. It computes logits from the embedding,
+for either text or codes, because a plan never needs both at once.
 """
 
 from collections.abc import Callable
@@ -15,27 +15,28 @@ from acestep_jax.distributed import shard
 from acestep_jax.models.attention import KeysValues, attention
 from acestep_jax.models.config import PlannerConfig, TextEncoderConfig
 from acestep_jax.models.encoder import Encoder, EncoderLayer
-from acestep_jax.models.kernels.stack import multiply_rows, pick, restored, split, stored
-from acestep_jax.models.kv_cache import KVCache, attend_to_cache, empty_cache
+from acestep_jax.models.kernels.stack import is_split, multiply_rows, pick, restored, split, stored
+from acestep_jax.models.kernels.unstacked import SHARED_INPUT
+from acestep_jax.models.kv_cache import KVCache, SplitCache, empty_cache
 from acestep_jax.models.layers import apply_rotary, rotary_embedding, rotary_frequencies
 from acestep_jax.models.quantization import QuantizedEmbed
 from acestep_jax.models.runtime import DEFAULT_RUNTIME, Runtime
 
-Cache = TypeVar("Cache", KVCache, None)
+Carried = TypeVar("Carried")  # by the loop over layers
 
 
 class Head(NamedTuple):
-    """Rows of the embedding that logits are read from, [V, D], and their scales, [V], where they are quantised."""
+    """Rows of the embedding that logits are computed from, [V, D], and their scales, [V], if they are quantised."""
 
     rows: jax.Array
     scale: jax.Array | None
 
 
-HEAD_MULTIPLE = 128  # rows of the head of codes: what divides over a mesh, and fills tiles
+HEAD_MULTIPLE = 128  # rows of the head of codes: divides over a mesh, and fills tiles
 
 
 class Qwen3Model(Encoder):
-    """Token ids -> hidden states after the final norm. Causal, so right padding does not reach the tokens before it.
+    """Token ids -> hidden states after the final norm. Causal, so right padding does not affect earlier tokens.
 
     Source: transformers `Qwen3Model`, as diffusers' `AceStepPipeline.encode_prompt` calls it.
     """
@@ -59,11 +60,11 @@ class Qwen3ForCausalLM(Qwen3Model):
     """The 5 Hz language model of ACE-Step 1.5, with the embedding as its head.
 
         hidden, cache = model.prefill(prompts, start, model.init_cache(batch, slots))
-        hidden, cache = model.decode(token, position, start, cache, window=window)      # as often as need be
+        hidden, cache = model.decode(token, position, start, cache, window=window)      # once per token
         logits = model.code_logits(hidden)  or  model.text_logits(hidden)
 
-    Prompts of several songs are padded at their left: the tokens of song b before `start[b]` are padding. So all songs
-    write their next token into one slot, and a token's position is its index less `start`.
+    Prompts of several songs are padded on the left: the tokens of song b before `start[b]` are padding. So all songs
+    write their next token to the same slot, and a token's position is its index minus `start`.
 
     Source: transformers `Qwen3ForCausalLM`.
     """
@@ -73,9 +74,9 @@ class Qwen3ForCausalLM(Qwen3Model):
         self.planner = config
 
     def split(self) -> "Qwen3ForCausalLM":
-        """Return this model, with its weights where decoding reads them fastest: see `models.kernels.stack`. What is
-        split is for use only, not to be saved."""
-        self.layers = split(self.layers)
+        """Return this model with its weights in the layout that decoding reads fastest, see `models.kernels.stack`. It
+        is for inference only and cannot be saved."""
+        self.layers = split(self.layers, SHARED_INPUT)
         table = self.embed_tokens
         table.embedding = nnx.Param(stored(table.embedding[...]))
         return self
@@ -87,18 +88,28 @@ class Qwen3ForCausalLM(Qwen3Model):
             return table(tokens)
         return self._rows(jnp.take(table.embedding[...], tokens, axis=0))
 
-    def init_cache(self, batch: int, slots: int) -> KVCache:
-        """Return an empty cache for `batch` songs of up to `slots` tokens, prompts included."""
+    def init_cache(self, batch: int, slots: int, window: int | None = None) -> KVCache:
+        """Return an empty cache for `batch` songs of up to `slots` tokens, prompts included.
+
+        Args:
+            window: how many of the slots are needed at first, see `grow`; all of them by default.
+        """
         config = self.planner
+        if window is not None and is_split(self.layers):
+            slots = window
         return empty_cache(config, config.num_hidden_layers, batch, slots, jnp.dtype(self.runtime.dtype))
 
-    def prefill(self, tokens: jax.Array, start: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def grow(self, cache: KVCache | SplitCache, window: int) -> KVCache | SplitCache:
+        """Return the cache that `decode` is given for a wider window. Most have all slots from the start."""
+        return cache.grown(window)
+
+    def prefill(self, tokens: jax.Array, start: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache | SplitCache]:
         """Read prompts into slots 0 to P - 1 of a cache.
 
         Args:
-            tokens: [B, P] int32, padded at the left.
-            start: [B] int32, index of the first token that is no padding.
-            cache: of at least P slots.
+            tokens: [B, P] int32, padded on the left.
+            start: [B] int32, index of the first token that is not padding.
+            cache: a cache of at least P slots.
 
         Returns:
             The hidden state of the last token, [B, D], and the cache.
@@ -108,28 +119,27 @@ class Qwen3ForCausalLM(Qwen3Model):
 
         def block(x, layer: EncoderLayer, cache, index):
             normed, part = layer.input_layernorm(x), layer.self_attn
-            k, v = part.keys_values(normed, time="sequence", rope=rope)
-            q = part.queries(normed, time="sequence", rope=rope)
+            q, k, v = part.projections(normed, rope)
             y = attention(q, k, v, causal=True, kernel=part.kernel, products=part.products)
             cache = cache.write(KeysValues(_roll(k, start), _roll(v, start)), index, 0)
             return x + part.to_out(y.reshape(*x.shape[:2], -1)), cache
 
-        # Rotated to begin at 0, rows are padded at the right, where causal attention does not see padding.
+        # Rolled to start at 0, rows are padded on the right, where causal attention masks the padding.
         x = self.embed(_roll(tokens, -start))
         x, cache = self._loop(block, x, cache)
         last = jnp.take_along_axis(x, (length - 1 - start)[:, None, None], axis=1)[:, 0]
-        return self.norm(last), cache
+        return self.norm(last), cache.split(x.dtype) if is_split(self.layers) else cache
 
     def decode(
-        self, token: jax.Array, position: jax.Array, start: jax.Array, cache: KVCache, *, window: int
-    ) -> tuple[jax.Array, KVCache]:
-        """Read one more token of each song.
+        self, token: jax.Array, position: jax.Array, start: jax.Array, cache: KVCache | SplitCache, *, window: int
+    ) -> tuple[jax.Array, KVCache | SplitCache]:
+        """Process the next token of each song.
 
         Args:
             token: [B] int32.
-            position: scalar int32, the slot that the token is written to; those before it are full.
+            position: scalar int32, the slot that the token is written to; all slots before it are filled.
             start: see `prefill`.
-            window: static; the slots that are attended to, of which `position` is one. Fewer cost less.
+            window: static; number of slots to attend to, more than `position`. Fewer slots cost less.
 
         Returns:
             The hidden state of the token, [B, D], and the cache.
@@ -138,21 +148,19 @@ class Qwen3ForCausalLM(Qwen3Model):
         phase = (position - start).astype(jnp.float32)[:, None] * rotary_frequencies(config.head_dim, config.rope_theta)
         rope = jnp.cos(phase)[:, None], jnp.sin(phase)[:, None]  # [B, 1, H / 2]
 
-        def block(x, layer: EncoderLayer, cache, index):
-            normed, part = layer.input_layernorm(x), layer.self_attn
-            k, v = part.keys_values(normed)
-            cache = cache.write(KeysValues(_rotate(k, rope), v), index, position)
-            q = _rotate(part.queries(normed), rope)[:, 0]
-            keys, values = cache.read(index, window, q.dtype)
-            y = attend_to_cache(q, keys, values, start, position)
-            return x + part.to_out(y.reshape(*x.shape[:2], -1)), cache
+        def block(x, layer: EncoderLayer, carried, index):
+            part = layer.self_attn
+            q, k, v = part.projections(layer.input_layernorm(x), None, time=None)
+            new = KeysValues(_rotate(k, rope), v)
+            y, carried = cache.attend(carried, _rotate(q, rope)[:, 0], new, index, start, position, window)
+            return x + part.to_out(y.reshape(*x.shape[:2], -1)), carried
 
-        x, cache = self._loop(block, self.embed(token[:, None]), cache)
-        return self.norm(x)[:, 0], cache
+        x, carried = self._loop(block, self.embed(token[:, None]), cache.carried())
+        return self.norm(x)[:, 0], cache.settled(carried, position)
 
     def hidden_states(self, tokens: jax.Array, start: jax.Array) -> jax.Array:
-        """Return the hidden states [B, T, D] of all tokens [B, T], padded at the left, see `prefill`. What stands at
-        padding has no meaning."""
+        """Return the hidden states [B, T, D] of all tokens [B, T], padded on the left, see `prefill`. The states of
+        padding are arbitrary."""
         rope = rotary_embedding(tokens.shape[1], self.config.head_dim, self.config.rope_theta)
 
         def block(x, layer: EncoderLayer, cache, index):
@@ -162,31 +170,34 @@ class Qwen3ForCausalLM(Qwen3Model):
         return _roll(self.norm(x), start)
 
     def text_logits(self, hidden: jax.Array, head: Head | None = None) -> jax.Array:
-        """Return the logits of the tokens that are text, [..., first_code] float32.
+        """Return the logits of the text tokens, [..., first_code] float32.
 
         Args:
-            head: `text_head()`, where it is to be computed once, before a loop.
+            head: `text_head()`, to compute it only once, before a loop.
         """
-        return self._logits(hidden, self.text_head() if head is None else head)
+        logits = self._logits(hidden, self.text_head() if head is None else head)
+        return logits[..., : self.planner.first_code]
 
     def text_head(self) -> Head:
-        """Return the rows of the embedding that `text_logits` reads, [first_code, D]."""
-        return self._head(lambda table: table[: self.planner.first_code])
+        """Return the rows of the embedding for `text_logits`, [first_code, D]. If that is odd, one row more: two cores
+        read an even number faster, see `multiply_rows`."""
+        count = self.planner.first_code
+        return self._head(lambda table: table[: count + count % 2])
 
     def code_logits(self, hidden: jax.Array, head: Head | None = None) -> jax.Array:
         """Return the logits of the end of the turn and of the audio codes, [..., padded] float32.
 
-        Column 0 is the end, column 1 + N is code N; what fills the rest to a multiple of 128 is -inf.
+        Column 0 is the end, column 1 + N is code N; the padding to a multiple of 128 is -inf.
 
         Args:
-            head: `code_head()`, where it is to be computed once, before a loop.
+            head: `code_head()`, to compute it only once, before a loop.
         """
         logits = self._logits(hidden, self.code_head() if head is None else head)
         valid = jnp.arange(logits.shape[-1]) <= self.planner.num_codes
         return jnp.where(valid, logits, -jnp.inf)
 
     def code_head(self) -> Head:
-        """Return the rows of the embedding that `code_logits` reads, [padded, D]."""
+        """Return the rows of the embedding for `code_logits`, [padded, D]."""
         config = self.planner
 
         def chosen(x: jax.Array) -> jax.Array:
@@ -202,27 +213,27 @@ class Qwen3ForCausalLM(Qwen3Model):
         return self._logits(hidden, self._head(lambda table: table))
 
     def _head(self, chosen: Callable[[jax.Array], jax.Array]) -> Head:
-        """Return the head of the rows that are chosen of the embedding's table, and of its scales."""
+        """Return the head of the rows that `chosen` takes from the embedding table and its scales."""
         table = self.embed_tokens
         if isinstance(table, QuantizedEmbed):
             return Head(restored(chosen(table.embedding[...]), table.kind), chosen(table.scale[...]))
         return Head(self._rows(chosen(table.embedding[...])), None)
 
     def _rows(self, rows: jax.Array) -> jax.Array:
-        """Return rows of the embedding's table as values."""
+        """Return rows of the embedding table as values."""
         return restored(rows, jnp.dtype(self.runtime.param_dtype)).astype(self.runtime.dtype)
 
     def _logits(self, hidden: jax.Array, head: Head) -> jax.Array:
         rows = head.rows
         if head.scale is not None:
-            # Within a loop, XLA would convert all rows before it, and read them in twice the bytes or more.
+            # Without this, XLA would convert all rows before a loop, and read twice the bytes or more in it.
             rows, hidden = jax.lax.optimization_barrier((rows, hidden))
         logits = multiply_rows(hidden, rows.astype(hidden.dtype))
         return logits if head.scale is None else logits * head.scale
 
-    def _loop(self, block, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Apply all layers, of which `block` is the part with attention. The cache is a carry: XLA updates it in place,
-        where it would write one that is scanned anew."""
+    def _loop(self, block, x: jax.Array, cache: Carried) -> tuple[jax.Array, Carried]:
+        """Apply all layers, with `block` as the attention part. The cache is a carry, so XLA updates it in place; a
+        scanned cache would be written anew."""
 
         def body(index, carry):
             x, cache = carry
@@ -234,10 +245,10 @@ class Qwen3ForCausalLM(Qwen3Model):
 
 
 def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate one token of each song, [B, 1, N, H], by tables of its own, [B, 1, H / 2] each."""
+    """Rotate one token of each song, [B, 1, N, H], by the song's own tables, [B, 1, H / 2] each."""
     return jax.vmap(apply_rotary)(x[:, None], rope)[:, 0]
 
 
 def _roll(x: jax.Array, by: jax.Array) -> jax.Array:
-    """Rotate axis 1 of x [B, T, ...] by so many places to the right as `by` [B] says."""
+    """Roll axis 1 of x [B, T, ...] to the right, by `by` [B] places."""
     return jax.vmap(lambda row, n: jnp.roll(row, n, axis=0))(x, by)

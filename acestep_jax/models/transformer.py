@@ -1,7 +1,7 @@
 """The diffusion transformer of ACE-Step 1.5.
 
 It predicts the velocity v = noise - x0 of x_t = t * noise + (1 - t) * x0 over 25 Hz stereo-audio latents.
-Source: diffusers `AceStepTransformer1DModel`, whose module tree and names these are. Axis letters: see layers.py.
+Source: diffusers `AceStepTransformer1DModel`, with the same module tree and names. Axis letters: see layers.py.
 """
 
 from typing import NamedTuple, Self
@@ -13,13 +13,18 @@ from flax import nnx
 from acestep_jax.distributed import shard
 from acestep_jax.models.attention import Attention, KeysValues
 from acestep_jax.models.config import TransformerConfig
-from acestep_jax.models.kernels.unstacked import unstack
-from acestep_jax.models.layers import RMSNorm, SwiGLU, TimestepEmbedding, linear, parameter, rotary_embedding
+from acestep_jax.models.kernels.unstacked import SHARED_INPUT, unstack
+from acestep_jax.models.layers import (
+    RMSNorm,
+    SwiGLU,
+    TimestepEmbedding,
+    lecun_normal,
+    linear,
+    parameter,
+    rotary_embedding,
+)
 from acestep_jax.models.runtime import DEFAULT_RUNTIME, Runtime
 from acestep_jax.models.scan import map_layers, scan_layers, stack_layers
-
-# Linear layers of a block that have one input.
-FUSED = (("self_attn.to_q", "self_attn.to_k", "self_attn.to_v"), ("mlp.gate_proj", "mlp.up_proj"))
 
 
 class TimeEmbedding(NamedTuple):
@@ -81,7 +86,7 @@ class AceStepTransformerBlock(nnx.Module):
         lengths: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Compute only the first of the three lines, the input of cross-attention. Arguments as in `__call__`."""
+        """Compute only the first of the three updates, the input of cross-attention. Arguments as in `__call__`."""
         shift, scale, gate = self._modulation(x, modulation)[:3]
         h = self.self_attn_norm(x) * (1 + scale) + shift
         return x + gate * self.self_attn(h, rope=rope, window=window, key_lengths=lengths, dropout_key=dropout_key)
@@ -134,7 +139,7 @@ class AceStepTransformer1DModel(nnx.Module):
 
         Args:
             hidden_states: [B, T, 64], the noisy latents x_t.
-            timestep: [B], t in [0, 1]; or the result of `embed_time`, for both timesteps.
+            timestep: [B], t in [0, 1]; or the result of `embed_time` for both timesteps.
             timestep_r: [B], r, equal to t at inference; None if `timestep` is a result of `embed_time`.
             encoder_hidden_states: [B, S, E], the condition tokens; or the result of `embed_condition`.
             context_latents: [B, T, 128], source latents and chunk mask.
@@ -162,7 +167,7 @@ class AceStepTransformer1DModel(nnx.Module):
         token_lengths = valid = None
         if lengths is not None:
             valid = (jnp.arange(frames) < lengths[:, None])[:, :, None]  # [B, frames, 1]
-            # The last token of an odd number of frames is then half zeros, as it is without padding.
+            # For an odd number of frames, half of the last token is then zeros, as without padding.
             x = jnp.where(valid, x, 0)
             token_lengths = (lengths + config.patch_size - 1) // config.patch_size
         x = shard(self.proj_in_conv(x), "batch", "sequence", None)  # [B, T, D]
@@ -193,25 +198,26 @@ class AceStepTransformer1DModel(nnx.Module):
         return velocity if valid is None else jnp.where(valid, velocity, 0)
 
     def embed_time(self, timestep: jax.Array, timestep_r: jax.Array) -> TimeEmbedding:
-        """Embed t and t - r, both [B] float32 in [0, 1]; at inference r = t, but the embedding of 0 is not 0."""
+        """Embed t and t - r, both [B] float32 in [0, 1]. At inference r = t, but the embedding of 0 is not 0."""
         temb, modulation = self.time_embed(timestep)
         temb_r, modulation_r = self.time_embed_r(timestep - timestep_r)
         return TimeEmbedding(temb + temb_r, modulation + modulation_r)
 
     def embed_condition(self, encoder_hidden_states: jax.Array) -> KeysValues:
-        """Compute keys and values of the condition for all layers, [L, B, S, K, H] each, the same at every step."""
+        """Compute the condition's keys and values for all layers, [L, B, S, K, H] each; all steps share them."""
         condition = self._embed(encoder_hidden_states)
         return map_layers(lambda attn: attn.keys_values(condition), self.layers, "cross_attn")
 
     def unstacked(self) -> Self:
-        """Return this network with its layers as GPUs run them fastest, for inference: see `kernels.unstacked`."""
+        """Return this network with its layers in the form that GPUs run fastest, for inference: see
+        `kernels.unstacked`."""
         network = nnx.merge(*nnx.split(self))
-        network.layers = unstack(network.layers, FUSED)
+        network.layers = unstack(network.layers, SHARED_INPUT)
         return network
 
     def _embed(self, encoder_hidden_states: jax.Array) -> jax.Array:  # [B, S, E] -> [B, S, D]
         condition = self.condition_embedder(encoder_hidden_states.astype(self.runtime.dtype))
-        # Without this, XLA's partitioner computes a wrong gradient of the kernel on a mesh of data, fsdp and tensor.
+        # Without this, XLA's partitioner computes a wrong kernel gradient on a mesh with data, fsdp and tensor.
         return shard(condition, "batch", None, None)
 
 
@@ -222,7 +228,7 @@ class Patchify(nnx.Module):
     """
 
     def __init__(self, config: TransformerConfig, *, runtime: Runtime, rngs: nnx.Rngs):
-        init = nnx.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
+        init = lecun_normal(in_axis=(0, 1), out_axis=2)
         shape = (config.patch_size, config.in_channels, config.hidden_size)
         self.kernel = parameter(init(rngs.params(), shape, jnp.dtype(runtime.param_dtype)), None, None, "embed")
         self.bias = parameter(jnp.zeros((config.hidden_size,), runtime.param_dtype), "embed")
@@ -239,7 +245,7 @@ class Unpatchify(nnx.Module):
     """[B, T, D] -> [B, T * P, C]: the transposed convolution with kernel size and stride P. kernel: [D, P, C]."""
 
     def __init__(self, config: TransformerConfig, *, runtime: Runtime, rngs: nnx.Rngs):
-        init = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+        init = lecun_normal(in_axis=0, out_axis=(1, 2))
         shape = (config.hidden_size, config.patch_size, config.audio_acoustic_hidden_dim)
         self.kernel = parameter(init(rngs.params(), shape, jnp.dtype(runtime.param_dtype)), "embed", None, None)
         self.bias = parameter(jnp.zeros((config.audio_acoustic_hidden_dim,), runtime.param_dtype), None)

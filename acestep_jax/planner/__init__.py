@@ -1,1 +1,1 @@
-"""From words to a plan of a song, by the 5 Hz language model: metadata, caption, lyrics and audio codes."""
+"""The planner: the 5 Hz language model turns words into a plan of metadata, caption, lyrics and audio codes."""

@@ -1,4 +1,4 @@
-"""The compiled program of `timestamps`: a song in noise, and noise alone, through the transformer's first layers."""
+"""The compiled program of `timestamps`: the noisy song, and noise alone, through the transformer's first layers."""
 
 import functools
 
@@ -23,13 +23,13 @@ def attention_maps(
     *,
     heads: tuple[tuple[int, tuple[int, ...]], ...],
 ) -> jax.Array:
-    """Return the probabilities of the heads at each time, [N, heads, S, T / patch] float32.
+    """Return the attention probabilities of the heads at each timestep, [N, heads, S, T / patch] float32.
 
     Args:
-        condition: of one song.
+        condition: condition of one song.
         noise_and_song: [2, T, C] float32.
-        times: [N] float32; what is looked at is x = t noise + (1 - t) song.
-        source: source latents, what of them is silent, chunk mask and lengths of the song, see `denoise.Inputs`.
+        times: [N] float32, the timesteps t; the input is x = t noise + (1 - t) song.
+        source: source latents, the silent part of them, chunk mask and lengths of the song, see `denoise.Inputs`.
         heads: static, by layer.
     """
     latents, silent, mask, lengths = source

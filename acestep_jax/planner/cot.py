@@ -1,4 +1,4 @@
-"""The metadata of a song as the language model was trained to write them: YAML, sorted and folded at 80 columns."""
+"""The metadata of a song in the format that the language model was trained on: YAML, sorted, folded at 80 columns."""
 
 import re
 
@@ -15,10 +15,10 @@ def dump(
     language: str | None = None,
     timesignature: str | None = None,
 ) -> str:
-    """Return YAML of the values that are given, without a line end after it.
+    """Return the given values as YAML, without a trailing newline.
 
     Args:
-        duration: seconds; the model is told whole ones, as is the transformer.
+        duration: seconds, rounded to whole ones as for the transformer.
     """
     values: dict[str, str | int] = {}
     for name, text in dict(
@@ -34,8 +34,8 @@ def dump(
 
 
 def scalar(text: str) -> str:
-    """Return the value of a scalar that is written in YAML, on one or several lines: without quotes, with its lines
-    joined. What is no valid YAML stays as it is."""
+    """Return the value of a YAML scalar on one or several lines, without quotes and with its lines joined. Text that is
+    not valid YAML is returned unchanged."""
     if text[:1] in ("'", '"'):
         try:
             value = yaml.safe_load(text)
@@ -44,6 +44,6 @@ def scalar(text: str) -> str:
         if isinstance(value, str):
             return value.strip()
     lines = [line.strip(" \t") for line in text.split("\n")]
-    if len(lines) > 1 and re.fullmatch(r"[|>][+-]?[1-9]?", lines[0]):  # a block follows
+    if len(lines) > 1 and re.fullmatch(r"[|>][+-]?[1-9]?", lines[0]):  # a block scalar
         lines = lines[1:]
     return " ".join(line for line in lines if line)

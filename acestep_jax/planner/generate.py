@@ -1,15 +1,15 @@
-"""The language model's loop: a token of every song of a batch in each step, as one compiled program.
+"""The language model's decoding loop as one compiled program: each step writes one token for every song of a batch.
 
-    state = begin(...)                     the prompts are read
-    state = advance(..., state, until, W)  steps up to `until`, while they lie within the first W slots of the cache
+    state = begin(...)                     prefill the prompts
+    state = advance(..., state, until, W)  steps up to `until`, as long as they fit in the first W slots of the cache
     tokens = state.tokens
 
-`write` is all of it, the usual case: it chains loops over windows that grow, so that short songs do not pay for the
-cache of long ones. To watch or stop it, `write_in_pieces` runs the same functions as programs of their own, some steps
-at a time. What is written is metadata and lyrics under the grammar, or audio codes.
+`write`, the usual case, does all of this: it chains loops over growing windows, so that short songs do not pay for the
+cache of long ones. To watch or stop it, `write_in_pieces` runs the same functions as separate programs, several steps
+at a time. They write metadata and lyrics under the grammar, or audio codes.
 
-Prompts are padded at the left: all rows write the same slot in each step. With guidance the rows are [conditional...,
-unconditional...], of which the second half reads the tokens that the first half drew.
+Prompts are padded on the left, so that all rows write the same slot in each step. With guidance the rows are
+[conditional..., unconditional...], and the second half reads the tokens sampled by the first half.
 """
 
 from collections.abc import Callable
@@ -26,52 +26,52 @@ from acestep_jax.models.qwen3 import Qwen3ForCausalLM
 from acestep_jax.planner import grammar, loops
 from acestep_jax.planner.sampling import Drawing, draw, guide, penalise, step_keys
 
-A = TypeVar("A")  # jax.Array within a program; np.ndarray before it is called
+A = TypeVar("A")  # jax.Array within a program, np.ndarray outside
 
-FIRST_WINDOW = 512  # slots; the next ones are twice as long each
-PIECE = 32  # steps between two reports; divides every window, so that pieces attend to what one call does
+FIRST_WINDOW = 512  # slots; each further window is twice as long
+PIECE = 32  # steps between reports; it divides every window, so that pieces attend to the same slots as one call
 
 
 class Prompts(NamedTuple, Generic[A]):
-    """What is read: [R, P] int32 tokens, padded at the left, and where each begins, [R] int32."""
+    """The prompts: [R, P] int32 tokens, padded on the left, and the start of each, [R] int32."""
 
     tokens: A
     start: A
 
 
 class TextInputs(NamedTuple, Generic[A]):
-    """What metadata of B songs are written from."""
+    """The inputs to write the metadata of B songs."""
 
     prompts: Prompts[A]
     tables: grammar.Tables[A]
     songs: grammar.Songs[A]
     first: A  # int32, the first state
-    targets: A  # [B] int32, steps at most: 0 for a row that only fills the batch
+    targets: A  # [B] int32, maximum number of steps; 0 for a padding row of the batch
     keys: jax.Array  # [B]
     drawing: Drawing[A]
 
 
 class CodeInputs(NamedTuple, Generic[A]):
-    """What audio codes of B songs are written from; R is B, or 2 B with guidance."""
+    """The inputs to write the audio codes of B songs; R is B, or 2 B with guidance."""
 
     prompts: Prompts[A]
-    targets: A  # [B] int32, how many codes; 0 for a row that only fills the batch
+    targets: A  # [B] int32, number of codes; 0 for a padding row of the batch
     keys: jax.Array  # [B]
     drawing: Drawing[A]
-    ends_in_loop: A  # bool, whether a song ends early where its codes repeat themselves, for it is to be drawn again
+    ends_in_loop: A  # bool, whether a song ends as soon as its codes loop, because it will be sampled again
 
 
 class State(NamedTuple):
-    """Where the loop is.
+    """The state of the loop.
 
-    step: int32, how many tokens there are.
-    hidden: [R, D], what the next token is drawn from.
-    cache: of the model.
-    tokens: [B, N] int32, what is written: ids of text, or audio codes.
-    lengths: [B] int32, how many of them are the song's.
+    step: int32, number of tokens so far.
+    hidden: [R, D], hidden state that the next token is sampled from.
+    cache: KV cache of the model.
+    tokens: [B, N] int32, tokens written so far: ids of text, or audio codes.
+    lengths: [B] int32, number of tokens that belong to each song.
     done: [B] bool.
-    seen: [B, V] bool, which have been written.
-    place: in the grammar; None for audio codes.
+    seen: [B, V] bool, whether a token has been written.
+    place: state of the grammar; None for audio codes.
     repeats: [B, PERIODS] int32, see `loops`; None for text.
     """
 
@@ -87,7 +87,7 @@ class State(NamedTuple):
 
 
 def windows(prompt: int, slots: int) -> tuple[int, ...]:
-    """Return the windows of a prompt bucket and a number of slots: powers of two above the prompt, then all slots."""
+    """Return the windows for a prompt bucket and a number of slots: powers of two above the prompt, then all slots."""
     found, size = [], FIRST_WINDOW
     while size < slots:
         found += [size] if size > prompt else []
@@ -96,10 +96,11 @@ def windows(prompt: int, slots: int) -> tuple[int, ...]:
 
 
 def begin(model: Qwen3ForCausalLM, inputs: TextInputs | CodeInputs, *, slots: int) -> State:
-    """Read the prompts into a cache of `slots` slots."""
+    """Prefill a cache of `slots` slots with the prompts; return the first state."""
     tokens, start = shard(inputs.prompts.tokens, "batch", None), shard(inputs.prompts.start, "batch")
     songs = inputs.targets.shape[0]
-    hidden, cache = model.prefill(tokens, start, model.init_cache(tokens.shape[0], slots))
+    empty = model.init_cache(tokens.shape[0], slots, windows(tokens.shape[1], slots)[0])
+    hidden, cache = model.prefill(tokens, start, empty)
     place, size = None, model.planner.num_codes
     repeats = jnp.zeros((songs, loops.PERIODS), jnp.int32)
     if isinstance(inputs, TextInputs):
@@ -122,7 +123,7 @@ def begin(model: Qwen3ForCausalLM, inputs: TextInputs | CodeInputs, *, slots: in
 def advance(
     model: Qwen3ForCausalLM, inputs: TextInputs | CodeInputs, state: State, until: jax.Array, *, window: int
 ) -> State:
-    """Write tokens up to number `until`, as long as some song is not done and the slots lie within the window."""
+    """Write up to `until` tokens, until all songs are done or the window is full."""
     prompt = inputs.prompts.tokens.shape[1]
     head = model.text_head() if isinstance(inputs, TextInputs) else model.code_head()
     most = jnp.minimum(until, window - prompt)
@@ -153,11 +154,11 @@ def advance(
         seen = state.seen.at[rows, token].set(True)
         return State(state.step + 1, hidden, cache, tokens, lengths, done, seen, place, repeats)
 
-    return jax.lax.while_loop(unfinished, one, state)
+    return jax.lax.while_loop(unfinished, one, state._replace(cache=model.grow(state.cache, window)))
 
 
 def _next_text(inputs: TextInputs, state: State, logits: jax.Array) -> tuple[jax.Array, grammar.State]:
-    """Return the next token of each song, [B] int32, and the place after it, of logits [B, V]."""
+    """Sample from logits [B, V]; return the next token of each song, [B] int32, and the grammar's state after it."""
     assert state.place is not None
     keys = step_keys(inputs.keys, state.step)
     logits = penalise(logits, state.seen, inputs.drawing.repetition_penalty)
@@ -169,8 +170,8 @@ def _next_text(inputs: TextInputs, state: State, logits: jax.Array) -> tuple[jax
 
 
 def _next_code(inputs: CodeInputs, state: State, logits: jax.Array) -> jax.Array:
-    """Return the next code of each song, [B] int32, of logits [R, 1 + C + padding]. A song ends with its last code: the
-    token that ends a turn, which is the first column, is never drawn."""
+    """Sample from logits [R, 1 + C + padding]; return the next code of each song, [B] int32. A song ends with its last
+    code: the end of the turn, which is the first column, is never sampled."""
     songs, codes = state.seen.shape
     logits = logits[:, 1 : 1 + codes]
     if logits.shape[0] > songs:
@@ -180,7 +181,7 @@ def _next_code(inputs: CodeInputs, state: State, logits: jax.Array) -> jax.Array
 
 
 def _write(model: Qwen3ForCausalLM, inputs: TextInputs | CodeInputs, *, slots: int) -> tuple[jax.Array, jax.Array]:
-    """Return what is written, [B, slots - P] int32, and how many tokens of each row are the song's, [B] int32."""
+    """Return the tokens, [B, slots - P] int32, and how many of each row belong to the song, [B] int32."""
     state = begin(model, inputs, slots=slots)
     for window in windows(inputs.prompts.tokens.shape[1], slots):
         state = advance(model, inputs, state, jnp.max(inputs.targets), window=window)
@@ -200,23 +201,26 @@ def write_in_pieces(
     on_progress: Callable[[int, int], object] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Write `PIECE` tokens at a time, so that it can be watched and stopped; the result is that of `write`.
+    """Write `PIECE` tokens at a time, so that it can be watched and stopped; the result is the same as of `write`.
 
     Args:
-        on_progress: called after each piece with the number of steps made, and of steps at most.
-        should_stop: asked before each piece.
+        on_progress: called after each piece with the number of steps so far and the maximum number of steps.
+        should_stop: called before each piece.
 
     Raises:
-        Cancelled: if `should_stop` said so.
+        Cancelled: if `should_stop` returned true.
     """
     prompt, most = inputs.prompts.tokens.shape[1], int(np.max(inputs.targets))
     state = begin_program(model, inputs, slots=slots)
-    made = 0
+    made = attended = 0
     while made < most and not on_host(state.done).all():
         if should_stop is not None and should_stop():
             raise Cancelled(f"stopped before step {made} of {most}")
         window = next(size for size in windows(prompt, slots) if size > prompt + made)
         made = min(made + PIECE, most)
+        if window > attended > 0:  # not in the program: it is donated its state, of which a cache that grows is no part
+            state = state._replace(cache=model.grow(state.cache, window))
+        attended = window
         state = advance_program(model, inputs, state, np.int32(made), window=window)
         made = int(state.step)
         if on_progress is not None:

@@ -1,4 +1,4 @@
-"""The grammar of the metadata, as tables that a compiled program walks through: one automaton for all songs.
+"""The grammar of the metadata, as lookup tables for a compiled program: one automaton for all songs.
 
     <think>
     bpm: 120
@@ -11,11 +11,11 @@
     </think>
     # Lyric ...
 
-A state is a list of candidate tokens, each with the state that follows, or free text (caption, genres, lyrics) whose
-legal tokens are told by what is in them. Every field is written once, in this order and within its range. Fields that
-are not to be written are left out, and those that the user gave are a chain of single candidates, which each song has
-of its own. At the end of a line of the caption, one distribution decides between its continuation, which is indented,
-and the next field's name.
+A state is a list of candidate tokens, each with its next state, or free text (caption, genres, lyrics), where the
+characters in a token decide whether it is legal. Every field is written once, in this order and within its range.
+Fields that are not requested are skipped; fields that the user gave are a chain of single candidates, separate for each
+song. At the end of a line of the caption, one distribution decides between its indented continuation and the name of
+the next field.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,10 +31,10 @@ from acestep_jax.planner.metadata import Known
 from acestep_jax.planner.tokenizer import Mark, PlannerTokenizer
 from acestep_jax.request import MAX_DURATION, MIN_DURATION
 
-A = TypeVar("A")  # jax.Array within a program; np.ndarray before it is called
+A = TypeVar("A")  # jax.Array within a program, np.ndarray outside
 
 NOTES = [f"{letter}{accidental}" for letter in "ABCDEFG" for accidental in ("", "#", "b", "♯", "♭")]
-# In the order in which they are written, with the values that are permitted; None: free text.
+# The fields in the order in which they are written, with their legal values; None: free text.
 VALUES: dict[str, list[str] | None] = {
     "bpm": [str(n) for n in range(fields.MIN_BPM, fields.MAX_BPM + 1)],
     "caption": None,
@@ -45,15 +45,15 @@ VALUES: dict[str, list[str] | None] = {
     "timesignature": list(fields.TIME_SIGNATURES),
 }
 FIELDS = tuple(VALUES)
-CAPTION_TOKENS, GENRES_TOKENS, LYRICS_TOKENS = 512, 64, 2048  # the longest
-CHAIN = 64  # tokens of all values that the user gave
+CAPTION_TOKENS, GENRES_TOKENS, LYRICS_TOKENS = 512, 64, 2048  # maximum lengths
+CHAIN = 64  # maximum number of tokens in all values that the user gave
 
-# Kinds of state, which are the states of free text themselves; lists of candidates come after them.
+# Kinds of states. Those of free text are states themselves; lists of candidates come after them.
 DONE, CAPTION_START, CAPTION, CAPTION_LINE, GENRES_START, GENRES, LYRICS, LIST = range(8)
 
-# What is in a token.
+# Properties of a token's text.
 NEWLINE, ENDS_LINE, INDENT, SOLID, UNFIT, MARK = 1, 2, 4, 8, 16, 32
-# Of each kind: what a legal token must have, what it must not have unless it also has the third.
+# For each kind: properties that a legal token must have, and must not have unless it also has the third.
 _LEGAL = np.array(
     [
         (0, 0, 0),
@@ -72,11 +72,11 @@ _LEGAL = np.array(
 class Tables(NamedTuple, Generic[A]):
     """The automaton of a tokenizer, S states and lists of at most C candidates.
 
-    candidates: [S, C] int32 tokens, -1 where there are fewer.
-    following: [S, C] int32, the state after each; -1 - g stands for place g of a song, see `Songs`.
-    greedy: [S] bool, where the likeliest candidate is taken.
-    contents: [V] int32, what is in each token of text.
-    newline, end_of_turn: int32, tokens.
+    candidates: [S, C] int32 tokens, padded with -1.
+    following: [S, C] int32, the state after each candidate; -1 - g stands for place g of a song, see `Songs`.
+    greedy: [S] bool, whether the likeliest candidate is taken.
+    contents: [V] int32, the properties of each text token.
+    newline, end_of_turn: int32, token ids.
     """
 
     candidates: A
@@ -88,13 +88,13 @@ class Tables(NamedTuple, Generic[A]):
 
 
 class Songs(NamedTuple, Generic[A]):
-    """What is forced in each of B songs.
+    """The fixed values of each of B songs.
 
-    places: [B, 2 F + 1] int32, for each of F fields the state in which it begins, or the next one that is written; the
-        state after the last field; and for each field the state in which its value begins.
-    chain: [B, R] int32, tokens of the values that the user gave; state S + r is that of token r.
-    after: [B, R] int32, the state after each, as in `Tables.following`.
-    lyrics: [B] int32, the most tokens of lyrics.
+    places: [B, 2 F + 1] int32: for each of F fields, the state in which it begins, or else the next field that is
+        written; the state after the last field; and for each field, the state in which its value begins.
+    chain: [B, R] int32, tokens of the values that the user gave; state S + r belongs to token r.
+    after: [B, R] int32, the state after each token, as in `Tables.following`.
+    lyrics: [B] int32, maximum number of tokens of lyrics.
     """
 
     places: A
@@ -104,21 +104,21 @@ class Songs(NamedTuple, Generic[A]):
 
 
 class State(NamedTuple):
-    """Where songs are: the state, [B] int32, and how many tokens of the present free text there are, [B] int32."""
+    """The current state of each song, [B] int32, and the number of tokens in the current free text, [B] int32."""
 
     state: jax.Array
     count: jax.Array
 
 
 class Grammar:
-    """The automaton of a tokenizer, and what songs force in it.
+    """The automaton of a tokenizer, and the fixed values of songs in it.
 
     Attributes:
-        tables: of numpy arrays.
+        tables: the tables, as numpy arrays.
         start: the first state of every song.
 
     Raises:
-        InputError: if the tokenizer does not encode a field as its name and a value.
+        InputError: if the tokenizer does not encode a field's name and value separately.
     """
 
     def __init__(self, tokenizer: PlannerTokenizer):
@@ -170,12 +170,12 @@ class Grammar:
     def songs(
         self, known: Sequence[Known], *, caption: bool, genres: bool, lyrics: bool, lyrics_tokens: int = LYRICS_TOKENS
     ) -> Songs[np.ndarray]:
-        """Return what is forced in songs: the values that the user gave.
+        """Return the fixed values of songs, given by the user.
 
         Args:
             caption, genres: whether these are written.
             lyrics: whether `</think>` and lyrics follow; else the song is done after the last field.
-            lyrics_tokens: the most of them.
+            lyrics_tokens: maximum number of tokens of lyrics.
         """
         count, size = len(FIELDS), len(self._lists)
         written = [{"caption": caption, "genres": genres}.get(name, True) for name in FIELDS]
@@ -199,7 +199,7 @@ class Grammar:
         return Songs(places, chain, after, np.full(len(known), lyrics_tokens, np.int32))
 
     def longest(self, *, caption: bool, genres: bool, lyrics: bool, lyrics_tokens: int = LYRICS_TOKENS) -> int:
-        """Return how many tokens a song has at most."""
+        """Return the maximum number of tokens of a song."""
         count = 2
         for name, values in VALUES.items():
             if {"caption": caption, "genres": genres}.get(name, True):
@@ -216,13 +216,13 @@ def step(
     logits: jax.Array,
     draw: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> tuple[jax.Array, State]:
-    """Draw the next token of each song, [B] int32, and return it with the state after it; a song that is done gets the
-    token that ends a turn.
+    """Sample the next token of each song, [B] int32, and return it with the state after it; a finished song gets the
+    end of the turn.
 
     Args:
-        logits: [B, V] float32, of text.
-        draw: takes logits [B, N], -inf where a token is illegal, and whether the likeliest is to be taken, [B], to
-            indices [B] int32.
+        logits: [B, V] float32, of the text tokens.
+        draw: function from logits [B, N], -inf where a token is illegal, and whether to take the likeliest, [B] bool,
+            to indices [B] int32.
     """
     size = tables.candidates.shape[0]
     state, count = now
@@ -278,7 +278,7 @@ def step(
 
 
 def legal_tokens(tables: Tables[jax.Array], songs: Songs[jax.Array], now: State, name: jax.Array) -> jax.Array:
-    """Return which tokens may come next in free text, [B, V] bool.
+    """Return the mask of legal next tokens in free text, [B, V] bool.
 
     Args:
         name: [B] int32, the first token of the name of the field after the caption.
@@ -299,7 +299,7 @@ def legal_tokens(tables: Tables[jax.Array], songs: Songs[jax.Array], now: State,
 
 
 def contents(tokenizer: PlannerTokenizer) -> np.ndarray:
-    """Return what is in each token of text or mark, [V] int32."""
+    """Return the properties of each text token and mark, [V] int32."""
     found = np.full(tokenizer.first_code, MARK, np.int32)
     for i, token in enumerate(tokenizer.token_bytes):
         text = token.decode("utf-8", errors="replace")
@@ -324,11 +324,11 @@ def _name_ids(tokenizer: PlannerTokenizer, name: str) -> list[int]:
 
 
 def _value_ids(tokenizer: PlannerTokenizer, name: str, value: str) -> list[int]:
-    """Return the tokens of " {value}\\n" after those of the name."""
+    """Return the tokens of " {value}\\n" that follow the name's."""
     before, whole = _name_ids(tokenizer, name), tokenizer.encode(f"{name}: {value}\n")
     if whole[: len(before)] != before or whole[-1:] != tokenizer.encode("\n"):
         raise InputError(
-            f"tokenizer: expected {name}: {value} to be the tokens of the name, of the value and of a line end, found "
+            f"tokenizer: expected {name}: {value} to be the tokens of the name, the value and a line end, found "
             f"{whole}; it is not a planner's"
         )
     return whole[len(before) :]

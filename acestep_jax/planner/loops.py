@@ -1,4 +1,4 @@
-"""Audio codes that repeat themselves: a known fault of language models, to which the song would sound stuck."""
+"""Audio codes that repeat themselves: a known failure of language models, which makes a song sound stuck."""
 
 from typing import NamedTuple
 
@@ -8,13 +8,13 @@ import numpy as np
 
 from acestep_jax.planner.metadata import CODES_PER_SECOND
 
-LONGEST_RUN = 10 * CODES_PER_SECOND  # codes; more of the same are a loop
-LONGEST_REPEAT = 20 * CODES_PER_SECOND  # codes that repeat those of at most `PERIODS` before
+LONGEST_RUN = 10 * CODES_PER_SECOND  # codes; a longer run of one code is a loop
+LONGEST_REPEAT = 20 * CODES_PER_SECOND  # codes; a longer repetition with a period of up to `PERIODS` is a loop
 PERIODS = 8
 
 
 class Loop(NamedTuple):
-    """Where codes repeat themselves: `length` codes from code `start` on; `distinct` is the number of codes in use."""
+    """A repetition of `length` codes starting at code `start`. `distinct`: number of distinct codes in the song."""
 
     start: int
     length: int
@@ -28,13 +28,13 @@ class Loop(NamedTuple):
 
 
 def find_loop(codes: np.ndarray) -> Loop | None:
-    """Return the longest part of codes [n] that repeats one code for more than 10 s, or up to 8 codes for more than
-    20 s; None if there is none."""
+    """Return the longest loop in codes [n]: one code repeated for more than 10 s, or a period of up to 8 codes for more
+    than 20 s; None if there is none."""
     distinct = len(np.unique(codes))
     longest: Loop | None = None
     for period in range(1, PERIODS + 1):
         same = np.concatenate([[False], codes[period:] == codes[:-period], [False]])
-        edges = np.flatnonzero(same[1:] != same[:-1]).reshape(-1, 2)  # begin and end of each stretch of equals
+        edges = np.flatnonzero(same[1:] != same[:-1]).reshape(-1, 2)  # start and end of each run of equal codes
         for begin, end in edges:
             length = int(end - begin) + period
             if length > (LONGEST_RUN if period == 1 else LONGEST_REPEAT) and (not longest or length > longest.length):
@@ -43,12 +43,12 @@ def find_loop(codes: np.ndarray) -> Loop | None:
 
 
 def count_repeats(repeats: jax.Array, tokens: jax.Array, token: jax.Array, step: jax.Array) -> jax.Array:
-    """Return how many of the last codes of each song equal those of p before, for p = 1 to `PERIODS`.
+    """Return, for p = 1 to `PERIODS`, the number of last codes of each song that equal the code p places before.
 
     Args:
-        repeats: [B, PERIODS] int32, before this code.
+        repeats: [B, PERIODS] int32, the counts before this code.
         tokens: [B, N] int32, of which the first `step` are written.
-        token: [B] int32, the next one.
+        token: [B] int32, the next code.
         step: int32.
     """
     periods = jnp.arange(1, PERIODS + 1)
@@ -57,6 +57,6 @@ def count_repeats(repeats: jax.Array, tokens: jax.Array, token: jax.Array, step:
 
 
 def is_loop(repeats: jax.Array) -> jax.Array:
-    """Return for which songs `find_loop` finds a loop that ends with the last code, [B] bool; see `count_repeats`."""
+    """Return whether `find_loop` would find a loop that ends with the last code, [B] bool; see `count_repeats`."""
     most = np.array([LONGEST_RUN if period == 1 else LONGEST_REPEAT for period in range(1, PERIODS + 1)])
     return (repeats + np.arange(1, PERIODS + 1) > most).any(-1)

@@ -1,4 +1,4 @@
-"""What is known of a song before the language model writes, and after."""
+"""The known values of a song, before and after the language model writes."""
 
 import math
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ INSTRUMENTAL = "[Instrumental]"
 
 @dataclass(frozen=True)
 class Known:
-    """What the user gave of a song; None and empty texts are for the language model to write.
+    """The values that the user gave; the language model writes those that are None or empty.
 
     Attributes:
-        caption: the wish; for `inspire` a query in any words.
+        caption: the caption; for `inspire`, a query in any words.
         bpm: beats per minute, 30 to 300.
         keyscale: such as "F# minor".
         timesignature: beats in a bar: 2, 3, 4 or 6.
         duration: seconds, 10 to 600.
-        language: code of the language that is sung, such as "en"; "unknown" is as good as None.
-        instrumental: whether nothing is sung. Empty lyrics become "[Instrumental]".
+        language: code of the vocal language, such as "en"; "unknown" is the same as None.
+        instrumental: whether there are no vocals. Empty lyrics become "[Instrumental]".
         codes: audio codes, 0 to 63999, for `understand`.
 
     Raises:
@@ -64,12 +64,12 @@ class Known:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a song is to be. Attributes as in `Known`; where the user gave a value, it is the user's.
+    """The metadata of a song. Attributes as in `Known`; values from the user are kept.
 
     Attributes:
-        bpm, keyscale, timesignature, duration: None only where the language model understood a song and said "N/A".
-        language: "unknown" where the language model wrote so; None where nobody said.
-        genres: written by `inspire`, `format` and `understand` only, and by few models.
+        bpm, keyscale, timesignature, duration: None only if the language model answered "N/A" in `understand`.
+        language: "unknown" if the language model wrote that; None if there is no value.
+        genres: written only by `inspire`, `format` and `understand`, and by few models.
     """
 
     caption: str
@@ -83,7 +83,7 @@ class Metadata:
 
 
 def check_duration(duration: float) -> None:
-    """Raise InputError unless a duration is a number of seconds that the model was trained on."""
+    """Raise InputError unless a duration, in seconds, is in the range that the model was trained on."""
     check_number("duration", duration)
     if not MIN_DURATION <= duration <= MAX_DURATION:
         raise InputError(
@@ -93,7 +93,7 @@ def check_duration(duration: float) -> None:
 
 
 def check_codes(codes: Sequence[int], name: str = "codes") -> tuple[int, ...]:
-    """Return audio codes as a tuple; raise InputError, with the name, unless they are whole and in the codebook."""
+    """Return audio codes as a tuple; raise InputError, naming `name`, unless they are integers in the codebook."""
     for code in codes:
         check_number(name, code, whole=True)
         if not 0 <= code < CODEBOOK_SIZE:
@@ -104,5 +104,5 @@ def check_codes(codes: Sequence[int], name: str = "codes") -> tuple[int, ...]:
 
 
 def count_codes(duration: float) -> int:
-    """Return how many audio codes a song of this duration in seconds has: enough for all of it."""
+    """Return the number of audio codes that cover a song of this duration in seconds."""
     return math.ceil(round(CODES_PER_SECOND * duration, 6))

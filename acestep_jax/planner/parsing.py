@@ -1,4 +1,4 @@
-"""From the tokens that the language model wrote to the fields of a song."""
+"""Parses the language model's tokens into the fields of a song."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -17,10 +17,10 @@ _LANGUAGE_TITLE = re.compile(r"\A# Languages?[ \t]*\n[^\n]*\n+(?=#\s*Lyrics?[ \t
 
 
 def parse(tokenizer: PlannerTokenizer, ids: Sequence[int]) -> Metadata:
-    """Return what the model wrote: metadata, within `<think>` and `</think>` or before the first audio code, and the
-    lyrics after that. What it left out, wrote as "N/A", or wrote so that it cannot be used is None or empty.
+    """Return the fields that the model wrote: metadata, within `<think>` and `</think>` or before the first audio code,
+    then lyrics. Fields that are missing, "N/A" or invalid are None or empty.
 
-    The marks are found as tokens: a caption that spells one out does not end there.
+    Marks are found by their token ids, so a caption that spells one out does not end there.
     """
     ids = [int(i) for i in ids]
     ends = [i for i, token in enumerate(ids) if token >= tokenizer.first_code]
@@ -45,8 +45,8 @@ def parse(tokenizer: PlannerTokenizer, ids: Sequence[int]) -> Metadata:
 
 
 def parse_fields(text: str) -> dict[str, str]:
-    """Return the fields of metadata: a line that does not begin with white space begins a field; blank lines and those
-    that do continue it. Empty fields and "N/A" are left out."""
+    """Return the fields of metadata: a line that does not begin with white space starts a field; other lines and blank
+    ones continue it. Empty fields and "N/A" are left out."""
     raw: dict[str, str] = {}
     name = None
     for line in text.split("\n"):
@@ -62,13 +62,13 @@ def parse_fields(text: str) -> dict[str, str]:
 
 
 def parse_lyrics(text: str) -> str:
-    """Return lyrics without titles such as "# Lyric" before them and without white space around them."""
+    """Return lyrics without leading titles such as "# Lyric" and surrounding white space."""
     text = _LANGUAGE_TITLE.sub("", text.strip())
     return _LYRICS_TITLE.sub("", text).strip()
 
 
 def _usable(normalise: Callable[[Any], T], value: str | None) -> T | None:
-    """Return a value in the form that the model knows, or None if there is none."""
+    """Return a value in the form that the model was trained on, or None if it has none."""
     try:
         return None if value is None else normalise(value)
     except InputError:

@@ -1,4 +1,4 @@
-"""A plan: what the planner makes of a wish, as data that can be read, changed, kept and made into songs."""
+"""A plan: the planner's answer to a wish, as data that can be read, edited, saved and turned into songs."""
 
 import dataclasses
 import json
@@ -23,15 +23,15 @@ _SHARED = ("lyrics", "audio_duration", "vocal_language", "bpm", "keyscale", "tim
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be made: the planner's words and codes, and what the user gave, which always stays.
+    """A planned song: the planner's text and codes, and all values that the user gave, which are kept.
 
     Attributes:
-        caption: what the music is described as, in place of the prompt.
+        caption: description of the music, used instead of the prompt.
         lyrics, audio_duration, vocal_language, bpm, keyscale, timesignature: see `Request`; None: left to the model.
-        audio_codes: 5 for each second, each from 0 to 63999; none: the transformer gets words alone.
-        prompt: what the user wrote.
-        lm_seed: the seed that makes the plan again; None where no seed does.
-        score: how well the codes fit the words, from 0 to 1, see `planner.scores`; None: not computed.
+        audio_codes: 5 per second, each from 0 to 63999; empty: the transformer gets only text.
+        prompt: the user's own words.
+        lm_seed: the seed that reproduces the plan; None if no seed does.
+        score: how well the codes match the text, from 0 to 1, see `planner.scores`; None: not computed.
 
     Raises:
         InputError: if a value is of the wrong type or out of range.
@@ -54,11 +54,11 @@ class Plan:
         if not isinstance(codes, Sequence | np.ndarray) or isinstance(codes, str):
             raise InputError(f"audio_codes: expected a list of whole numbers, found {codes!r}")
         object.__setattr__(self, "audio_codes", check_codes(codes, "audio_codes"))
-        Planning(lm_seed=self.lm_seed)  # which checks it
+        Planning(lm_seed=self.lm_seed)  # checks it
         checked = Request(self.prompt, **{name: getattr(self, name) for name in _SHARED})
         for name in _SHARED:
             object.__setattr__(self, name, getattr(checked, name))
-        Request(self.caption)  # which checks that it is a text
+        Request(self.caption)  # checks that it is text
         if self.score is not None and not (isinstance(self.score, int | float) and math.isfinite(self.score)):
             raise InputError(f"score: expected a number, found {self.score!r}")
 
@@ -66,23 +66,23 @@ class Plan:
         """Return the request of the song.
 
         Args:
-            base: what else is requested, such as the seed; the fields of the plan take the place of its own.
+            base: a request with further fields, such as the seed; the plan's fields replace its own.
         """
         values: dict[str, Any] = {name: getattr(self, name) for name in _SHARED}
         values |= dict(prompt=self.caption, audio_codes=codes_to_text(self.audio_codes) if self.audio_codes else None)
         return Request(**values) if base is None else dataclasses.replace(base, **values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `from_dict` reads, ready for JSON."""
+        """Return a dictionary for `from_dict` that is ready for JSON."""
         values = dataclasses.asdict(self)
         return {"version": VERSION, **values, "audio_codes": list(self.audio_codes)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "plan") -> Self:
-        """Return the plan that a dictionary holds.
+        """Return the plan in a dictionary.
 
         Args:
-            source: for messages, such as the name of its file.
+            source: name for messages, such as that of its file.
 
         Raises:
             InputError: if it is of another version, a key is unknown, or a value is out of range.
@@ -117,28 +117,28 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a plan that `save` wrote, or someone by hand.
+        """Read a plan written by `save` or by hand.
 
         Raises:
-            InputError: if it is not one, see `from_dict`.
+            InputError: if the file is not a plan, see `from_dict`.
             OSError: if it cannot be read.
         """
         path = as_path(path)
         try:
             values = json.loads(path.read_text(encoding="utf-8-sig"))
-        except ValueError as error:  # also of bytes that are not UTF-8
+        except ValueError as error:  # also raised for bytes that are not UTF-8
             raise InputError(f"{path}: not a plan in JSON ({error}); `acestep-jax plan` writes one") from None
         return cls.from_dict(values, str(path))
 
     def to_json(self) -> str:
-        """Return the plan as JSON: a field on each line, and the codes on one."""
+        """Return the plan as JSON with one line per field, including the codes."""
         values = self.to_dict()
         codes = values.pop("audio_codes")
         lines = [f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
         return "{\n" + ",\n".join([*lines, f'  "audio_codes": {json.dumps(codes)}']) + "\n}"
 
     def describe(self) -> str:
-        """Return the plan in words: a field on each line, and the lyrics."""
+        """Return the plan as readable text: one line per field, then the lyrics."""
         seconds = "" if self.audio_duration is None else f"{self.audio_duration:g} s"
         fields = dict(
             caption=self.caption,

@@ -1,4 +1,4 @@
-"""Requests to plans: what the planner is told of a request, what it writes, and which of several plans is kept."""
+"""Requests to plans: the planner's input for a request, its output, and the choice among several plans."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ from acestep_jax.planner.scores import pmi_score
 from acestep_jax.planner.writer import Planner, Progress
 from acestep_jax.request import MAX_DURATION, MIN_DURATION, Planning, Request
 
-STRIDE = 0x9E3779B1  # between the seeds of candidates, so that those of the songs of a batch differ
-CODES_TOP_P = 0.9  # and of captions; what else is written is drawn from all tokens, as in ACE-Step's application
+STRIDE = 0x9E3779B1  # between the seeds of candidates, so that they differ from those of other songs in a batch
+CODES_TOP_P = 0.9  # for codes and captions; other text is sampled from all tokens, as in ACE-Step's application
 
 
 def known_of(request: Request, *, instrumental: bool = False) -> Known:
-    """Return what the user gave, as the planner is told it."""
+    """Return the values that the user gave, in the planner's form."""
     return Known(
         caption=request.prompt,
         lyrics=request.lyrics,
@@ -37,7 +37,7 @@ def known_of(request: Request, *, instrumental: bool = False) -> Known:
 
 
 def sampling_of(planning: Planning, mode: str = "generate") -> LanguageSampling:
-    """Return how the planner samples in a mode, see `Planner.write_metadata`."""
+    """Return the planner's sampling settings in a mode, see `Planner.write_metadata`."""
     top_p = CODES_TOP_P if mode == "generate" else 1.0
     return LanguageSampling(
         temperature=planning.lm_temperature,
@@ -50,7 +50,7 @@ def sampling_of(planning: Planning, mode: str = "generate") -> LanguageSampling:
 
 
 def seeds_of(requests: Sequence[Request], planning: Planning, *, joint: bool = False) -> list[int]:
-    """Return the seed of each plan: `lm_seed` + i, or that of the song, or a new one.
+    """Return the seed of each plan: `lm_seed` + i, or the song's seed, or a new one.
 
     Args:
         joint: see `new_seed`.
@@ -79,30 +79,29 @@ def write_plans(
     on_progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> list[Plan]:
-    """Return a plan for each request. What a request gives is kept; the planner writes the rest given that.
+    """Return a plan for each request. Values of a request are kept; the planner writes the rest to match.
 
     Args:
-        mode: "generate": the prompt is a caption, and the lyrics are those of the request; "inspire": the prompt is a
-            wish of which the planner makes a caption and lyrics; "format": it writes both anew.
-        instrumental: whether the song shall have no vocals.
-        codes: whether it writes audio codes, too.
+        mode: "generate": the prompt is a caption, and the request has the lyrics; "inspire": the prompt is a wish for
+            which the planner writes a caption and lyrics; "format": it rewrites both.
+        instrumental: whether the song has no vocals.
+        codes: whether to write audio codes, too.
         seeds: one for each request; None: see `seeds_of`.
         joint: see `new_seed`.
-        longest: seconds, at least 10: a song that the planner would make longer becomes as long as this, before its
-            codes are written; None: 600. What a request gives stays.
-        on_progress: called now and then with the tokens of a text, or the codes, that are written, and how many at
-            most will be.
-        should_stop: asked now and then; if it returns true, the work ends.
+        longest: upper limit, in seconds and at least 10, for durations that the planner chooses, applied before codes
+            are written; None: 600. Durations in a request are kept.
+        on_progress: called regularly with the number of text tokens or codes written so far, and the maximum.
+        should_stop: called regularly; if it returns true, the work stops.
 
     Raises:
-        InputError: if a text is too long, or plans without codes are to be compared.
-        Cancelled: if `should_stop` said so.
+        InputError: if a text is too long, or `best_of` is above 1 without codes.
+        Cancelled: if `should_stop` returned true.
     """
     if (count := planning.best_of) > 1 and not codes:
         raise InputError(f"best_of: plans are compared by their codes; expected 1 without codes, found {count}")
     first = seeds_of(requests, planning, joint=joint) if seeds is None else list(seeds)
     found: list[list[Plan]] = []
-    for i in range(count):  # one at a time: together they would need the memory of a larger batch
+    for i in range(count):  # one at a time, as together they need the memory of a larger batch
         plans = _write(
             planner,
             requests,
@@ -152,7 +151,7 @@ def _write(
     plans = [_plan(*values) for values in zip(requests, written, seeds, strict=True)]
     if not codes:
         return plans
-    if mode != "generate":  # what it wrote is what is asked for now, as if a user had written it
+    if mode != "generate":  # its text becomes the request, as if the user had written it
         known = [known_of(plan.request()) for plan in plans]
     rows = planner.write_codes(
         known, written, seeds=seeds, sampling=sampling_of(planning), attempts=planning.lm_attempts, **watched
@@ -168,14 +167,14 @@ def describe_codes(
     on_progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Plan:
-    """Return what the planner hears in audio codes: caption, lyrics and metadata.
+    """Return the planner's description of audio codes: caption, lyrics and metadata.
 
     Args:
         on_progress, should_stop: see `write_plans`.
 
     Raises:
-        InputError: if there are none, more than the planner reads, or one is out of range.
-        Cancelled: if `should_stop` said so.
+        InputError: if there are no codes, more than the planner can read, or one is out of range.
+        Cancelled: if `should_stop` returned true.
     """
     if len(codes) == 0:
         raise InputError("audio_codes: expected at least one code, found none")
@@ -192,7 +191,7 @@ def describe_codes(
     )
     plan = _plan(Request(""), written, seed)
     seconds = len(known.codes) / CODES_PER_SECOND
-    if MIN_DURATION <= seconds <= MAX_DURATION:  # no need to listen for that
+    if MIN_DURATION <= seconds <= MAX_DURATION:  # the number of codes gives it
         plan = dataclasses.replace(plan, audio_duration=seconds)
     return dataclasses.replace(plan, audio_codes=known.codes)
 

@@ -1,4 +1,4 @@
-"""What the language model reads, in each mode, as pieces of text, marks and audio codes.
+"""The language model's prompt in each mode, as pieces of text, marks and audio codes.
 
     <|im_start|>system
     # Instruction
@@ -9,7 +9,7 @@
     {user}<|im_end|>
     <|im_start|>assistant
 
-Modes: `generate` writes metadata for a caption and lyrics, then audio codes for these; `inspire` makes a song of a
+Modes: `generate` writes metadata for a caption and lyrics, then audio codes for them; `inspire` writes a song for a
 query, `format` rewrites caption and lyrics, `understand` describes audio codes.
 
 Source: ACE-Step 1.5, acestep/llm_inference.py and acestep/constants.py, as of May 2026; Qwen3's chat template.
@@ -30,7 +30,7 @@ NOTHING = "NO USER INPUT"
 
 
 def metadata_prompt(mode: str, known: Known) -> list:
-    """Return the prompt after which the model writes metadata and, but for `generate`, lyrics.
+    """Return the prompt after which the model writes metadata and, except in `generate`, lyrics.
 
     Raises:
         InputError: if the mode is unknown, or there are no audio codes to understand.
@@ -55,7 +55,7 @@ def metadata_prompt(mode: str, known: Known) -> list:
 
 def codes_prompt(known: Known, metadata: Metadata) -> list:
     """Return the prompt after which the model writes audio codes: the user's own caption and lyrics, and the metadata
-    as its thoughts. A caption that is still the user's is not among these."""
+    as its thoughts. These include the caption only if the planner changed it."""
     thoughts = cot.dump(
         bpm=metadata.bpm,
         caption=metadata.caption if metadata.caption != known.caption else None,
@@ -71,13 +71,13 @@ def codes_prompt(known: Known, metadata: Metadata) -> list:
 
 
 def unconditional_codes_prompt(negative_prompt: str = "") -> list:
-    """Return the prompt that guidance of audio codes leads away from; an empty negative prompt stands for nothing."""
+    """Return the prompt that guidance of audio codes steers away from; an empty one means no user input."""
     user = negative_prompt if negative_prompt.strip() else NOTHING
     return [*_chat("generate", (user,)), Mark.THINK, "\n\n", Mark.END_OF_THINK, "\n\n"]
 
 
 def unconditional_understand_prompt() -> list:
-    """Return the prompt of `understand` without audio codes, which scores compare with."""
+    """Return the prompt of `understand` without audio codes, the baseline for scores."""
     return _chat("understand", (NOTHING,))
 
 

@@ -1,12 +1,12 @@
-"""How the language model's tokens are drawn, in float32 throughout:
+"""Sampling of the language model's tokens, in float32 throughout:
 
-    legal tokens -> guidance -> repetition penalty -> / temperature -> top-k -> top-p -> a draw
+    legal tokens -> guidance -> repetition penalty -> / temperature -> top-k -> top-p -> sample
 
-Nothing is sorted. The kept tokens are those whose weight w = exp(logit - greatest logit) is at least a threshold, which
-is found by bisection: non-negative floats are ordered as the integers of the same bits are, so that 30 halvings find it
-exactly. The draw is that of Gumbel: the greatest of logit + noise.
+Nothing is sorted. Tokens are kept if their weight w = exp(logit - max logit) is at least a threshold, which is found by
+bisection: non-negative floats have the same order as the integers with the same bits, so 30 halvings find it exactly.
+Sampling uses the Gumbel-max trick: the argmax of logit + noise.
 
-Source: the order is that of nano-vllm as ACE-Step 1.5 uses it, but that penalties come after guidance.
+Source: the order of nano-vllm as ACE-Step 1.5 uses it, except that penalties come after guidance.
 """
 
 import math
@@ -20,22 +20,22 @@ import numpy as np
 
 from acestep_jax.errors import InputError, check_number, check_text
 
-A = TypeVar("A")  # jax.Array within a program; np.ndarray before it is called
+A = TypeVar("A")  # jax.Array within a program, np.ndarray outside
 
 _ONE = int(np.float32(1).view(np.int32))  # the bits of the greatest weight
 
 
 @dataclass(frozen=True)
 class LanguageSampling:
-    """How the language model's tokens are drawn.
+    """Sampling settings of the language model.
 
     Attributes:
-        temperature: 0 takes the likeliest token.
-        cfg_scale: of classifier-free guidance, for audio codes only; 1 turns it off.
-        top_k: how many of the likeliest tokens are drawn from; 0: all.
-        top_p: the mass of the likeliest tokens that are drawn from; 1: all.
-        repetition_penalty: above 1, makes tokens that were written before less likely.
-        negative_prompt: what guidance leads away from.
+        temperature: sampling temperature; 0 takes the likeliest token.
+        cfg_scale: scale of classifier-free guidance, only for audio codes; 1 turns it off.
+        top_k: number of likeliest tokens to sample from; 0: all.
+        top_p: probability mass of the likeliest tokens to sample from; 1: all.
+        repetition_penalty: values above 1 make tokens that were written before less likely.
+        negative_prompt: text that guidance steers away from.
 
     Raises:
         InputError: if a value is of the wrong type or out of range.
@@ -65,7 +65,7 @@ class LanguageSampling:
 
 
 class Drawing(NamedTuple, Generic[A]):
-    """How B songs are sampled, see `LanguageSampling`; [B] each, float32 but for `top_k`, int32."""
+    """Sampling settings of B songs, see `LanguageSampling`; [B] each, float32 except for `top_k`, int32."""
 
     temperature: A
     cfg_scale: A
@@ -75,7 +75,7 @@ class Drawing(NamedTuple, Generic[A]):
 
     @classmethod
     def of(cls, sampling: LanguageSampling, count: int) -> "Drawing[np.ndarray]":
-        """Return the same for each of `count` songs."""
+        """Return the same settings for each of `count` songs."""
         values = (getattr(sampling, name) for name in cls._fields)
         kinds = (np.int32 if name == "top_k" else np.float32 for name in cls._fields)
         return Drawing(*(np.full(count, value, kind) for value, kind in zip(values, kinds, strict=True)))
@@ -93,11 +93,11 @@ def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Arra
 
 
 def kept(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Return which tokens are drawn from, [B, V] bool: those not below the k-th likeliest, and of them those before
-    which, in order of likelihood, there is a mass below p. The likeliest always stays; equals share their fate.
+    """Return the mask of tokens to sample from, [B, V] bool: the top k, and of these the smallest set of likeliest
+    tokens with a mass of at least p. The likeliest token is always kept; tokens with equal logits are kept together.
 
     Args:
-        logits: [B, V] float32, over the temperature; -inf where a token is illegal.
+        logits: [B, V] float32, divided by the temperature; -inf where a token is illegal.
         top_k: [B] int32, 0: all.
         top_p: [B] float32, 1: all.
     """
@@ -107,7 +107,7 @@ def kept(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
         return weights >= jax.lax.bitcast_convert_type(bits, jnp.float32)[:, None]
 
     def threshold(enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """Return the bits of the greatest weight at which the tokens of at least that weight are enough; 0 if none."""
+        """Return the bits of the greatest weight for which the tokens of at least that weight are enough; 0 if none."""
 
         def halve(_, bounds):
             low, high = bounds  # enough at `low`, not at `high`
@@ -135,12 +135,12 @@ def kept(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
 
 
 def draw(logits: jax.Array, keys: jax.Array, drawing: Drawing[jax.Array], greedy: jax.Array | None = None) -> jax.Array:
-    """Draw an index of each row, [B] int32.
+    """Sample an index of each row, [B] int32.
 
     Args:
         logits: [B, V] float32, -inf where a token is illegal.
-        keys: [B], of this step.
-        greedy: [B] bool, where the likeliest is taken; None: nowhere but at a temperature of 0.
+        keys: [B], keys of this step.
+        greedy: [B] bool, whether to take the likeliest; None: only at a temperature of 0.
     """
     cold = drawing.temperature <= 0
     cold = cold if greedy is None else cold | greedy
@@ -151,5 +151,5 @@ def draw(logits: jax.Array, keys: jax.Array, drawing: Drawing[jax.Array], greedy
 
 
 def step_keys(keys: jax.Array, step: jax.Array) -> jax.Array:
-    """Return the keys of a step, [B], of those of songs."""
+    """Return the keys of a step from the keys of the songs, [B] each."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, step)

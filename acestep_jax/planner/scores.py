@@ -1,9 +1,9 @@
-"""How well audio codes fit the words of a plan, by what the language model makes of both.
+"""Scores of how well the audio codes of a plan match its text, judged by the language model.
 
     pmi(words) = mean log p(words | codes) - mean log p(words),   score = 1 / (1 + exp(-pmi / 0.1))
 
-of the caption and the lyrics, as the language model would write them where it understands codes. For metadata, short
-and of few values, the score is the mean of 1 - (rank - 1) / 10 of their tokens among the ten most likely, else 0.
+for the caption and the lyrics, as the language model would write them in `understand`. For metadata, which are short
+and have few values, the score is the mean over their tokens of 1 - (rank - 1) / 10 if the rank is at most ten, else 0.
 
 Source: ACE-Step 1.5, acestep/core/scoring/lm_score.py.
 """
@@ -28,15 +28,15 @@ from acestep_jax.planner.tokenizer import Mark, Pieces
 from acestep_jax.planner.writer import Planner
 
 PMI_SCALE = 0.1
-RANKS = 10  # the most likely tokens that count
+RANKS = 10  # number of likeliest tokens that count
 WEIGHTS = {"caption": 0.5, "lyrics": 0.3, "metadata": 0.2}
 METADATA = ("bpm", "duration", "genres", "keyscale", "language", "timesignature")
-TOKENS_BUCKET, TARGETS_BUCKET = 256, 64  # what rows and their ends are padded to a multiple of
-POSITIONS = 64  # whose logits, of the whole vocabulary, are held at once
+TOKENS_BUCKET, TARGETS_BUCKET = 256, 64  # rows and their targets are padded to multiples of these
+POSITIONS = 64  # number of positions whose logits, over the whole vocabulary, are held at once
 
 
 def pmi_score(planner: Planner, plan: Plan) -> float:
-    """Return how well the codes of a plan fit its caption, lyrics and metadata, from 0 to 1.
+    """Return how well the codes of a plan match its caption, lyrics and metadata, from 0 to 1.
 
     Raises:
         InputError: see `pmi_scores`.
@@ -45,10 +45,10 @@ def pmi_score(planner: Planner, plan: Plan) -> float:
 
 
 def pmi_scores(planner: Planner, plan: Plan) -> dict[str, float]:
-    """Return how well the codes of a plan fit each of its parts that is there, from 0 to 1, by name.
+    """Return how well the codes of a plan match each of its other parts, from 0 to 1, by name.
 
     Raises:
-        InputError: if the plan has no codes, or nothing else.
+        InputError: if the plan has no codes, or only codes.
     """
     if not plan.audio_codes:
         raise InputError("score: the plan has no audio codes to compare its words with; plan with codes")
@@ -73,7 +73,7 @@ def pmi_scores(planner: Planner, plan: Plan) -> dict[str, float]:
 
 
 def total_score(scores: dict[str, float]) -> float:
-    """Return the weighted mean of the parts that are there; metadata are one part, the mean of its fields."""
+    """Return the weighted mean over the available parts; metadata are one part, the mean of its fields."""
     fields = [value for name, value in scores.items() if name in METADATA]
     parts = {name: value for name, value in scores.items() if name not in METADATA}
     if fields:
@@ -93,7 +93,7 @@ def rank_score(ranks: np.ndarray) -> float:
 
 
 def _targets(plan: Plan) -> dict[str, Pieces]:
-    """Return what the language model would have to write, by part of the plan; empty where the plan has none."""
+    """Return the target text for the language model, by part of the plan; without parts that the plan lacks."""
 
     def thoughts(name: str, value: object) -> Pieces:
         if value is None or value == "":
@@ -116,10 +116,10 @@ def _targets(plan: Plan) -> dict[str, Pieces]:
 def score_tokens(
     model: Qwen3ForCausalLM, rows: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return for each row the log-probability and the rank, from 1, of the tokens of its target, [n] each.
+    """Return the log-probability and the rank, from 1, of the target tokens of each row, [n] each.
 
     Args:
-        rows: ids of the context and of the target that follows it.
+        rows: token ids of the context and of the target that follows it.
     """
     size = -(-max(len(context) + len(target) for context, target in rows) // TOKENS_BUCKET) * TOKENS_BUCKET
     last = -(-max(len(target) for _, target in rows) // TARGETS_BUCKET) * TARGETS_BUCKET
@@ -135,7 +135,7 @@ def score_tokens(
 
 @functools.partial(jax.jit, static_argnames="last", compiler_options=COMPILER_OPTIONS)
 def _score(model: Qwen3ForCausalLM, tokens: jax.Array, start: jax.Array, *, last: int) -> tuple[jax.Array, jax.Array]:
-    """Return log-probability, float32, and rank of the last tokens, [R, last] each, some positions at a time."""
+    """Return log-probability, float32, and rank of the last tokens, [R, last] each, in chunks of positions."""
     hidden = model.hidden_states(tokens, start)[:, -last - 1 : -1]
 
     def of_one(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -1,8 +1,8 @@
-"""When each line of the lyrics is sung, read from the transformer's cross-attention; LRC files; how well it fits.
+"""Timestamps of the lyrics' lines from the transformer's cross-attention; LRC files; alignment scores.
 
-    W        probabilities of some heads, [heads, N tokens, M frames]
-    path     the cheapest way from (0, 0) to (N - 1, M - 1) by dynamic time warping
-    times    of a token, the first and the last frame on its row
+    W        attention probabilities of some heads, [heads, N tokens, M frames]
+    path     the cheapest path from (0, 0) to (N - 1, M - 1) by dynamic time warping
+    times    the first and the last frame in a token's row of the path
 
 Source: ACE-Step 1.5, acestep/core/scoring/dit_alignment.py and dit_score.py.
 """
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -26,18 +27,16 @@ from acestep_jax.io.files import as_path, check_output, publish_file
 from acestep_jax.models.alignment import alignment_heads
 from acestep_jax.planner import attention_maps
 
-SEED = 42  # of the noise that the song is looked at through
-FACTOR = 2.0  # of the medians that are taken off
-VISIBLE, PRESENT, SLACK = (
-    0.1,
-    0.01,
-    9,
-)  # energy of a token that is sung; of frames that count; frames that lines may slip
-HEADER = "# Lyric\n"  # what the lyrics follow in the text that is tokenised
+SEED = 42  # seed of the noise that is added to the song
+FACTOR = 2.0  # factor of the subtracted medians
+VISIBLE = 0.1  # minimum energy of a sung token
+PRESENT = 0.01  # minimum energy of the frames that count
+SLACK = 9  # tolerance of the line order, in frames
+HEADER = "# Lyric\n"  # precedes the lyrics in the tokenised text
 
 
 class Line(NamedTuple):
-    """A line of the lyrics, and when it is sung, in seconds."""
+    """A line of the lyrics with its start and end, in seconds."""
 
     start: float
     end: float
@@ -46,17 +45,19 @@ class Line(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Timestamps:
-    """When lyrics are sung.
+    """The timestamps of the lyrics.
 
     Attributes:
-        lines: in their order; tags such as [Verse] are lines, too.
-        score: how well the song fits its lyrics, from 0 to 1.
-        codes_score: the same of what the condition alone implies, without the song.
+        lines: lines in order; tags such as [Verse] are lines, too.
+        words: words in order, without tags; in a language without spaces, a line is one word.
+        score: how well the song matches its lyrics, from 0 to 1.
+        codes_score: the same for the condition alone, without the song.
     """
 
     lines: tuple[Line, ...]
     score: float
     codes_score: float
+    words: tuple[Line, ...] = ()
 
     def lrc(self) -> str:
         """Return the lines as LRC, `[mm:ss.xx]text` each."""
@@ -64,7 +65,7 @@ class Timestamps:
 
 
 def _clock(seconds: float) -> str:
-    """Return mm:ss.xx; hundredths are rounded before minutes are taken, so that there is no 60th second."""
+    """Return mm:ss.xx; hundredths are rounded before minutes are split off, so that seconds stay below 60."""
     minutes, hundredths = divmod(round(seconds * 100), 6000)
     return f"{minutes:02d}:{hundredths / 100:05.2f}"
 
@@ -82,10 +83,10 @@ def write_lrc(path: str | Path, timestamps: Timestamps, *, overwrite: bool = Fal
 
 
 def check_alignment(config: Any, job: Job) -> None:
-    """Raise InputError if the transformer's heads are not known, or the song has no lyrics."""
+    """Raise InputError if the transformer's alignment heads are unknown, or the song has no lyrics."""
     alignment_heads(config)
     if not has_lyrics(job.request.lyrics):
-        raise InputError("lyrics: timestamps and alignment scores are of what is sung; this song has no lyrics")
+        raise InputError("lyrics: timestamps and alignment scores need sung lyrics; this song has no lyrics")
 
 
 def has_lyrics(lyrics: str | None) -> bool:
@@ -95,19 +96,26 @@ def has_lyrics(lyrics: str | None) -> bool:
 
 
 def align(
-    networks: Mapping[str, Any], tokenizer: Tokenizer, job: Job, latents: np.ndarray, *, steps: int
+    networks: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    job: Job,
+    latents: np.ndarray,
+    silent: jax.Array | None,
+    *,
+    steps: int,
 ) -> Timestamps:
-    """Return when the lyrics of a song are sung, and how well they fit.
+    """Return the timestamps of a song's lyrics, and how well the song matches them.
 
     Args:
-        networks: by name, on the device; within the mesh in use.
-        tokenizer: of the model.
-        job: that the song was made from, or would be.
-        latents: [frames, C] float32, of the song.
-        steps: of the sampling: the song is looked at through noise of the time 1 / steps.
+        networks: networks by name, on the device or the active mesh.
+        tokenizer: tokenizer of the model.
+        job: job that the song was made from, or would be.
+        latents: [frames, C] float32, latents of the song.
+        silent: timbre of a song without a reference, see `sources.SilentTimbre`.
+        steps: number of sampling steps; noise is added to the song as at t = 1 / steps.
 
     Raises:
-        InputError: see `check_alignment`; also if the latents are not as long as the job's.
+        InputError: see `check_alignment`; also if the latents do not have the job's length.
     """
     transformer, encoder = networks["transformer"], networks["condition_encoder"]
     check_alignment(transformer.config, job)
@@ -116,7 +124,8 @@ def align(
     pad = tokenizer.token_to_id(PAD)
     first, texts = token_texts(tokenizer, job.lyric_ids, pad)
     batch = collate([job])
-    condition, _, _ = sources.conditions(networks, batch, sources.references(networks, [job]), attend_to_padding=False)
+    references = sources.references(networks, [job])
+    condition, _, _ = sources.conditions(networks, batch, references, silent, attend_to_padding=False)
     _, source = sources.source_latents(networks, [job], batch.frames, latents.shape[1])
     drawn = np.array(noise.normal(noise.key(SEED)[None], (batch.frames, latents.shape[1])))
     song = np.zeros_like(drawn)
@@ -135,22 +144,23 @@ def align(
     patch = transformer.config.patch_size
     maps = maps[:, :, first : first + len(texts), : -(-job.frames // patch)]
     seconds = job.frames * networks["vae"].hop_length / networks["vae"].config.sampling_rate
-    sung = ~tag_mask(texts)
+    sung, times = ~tag_mask(texts), token_times(maps[1], seconds)
     return Timestamps(
-        lines=tuple(lines_of(texts, token_times(maps[1], seconds))),
+        lines=tuple(lines_of(texts, times)),
+        words=tuple(words_of(texts, times, sung)),
         score=lyric_score(maps[1].mean(0), sung),
         codes_score=lyric_score(maps[0].mean(0), sung),
     )
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, end: int | None) -> tuple[int, list[str]]:
-    """Return the index of the first token of the lyrics, and the text of each of them.
+    """Return the index of the first token of the lyrics, and the text of each of their tokens.
 
-    A character that several tokens make together is the last one's.
+    A character that spans several tokens belongs to the last one.
 
     Args:
-        ids: of the lyrics with what stands before and after them, see `inputs.prompt.lyric_text`.
-        end: the token that they end with.
+        ids: token ids of the whole lyric prompt, see `inputs.prompt.lyric_text`.
+        end: the token that ends it.
     """
     ids = [int(i) for i in ids]
     stop = ids.index(end) if end in ids else len(ids)
@@ -167,7 +177,7 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, end: int 
 
 
 def tag_mask(texts: Sequence[str]) -> np.ndarray:
-    """Return which tokens belong to a tag such as [Verse], with its brackets; [N] bool."""
+    """Return whether each token belongs to a tag such as [Verse], including brackets; [N] bool."""
     mask, inside = np.zeros(len(texts), bool), False
     for i, text in enumerate(texts):
         inside = inside or "[" in text
@@ -178,11 +188,11 @@ def tag_mask(texts: Sequence[str]) -> np.ndarray:
 
 
 def token_times(maps: np.ndarray, seconds: float) -> np.ndarray:
-    """Return first and last time of each token, [N, 2] seconds.
+    """Return start and end of each token, [N, 2] seconds.
 
     Args:
-        maps: [heads, N, M] float32, probabilities.
-        seconds: of all frames.
+        maps: [heads, N, M] float32, attention probabilities.
+        seconds: duration of all frames.
     """
     rows, frames = warp(-sharpened(maps)).T
     count, length = maps.shape[1:]
@@ -194,7 +204,7 @@ def token_times(maps: np.ndarray, seconds: float) -> np.ndarray:
 
 
 def sharpened(maps: np.ndarray) -> np.ndarray:
-    """Return how much tokens stand out at frames, [N, M] float32, of probabilities [heads, N, M]."""
+    """Return how much each token stands out at each frame, [N, M] float32, from probabilities [heads, N, M]."""
     maps = np.asarray(maps, np.float32)
     p = _softmax(maps, 2) * _softmax(maps, 1)
     for axis in (2, 1):
@@ -211,9 +221,9 @@ def _softmax(x: np.ndarray, axis: int) -> np.ndarray:
 def warp(cost: np.ndarray) -> np.ndarray:
     """Return the cheapest path through costs [N, M] from the first cell to the last, [P, 2] int: rows and columns.
 
-    A step goes one row down, one column on, or both. Both, if what it comes from is cheaper than the other two; else a
-    row, if that is; else a column. Sums are float32. Cells of one anti-diagonal do not depend on each other, and are
-    computed at once.
+    A step advances one row, one column, or both. It advances both if the cell that it comes from is cheaper than the
+    other two; else one row, if that is; else one column. Sums are float32. Cells of one anti-diagonal do not depend on
+    each other, and are computed together.
     """
     count, length = cost.shape
     total = np.full((count + 1, length + 1), np.inf, np.float32)
@@ -236,7 +246,7 @@ def warp(cost: np.ndarray) -> np.ndarray:
 
 
 def lines_of(texts: Sequence[str], times: np.ndarray) -> list[Line]:
-    """Return the lines that tokens make, up to and with one that has a line end; blank ones are left out."""
+    """Join tokens to lines, each up to and including a token with a line end; return them without blank lines."""
     lines, begin = [], 0
     for i, text in enumerate(texts):
         if "\n" not in text and i + 1 < len(texts):
@@ -248,15 +258,35 @@ def lines_of(texts: Sequence[str], times: np.ndarray) -> list[Line]:
     return lines
 
 
-def lyric_score(energy: np.ndarray, sung: np.ndarray) -> float:
-    """Return coverage^2 monotonicity^2 confidence, from 0 to 1, in four decimals.
-
-    coverage: how many tokens that are sung stand out anywhere. monotonicity: of how many neighbours the second is not
-    before the first. confidence: the mean energy along the path.
+def words_of(texts: Sequence[str], times: np.ndarray, sung: np.ndarray) -> list[Line]:
+    """Return the words that tokens make: one begins with a space, or after a line end. Tags are left out.
 
     Args:
-        energy: [N, M], the mean of probabilities over heads.
         sung: [N] bool, which tokens belong to no tag.
+    """
+    words: list[Line] = []
+    begins = True
+    for text, (start, end), is_sung in zip(texts, times, sung, strict=True):
+        own = text.strip()
+        if own and is_sung:
+            start, end = round(float(start), 3), round(float(end), 3)
+            if begins or text[0].isspace():
+                words.append(Line(start, end, own))
+            else:
+                words[-1] = words[-1]._replace(end=end, text=words[-1].text + own)
+        begins = not is_sung or not own or text[-1:].isspace()
+    return words
+
+
+def lyric_score(energy: np.ndarray, sung: np.ndarray) -> float:
+    """Return coverage^2 monotonicity^2 confidence, from 0 to 1, rounded to four decimals.
+
+    coverage: fraction of sung tokens that stand out anywhere. monotonicity: fraction of neighbouring pairs in which the
+    second is not before the first. confidence: mean energy along the path.
+
+    Args:
+        energy: [N, M], mean of the probabilities over heads.
+        sung: [N] bool, whether a token is sung, which tags are not.
     """
     energy = np.asarray(energy, np.float64)
     spread = energy.max() - energy.min()

@@ -1,7 +1,7 @@
 """The language model's tokenizer: Qwen's byte-pair encoding for text, arithmetic for audio codes.
 
-Ids: N tokens of text (151643), 26 marks such as `<|im_start|>` and `<think>`, then `<|audio_code_0|>`, ... Text that a
-user gave is encoded without marks, so that it can end no turn and begin none.
+Ids: N text tokens (151643), 26 marks such as `<|im_start|>` and `<think>`, then `<|audio_code_0|>`, ... The user's text
+is encoded without marks, so it can neither end nor begin a turn.
 """
 
 import enum
@@ -17,7 +17,7 @@ from acestep_jax.errors import InputError
 
 
 class Mark(enum.Enum):
-    """A token that is no text; its value is how it is written. Source: Qwen3's tokenizer_config.json."""
+    """A special token; its value is its written form. Source: Qwen3's tokenizer_config.json."""
 
     END_OF_TEXT = "<|endoftext|>"
     TURN = "<|im_start|>"
@@ -27,12 +27,12 @@ class Mark(enum.Enum):
 
 
 Codes = tuple[int, ...]
-Pieces = Sequence["str | Mark | Codes"]  # of a prompt
+Pieces = Sequence["str | Mark | Codes"]  # a prompt
 
 _OFFSETS = {Mark.END_OF_TEXT: 0, Mark.TURN: 1, Mark.END_OF_TURN: 2, Mark.THINK: 24, Mark.END_OF_THINK: 25}
 _MARKS = 26  # Qwen3 has others between these
 _CODE = "<|audio_code_{}|>"
-# How Qwen splits a text before it joins bytes: each digit alone, line ends to the punctuation before them.
+# Qwen's pre-tokenisation: each digit is separate, and line ends join the punctuation before them.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -49,12 +49,12 @@ class PlannerTokenizer:
     """Text, marks and audio codes to token ids, and back.
 
     Args:
-        vocabulary: id of each token of text, 0, 1, ..., written in byte-level symbols.
-        merges: pairs of tokens that are joined, the first ones first.
-        source: what messages name.
+        vocabulary: id of each text token, 0, 1, ..., written in byte-level symbols.
+        merges: pairs of tokens to merge, in order of priority.
+        source: name for messages.
 
     Raises:
-        InputError: if it is not a vocabulary of this kind.
+        InputError: if it is not a byte-level vocabulary.
     """
 
     def __init__(self, vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], source: str = "tokenizer"):
@@ -79,10 +79,10 @@ class PlannerTokenizer:
     @classmethod
     def from_folder(cls, path: str | Path) -> "PlannerTokenizer":
         """Read a tokenizer from `vocab.json` and `merges.txt`, or from `tokenizer.json`. The 65,535 audio codes that
-        it lists are not read: with them it takes more than a minute.
+        it lists are skipped, since reading them takes more than a minute.
 
         Raises:
-            InputError: if there is none, or it is of another vocabulary.
+            InputError: if there is no tokenizer, or it has another vocabulary.
         """
         path = Path(path)
         vocabulary_file, merges_file, whole = path / "vocab.json", path / "merges.txt", path / "tokenizer.json"
@@ -113,7 +113,7 @@ class PlannerTokenizer:
         return tokenizer
 
     def _check_added(self, added: dict[str, int], source: str) -> None:
-        """Raise InputError if the file puts a mark or an audio code elsewhere than this class does."""
+        """Raise InputError if a mark or an audio code has another id in the file than in this class."""
         expected = {mark.value: self.mark(mark) for mark in Mark}
         expected |= {_CODE.format(code): self.first_code + code for code in (0, 63999)}
         for token, index in expected.items():
@@ -129,11 +129,11 @@ class PlannerTokenizer:
         return self.size + _OFFSETS[mark]
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, none of them a mark or an audio code, whatever the text says."""
+        """Return the ids of a text, which are never marks or audio codes, whatever the text contains."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_pieces(self, pieces: Pieces) -> np.ndarray:
-        """Return the ids of a prompt, [n] int32. Texts that follow each other are encoded as one."""
+        """Return the ids of a prompt, [n] int32. Consecutive texts are encoded as one."""
         ids: list[int] = []
         text = ""
         for piece in pieces:
@@ -146,8 +146,8 @@ class PlannerTokenizer:
         return np.array(ids + self.encode(text), np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids. Bytes that make no whole character become U+FFFD; marks and audio codes are written
-        as in a prompt."""
+        """Return the text of ids. Incomplete UTF-8 bytes become U+FFFD; marks and audio codes are written as in a
+        prompt."""
         names = {self.mark(mark): mark.value.encode() for mark in Mark}
         found = []
         for i in ids:
@@ -159,7 +159,7 @@ class PlannerTokenizer:
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes of each token of text."""
+        """The bytes of each text token."""
         table = {ord(symbol): byte for symbol, byte in _byte_symbols().items()}
         found = [b""] * self.size
         for token, i in self._vocabulary.items():
@@ -168,7 +168,7 @@ class PlannerTokenizer:
 
 
 def render(pieces: Pieces) -> str:
-    """Return a prompt as it is written."""
+    """Return a prompt as text."""
     shown = []
     for piece in pieces:
         if isinstance(piece, tuple):

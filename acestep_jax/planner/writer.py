@@ -1,4 +1,4 @@
-"""The planner: a language model and its tokenizer, from what is known of songs to their metadata and audio codes."""
+"""The planner: a language model and its tokenizer, which complete the metadata of songs and write their audio codes."""
 
 import contextlib
 import functools
@@ -24,26 +24,26 @@ from acestep_jax.settings import with_own_settings
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], object]  # steps made, steps at most
+Progress = Callable[[int, int], object]  # (steps so far, maximum number of steps)
 
 PROMPT_BUCKETS = (256, 512, 1024, 2048, 3072)  # tokens
-TEXT_BUCKETS = (768, 1024, 2048, 3072)  # tokens that are written
+TEXT_BUCKETS = (768, 1024, 2048, 3072)  # tokens to write
 CODE_BUCKETS = (256, 512, 768, 1024, 1536, 2048, 3072)
-_TEXT, _CODES = 1, 2  # what a song's key is folded with, for metadata and for audio codes
+_TEXT, _CODES = 1, 2  # folded into a song's key, for metadata and for audio codes
 
 
 class Planner:
-    """Writes metadata, captions, lyrics and audio codes. What it writes for a song depends on that song and its seed
-    alone, not on the batch, the mesh or the bucket: exactly so in float32, while in bfloat16 rounding, which differs
-    with the shape of a batch, may turn a draw between two tokens that are all but equal.
+    """Writes metadata, captions, lyrics and audio codes. The result for a song depends only on the song and its seed,
+    not on the batch, the mesh or the bucket. This is exact in float32; in bfloat16, rounding depends on the shape of
+    the batch and may change the choice between two tokens that are nearly equally likely.
 
     Args:
-        model: on the mesh already, if there is one.
-        tokenizer: of the same vocabulary.
-        mesh: that songs are split over.
+        model: the language model, already on the mesh if there is one.
+        tokenizer: tokenizer with the same vocabulary.
+        mesh: mesh that songs are split over.
 
     Raises:
-        InputError: if model and tokenizer are of different vocabularies.
+        InputError: if model and tokenizer have different vocabularies.
     """
 
     def __init__(self, model: Qwen3ForCausalLM, tokenizer: PlannerTokenizer, mesh: Mesh | None = None):
@@ -53,13 +53,14 @@ class Planner:
         if theirs != ours:
             raise InputError(
                 f"planner: its config has the first audio code at id {theirs[0]} and the end of a turn at {theirs[1]}, "
-                f"its tokenizer at {ours[0]} and {ours[1]}; they are not of one checkpoint"
+                f"its tokenizer at {ours[0]} and {ours[1]}; they belong to different checkpoints; "
+                "use model and tokenizer of the same folder or repository"
             )
         self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
 
     @functools.cached_property
     def grammar(self) -> Grammar:
-        """The grammar of the tokenizer, compiled when it is first needed."""
+        """The grammar of the tokenizer, compiled on first use."""
         return Grammar(self.tokenizer)
 
     @with_own_settings
@@ -74,22 +75,22 @@ class Planner:
         on_progress: Progress | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[Metadata]:
-        """Return the metadata of songs. What the user gave of bpm, keyscale, timesignature, duration and language
-        stays, and what is written is written for it.
+        """Return the metadata of songs. Given values of bpm, keyscale, timesignature, duration and language are kept,
+        and the rest is written to match.
 
         Args:
-            mode: `generate` writes metadata for a caption and lyrics, `inspire` a song for a query, `format` another
-                caption and other lyrics, `understand` what audio codes sound like.
-            seeds: of each song, 0 to 2^32 - 1.
-            sampling: guidance has no part in this.
-            rewrite_caption: in the mode `generate`, whether the caption is written anew; the other modes always do.
-                Without it, nothing is written for a song that has all of bpm, keyscale, timesignature and duration.
-            on_progress: called now and then with the number of steps made, and of steps at most.
-            should_stop: asked now and then.
+            mode: `generate` writes metadata for a caption and lyrics, `inspire` a song for a query, `format` a new
+                caption and lyrics, `understand` a description of audio codes.
+            seeds: seed of each song, 0 to 2^32 - 1.
+            sampling: sampling settings; guidance is not used.
+            rewrite_caption: whether `generate` rewrites the caption, as the other modes always do. Without it, nothing
+                is written for a song that has all of bpm, keyscale, timesignature and duration.
+            on_progress: called regularly with the number of steps so far and the maximum number of steps.
+            should_stop: called regularly; if it returns true, the work stops.
 
         Raises:
-            InputError: if the mode is unknown, a prompt is too long, or there is nothing to understand.
-            Cancelled: if `should_stop` said so.
+            InputError: if the mode is unknown, a prompt is too long, or there are no codes to understand.
+            Cancelled: if `should_stop` returned true.
         """
         _check_count(known, seeds, "seeds")
         asked = [prompts.metadata_prompt(mode, song) for song in known]
@@ -129,20 +130,20 @@ class Planner:
         on_progress: Progress | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[np.ndarray]:
-        """Return the audio codes of songs, [ceil(5 * duration)] int32 each; a warning says which repeat themselves.
+        """Return the audio codes of songs, [ceil(5 * duration)] int32 each; warn of songs whose codes loop.
 
         Args:
             known: as for `write_metadata`: the model reads the user's own caption and lyrics.
-            metadata: what the songs are to be; their durations must be known.
-            seeds: of each song, 0 to 2^32 - 1.
-            attempts: how often the codes of a song are drawn at most, while they repeat themselves. All but the last
-                attempt end where a loop is found; in a batch, the others go on.
-            on_progress: called now and then with the number of steps made, and of steps at most.
-            should_stop: asked now and then.
+            metadata: metadata of the songs, with durations.
+            seeds: seed of each song, 0 to 2^32 - 1.
+            attempts: maximum number of attempts for a song whose codes loop. All attempts except the last end as soon
+                as a loop is found; the other songs of the batch continue.
+            on_progress: called regularly with the number of steps so far and the maximum number of steps.
+            should_stop: called regularly; if it returns true, the work stops.
 
         Raises:
             InputError: if a prompt is too long, or a duration is unknown.
-            Cancelled: if `should_stop` said so.
+            Cancelled: if `should_stop` returned true.
         """
         _check_count(known, seeds, "seeds")
         _check_count(known, metadata, "metadata")
@@ -152,7 +153,7 @@ class Planner:
         targets = []
         for song in metadata:
             if song.duration is None:
-                raise InputError("duration: it is not known, so the number of audio codes is not; give a duration")
+                raise InputError("duration: unknown, but the number of audio codes depends on it; give a duration")
             targets.append(count_codes(song.duration))
         if not targets:
             return []
@@ -190,8 +191,14 @@ class Planner:
         return found
 
     def _read(self, pieces: Pieces, what: str) -> np.ndarray:
-        """Return the tokens of a prompt; raise InputError, with what makes it long, if it is too long."""
-        ids = self.tokenizer.encode_pieces(pieces)
+        """Return the tokens of a prompt; raise InputError, naming `what`, if it is too long, or if it has codes that
+        the model does not know."""
+        ids, config = self.tokenizer.encode_pieces(pieces), self.model.planner
+        if (highest := int(ids.max()) - config.first_code) >= config.num_codes:
+            raise InputError(
+                f"codes: this planner knows those from 0 to {config.num_codes - 1}, found {highest}; use the planner "
+                "of the model whose codes they are"
+            )
         if len(ids) > PROMPT_BUCKETS[-1]:
             what = "codes" if any(isinstance(piece, tuple) for piece in pieces) else what
             raise InputError(
@@ -201,7 +208,7 @@ class Planner:
         return ids
 
     def _padded(self, count: int) -> int:
-        """Return the size of a batch of at least `count` songs that the mesh divides."""
+        """Return the smallest batch size of at least `count` songs that divides over the mesh."""
         size = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         return -(-count // size) * size
 
@@ -212,7 +219,7 @@ class Planner:
         on_progress: Progress | None,
         should_stop: Callable[[], bool] | None,
     ) -> list[np.ndarray]:
-        """Return what is written for each row of the batch, [n] int32 each."""
+        """Return the tokens of each row of the batch, [n] int32 each."""
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             if on_progress is None and should_stop is None:
                 tokens, lengths = generate.write(self.model, inputs, slots=slots)
@@ -234,7 +241,7 @@ def _bucket(size: int, buckets: Sequence[int]) -> int:
 
 
 def _prompts(ids: Sequence[np.ndarray], count: int, size: int) -> generate.Prompts[np.ndarray]:
-    """Return prompts padded at the left to `size` tokens, and the last one again up to `count` rows."""
+    """Return prompts padded on the left to `size` tokens; the last one is repeated up to `count` rows."""
     tokens, start = np.zeros((count, size), np.int32), np.zeros(count, np.int32)
     for i in range(count):
         row = ids[min(i, len(ids) - 1)]
@@ -244,7 +251,7 @@ def _prompts(ids: Sequence[np.ndarray], count: int, size: int) -> generate.Promp
 
 
 def _keys(seeds: Sequence[int], count: int, purpose: int, attempt: int = 0) -> jax.Array:
-    """Return the keys of songs, [count], each from its own seed alone."""
+    """Return the keys of songs, [count], each derived only from its own seed."""
     found = []
     for i in range(count):
         key = jax.random.fold_in(noise.key(seeds[min(i, len(seeds) - 1)]), purpose)
@@ -257,7 +264,7 @@ def _is_complete(song: Known) -> bool:
 
 
 def _given(song: Known) -> Metadata:
-    """Return what the user gave."""
+    """Return the values that the user gave, as metadata."""
     signature = song.timesignature
     return Metadata(
         caption=song.caption,
@@ -271,8 +278,8 @@ def _given(song: Known) -> Metadata:
 
 
 def _joined(song: Known, written: Metadata, mode: str, caption: bool) -> Metadata:
-    """Return the metadata of a song: the user's values first. Lyrics are the user's, but that `format` rewrites them;
-    the model's, if it wrote any, where there were none."""
+    """Return the metadata of a song; the user's values take precedence. The lyrics are the user's unless `format`
+    rewrites them; without any, they are the model's."""
     given = _given(song)
     lyrics = song.lyrics
     if mode != "generate" and (mode == "format" or not lyrics.strip()):
@@ -292,5 +299,5 @@ def _joined(song: Known, written: Metadata, mode: str, caption: bool) -> Metadat
 def _warn_of_loops(loops: dict[int, Loop], count: int, attempt: int, attempts: int) -> None:
     for i, loop in loops.items():
         name = "codes" if count == 1 else f"codes of song {i + 1}"
-        then = "they are drawn again" if attempt + 1 < attempts else "try another seed, or more attempts"
+        then = "sampling them again" if attempt + 1 < attempts else "try another seed, or more attempts"
         logger.warning("%s: %s; %s", name, loop, then)

@@ -97,6 +97,9 @@ class _Model:
     def code_head(self):
         return None
 
+    def grow(self, cache, window):
+        return cache
+
 
 @_dataclass()
 class Recurrent(_Model):
@@ -117,7 +120,7 @@ class Recurrent(_Model):
 
         return cls(normal(ids + CODES, size), normal(size, size) / 3, normal(size, ids), normal(size, CODES))
 
-    def init_cache(self, batch, slots):
+    def init_cache(self, batch, slots, window=None):
         return jnp.zeros((batch, self.kernel.shape[0])), jnp.zeros((batch, slots), jnp.int32)
 
     def prefill(self, tokens, start, cache):
@@ -159,7 +162,7 @@ class Scripted(_Model):
             row[: len(ids)] = ids
         return cls(script)
 
-    def init_cache(self, batch, slots):
+    def init_cache(self, batch, slots, window=None):
         return jnp.zeros((batch, 1), jnp.int32)
 
     def prefill(self, tokens, start, cache):

@@ -30,7 +30,8 @@ def aligned(pipe, lyrics=LYRICS, duration=10.0):
     job = pipe.prepare(Request("rain", lyrics=lyrics, audio_duration=duration, seed=1), Sampling())
     latents = normal(job.frames, 8)
     with pipe.on_mesh(), pipe.placement.stage(pipe.networks) as networks:
-        return align(networks, pipe.tokenizer, job, latents, steps=8)
+        silent = pipe.silent_timbre.token(pipe.networks, networks)
+        return align(networks, pipe.tokenizer, job, latents, silent, steps=8)
 
 
 def test_lines_of_a_song(with_heads):

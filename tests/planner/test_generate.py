@@ -49,6 +49,7 @@ def codes(planner):
     return planner.write_codes(SONGS, METADATA, seeds=SEEDS)
 
 
+@pytest.mark.slow
 def test_alone_and_in_another_bucket(planner, codes):
     """The first song's prompt fits a smaller bucket than the second's."""
     for i in range(2):
@@ -58,6 +59,38 @@ def test_alone_and_in_another_bucket(planner, codes):
     long = planner.write_codes(SONGS, [METADATA[0], longer], seeds=SEEDS)
     assert len(long[1]) == 300
     np.testing.assert_array_equal(long[0], codes[0])
+
+
+@pytest.fixture(scope="module")
+def split(planner):
+    """The planner as it is loaded on a CPU: its layers, and their cache, are arrays of their own."""
+    leaves = {name: leaf[...] for name, leaf in checkpoint.leaves(planner.model).items()}
+    model = checkpoint.assemble(checkpoint.abstract("planner", planner.model.planner), leaves).split()
+    return Planner(model, planner.tokenizer)
+
+
+def test_as_a_cpu_reads_it(split, codes):
+    for ours, theirs in zip(split.write_codes(SONGS, METADATA, seeds=SEEDS), codes, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_five_songs_of_different_prompts_and_lengths(split, codes):
+    """Together, in ten rows with guidance, they have the largest bucket of prompts and codes; each song is
+    what it is alone. In pieces, too, across the edge at which the cache grows."""
+    songs = [*SONGS, Known(caption="rock"), Known(caption="jazz " * 200), Known(caption="folk " * 40, lyrics="La")]
+    durations = [10.3, 11.3, 52.4, 20, 5]
+    known = [
+        dataclasses.replace(METADATA[0], lyrics=song.lyrics, duration=duration)
+        for song, duration in zip(songs, durations, strict=True)
+    ]
+    seeds = [3, 4, 5, 6, 7]
+    together = split.write_codes(songs, known, seeds=seeds)
+    assert [len(one) for one in together] == [52, 57, 262, 100, 25]
+    for i, row in enumerate(together):
+        (alone,) = split.write_codes(songs[i : i + 1], known[i : i + 1], seeds=seeds[i : i + 1])
+        np.testing.assert_array_equal(alone, row)
+    (pieces,) = split.write_codes(songs[2:3], known[2:3], seeds=seeds[2:3], on_progress=lambda *_: None)
+    np.testing.assert_array_equal(pieces, together[2])
 
 
 def test_on_a_mesh(planner, codes):

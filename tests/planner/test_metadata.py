@@ -20,7 +20,7 @@ def test_values_are_normalised():
 @pytest.mark.parametrize(
     "values, message",
     [
-        (dict(caption=3), "caption: expected a text, found 3"),
+        (dict(caption=3), "caption: expected text, found 3"),
         (dict(caption="\ud800"), "caption: not valid text"),
         (dict(bpm=999), "bpm: expected 30 to 300"),
         (dict(keyscale="H major"), "keyscale: expected A to G"),

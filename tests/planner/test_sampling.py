@@ -128,7 +128,7 @@ def test_guidance_and_penalty():
         (dict(top_p=0), "top_p: expected a number above 0 and up to 1, found 0"),
         (dict(top_p=float("nan")), "top_p: expected a finite number"),
         (dict(repetition_penalty=0), "repetition_penalty: expected a number above 0"),
-        (dict(negative_prompt=None), "negative_prompt: expected a text"),
+        (dict(negative_prompt=None), "negative_prompt: expected text"),
     ],
 )
 def test_bad_input(values, message):

@@ -169,7 +169,7 @@ def test_loops_are_told_and_drawn_again(caplog):
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2 and "codes: one code repeated for 10.2 s from 0 s on" in said[0]
     assert "codes: one code repeated for 40 s from 0 s on" in said[1]
-    assert said[0].endswith("they are drawn again") and said[1].endswith("try another seed, or more attempts")
+    assert said[0].endswith("sampling them again") and said[1].endswith("try another seed, or more attempts")
     assert steps[:3] == [32, 51, 32] and steps[-1] == 200
 
 
@@ -244,7 +244,9 @@ def test_bad_input(planner):
         planner.write_metadata([Known(caption="q7" * 5000)], seeds=[0])
     with pytest.raises(InputError, match=r"codes: 30\d\d tokens with the instruction"):
         planner.write_metadata([Known(codes=[1] * 3000)], mode="understand", seeds=[0])
-    with pytest.raises(InputError, match="duration: it is not known"):
+    with pytest.raises(InputError, match="codes: this planner knows those from 0 to 39, found 40"):
+        planner.write_metadata([Known(codes=[39, 40])], mode="understand", seeds=[0])
+    with pytest.raises(InputError, match="duration: unknown"):
         planner.write_codes([WISH], [Metadata("x")], seeds=[0])
     with pytest.raises(InputError, match="seeds: expected 1, one for each song, found 2"):
         planner.write_metadata([WISH], seeds=[0, 1])
@@ -252,7 +254,7 @@ def test_bad_input(planner):
         planner.write_codes([WISH], [], seeds=[0])
     with pytest.raises(InputError, match="attempts: expected at least 1, found 0"):
         planner.write_codes([WISH], [WRITTEN], seeds=[0], attempts=0)
-    with pytest.raises(InputError, match="not of one checkpoint"):
+    with pytest.raises(InputError, match="different checkpoints"):
         tokenizer = type(planner.tokenizer)(*small.vocabulary())
         tokenizer.first_code += 1
         Planner(planner.model, tokenizer)

@@ -1,9 +1,10 @@
-"""Layers in the form that a GPU runs fastest: each with arrays of its own, and linear layers of one input fused.
+"""Layers in the form that a GPU runs fastest: each layer has its own arrays, and linear layers with the same input are
+fused. The planner on a CPU fuses them, too.
 
 A network is loaded, trained and saved with stacks of weights [L, in, out], and loops over them. On GPUs, XLA's matrix
-products do not read a slice of a stack in place: the loop copies the weights of each layer first, in every step of
-denoising. Unstacked layers need no such copies. They take the memory of the layers once more, and their loop is
-unrolled, so that it takes longer to compile.
+products do not read a slice of a stack in place: the loop first copies the weights of each layer, in every denoising
+step. Unstacked layers need no such copies. They take the memory of the layers a second time, and their loop is
+unrolled, so it takes longer to compile.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ import numpy as np
 from flax import nnx
 
 from acestep_jax.models.kernels.platform import platform
+
+# Groups of a block's linear layers that share their input, of the transformer and of Qwen3 alike.
+SHARED_INPUT = (("self_attn.to_q", "self_attn.to_k", "self_attn.to_v"), ("mlp.gate_proj", "mlp.up_proj"))
 
 
 class FusedLinear(nnx.Module):
@@ -33,23 +37,23 @@ class FusedLinear(nnx.Module):
 
 
 def project(x: jax.Array, *linears: Any) -> list[jax.Array]:
-    """Return linear(x) for each linear layer, also where `unstack` has fused them into the first one."""
+    """Return linear(x) for each linear layer, even if `unstack` has fused them into the first one."""
     return linears[0](x) if isinstance(linears[0], FusedLinear) else [linear(x) for linear in linears]
 
 
 def unstacking_pays(needed: int, limit: int | None) -> bool:
-    """Return whether to keep unstacked layers beside the stacks: on a GPU, where a quarter of the memory that JAX may
-    use, `limit`, remains for batches of songs. needed: bytes for both and for a song."""
+    """Return whether to keep unstacked layers in addition to the stacks: on a GPU, if a quarter of `limit`, the memory
+    that JAX may use, remains for batches of songs. needed: bytes for both and for one song."""
     return platform() == "gpu" and limit is not None and needed <= 0.75 * limit
 
 
 def unstack(layers: nnx.Module, groups: Sequence[tuple[str, ...]] = ()) -> nnx.List:
-    """Return the layers of a stack as modules with arrays of their own, for inference only.
+    """Return the layers of a stack as separate modules with their own arrays, for inference only.
 
     Args:
         layers: leaves [L, ...].
-        groups: dotted names of linear layers with the same input. Those of a group are fused, unless one of them has an
-            adapter, or only some are quantised.
+        groups: dotted names of linear layers with the same input. The layers of a group are fused, unless one of them
+            has an adapter, or only some are quantised.
     """
     graph, state = nnx.split(layers)
     is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
@@ -63,13 +67,13 @@ def unstack(layers: nnx.Module, groups: Sequence[tuple[str, ...]] = ()) -> nnx.L
     for i in range(count):
         layer = nnx.merge(graph, jax.tree.map(lambda v, i=i: row(v, i), state, is_leaf=is_variable))
         for names in groups:
-            _fuse(layer, names)
+            fuse(layer, names)
         rows.append(layer)
     return rows
 
 
-def _fuse(layer: nnx.Module, names: tuple[str, ...]) -> None:
-    """Replace the first of these linear layers by all of them fused, and the others by None."""
+def fuse(layer: nnx.Module, names: tuple[str, ...]) -> None:
+    """Replace the first of these linear layers, which may be stacked, with the fused layer; the others with None."""
     places = []
     for name in names:
         *path, last = name.split(".")
@@ -79,7 +83,7 @@ def _fuse(layer: nnx.Module, names: tuple[str, ...]) -> None:
         places.append((owner, last))
     linears = [getattr(owner, last) for owner, last in places]
     if not isinstance(linears[0], nnx.Linear) or len({type(linear) for linear in linears}) > 1:
-        return  # one has an adapter, or an adapter was merged into a quantised one
+        return  # one has an adapter, or only some are quantised after a merge
     fused = FusedLinear(linears)
     for i, (owner, last) in enumerate(places):
         setattr(owner, last, nnx.data(None) if i else fused)
