@@ -1,7 +1,7 @@
-"""What networks and songs take of a device's memory.
+"""The device memory that networks and songs need.
 
-Weights are counted. What a program takes beside them, its temporary arrays and its result, was read off programs
-compiled for each kind of device: `python -m benchmarks.device_memory`.
+Weights are counted. Other memory of a program, its temporary arrays and its result, was measured on programs compiled
+for each kind of device: `python -m benchmarks.device_memory`.
 """
 
 import math
@@ -25,7 +25,7 @@ from acestep_jax.models.config import (
 from acestep_jax.models.quantization import NETWORKS, quantized_layers
 from acestep_jax.models.runtime import Runtime
 
-# The transformer of each published size, beside the defaults of `TransformerConfig`.
+# The transformer of each published size, as differences from the defaults of `TransformerConfig`.
 SIZES: Mapping[str, dict[str, Any]] = MappingProxyType(
     {
         "2B": {},
@@ -38,36 +38,36 @@ SIZES: Mapping[str, dict[str, Any]] = MappingProxyType(
         ),
     }
 )
-SECONDS = (60.0, 240.0, 600.0)  # lengths of songs that programs were compiled for
+SECONDS = (60.0, 240.0, 600.0)  # durations of songs for which programs were compiled
 LONGEST = SECONDS[-1]
 
-# Temporary memory and result, GB, for one song of `SECONDS`: of denoising by size, and of decoding.
-# By platform and precision; compiled for A100, T4 and v5e, with 512 condition tokens.
+# Temporary memory and result in GB for one song of `SECONDS`: for denoising by size, and for decoding. By platform and
+# precision; compiled for A100, T4 and v5e, with 512 condition tokens.
 WORKING: Mapping[tuple[str, str], Mapping[str, tuple[float, ...]]] = MappingProxyType(
     {
-        # 60 s on one chip; 600 s as one of eight songs on a v5e 2x4 (docs/performance.md); 240 s on the line between.
-        # Of decoding, the temporary memory of 600 s with the result of each length.
+        # 60 s on one chip; 600 s as one of eight songs on a v5e 2x4 (docs/performance.md); 240 s interpolated linearly.
+        # For decoding, the temporary memory for 600 s plus the result of each duration.
         ("tpu", "bfloat16"): {
             "2B": (0.724, 0.816, 1.000),
             "XL": (1.848, 2.042, 2.430),
-            "decode": (0.524, 0.594, 0.740),
+            "decode": (0.331, 0.401, 0.543),
         },
         ("gpu", "bfloat16"): {
             "2B": (0.278, 0.353, 0.598),
             "XL": (0.495, 0.602, 1.019),
-            "decode": (0.784, 0.952, 1.259),
+            "decode": (0.496, 0.637, 0.925),
         },
         ("gpu", "mixed_float16"): {
             "2B": (0.252, 0.500, 0.906),
             "XL": (0.552, 0.821, 1.485),
-            "decode": (1.402, 1.723, 2.113),
+            "decode": (0.775, 0.916, 1.208),
         },
     }
 )
 
 
 def configs_of(size: str) -> dict[str, NetworkConfig]:
-    """Return the architectures of a published turbo model, of a size of `SIZES`."""
+    """Return the architectures of a published turbo model with a size of `SIZES`."""
     return {
         "transformer": TransformerConfig(**SIZES[size], is_turbo=True),
         "condition_encoder": ConditionEncoderConfig(),
@@ -84,12 +84,13 @@ def weight_bytes(
     """Return the bytes of the weights of each network in a precision of `runtime.PRECISIONS`.
 
     Args:
-        quantization: of the networks that `models.quantization` knows, one of `runtime.QUANTIZATIONS`; None: none.
+        quantization: quantisation of the networks in `quantization.NETWORKS`, one of `runtime.QUANTIZATIONS`; None:
+            none.
     """
     itemsize = jnp.dtype(Runtime.of(precision).param_dtype).itemsize
     found = {}
     for name, config in configs.items():
-        leaves = leaf_shapes(name, config, quantization if name in NETWORKS else None)
+        leaves = leaf_shapes(name, config, quantization if name in NETWORKS else None, precision)
         own = quantized_layers(leaves)
         found[name] = sum(
             math.prod(shape.shape) * (shape.dtype.itemsize if leaf.rpartition(".")[0] in own else itemsize)
@@ -101,14 +102,14 @@ def weight_bytes(
 def working_bytes(
     configs: Mapping[str, NetworkConfig], precision: str, platform: str, seconds: float, rows: int = 1
 ) -> dict[str, int]:
-    """Return what the programs "denoise" and "decode" take beside weights, bytes.
+    """Return the bytes that the programs "denoise" and "decode" need in addition to weights.
 
-    Between the lengths that were compiled it is taken as linear. A transformer narrower than 2B counts as 2B, one wider
-    as XL; other precisions than those that were compiled as bfloat16, float32 twice that.
+    Values are interpolated linearly between the compiled durations. A transformer narrower than 2B counts as 2B, a
+    wider one as XL. Precisions that were not compiled count as bfloat16, float32 as twice bfloat16.
 
     Args:
-        seconds: length of the songs, up to `LONGEST`.
-        rows: how many at once; a guided one counts twice.
+        seconds: duration of the songs, up to `LONGEST`.
+        rows: batch size; a song with guidance counts twice.
     """
     table = WORKING.get((platform, precision)) or WORKING["tpu" if platform == "tpu" else "gpu", "bfloat16"]
     transformer: Any = configs.get("transformer", TransformerConfig())
@@ -127,9 +128,9 @@ def needed_bytes(
     seconds: float = LONGEST,
     quantization: str | None = None,
 ) -> int:
-    """Return what a song takes with all networks on one device, with guidance unless the transformer is turbo's.
+    """Return the bytes that a song needs with all networks on one device, with guidance unless it is a turbo model.
 
-    It does not count the second copy of the layers that a GPU with enough memory keeps, see `placement`.
+    This does not include the second copy of the layers that a GPU with enough memory keeps, see `placement`.
     """
     weights = sum(weight_bytes(configs, precision, quantization).values())
     working = working_bytes(configs, precision, platform, seconds)
@@ -143,7 +144,7 @@ def needed_in_turn(
     seconds: float,
     quantization: str | None = None,
 ) -> int:
-    """Return what a song takes with networks copied to the device in turn, see `placement`."""
+    """Return the bytes that a song needs if networks are copied to the device one at a time, see `placement`."""
     weights = weight_bytes(configs, precision, quantization)
     working = working_bytes(configs, precision, platform, seconds)
     encoding = sum(weights[name] for name in weights if name != "transformer")
@@ -153,6 +154,6 @@ def needed_in_turn(
 
 
 def _branches(configs: Mapping[str, NetworkConfig]) -> int:
-    """Return how many velocities a step computes for a song: guidance contrasts two."""
+    """Return the number of velocities per song and step: two with guidance."""
     transformer: Any = configs.get("transformer")
     return 1 if transformer is None or transformer.turbo else 2

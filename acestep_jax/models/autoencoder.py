@@ -1,6 +1,6 @@
 """Oobleck: a convolutional variational autoencoder between 48 kHz stereo audio and 25 Hz latents.
 
-Inside, arrays are [B, time, channels]; audio enters and leaves as [B, channels, samples].
+Internally, arrays are [B, time, channels]; audio inputs and outputs are [B, channels, samples].
 Source: diffusers `AutoencoderOobleck`. Weight norm is folded into the kernels when a checkpoint is converted.
 """
 
@@ -17,7 +17,7 @@ from acestep_jax.errors import InputError
 from acestep_jax.models.config import AutoencoderConfig
 from acestep_jax.models.kernels.convolution import convolve, convolve_transposed, default_tile_frames
 from acestep_jax.models.kernels.sine import sine
-from acestep_jax.models.layers import parameter
+from acestep_jax.models.layers import lecun_normal, parameter
 from acestep_jax.models.runtime import DEFAULT_RUNTIME, Runtime
 
 
@@ -64,7 +64,7 @@ class UpsampleConv(nnx.Module):
     """Transposed convolution: each input frame becomes `stride` samples. Kernel [2, in, stride, out]."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, runtime: Runtime, *, rngs: nnx.Rngs):
-        init = nnx.initializers.lecun_normal(in_axis=(0, 1), out_axis=(2, 3))
+        init = lecun_normal(in_axis=(0, 1), out_axis=(2, 3))
         value = init(rngs.params(), (2, inputs, stride, outputs), jnp.dtype(runtime.param_dtype))
         self.kernel = parameter(value, None, "channels", None, "channels")
         self.bias = parameter(jnp.zeros((outputs,), runtime.param_dtype), "channels")
@@ -126,7 +126,7 @@ class OobleckDecoderBlock(nnx.Module):
 class OobleckEncoder(nnx.Module):
     """[B, samples, audio channels] -> [B, samples / 1920, 2 * 64].
 
-    length: int32, the samples that count, as `OobleckDecoder` has it for frames.
+    length: int32, number of valid samples; later ones are read as zeros, see `OobleckDecoder`.
     """
 
     def __init__(self, config: AutoencoderConfig, *, runtime: Runtime, rngs: nnx.Rngs):
@@ -149,14 +149,14 @@ class OobleckEncoder(nnx.Module):
         for block in self.block:
             x = block(x, length)
             if length is not None:
-                length = length // block.stride  # what is left of a stride is dropped, as at the end of an array
+                length = length // block.stride  # an incomplete stride is dropped, as at the end of an array
         return self.conv2(self.snake1(x), length)
 
 
 class OobleckDecoder(nnx.Module):
     """[B, frames, 64] -> [B, frames * 1920, audio channels].
 
-    length: int32, the frames that count. What follows is read as the zeros that every convolution pads with.
+    length: int32, number of valid frames. Later frames are read as zeros, the padding of every convolution.
     """
 
     def __init__(self, config: AutoencoderConfig, *, runtime: Runtime, rngs: nnx.Rngs):
@@ -188,7 +188,7 @@ class DiagonalGaussian(NamedTuple):
 
     @classmethod
     def of(cls, y: jax.Array) -> "DiagonalGaussian":
-        """Make it of what the encoder returns, [B, T, 2 * 64]."""
+        """Return the posterior for an output of the encoder, [B, T, 2 * 64]."""
         mean, scale = jnp.split(y, 2, axis=-1)
         return cls(mean, jax.nn.softplus(scale) + 1e-4)
 
@@ -198,7 +198,7 @@ class DiagonalGaussian(NamedTuple):
 
 
 class AutoencoderOobleck(nnx.Module):
-    """Waveform <-> latents. Long inputs are cut into overlapping windows; the result is that of one piece."""
+    """Waveform <-> latents. Long inputs are processed in overlapping windows, with the same result as in one piece."""
 
     def __init__(self, config: AutoencoderConfig, *, runtime: Runtime = DEFAULT_RUNTIME, rngs: nnx.Rngs):
         self.config, self.runtime = config, runtime
@@ -211,12 +211,13 @@ class AutoencoderOobleck(nnx.Module):
     ) -> DiagonalGaussian:
         """Encode [B, channels, samples] in [-1, 1] to the posterior over [B, samples // hop_length, 64].
 
-        As in the torch model, samples beyond the last whole frame are only context for it.
+        As in the torch model, samples beyond the last whole frame only serve as context for it.
 
         Args:
-            lengths: [B] int32, the samples of each item; what follows is padding. Of the result, the first
-                lengths // hop_length frames are those of the item without padding, the others arbitrary.
-            tile_frames: how many frames are encoded at once at most; None: what suits the backend.
+            lengths: [B] int32, number of samples of each item; later samples are padding. The first
+                lengths // hop_length frames of the result equal those of the item without padding; the others are
+                arbitrary.
+            tile_frames: maximum number of frames encoded at once; None: the default for the backend.
 
         Raises:
             InputError: if the audio is shorter than one frame, or tile_frames is too small.
@@ -228,19 +229,19 @@ class AutoencoderOobleck(nnx.Module):
             raise InputError(f"audio: {audio.shape[-1]} samples are less than one latent frame of {hop}")
         x = jnp.moveaxis(audio, 1, 2).astype(self.runtime.dtype)
         overlap = math.ceil(_encoder_field(self.config) / hop)
-        # The samples beyond the last frame stay with the last window, so every window carries as many.
+        # The last window includes the samples beyond the last frame, so every window has room for them.
         extra = audio.shape[-1] - frames * hop
         windows = _Windows.of(frames, most, overlap)
         if lengths is not None:
             lengths = lengths.astype(jnp.int32)
 
         def run(i):
-            item, begin, first = windows.at(i)
+            item, begin, start = windows.at(i)
             window = jax.lax.dynamic_slice(
                 x, (item, begin * hop, 0), (1, windows.size * hop + extra, self.config.audio_channels)
             )
             y = self.encoder(window, None if lengths is None else lengths[item] - begin * hop)
-            return windows.keep(y[0, : windows.size], first)
+            return windows.keep(y[0, : windows.size], start - begin)
 
         y = jax.lax.map(run, jnp.arange(x.shape[0] * windows.count))
         return DiagonalGaussian.of(y.reshape(x.shape[0], -1, y.shape[-1])[:, :frames])
@@ -248,13 +249,14 @@ class AutoencoderOobleck(nnx.Module):
     def decode(
         self, latents: jax.Array, lengths: jax.Array | None = None, *, tile_frames: int | None = None
     ) -> jax.Array:
-        """Decode [B, frames, 64] to audio [B, channels, frames * hop_length], not limited to [-1, 1].
+        """Decode [B, frames, 64] to audio [B, channels, frames * hop_length] float32, not limited to [-1, 1].
 
-        One window of one item after the other, each on one device; on a mesh in use, all devices share the windows.
+        Windows are decoded one after the other, each on one device; with an active mesh, they are divided among all
+        devices.
 
         Args:
-            lengths: [B] int32, the frames of each item; what follows is padding, and arbitrary in the result.
-            tile_frames: how many frames are decoded at once at most; None: what suits the backend.
+            lengths: [B] int32, number of frames of each item; later frames are padding, and arbitrary in the result.
+            tile_frames: maximum number of frames decoded at once; None: the default for the backend.
 
         Raises:
             InputError: if tile_frames is too small to leave anything between two overlaps.
@@ -268,18 +270,27 @@ class AutoencoderOobleck(nnx.Module):
         devices = 1 if mesh.empty else mesh.size
         windows = _Windows.of(frames, most, _decoder_field(self.config), devices // math.gcd(batch, devices))
 
+        def window(decoder, x, lengths, i, fitted=False):
+            item, begin, start = windows.at(i, fitted)
+            piece = jax.lax.dynamic_slice(x, (item, begin, 0), (1, windows.size, channels))
+            y = decoder(piece, None if lengths is None else lengths[item] - begin)[0]
+            y = windows.keep(y, start - begin, self.hop_length).T  # [channels, samples]
+            return item, start, y.astype(jnp.float32)
+
+        if devices == 1:
+            # Written where they belong: joining them afterwards would take the memory of the song twice more.
+            def write(audio, i):
+                item, start, y = window(self.decoder, x, lengths, i, fitted=True)
+                return jax.lax.dynamic_update_slice(audio, y[None], (item, 0, start * self.hop_length)), None
+
+            empty = jnp.zeros((batch, self.config.audio_channels, frames * self.hop_length), jnp.float32)
+            return jax.lax.scan(write, empty, jnp.arange(batch * windows.count))[0]
+
         def run(decoder, x, lengths, items):
-            def window(i):
-                item, begin, first = windows.at(i)
-                window = jax.lax.dynamic_slice(x, (item, begin, 0), (1, windows.size, channels))
-                y = decoder(window, None if lengths is None else lengths[item] - begin)[0]
-                return windows.keep(y, first, self.hop_length).T  # [channels, samples]
+            return jax.lax.map(lambda i: window(decoder, x, lengths, i)[2], items)
 
-            return jax.lax.map(window, items)
-
-        if devices > 1:
-            items = P(mesh.axis_names)
-            run = jax.shard_map(run, in_specs=(P(), P(), P(), items), out_specs=items, check_vma=False)
+        items = P(mesh.axis_names)
+        run = jax.shard_map(run, in_specs=(P(), P(), P(), items), out_specs=items, check_vma=False)
         y = run(self.decoder, x, lengths, jnp.arange(batch * windows.count))
         y = y.reshape(batch, windows.count, *y.shape[1:]).swapaxes(1, 2)
         return y.reshape(batch, y.shape[1], -1)[:, :, : frames * self.hop_length]
@@ -287,9 +298,9 @@ class AutoencoderOobleck(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class _Windows:
-    """How the frames of an item are cut into windows of one size, of each of which `step` frames are kept: those that
-    are `overlap` frames from its inner edges. At the ends of the item the network's own zero padding holds, as without
-    windows.
+    """The division of an item's frames into windows of one size. Of each window, `step` frames are kept, which are
+    `overlap` frames away from its inner edges. At the ends of the item the network's own zero padding applies, as
+    without windows.
     """
 
     frames: int
@@ -300,21 +311,26 @@ class _Windows:
 
     @classmethod
     def of(cls, frames: int, most: int, overlap: int, multiple: int = 1) -> "_Windows":
-        """Return windows of at most `most` frames, a multiple of `multiple` of them; raise InputError if impossible."""
+        """Return windows of at most `most` frames; their number is a multiple of `multiple`. Raise InputError if this
+        is impossible."""
         if frames <= most and multiple == 1:
             return cls(frames, frames, frames, overlap, 1)
         if most <= 2 * overlap:
-            raise InputError(f"tile_frames: {most} leaves nothing between two overlaps of {overlap} frames; enlarge it")
+            raise InputError(f"tile_frames: {most} leaves nothing between two overlaps of {overlap} frames; raise it")
         count = -(-frames // (most - 2 * overlap))
         count = -(-count // multiple) * multiple
         step = -(-frames // count)
         return cls(frames, min(frames, step + 2 * overlap), step, overlap, count)
 
-    def at(self, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return of window i of all items' windows: the item, its first frame and the first one within it to keep."""
-        item, i = i // self.count, i % self.count
-        begin = jnp.clip(i * self.step - self.overlap, 0, self.frames - self.size)
-        return item, begin, i * self.step - begin
+    def at(self, i: jax.Array, fitted: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the item of window i, the window's first frame, and the first of the item's frames to keep from it.
+
+        Args:
+            fitted: whether the frames to keep of the last window move back, so that they end with the item.
+        """
+        item, start = i // self.count, i % self.count * self.step
+        start = jnp.minimum(start, self.frames - self.step) if fitted else start
+        return item, jnp.clip(start - self.overlap, 0, self.frames - self.size), start
 
     def keep(self, y: jax.Array, first: jax.Array, rate: int = 1) -> jax.Array:
         """Cut [size * rate, C] to [step * rate, C], with zeros past the end of the item."""
@@ -323,7 +339,7 @@ class _Windows:
 
 
 def _kernel(shape: tuple[int, int, int], runtime: Runtime, rngs: nnx.Rngs) -> nnx.Param:
-    init = nnx.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
+    init = lecun_normal(in_axis=(0, 1), out_axis=2)
     return parameter(init(rngs.params(), shape, jnp.dtype(runtime.param_dtype)), None, "channels", "channels")
 
 
@@ -331,11 +347,11 @@ def _zero_from(length: jax.Array | None, x: jax.Array) -> jax.Array:
     return x if length is None else jnp.where(jnp.arange(x.shape[1])[:, None] < length, x, 0)
 
 
-_UNIT_FIELD = 3 * (1 + 3 + 9)  # samples to either side that three residual units read
+_UNIT_FIELD = 3 * (1 + 3 + 9)  # samples on either side that three residual units read
 
 
 def _decoder_field(config: AutoencoderConfig) -> int:
-    """Return the receptive field: the latent frames to either side of a frame that its samples depend on."""
+    """Return the receptive field: the number of latent frames on either side that a frame's samples depend on."""
     field = 3
     for stride in config.downsampling_ratios:
         field = math.ceil((field + _UNIT_FIELD) / stride) + 1
@@ -343,7 +359,7 @@ def _decoder_field(config: AutoencoderConfig) -> int:
 
 
 def _encoder_field(config: AutoencoderConfig) -> int:
-    """Return the receptive field: the samples to either side of a frame that its latents depend on."""
+    """Return the receptive field: the number of samples on either side that a frame's latents depend on."""
     rate = config.patch_size
     field = 4 * rate
     for stride in config.downsampling_ratios:

@@ -187,6 +187,14 @@ def test_decode_is_the_same_on_a_mesh(songs, padded):
         assert_close(found[i, :, :samples], expected[i, :, :samples], 1e-6)
 
 
+def test_a_song_of_ten_minutes_is_decoded_within_a_gigabyte():
+    """Temporary memory of the published size in float32, beside the weights and the song itself."""
+    network = checkpoint.abstract("vae", AutoencoderConfig(), Runtime())
+    latents = jax.ShapeDtypeStruct((1, 15000, 64), jnp.float32)
+    compiled = jax.jit(lambda network, latents: network.decode(latents)).lower(network, latents).compile()
+    assert 1e8 < compiled.memory_analysis().temp_size_in_bytes < 1e9
+
+
 def test_a_mesh_shares_the_windows():
     """As many for every device, and as large as they need to be, no larger."""
     windows = autoencoder._Windows.of(87, 512, 20, 8)
@@ -284,6 +292,7 @@ def test_patches_are_channels():
     assert_close(decode(ours, z), sound, 1e-6)
 
 
+@pytest.mark.slow
 def test_patches_in_tiles_and_padding():
     ours, _ = patched()
     z, x = latents(ours, 87), audio(ours, 87, 7)
@@ -309,4 +318,4 @@ def test_config_and_dtype():
     for tile in (60, 45):
         y = jax.eval_shape(lambda n, tile=tile: n.decode(jnp.zeros((1, 50, 4)), tile_frames=tile), network)
         posterior = jax.eval_shape(lambda n, tile=tile: n.encode(jnp.zeros((1, 1, 400)), tile_frames=tile), network)
-        assert y.dtype == posterior.mean.dtype == posterior.std.dtype == jnp.bfloat16
+        assert y.dtype == jnp.float32 and posterior.mean.dtype == posterior.std.dtype == jnp.bfloat16

@@ -5,21 +5,21 @@ import jax.numpy as jnp
 
 from acestep_jax.models.kernels.platform import platform
 
-# On a TPU, from this length on, time is cut into rows of at most as many samples.
+# On a TPU, time axes of this length or more are cut into rows of at most this many samples.
 ROW = 1024
 
-# Latent frames of a song that the autoencoder takes at once (20.5 s): what bounds its memory, whatever the length.
-# A TPU takes fewer: the time that XLA needs to compile grows with them.
-TILE_FRAMES, TPU_TILE_FRAMES = 512, 128
+# Latent frames that the autoencoder processes at once, which bounds its memory: less than 1 GB for any song. A T4's
+# activations are float32, as a CPU's; a TPU's compile time grows with the frames.
+TILE_FRAMES = {"cpu": 256, "gpu": 192, "tpu": 128}
 
 
 def default_tile_frames() -> int:
-    """Return how many latent frames the autoencoder takes at once unless told otherwise."""
-    return TPU_TILE_FRAMES if platform() == "tpu" else TILE_FRAMES
+    """Return how many latent frames the autoencoder processes at once unless told otherwise."""
+    return TILE_FRAMES.get(platform(), TILE_FRAMES["cpu"])
 
 
 def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1, padding: int = 0) -> jax.Array:
-    """Convolve x [B, T, in] with a kernel [size, in, out], with `padding` zeros at either end."""
+    """Convolve x [B, T, in] with a kernel [size, in, out], with `padding` zeros at each end."""
     size = kernel.shape[0]
     if platform() == "tpu":
         if size == 1 and stride == 1 and padding == 0:
@@ -35,13 +35,13 @@ def convolve_transposed(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     kernel: [2, in, stride, out].
 
-    Sample r of frame j sees inputs j - 1, j and, after the crop, j + 1. So it is an ordinary convolution of size two
-    with `stride` times the channels, whose output is read row by row.
+    Sample r of frame j depends on inputs j - 1, j and, after the crop, j + 1. So this is an ordinary convolution of
+    size two with `stride` times the channels, whose output is reshaped row by row.
     """
     _, inputs, stride, outputs = kernel.shape
     crop = stride // 2
     if platform() == "tpu" and x.shape[1] >= ROW:
-        # The crop shifts what is read row by row, which a TPU does slowly; here the kernel is shifted, to size three.
+        # The crop would shift the rows of the output, which is slow on a TPU; shift the kernel instead, to size three.
         zeros = jnp.zeros_like(kernel[0, :, :crop])
         first = jnp.concatenate([kernel[0, :, crop:], zeros], axis=1)
         middle = jnp.concatenate([kernel[1, :, crop:], kernel[0, :, :crop]], axis=1)
@@ -49,7 +49,7 @@ def convolve_transposed(x: jax.Array, kernel: jax.Array) -> jax.Array:
         shifted = jnp.stack([first, middle, last]).reshape(3, inputs, stride * outputs)
         return convolve(x, shifted, padding=1).reshape(x.shape[0], -1, outputs)
     if platform() == "cpu":
-        # A product: XLA for CPU takes a hundred times as long for the gradient of this convolution's kernel.
+        # As a product: the kernel gradient of this convolution takes a hundred times as long with XLA for CPU.
         x = jnp.pad(x, ((0, 0), (1, 1), (0, 0)))
         pairs = jnp.concatenate([x[:, :-1], x[:, 1:]], axis=-1)
         y = pairs @ kernel.reshape(2 * inputs, stride * outputs).astype(x.dtype)
@@ -71,8 +71,8 @@ def _convolve(x, kernel, stride, dilation, padding):
 
 
 def _rows(length: int) -> int | None:
-    """Return how many rows to cut into, None for one: at least eight, so to fill a TPU's lanes; preferably rows of a
-    multiple of eight samples."""
+    """Return the number of rows to cut into, or None for one: at least eight, to fill a TPU's lanes, and preferably
+    with a multiple of eight samples per row."""
     if length < ROW:
         return None
     counts = [n for n in range(8, length // 64 + 1) if length % n == 0 and length // n <= ROW]
@@ -80,16 +80,16 @@ def _rows(length: int) -> int | None:
 
 
 def _convolve_rows(x, kernel, dilation, halo, rows):
-    """Convolve a batch of rows, each with what it needs of its neighbours.
+    """Convolve a batch of rows, each with a halo of its neighbours' samples.
 
-    XLA for TPU takes minutes to compile the decoder's convolutions over one long row; in rows they run in a quarter of
-    the time.
+    XLA for TPU takes minutes to compile the decoder's convolutions over one long row; cut into rows, they run in a
+    quarter of the time.
     """
     b, t, channels = x.shape
     x = x.reshape(b, rows, t // rows, channels)
     before = jnp.pad(x[:, :-1, t // rows - halo :], ((0, 0), (1, 0), (0, 0), (0, 0)))
     after = jnp.pad(x[:, 1:, :halo], ((0, 0), (0, 1), (0, 0), (0, 0)))
     x = jnp.concatenate([before, x, after], axis=2).reshape(b * rows, -1, channels)
-    # What comes before would be fused into the convolution, and computed again for each of its taps.
+    # Otherwise XLA would fuse the operations before it into the convolution, and recompute them for each tap.
     x = jax.lax.optimization_barrier(x)
     return _convolve(x, kernel, 1, dilation, 0).reshape(b, t, -1)
