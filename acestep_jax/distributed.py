@@ -53,7 +53,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) 
         data: number of copies of the model, each with a part of the batch.
         fsdp: number of parts of the weights, gathered layer by layer; also splits the batch.
         tensor: number of parts of heads and mlp.
-        sequence: number of parts of the time axis; tokens that it does not divide are replicated.
+        sequence: number of parts of the time axis; tokens are replicated if it does not divide their number.
 
     Raises:
         InputError: if the product is not the number of devices.
@@ -114,8 +114,17 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape, mesh))
 
 
+def batch_shards(size: int) -> int:
+    """Return into how many parts the current mesh splits a batch of this size."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    axes = partition_spec(("batch",), (size,), mesh)[0]
+    return math.prod(mesh.shape[axis] for axis in axes or ())
+
+
 def variable_sharding(variable: nnx.Variable, mesh: Mesh | None):
-    """Return the sharding of a parameter: on `mesh` by its logical names, or whole on this process's first device."""
+    """Return the sharding of a parameter: on `mesh` by its logical names, or on this process's first device."""
     if mesh is None:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     names = variable.get_metadata("out_sharding", None) or (None,) * len(variable.shape)
@@ -147,10 +156,10 @@ def join_processes(text: str) -> None:
     """Connect to the other processes.
 
     Args:
-        text: "HOST:PORT,COUNT,INDEX", or "" for what JAX finds out by itself (TPU pods, SLURM, Open MPI).
+        text: "HOST:PORT,COUNT,INDEX", or "" if JAX detects the cluster itself (TPU pods, SLURM, Open MPI).
 
     Raises:
-        InputError: if it is something else, or JAX finds no cluster.
+        InputError: if the text is something else, or JAX finds no cluster.
     """
     if not text:
         try:
@@ -168,14 +177,14 @@ def join_processes(text: str) -> None:
 
 
 def on_host(x: jax.Array) -> np.ndarray:
-    """Return all of an array, also of one that is spread over several processes."""
+    """Return the whole array on the host, even if it is spread over several processes."""
     return np.asarray(x) if x.is_fully_addressable else np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 _ALONE = """
 import os, pickle, sys
 answer = os.fdopen(os.dup(1), "wb")
-os.dup2(2, 1)  # what libraries print is no part of the answer
+os.dup2(2, 1)  # output of libraries must not mix with the answer
 function, arguments = pickle.load(sys.stdin.buffer)
 try:
     result = True, function(*arguments)
@@ -187,11 +196,11 @@ with answer:
 
 
 def alone(function: Callable[..., R], *arguments: Any) -> R:
-    """Return what a function returns in a process of its own, which knows of no others and computes on the CPU: for
-    libraries that wait for all processes of a cluster, in work that only one of them does.
+    """Call a function in a separate process, which is not part of the cluster and computes on the CPU; return its
+    result. This is for libraries that wait for all processes of a cluster, in work that only one of them does.
 
     Args:
-        function, arguments: what can be pickled, as the result and what it raises.
+        function, arguments: must be picklable, as must the result and the errors of the function.
     """
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
@@ -207,16 +216,16 @@ def alone(function: Callable[..., R], *arguments: Any) -> R:
     return result
 
 
-# What processes with different shares of the work tell each other goes through JAX's key-value store, to which there is
-# no public door. A collective of the devices would do as well, but it blocks them while others are still at work, and
-# fails if they are so for long.
+# Processes with different parts of the work communicate through JAX's key-value store, which has no public API. A
+# collective operation on the devices would also work, but it blocks them while others are still busy, and fails if that
+# takes long.
 
 POLL_SECONDS = 5
-_number = itertools.count()  # of exchanges; all processes make the same ones in the same order
+_number = itertools.count()  # index of exchanges; all processes make the same ones in the same order
 
 
 def exchange(text: str) -> list[str]:
-    """Return what each process has given here, in their order; wait until all have."""
+    """Return the texts that all processes passed to this function, in their order; wait for all of them."""
     if jax.process_count() == 1:
         return [text]
     client: Any = service.global_state.client
@@ -241,10 +250,10 @@ def leader_host() -> str:
 
 @contextlib.contextmanager
 def all_succeed() -> Iterator[None]:
-    """Wait, at the end, for the other processes; where one has raised, all raise.
+    """Wait, at the end, for the other processes; if one has raised an error, all raise one.
 
     Raises:
-        Preempted, InputError, OSError: as in this process; else for another one.
+        Preempted, InputError, OSError: this process's own error; otherwise, the error for another process.
     """
     failure: Exception | None = None
     try:
@@ -262,7 +271,7 @@ def all_succeed() -> Iterator[None]:
 
 
 def announce(name: str) -> None:
-    """Tell the other processes that something has happened."""
+    """Announce an event to the other processes."""
     if jax.process_count() > 1:
         client: Any = service.global_state.client
         client.key_value_set(name, "", allow_overwrite=True)

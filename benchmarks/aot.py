@@ -1,4 +1,4 @@
-"""What ahead-of-time compilation for TPUs and GPUs has in common: the options, and one row of a table a program."""
+"""Shared parts of ahead-of-time compilation for TPUs and GPUs: the options, and a table with one row per program."""
 
 import argparse
 import dataclasses
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-# First of all: it prepares the environment for JAX.
+# Imported first, because it prepares the environment for JAX.
 from benchmarks.targets import Target, devices_of, make_mesh, mesh_text, target_of  # isort: skip
 
 import jax
@@ -24,7 +24,7 @@ MEMORY = ("arguments GB", "temporary GB", "output GB", "total GB", "fits")
 
 
 def add_options(parser: argparse.ArgumentParser, stages: Sequence[str] = STAGES) -> None:
-    """Add the options that choose the programs."""
+    """Add the options that select the programs."""
     add = parser.add_argument
     add("--stage", nargs="+", choices=stages, default=["denoise", "decode"], help="programs [denoise decode]")
     add(
@@ -38,27 +38,27 @@ def add_options(parser: argparse.ArgumentParser, stages: Sequence[str] = STAGES)
     add("--seconds", type=float, nargs="+", default=[240, 600], help="lengths of audio [240 600]")
     add("--batch", type=int, nargs="+", default=[1], help="batch sizes [1]")
     add("--mesh", help="mesh, such as tensor=2,sequence=4 [data or sequence, as the batch allows]")
-    add("--method", nargs="+", choices=("lora", "full"), default=["lora"], help="methods of training [lora]")
+    add("--method", nargs="+", choices=("lora", "full"), default=["lora"], help="training methods [lora]")
     add("--rank", type=int, default=64, help="rank of adapters [64]")
     add("--remat", choices=("none", "dots", "full"), default="none", help="rematerialisation in training [none]")
     add("--accumulation", type=int, default=1, help="number of parts of a training batch [1]")
     add("--layers", type=int, help="layers of the transformer [all]")
     add("--condition-tokens", type=int, default=512, help="number of tokens to attend to [512]")
-    add("--quantization", choices=QUANTIZATIONS, help="8 bits for the weights of layers in denoising [none]")
+    add("--quantization", choices=QUANTIZATIONS, help="8-bit weights of layers in denoising [none]")
     add("--xla", nargs="+", default=[], metavar="NAME=VALUE", help="further options of XLA's compiler")
     add("--hlo", type=Path, metavar="DIR", help="folder for the compiled programs")
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Hold a compiled program's text and memory, bytes of one chip."""
+    """The text and the memory of a compiled program, in bytes per chip."""
 
     text: str
     arguments: int
     temporary: int
-    output: int  # what does not reuse the memory of an argument
-    flops_counted: float  # the compiler's own figure: the body of a loop counts once, custom calls not at all
-    seconds: float  # of compilation
+    output: int  # without outputs that reuse the memory of an argument
+    flops_counted: float  # the compiler's count: a loop's body counts once, and custom calls are left out
+    seconds: float  # compile time
 
     @property
     def total(self) -> int:
@@ -68,8 +68,8 @@ class Compiled:
 def compile_program(
     program: Program, mesh: Mesh, target: Target, options: dict[str, str | bool] | None = None
 ) -> Compiled:
-    """Compile a program for devices that are not present, with further options of XLA; raises
-    jax.errors.JaxRuntimeError."""
+    """Compile a program for devices that are not present, with further XLA options; raise jax.errors.JaxRuntimeError if
+    that fails."""
     with jax.set_mesh(mesh):
         lowered = program.function.trace(*program.arguments, **program.static).lower(
             lowering_platforms=(target.platform,)
@@ -85,11 +85,11 @@ def compile_program(
 
 
 def print_programs(options: argparse.Namespace, device_sets: Iterable[tuple[str, int]], columns, describe) -> None:
-    """Print a table with a row for each program, on each of the devices: their name and how many there are.
+    """Print a table with a row for each program on each of the device sets, given as (name, count).
 
     Args:
-        columns: after those that all tables have.
-        describe: returns those columns, of a program, `Compiled`, its target and its mesh.
+        columns: columns to add to those that all tables have.
+        describe: function from a program, its `Compiled`, its target and its mesh to these columns.
     """
     print_row((*HEAD, *MEMORY, *columns, "compile s"))
     print_row(["---"] * (len(HEAD) + len(MEMORY) + len(columns) + 1))

@@ -1,6 +1,6 @@
-"""Performance of Oobleck's decoder against diffusers' own: `python -m benchmarks.autoencoder`.
+"""Performance of Oobleck's decoder compared with diffusers' own: `python -m benchmarks.autoencoder`.
 
-Both have the same random weights and latents and run in one process, with their calls in turn.
+Both have the same random weights and latents, and run in one process with alternating calls.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def sides(dtype: str, shape: tuple[int, int, int], names: list[str]) -> dict[str, measure.Side]:
-    """Return the sides of these names, with the same weights and latents."""
+    """Return the sides with these names, with the same weights and latents."""
     latents = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     theirs = randomise(TorchAutoencoder(**ARGUMENTS).eval())
     made = {}

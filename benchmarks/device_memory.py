@@ -1,14 +1,14 @@
-"""What a song takes of a device's memory, by compiling its programs for devices that are not present.
+"""The device memory that a song needs, found by compiling its programs for devices that are not present.
 
 `python -m benchmarks.device_memory --device t4 l4 a100 h100` needs `jax[cuda12]`, `--device v5e v6e` needs `jax[tpu]`;
-neither needs the device. Prints, for one song, the temporary memory and the result of the denoising and the decoding
-program in the precision that `precision_for` gives the device. `acestep_jax.memory` holds these figures, and `--table`
-prints what follows from them: which models fit which devices.
+neither needs the device. It prints, for one song, the temporary and output memory of the denoising and decoding
+programs in the precision that `precision_for` chooses for the device. `acestep_jax.memory` holds these figures, and
+`--table` prints which models fit on which devices according to them.
 """
 
 import argparse
 
-# First of all: they prepare the environment for JAX.
+# Imported first, because they prepare the environment for JAX.
 from benchmarks import aot  # isort: skip
 from benchmarks.targets import devices_of, make_mesh, target_of  # isort: skip
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device_memory", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--device", nargs="+", choices=(*GPUS, *TPUS), default=[], help="devices to compile for")
-    add("--table", action="store_true", help="print what fits where, from the figures in acestep_jax.memory")
+    add("--table", action="store_true", help="print which models fit where, from the figures in acestep_jax.memory")
     add("--size", nargs="+", choices=TRANSFORMER_SIZES, default=list(TRANSFORMER_SIZES), help="transformers [all]")
     add("--seconds", type=float, nargs="+", default=[60, 240, 600], help="lengths of audio [60 240 600]")
     add("--batch", type=int, default=1, help="number of songs [1]")
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def table() -> list[str]:
-    """Return the lines of a table in Markdown: what songs need, and how they fit."""
+    """Return the lines of a Markdown table: the memory that songs need, and where they fit."""
     songs = " / ".join(f"{seconds:g}" for seconds in budget.SECONDS)
     head = ("device", "JAX may take GB", "dtype", "model", "weights GB", f"{songs} s need GB", "in turn GB", "result")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]

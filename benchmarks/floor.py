@@ -1,11 +1,13 @@
-"""The least number of floating-point operations of each network: only matrix products, a multiply-add counted as two.
+"""The minimum number of floating-point operations of each network: only matrix products, a multiply-add counts as two.
 
-Padding, the parts of blocks outside a band and elementwise work are not counted, so a time over this floor shows them.
+Padding, the parts of blocks outside a band and elementwise work are not counted, so times above this floor show them.
 """
 
 from acestep_jax.memory import SIZES
 from acestep_jax.models.config import (
     AttentionConfig,
+    AudioTokenDetokenizerConfig,
+    AudioTokenizerConfig,
     AutoencoderConfig,
     ConditionEncoderConfig,
     PlannerConfig,
@@ -25,7 +27,7 @@ PLANNER_SIZES = {
 def transformer_flops(config: TransformerConfig, frames: int, condition_tokens: int, batch: int = 1) -> float:
     """Return the FLOPs of one forward pass over `frames` latent frames.
 
-    The `condition_tokens` tokens that are attended to are embedded and projected too.
+    This includes embedding and projecting the `condition_tokens` condition tokens.
     """
     weights, condition, attention = _transformer_products(config, frames, condition_tokens)
     return 2.0 * batch * (weights + condition + attention)
@@ -34,12 +36,12 @@ def transformer_flops(config: TransformerConfig, frames: int, condition_tokens: 
 def training_flops(
     config: TransformerConfig, frames: int, condition_tokens: int, batch: int = 1, *, rank: int | None = None
 ) -> float:
-    """Return the FLOPs of a forward and a backward pass of all weights, or with `rank` only of adapters.
+    """Return the FLOPs of a forward and a backward pass when training all weights or, with `rank`, only adapters.
 
-    Adapters are those of attention's linear layers. The backward pass of a product of two activations, as in attention,
-    costs twice its forward pass. That of a product with a weight costs twice if the weight is trained, else as much, or
-    nothing if its input does not depend on what is trained, as for the condition. What is computed a second time to
-    save memory is not counted.
+    Adapters are on the linear layers of attention. The backward pass of a product of two activations, as in attention,
+    costs twice its forward pass. For a product with a weight it costs twice the forward pass if the weight is trained,
+    else the same, or nothing if the input does not depend on trained parameters, as for the condition.
+    Rematerialisation is not counted.
     """
     weights, condition, attention = _transformer_products(config, frames, condition_tokens)
     if rank is None:
@@ -52,7 +54,7 @@ def training_flops(
 
 
 def _transformer_products(config: TransformerConfig, frames: int, condition_tokens: int) -> tuple[int, int, int]:
-    """Return the multiply-adds of latents with weights, of the condition with weights, and of attention's products."""
+    """Return the multiply-adds of latents with weights, of the condition with weights, and of attention."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     tokens = -(-frames // config.patch_size)
@@ -73,22 +75,37 @@ def lyric_encoder_flops(config: ConditionEncoderConfig, tokens: int, batch: int 
     return 2.0 * batch * (tokens * config.text_hidden_dim * config.hidden_size + _layers(config, windows, tokens))
 
 
+def tokenizer_flops(
+    tokenizer: AudioTokenizerConfig, detokenizer: AudioTokenDetokenizerConfig, frames: int, batch: float = 1
+) -> float:
+    """Return the FLOPs from latents to codes and back; each window of frames has layers of its own, in the tokenizer
+    with one token more."""
+    total = 0
+    for config, extra in ((tokenizer, 1), (detokenizer, 0)):
+        size, hidden = config.pool_window_size, config.hidden_size
+        windows = config.windows(config.num_attention_pooler_hidden_layers)
+        embedded = size if extra else 1
+        products = embedded * hidden**2 + size * config.audio_acoustic_hidden_dim * hidden
+        total += -(-frames // size) * (products + _layers(config, windows, size + extra))
+    return 2.0 * batch * total
+
+
 def text_encoder_flops(config: TextEncoderConfig, tokens: int, batch: int = 1) -> float:
-    """Return the FLOPs of one forward pass over prompts, in which a token sees those before it."""
+    """Return the FLOPs of one forward pass over prompts, with causal attention."""
     layers = _layers(config, (None,) * config.num_hidden_layers, tokens)
     later = config.num_hidden_layers * 2 * config.num_attention_heads * config.head_dim * tokens * (tokens - 1) // 2
     return 2.0 * batch * (layers - later)
 
 
 def planner_step_flops(config: PlannerConfig, rows: int, slots: int) -> float:
-    """Return the FLOPs of one more code of each row, which sees `slots` tokens before it."""
+    """Return the FLOPs of one decoding step, in which each row attends to `slots` earlier tokens."""
     query = config.num_attention_heads * config.head_dim
     layers = _layers(config, (None,) * config.num_hidden_layers, 1) + 2 * query * slots * config.num_hidden_layers
     return 2.0 * rows * (layers + (config.num_codes + 1) * config.hidden_size)
 
 
 def planner_step_bytes(config: PlannerConfig, rows: int, slots: int, width: int) -> int:
-    """Return the bytes that such a step must read: weights, head of codes, and the cache. `width`: of a value."""
+    """Return the bytes that such a step must read: weights, head of codes, and the cache. `width`: bytes per value."""
     hidden, head_dim, mlp = config.hidden_size, config.head_dim, config.intermediate_size
     query, key = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     layer = 2 * hidden * query + 2 * hidden * key + 3 * hidden * mlp + 2 * hidden + 2 * head_dim

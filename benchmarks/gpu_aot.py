@@ -1,8 +1,8 @@
 """Ahead-of-time compilation for NVIDIA GPUs that are not present: `python -m benchmarks.gpu_aot`.
 
-Needs `jax[cuda13]` or `jax[cuda12]`, but neither a card nor a driver. Compiles the programs as the pipeline and
-training run them, in the precision that the library chooses for the card, and prints what one card needs and which
-kernels run. Nothing runs: XLA estimates no times for GPUs, and chooses tiles without trying them.
+It needs `jax[cuda13]` or `jax[cuda12]`, but neither a card nor a driver. It compiles the programs as the pipeline and
+training run them, in the precision that the library chooses for the card, and prints memory and kernels per card.
+Nothing is run: XLA estimates no times for GPUs, and chooses tiles without autotuning.
 """
 
 import argparse
@@ -28,16 +28,16 @@ COLUMNS = (
     "of floor",
 )
 NOTES = f"""
-All figures are of one card. total: arguments + temporary + output; the program fits if that is within what JAX takes of
-the card's memory. TFLOP needed: matrix products (benchmarks/floor.py); in kernels: of the products, convolutions and
-attention kernels in the program, with loops multiplied out. kernels: launches of the program, by kind. A period of
-layers is one pass of the loop over layers: a layer with a window and one without; where memory allows, denoising has no
-such loop, but unstacked layers. copied: read and written by kernels
-that only move values. A step is one of the {STEPS} of denoising, of training or of the planner, or any other program.
-floor: FLOPs needed at the peak, or weights read once a step at the memory's rate, whichever takes longer.
-bound: the sum over kernels of their FLOPs at the peak or their bytes at the memory's rate, whichever takes longer:
-what the program would take if every kernel reached the data sheet. It is no estimate of the time. of floor: floor over
-bound, at best 100%.
+All figures are per card. total: arguments + temporary + output; the program fits if this is at most the part of the
+card's memory that JAX uses. TFLOP needed: matrix products (benchmarks/floor.py); in kernels: the products, convolutions
+and attention kernels in the program, with loops multiplied out. kernels: launches by the program, by kind. A period of
+layers is one iteration of the loop over layers: a layer with a window and one without; if memory allows, denoising has
+unstacked layers instead of this loop. copied: bytes read and written by kernels that only move values. A step is one of
+the {STEPS} of denoising, of training or of the planner, or any other program.
+floor: the FLOPs needed at peak rate, or reading the weights once per step at the memory's bandwidth, whichever takes
+longer. bound: the sum over kernels of their FLOPs at peak rate or their bytes at the memory's bandwidth, whichever
+takes longer: the time of the program if every kernel reached the data sheet's figures. It does not estimate the actual
+time. of floor: floor / bound, at best 100%.
 """
 
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def describe(program: Program, compiled: aot.Compiled, card: Card, mesh: Mesh) -> list[str]:
-    """Return what the program's text shows."""
+    """Return the columns that follow from the program's text."""
     found = hlo_gpu.read(compiled.text, card, mesh.size, program.layer_trips)
     needed = program.flops / mesh.size
     floor = max(needed / card.peak, program.bytes / mesh.size / card.bandwidth)

@@ -1,5 +1,5 @@
-"""The text of a compiled program: its instructions, how often each computation runs, and what instructions read, write
-and multiply. `hlo_tpu` and `hlo_gpu` add up what is particular to a compiler."""
+"""The text of a compiled program: its instructions, how often each computation runs, and the bytes and FLOPs of
+instructions. `hlo_tpu` and `hlo_gpu` contain the parts that are specific to a compiler."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
-# What only moves values. Index arithmetic, of scalars, may accompany it.
+# Operations that only move values. Scalar index arithmetic may accompany them.
 MOVES = frozenset(
     "bitcast broadcast concatenate constant copy dynamic-slice dynamic-update-slice gather get-tuple-element iota pad "
     "parameter reshape reverse slice transpose tuple".split()
@@ -36,10 +36,10 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """Hold one instruction; `rest` is what follows its operands."""
+    """One instruction; `rest` is the text after its operands."""
 
     name: str
-    shapes: tuple[Shape, ...]  # several of a tuple
+    shapes: tuple[Shape, ...]  # several for a tuple
     opcode: str
     operands: tuple[str, ...]
     rest: str
@@ -52,13 +52,13 @@ class Instruction:
 
     @property
     def called(self) -> str | None:
-        """Return the computation that it calls or fuses."""
+        """Return the name of the computation that it calls or fuses."""
         found = _CALLED.search(self.rest)
         return found[1] if found else None
 
     @property
     def target(self) -> str:
-        """Return what a custom call calls."""
+        """Return the target of a custom call."""
         found = re.search(r'custom_call_target="([^"]*)"', self.rest)
         return found[1] if found else ""
 
@@ -68,7 +68,7 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """Hold a loop's body, its trips (None where they are not known) and how often its body runs in all."""
+    """A loop's body, its trip count (None if unknown) and the total number of runs of its body."""
 
     body: str
     trips: int | None
@@ -76,11 +76,11 @@ class Loop:
 
 
 class Module:
-    """A compiled program, with loops multiplied out; one whose trips are not known counts once.
+    """A compiled program, with loops multiplied out; a loop with an unknown trip count counts once.
 
     runs: how often each computation runs.
-    scheduled: those whose instructions are in the schedule themselves, unlike those of a fusion.
-    loops: in the order of the program, outer ones before inner ones.
+    scheduled: computations whose instructions are scheduled individually, unlike those of a fusion.
+    loops: loops in program order, outer ones before inner ones.
     """
 
     def __init__(self, text: str):
@@ -112,8 +112,8 @@ class Module:
                 self._visit(instruction.called, runs, in_schedule and instruction.opcode == "call")
 
     def _trip_count(self, loop: Instruction, condition: str) -> int | None:
-        """Return what the compiler found, or the constant that a condition compares with: the trips of a loop from 0,
-        as of `lax.scan` and `lax.map`."""
+        """Return the trip count found by the compiler, or the constant in the condition of a loop that counts from 0,
+        as in `lax.scan` and `lax.map`."""
         if known := re.search(r'known_trip_count"?[=:]\{"?n"?:"?(\d+)', loop.rest):
             return int(known[1])
         lines = self.computations[condition].values()
@@ -126,8 +126,8 @@ class Module:
         return int(constants[0])
 
     def schedule(self, body: str | None = None) -> Iterator[tuple[Computation, Instruction, int]]:
-        """Yield what is scheduled, with its computation and how often it runs: in one pass of a loop's body, with what
-        that calls, or in the whole program."""
+        """Yield each scheduled instruction with its computation and how often it runs: in one iteration of a loop's
+        body, including the computations that it calls, or in the whole program."""
         if body is None:
             for name in self.scheduled:
                 computation = self.computations.get(name, {})
@@ -149,8 +149,8 @@ class Module:
                 yield from ((c, i, n * times) for c, i, n in self.schedule(inner))
 
     def collectives(self) -> dict[str, list[tuple[int, Instruction]]]:
-        """Return how often each collective runs, by kind. One that is split into start, steps and end is one; on TPUs,
-        a computation that sums and takes a part is a reduce-scatter."""
+        """Return how often each collective runs, by kind. A collective that is split into start, steps and end counts
+        as one; on TPUs, a computation that sums and takes a part is a reduce-scatter."""
         channels: dict[tuple[str, str], tuple[int, Instruction]] = {}
         for name, runs in self.runs.items():
             for instruction in self.computations.get(name, {}).values():
@@ -167,12 +167,12 @@ class Module:
         return {kind: entries for kind, entries in found.items() if entries}
 
     def collective_seconds(self, link: float, devices: int) -> float:
-        """Return the time of all collectives, one after the other and beside nothing else, of which each device sends
-        its part over one link in one direction."""
+        """Return the time of all collectives, one after another and without overlap, if each device sends its part over
+        one link in one direction."""
         seconds = 0.0
         for kind, entries in self.collectives().items():
             for runs, instruction in entries:
-                arrays = [shape.bytes for shape in instruction.shapes if shape.dims]  # several go together as a tuple
+                arrays = [shape.bytes for shape in instruction.shapes if shape.dims]  # a tuple combines several
                 if instruction.opcode.endswith("-start") and kind != "all-reduce":  # operands, then results
                     arrays = arrays[len(arrays) // 2 :]
                 size = sum(arrays)
@@ -181,14 +181,14 @@ class Module:
                 if kind == "all-reduce":
                     size *= 2 * share
                 elif kind == "reduce-scatter" and instruction.opcode == kind:
-                    size *= group - 1  # of results
+                    size *= group - 1  # `size` is the result's
                 elif kind != "collective-permute":
                     size *= share
                 seconds += runs * size / link
         return seconds
 
     def only_moves(self, instruction: Instruction) -> bool:
-        """Return whether an instruction copies values, and computes none but indices."""
+        """Return whether an instruction only copies values, and computes nothing but indices."""
         if instruction.opcode in ("copy", "copy-start"):
             return True
         if instruction.opcode != "fusion":
@@ -203,10 +203,10 @@ class Module:
             if inner.opcode not in MOVES and (_largest(inner) > 1 or inner.opcode == "custom-call"):
                 return False
             arrays |= inner.opcode == "parameter" and _largest(inner) > 1
-        return arrays  # else it fills with constants
+        return arrays  # otherwise it fills with constants
 
     def read_bytes(self, computation: Computation, instruction: Instruction) -> int:
-        """Return the bytes of the operands, or of the slices of them where a fusion reads nothing else."""
+        """Return the bytes of the operands, or only of their slices if a fusion reads nothing else."""
         fused = self.computations.get(instruction.called or "", {}) if instruction.opcode == "fusion" else {}
         parameters = {i.operands[0]: i for i in fused.values() if i.opcode == "parameter"}
         total = 0
@@ -219,7 +219,7 @@ class Module:
         return total
 
     def written_bytes(self, instruction: Instruction) -> int:
-        """Return the bytes of the result, or of what is written into it in place."""
+        """Return the bytes of the result, or of the part that is written in place."""
         fused = self.computations.get(instruction.called or "", {}) if instruction.opcode == "fusion" else {}
         updates = [fused[i.operands[1]].bytes for i in fused.values() if i.opcode == "dynamic-update-slice"]
         if updates and not any(i.root and i.opcode == "tuple" for i in fused.values()):
@@ -227,7 +227,7 @@ class Module:
         return instruction.bytes
 
     def dot_flops(self, computation: Computation, instruction: Instruction) -> float:
-        """Return the FLOPs of `dot` and `convolution` in an instruction, with what it fuses."""
+        """Return the FLOPs of `dot` and `convolution` in an instruction, including its fusion."""
         if instruction.opcode == "dot":
             left = computation[instruction.operands[0]].shapes[0]
             summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
@@ -241,7 +241,7 @@ class Module:
 
 
 def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
-    """Return the FLOPs of a convolution: each output feature of the kernel sees all the kernel's other axes."""
+    """Return the FLOPs of a convolution: each output value sums over all axes of the kernel except output features."""
     labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.rest)
     kernel = computation[instruction.operands[1]].shapes[0]
     outputs = kernel.dims[labels[1].index("o")] if labels else 1
@@ -253,7 +253,7 @@ def _largest(instruction: Instruction) -> int:
 
 
 def _read_of(fused: Computation, value: Instruction) -> int:
-    """Return the bytes of a fusion's parameter that it reads: of its slices, if there are only slices."""
+    """Return the bytes that a fusion reads of a parameter: only its slices, if it reads only slices."""
     total = 0
     for user in fused.values():
         if value.name not in user.operands:
@@ -263,18 +263,22 @@ def _read_of(fused: Computation, value: Instruction) -> int:
         elif user.opcode in _VIEWS:
             total += _read_of(fused, user)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
-            continue  # what is written in place is not read
+            continue  # arrays written in place are not read
         else:
             return value.bytes
     return total
 
 
 def _group_size(rest: str, devices: int) -> int:
-    """Return over how many devices a collective goes."""
+    """Return the number of devices in a group of a collective."""
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
         return int(found[2])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):  # a mesh, and axes of it
+        sizes = dict(re.findall(r"'([^']*)'=(\d+)", found[1]))
+        parts = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", found[2])  # an axis, or the size of a part of it
+        return math.prod(int(size or sizes[name]) for name, size in parts)
     return devices
 
 
@@ -303,7 +307,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, begin: int) -> int:
-    """Return where the parenthesis that opens at `begin` closes."""
+    """Return the position of the parenthesis that closes the one at `begin`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, begin):
         depth += 1 if match[0] == "(" else -1
@@ -313,7 +317,7 @@ def _closing(text: str, begin: int) -> int:
 
 
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
-    """Return the name of the entry, and the instructions of every computation, one a line."""
+    """Return the name of the entry computation, and the instructions of every computation, one per line."""
     computations, entry, lines = {}, "", None
     for line in text.splitlines():
         if not line.startswith(" ") and (head := _COMPUTATION.match(line)):

@@ -1,6 +1,6 @@
-"""A GPU program's kernels: of which kind, what they multiply, and what they read and write.
+"""The kernels of a GPU program: their kinds, FLOPs and memory traffic.
 
-XLA for GPUs estimates no times. What is said here follows from the shapes in the HLO text alone.
+XLA for GPUs estimates no times. All figures are derived only from the shapes in the HLO text.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from collections import Counter
 from benchmarks.hlo import COLLECTIVES, Computation, Instruction, Module
 from benchmarks.targets import Card
 
-# What launches nothing.
+# Operations that launch no kernel.
 _NOTHING = frozenset(
     "parameter tuple get-tuple-element bitcast constant while call conditional after-all opt-barrier "
     "copy-done async-done async-update partition-id replica-id iota add-dependency".split()
@@ -20,15 +20,15 @@ _NOTHING = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """Hold the figures of one card.
+    """Figures per card.
 
-    kernels: how many the program launches, by kind, with loops multiplied out.
-    layer: those of one pass of the loop over layers, by kind, and how many layers that is; None without such a loop.
-    copied: bytes that are read and written by kernels that only move values, in the whole program.
+    kernels: number of kernels that the program launches, by kind, with loops multiplied out.
+    layer: kernels in one iteration of the loop over layers, by kind; None without such a loop.
+    copied: bytes that kernels that only move values read and write, in the whole program.
     traffic: bytes that all kernels read and write.
-    flops: of products and attention, as the kernels compute them.
-    bound: seconds, the sum over kernels of their FLOPs at the peak or their bytes at the memory's rate, whichever
-        takes longer, and of the collectives at the link's rate.
+    flops: FLOPs of products and attention, as the kernels compute them.
+    bound: seconds, the sum over kernels of their FLOPs at peak rate or their bytes at the memory's bandwidth, whichever
+        takes longer, plus the collectives at the link's bandwidth.
     """
 
     kernels: Counter[str]
@@ -43,7 +43,7 @@ def read(text: str, card: Card, devices: int = 1, layer_trips: int | None = None
     """Return the figures of `compiled.as_text()`.
 
     Args:
-        layer_trips: trips of the loop over layers. Of several such loops, the one with the most kernels counts.
+        layer_trips: trip count of the loop over layers. If several loops have it, the one with most kernels is used.
     """
     module = Module(text)
     kernels: Counter[str] = Counter()
@@ -71,7 +71,7 @@ def read(text: str, card: Card, devices: int = 1, layer_trips: int | None = None
 
 
 def loop_kernels(module: Module, body: str) -> Counter[str]:
-    """Return the kernels of one pass of a loop, by kind."""
+    """Return the kernels in one iteration of a loop, by kind."""
     found: Counter[str] = Counter()
     for _, instruction, runs in module.schedule(body):
         if kind := kernel_kind(module, instruction):
@@ -80,7 +80,7 @@ def loop_kernels(module: Module, body: str) -> Counter[str]:
 
 
 def kernel_kind(module: Module, instruction: Instruction) -> str | None:
-    """Return what kind of kernel an instruction launches; None if it launches none."""
+    """Return the kind of kernel that an instruction launches; None if it launches none."""
     opcode, target = instruction.opcode, instruction.target
     if opcode in _NOTHING:
         return None
@@ -123,7 +123,7 @@ def _has_dot(module: Module, instruction: Instruction) -> bool:
 
 
 def kernel_flops(module: Module, computation: Computation, instruction: Instruction) -> float:
-    """Return the FLOPs of the products of a kernel."""
+    """Return the FLOPs of the products in a kernel."""
     if instruction.opcode == "fusion":
         inner = module.computations.get(instruction.called or "", {})
         return sum(kernel_flops(module, inner, i) for i in inner.values())

@@ -1,7 +1,7 @@
-"""A TPU program's time by its compiler: cycles of its schedule, Pallas kernels and collectives.
+"""The time of a TPU program as estimated by its compiler: scheduled cycles, Pallas kernels and collectives.
 
-`compiled.cost_analysis()` counts the body of a loop once and gives -1 for times that it does not know. The HLO text has
-the scheduler's estimate of each instruction, which is summed here over the schedule.
+`compiled.cost_analysis()` counts the body of a loop once and returns -1 for unknown times. The HLO text has the
+scheduler's estimate for each instruction, which is summed here over the schedule.
 """
 
 import dataclasses
@@ -12,19 +12,20 @@ import re
 from benchmarks.hlo import Computation, Instruction, Module
 from benchmarks.targets import Chip
 
-KERNEL_RATE = 0.6  # of the peak, what a Pallas kernel is taken to reach
-# Products of scores' size that each kernel of splash attention computes.
+KERNEL_RATE = 0.6  # fraction of the peak that a Pallas kernel is assumed to reach
+# Number of products of the size of the scores in each kernel of splash attention.
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "dkv and dq": 5}
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """Hold the figures of one chip. A count is a pair: how many there are in the text, and how often they run.
+    """Figures per chip. A count is a pair: the number in the program's text, and how often they run.
 
-    scheduled: seconds, the sum of the scheduler's cycles. Collectives and Pallas kernels have none.
-    kernels_at_peak: seconds of the Pallas kernels, if they reached the peak.
-    kernels: seconds, at `KERNEL_RATE` of the peak or at the memory's rate, whichever takes longer.
-    exchanged: seconds of the collectives, at the rate of a link.
+    scheduled: seconds, the sum of the scheduler's cycles, which do not include collectives and Pallas kernels.
+    kernels_at_peak: seconds of the Pallas kernels at peak rate.
+    kernels: seconds of the Pallas kernels at `KERNEL_RATE` of the peak or at the memory's bandwidth, whichever takes
+        longer.
+    exchanged: seconds of the collectives, at the bandwidth of a link.
     """
 
     scheduled: float
@@ -36,7 +37,7 @@ class Figures:
 
     @property
     def at_best(self) -> float:
-        """Return the time if kernels reached the peak and collectives cost nothing."""
+        """Return the time if kernels reached the peak and collectives were free."""
         return self.scheduled + self.kernels_at_peak
 
     @property
@@ -65,10 +66,10 @@ def read(text: str, chip: Chip, devices: int) -> Figures:
 
 
 def kernel_flops(computation: Computation, instruction: Instruction) -> float:
-    """Return the FLOPs that an attention kernel executes, of whole blocks, masked or not; 0 for other kernels.
+    """Return the FLOPs that an attention kernel executes, in whole blocks, masked or not; 0 for other kernels.
 
-    Its operands are q [..., T, H] and k, v [..., S, H]. Where it visits some blocks of keys only, it has first of all
-    lists of them, [heads, blocks of queries, visited blocks], and its metadata have the size of a block.
+    Its operands are q [..., T, H] and k, v [..., S, H]. If it visits only some blocks of keys, its first operands are
+    lists of them, [heads, blocks of queries, visited blocks], and its metadata have the block size.
     """
     operands = [computation[name].shapes[0] for name in instruction.operands if name in computation]
     arrays = [shape.dims for shape in operands if shape.dtype in ("bf16", "f16", "f32")]

@@ -1,4 +1,4 @@
-"""Timing of two implementations in one run: their calls alternate, so that both see the same state of the machine."""
+"""Timing of several implementations in one run, with alternating calls, so that all see the same machine state."""
 
 import argparse
 import gc
@@ -18,7 +18,7 @@ import torch
 
 
 class Timing(NamedTuple):
-    """Hold seconds: `cold` of the first call, with compilation, and the others of the calls after it."""
+    """Times in seconds: `cold` is the first call, with compilation; the others are for the calls after it."""
 
     cold: float
     median: float
@@ -30,7 +30,7 @@ class Timing(NamedTuple):
 
 
 def alternate(sides: dict[str, Callable[[], object]], runs: int) -> dict[str, Timing]:
-    """Time each side once, cold, then all of them in turn `runs` times. A call returns when its result is ready."""
+    """Time each side once, cold, then `runs` times in alternation. A call returns when its result is ready."""
     cold = {name: _seconds(call) for name, call in sides.items()}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(runs):
@@ -46,10 +46,10 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 class Side(NamedTuple):
-    """Hold one implementation, ready to be called."""
+    """An implementation, ready to be called."""
 
     call: Callable[[], object]  # returns when the device is done
-    result: Callable[[], np.ndarray]  # what it computes, float32
+    result: Callable[[], np.ndarray]  # the computed values, float32
 
 
 COLUMNS = ("audio", "side", "cold", "warm", "torch / ours", "TFLOP/s", "time / floor", "peak memory", "error")
@@ -59,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser, seconds: list[float], runs: int
     """Add the options of every benchmark, with the defaults of --seconds and --runs."""
     add = parser.add_argument
     add("--seconds", type=float, nargs="+", default=seconds, help=f"lengths of audio [{' '.join(map(str, seconds))}]")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and computation [float32]")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of weights and products [float32]")
     add("--batch", type=int, default=1, help="number of items computed at once [1]")
     add(
         "--torch",
@@ -74,21 +74,21 @@ def add_options(parser: argparse.ArgumentParser, seconds: list[float], runs: int
 def add_compare_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `compare`."""
     add = parser.add_argument
-    add("--memory", action="store_true", help="measure peak memory too, each side in its own process")
+    add("--memory", action="store_true", help="also measure peak memory, each side in its own process")
     add("--trace", metavar="DIR", help="write a profile of one more call of ours")
 
 
 def compare(make_sides: Callable[..., dict[str, Side]], arguments: tuple, flops: float, options) -> Iterator[tuple]:
     """Yield the cells of `COLUMNS`, without the first, for each side.
 
-    The floor is `flops` at the rate that a large `x @ w` reaches in JAX in the same run. The error is that of ours
-    relative to the largest value of the first other side.
+    The floor is `flops` at the rate that a large `x @ w` reaches in JAX in the same run. The error is the maximum
+    difference from the first other side, relative to its largest value.
 
     Args:
         make_sides: returns the sides for `arguments`, the last of which lists their names, "JAX" first.
         arguments: the arguments of `make_sides`.
         flops: the operations of one call.
-        options: has `runs`, `dtype`, `memory` and `trace` of the command line.
+        options: command-line options with `runs`, `dtype`, `memory` and `trace`.
     """
     sides = make_sides(*arguments)
     calls = {name: side.call for name, side in sides.items()}
@@ -130,7 +130,7 @@ def _large_product(dtype: str) -> Callable[[], object]:
 
 
 def torch_device() -> torch.device:
-    """Return the device that JAX uses too."""
+    """Return the device that JAX uses, as a torch device."""
     return torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
 
 
@@ -152,11 +152,11 @@ def torch_side(function: Callable[[], torch.Tensor]) -> Side:
 
 
 def peak_memory(make_sides: Callable[..., dict[str, Side]], *arguments) -> float:
-    """Return the peak bytes of the second call of the one side that `arguments` name, in its own process.
+    """Return the peak bytes of the second call of the single side that `arguments` name, in its own process.
 
-    On the CPU, this is resident memory beyond that before the call; on a GPU, the allocator's peak with parameters.
+    On the CPU, this is the resident memory added by the call; on a GPU, the allocator's peak including parameters.
     """
-    # Without these, glibc keeps freed blocks, which would then count as in use before the call.
+    # Without these, glibc keeps freed blocks, which would then count as used before the call.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = str(1 << 17)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_memory, (make_sides, arguments))

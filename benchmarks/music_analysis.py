@@ -1,6 +1,6 @@
-"""Analysis of audio without knowing how it was made: its tempo, its pitch classes, whether it has drums.
+"""Blind analysis of audio: its tempo, its pitch classes, whether it has drums.
 
-The threshold of drums was set on songs of `examples.synthetic_music`; see `DRUMS_SHARE`.
+The threshold for drums was tuned on songs from `examples.synthetic_music`; see `DRUMS_FRACTION`.
 """
 
 import dataclasses
@@ -12,25 +12,23 @@ import soxr
 RATE = 22050  # Hz
 TEMPO_TOLERANCE = 0.04
 KEY_SHARE = 0.7
-# Threshold of the percussive part of the energy above 3 kHz. Of 60 songs of the composer (seeds from 500000, 10 s),
-# those without drums had at most 0.24 and those with drums at least 0.74; through the small model's autoencoder, 0.30
-# and 0.48.
-DRUMS_SHARE = 0.4
-DRUMS_WINDOW = (
-    1024  # samples, 46 ms; in longer ones, a stroke that is blurred, as by an autoencoder, counts as harmonic
-)
+# Threshold for the percussive fraction of the energy above 3 kHz. Among 60 songs by the composer (seeds from 500000,
+# 10 s), it was at most 0.24 without drums and at least 0.74 with drums; through the small model's autoencoder, 0.30 and
+# 0.48.
+DRUMS_FRACTION = 0.4
+DRUMS_WINDOW = 1024  # samples, 46 ms; in longer ones, a drum hit blurred by an autoencoder counts as harmonic
 DRUMS_FROM = 3000.0  # Hz: above the attacks of most instruments, below what an autoencoder might lose
-DRUMS_FLOOR = 1e-4  # of the total energy: if the high band is weaker than this, it counts as without drums
+DRUMS_FLOOR = 1e-4  # fraction of the total energy: if the high band is weaker than this, there are no drums
 
 MAJOR_SCALE = (0, 2, 4, 5, 7, 9, 11)
 
 
 @dataclasses.dataclass(frozen=True)
 class Heard:
-    """Hold what was found in one song.
+    """The analysis of one song.
 
-    tempo: beats per minute, often double or half of what one would tap.
-    pitch_classes: [12], the fractions of C to B in the energy of the harmonic part; they sum to 1.
+    tempo: beats per minute, often double or half the perceived tempo.
+    pitch_classes: [12], the fractions of C to B in the energy of the harmonic part, which sum to 1.
     percussive: the percussive fraction of the energy above `DRUMS_FROM`, 0 to 1.
     """
 
@@ -39,7 +37,7 @@ class Heard:
     percussive: float
 
     def has_tempo(self, bpm: float) -> bool:
-        """Return whether the tempo is within 4 % of `bpm`, of its double or of its half."""
+        """Return whether the tempo is within 4 % of `bpm`, its double or its half."""
         return any(abs(self.tempo / (bpm * factor) - 1) <= TEMPO_TOLERANCE for factor in (0.5, 1, 2))
 
     def share(self, pitch_classes: tuple[int, ...]) -> float:
@@ -47,27 +45,27 @@ class Heard:
         return float(self.pitch_classes[list(pitch_classes)].sum())
 
     def has_key(self, pitch_classes: tuple[int, ...]) -> bool:
-        """Return whether the seven of a scale have 70 % of the energy.
+        """Return whether the seven pitch classes of a scale have 70 % of the energy.
 
-        Seven random ones have 58 %, and a scale that has five or six in common with the true one often passes, so
+        Seven random pitch classes have 58 %, and a scale that shares five or six with the true one often passes, so
         compare with chance; see `has_best_key`.
         """
         return self.share(pitch_classes) >= KEY_SHARE
 
     def has_best_key(self, pitch_classes: tuple[int, ...]) -> bool:
-        """Return whether they have the most energy of the twelve major scales (each with its relative minor)."""
+        """Return whether this scale has the most energy of the twelve major scales (each with its relative minor)."""
         scales = [{(root + step) % 12 for step in MAJOR_SCALE} for root in range(12)]
         return max(scales, key=lambda scale: self.share(tuple(scale))) == set(pitch_classes)
 
     @property
     def has_drums(self) -> bool:
-        return self.percussive > DRUMS_SHARE
+        return self.percussive > DRUMS_FRACTION
 
 
 def listen(audio: np.ndarray, rate: int) -> Heard:
     """Analyse the mono sum of audio [channels, samples], float, at `rate` Hz; a tempo needs a few seconds."""
     sound = soxr.resample(np.asarray(audio, np.float32).mean(axis=0), rate, RATE)
-    # Frames of 256 samples, since at librosa's own 512 neighbouring lags lie 6 % apart at 160 bpm.
+    # Frames of 256 samples: with librosa's default of 512, neighbouring lags are 6 % apart at 160 bpm.
     onsets = librosa.onset.onset_strength(y=sound, sr=RATE, hop_length=256)
     tempo = librosa.feature.tempo(onset_envelope=onsets, sr=RATE, hop_length=256)[0]
     harmonic, _ = librosa.decompose.hpss(librosa.stft(sound, n_fft=2048))

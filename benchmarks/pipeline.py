@@ -1,7 +1,7 @@
-"""Performance of text to music against diffusers' own pipeline, all stages: `python -m benchmarks.pipeline`.
+"""Performance of text-to-music, all stages, compared with diffusers' own pipeline: `python -m benchmarks.pipeline`.
 
-Both have the same random weights, prompt and number of steps and run in one process, with their calls in turn; each
-side draws its own noise.
+Both have the same random weights, prompt and number of steps, and run in one process with alternating calls; each side
+draws its own noise.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def shrunk(size: str, layers: int) -> dict[str, dict]:
 
 
 def config_of(name: str, module: torch.nn.Module):
-    """Return our config of a torch module."""
+    """Return our config for a torch module."""
     values = module.config.to_dict() if name == "text_encoder" else module.config
     return FAMILY.networks[name][1].from_hf(values)
 

@@ -1,4 +1,4 @@
-"""The programs that are compiled ahead of time, with the shapes of their arguments as a mesh holds them."""
+"""The programs that are compiled ahead of time, with the shapes and shardings of their arguments on a mesh."""
 
 import argparse
 import dataclasses
@@ -40,7 +40,7 @@ from acestep_jax.planner import generate as planner
 from acestep_jax.planner.sampling import Drawing, LanguageSampling
 from acestep_jax.planner.writer import CODE_BUCKETS, PROMPT_BUCKETS
 from acestep_jax.train import step as steps
-from acestep_jax.train.config import DataConfig, OptimizerConfig, TrainConfig
+from acestep_jax.train.config import TASKS, DataConfig, OptimizerConfig, TrainConfig
 from acestep_jax.train.objective import Batch, Frozen
 from benchmarks.floor import (
     FRAMES_PER_SECOND,
@@ -51,23 +51,24 @@ from benchmarks.floor import (
     planner_step_bytes,
     planner_step_flops,
     text_encoder_flops,
+    tokenizer_flops,
     training_flops,
     transformer_flops,
 )
 
 STEPS = 8
-PROMPT_TOKENS = 128  # in training, of the condition tokens; the others are the lyrics'
+PROMPT_TOKENS = 128  # prompt tokens in training; the other condition tokens are lyrics
 BFLOAT16 = Runtime.of("bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Hold a jitted function with the shapes of its arguments.
+    """A jitted function with the shapes of its arguments.
 
-    flops: what it needs on all chips together.
-    bytes: of the weights that it must read, once a step, on all chips together; 0 where FLOPs decide.
-    steps: how many it makes.
-    layer_trips: of the loop over layers; None where there is none, or not one that stands for the program.
+    flops: FLOPs that it needs on all chips together.
+    bytes: bytes of the weights that it must read once per step, on all chips together; 0 if it is bound by FLOPs.
+    steps: number of steps that it makes.
+    layer_trips: trip count of the loop over layers; None if there is no such loop, or none that represents the program.
     """
 
     name: str
@@ -88,10 +89,11 @@ def programs(
     precision: str = "bfloat16",
     usable: float | None = None,
 ) -> Iterator[Program]:
-    """Yield the requested programs. Every frame of a bucket counts as one of the song.
+    """Yield the requested programs. All frames of a bucket count as frames of the song.
 
     Args:
-        usable: bytes that JAX may use of a device. One GPU with enough denoises with unstacked layers, as the pipeline.
+        usable: bytes that JAX may use of a device. With enough memory, one GPU denoises with unstacked layers, as in
+            the pipeline.
     """
     frames, runtime = round(seconds * FRAMES_PER_SECOND), Runtime.of(precision)
     if "encode" in options.stage:
@@ -116,7 +118,7 @@ def programs(
 
 
 def encode_program(options: argparse.Namespace, mesh: Mesh, batch: int, runtime: Runtime = BFLOAT16) -> Program:
-    """Return the program of texts and lyrics, which count the token of silence."""
+    """Return the program that encodes texts and lyrics; the lyrics' tokens include the timbre token of silence."""
     text_config, config = TextEncoderConfig(), ConditionEncoderConfig()
     lyrics = options.condition_tokens - PROMPT_TOKENS
     tokens = lambda count: Tokens(  # noqa: E731
@@ -127,7 +129,7 @@ def encode_program(options: argparse.Namespace, mesh: Mesh, batch: int, runtime:
         abstract("condition_encoder", config, mesh, runtime=runtime),
         tokens(PROMPT_TOKENS),
         tokens(lyrics),
-        sharded((1, config.hidden_size), runtime.dtype, (None, None), mesh),  # the timbre of silence, encoded apart
+        sharded((1, config.hidden_size), runtime.dtype, (None, None), mesh),  # the encoded timbre of silence
         sharded((batch,), jnp.int32, ("batch",), mesh),
     )
     flops = lyric_encoder_flops(config, lyrics, batch) + text_encoder_flops(text_config, PROMPT_TOKENS, batch)
@@ -136,9 +138,9 @@ def encode_program(options: argparse.Namespace, mesh: Mesh, batch: int, runtime:
 
 
 def plan_program(mesh: Mesh, size: str, seconds: float, batch: int, runtime: Runtime = BFLOAT16) -> Program:
-    """Return a step of the planner that writes audio codes, with guidance: two rows a song, the cache half full.
+    """Return a step of the planner that writes audio codes with guidance: two rows per song, and a cache half full.
 
-    The loop over steps ends by what it finds, so it counts once, and figures are of one step.
+    The loop over steps ends depending on data, so it counts once, and figures are per step.
     """
     config = PlannerConfig(vocab_size=217204, **PLANNER_SIZES[size])
     written = next(n for n in CODE_BUCKETS if n >= round(5 * seconds))
@@ -219,7 +221,7 @@ def denoise_program(
 def train_program(options: argparse.Namespace, mesh: Mesh, size: str, method: str, frames: int, batch: int) -> Program:
     """Return the step of `acestep-jax train fit --dtype bfloat16`, with all tasks in the mixture.
 
-    `batch` is that of a step, in `options.accumulation` parts.
+    `batch` is the number of examples in a step, in `options.accumulation` parts.
     """
     lora = method == "lora"
     part, lyrics = batch // options.accumulation, options.condition_tokens - 1 - PROMPT_TOKENS
@@ -237,7 +239,7 @@ def train_program(options: argparse.Namespace, mesh: Mesh, size: str, method: st
     config = transformer_config(options, size)
     runtime = Runtime(dtype="bfloat16", param_dtype="bfloat16" if lora else "float32", remat=options.remat)
     transformer = abstract("transformer", config, mesh, settings.lora if lora else None, runtime)
-    model, params = steps.Model.take_apart(transformer, nnx.LoRAParam if lora else nnx.Param, mesh)
+    model, params = steps.Model.split(transformer, nnx.LoRAParam if lora else nnx.Param, mesh)
     optimizer = steps.make_optimizer(settings.optimizer, settings.steps)
     shardings = steps.state_shardings(model, params, optimizer, settings.optimizer)
     state = jax.eval_shape(lambda p: steps.TrainState(jnp.int32(0), p, optimizer.init(p), None), params)
@@ -246,11 +248,12 @@ def train_program(options: argparse.Namespace, mesh: Mesh, size: str, method: st
     encoder = ConditionEncoderConfig()
     text_encoder = TextEncoderConfig()
     embedding = checkpoint.leaves(abstract("text_encoder", text_encoder, mesh))["embed_tokens.embedding"].get_value()
+    tokenizer_config, detokenizer_config = AudioTokenizerConfig(), AudioTokenDetokenizerConfig()
     frozen = Frozen(
         abstract("condition_encoder", encoder, mesh),
         embedding,
-        abstract("audio_tokenizer", AudioTokenizerConfig(), mesh),
-        abstract("audio_token_detokenizer", AudioTokenDetokenizerConfig(), mesh),
+        abstract("audio_tokenizer", tokenizer_config, mesh),
+        abstract("audio_token_detokenizer", detokenizer_config, mesh),
         jax.ShapeDtypeStruct((1, 1, encoder.hidden_size), jnp.bfloat16, sharding=NamedSharding(mesh, P())),
     )
     shape = lambda *axes, dtype=jnp.int32: jax.ShapeDtypeStruct(  # noqa: E731
@@ -273,6 +276,8 @@ def train_program(options: argparse.Namespace, mesh: Mesh, size: str, method: st
     rank = options.rank if lora else None
     flops = training_flops(config, frames, options.condition_tokens, batch, rank=rank)
     flops += lyric_encoder_flops(encoder, lyrics, batch)
+    covers = batch * settings.examples.task_weights[TASKS.index("cover")]  # on average
+    flops += tokenizer_flops(tokenizer_config, detokenizer_config, frames, covers)
     name = f"train {method} {size}, remat {options.remat}"
     trips = config.num_hidden_layers // period(config.windows(config.num_hidden_layers))
     return Program(name, step, (state, model.frozen, frozen, examples), {}, flops, layer_trips=trips)
@@ -290,7 +295,7 @@ def abstract(
     adapters: LoRAConfig | None = None,
     runtime: Runtime = BFLOAT16,
 ) -> nnx.Module:
-    """Return the network as `checkpoint.load` places it, without values; with adapters if they are given."""
+    """Return the abstract network with the shardings of `checkpoint.load`, and with adapters if they are given."""
     module = checkpoint.abstract(name, config, runtime)
     if adapters is not None:
         make = FAMILY.networks[name][0]

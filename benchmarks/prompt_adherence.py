@@ -1,8 +1,8 @@
 """Adherence of the music to its prompt: `python -m benchmarks.prompt_adherence`.
 
-For a model trained on songs of `examples.synthetic_music`: generates songs of requests that it was not trained on, and
-evaluates their tempo, key and drums by `benchmarks.music_analysis`. The second figure of each check is that of the same
-audio against the requests of all the other songs, which a model that ignores its prompt would reach.
+For a model trained on songs from `examples.synthetic_music`: generate songs for held-out requests, and evaluate their
+tempo, key and drums with `benchmarks.music_analysis`. The second figure of each check compares the same audio with the
+requests of all the other songs: a model that ignores its prompt would reach that figure.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from examples.synthetic_music.synth import SAMPLE_RATE, render
 from examples.synthetic_music.theory import parse_key
 
 PICTURES = 6
-FIRST_SEED = 1_000_000  # songs for training have lower ones
+FIRST_SEED = 1_000_000  # training songs have lower seeds
 
 Check = Callable[[Heard, Request], bool]
 CHECKS: dict[str, Check] = {
@@ -106,9 +106,9 @@ def main(arguments: list[str] | None = None) -> int:
 def generate(
     pipe: AceStepPipeline, requests: Sequence[Request], seconds: float, fields: bool = True
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield a song for each request, [channels, samples], and its rate in Hz; the seeds count from 0.
+    """Yield a song for each request, [channels, samples], and its sample rate in Hz; seeds count from 0.
 
-    Without `fields`, only the caption is given.
+    Without `fields`, the request has only the caption.
     """
     for seed, asked in enumerate(requests):
         facts = dict(bpm=asked.bpm, keyscale=asked.keyscale, timesignature=asked.timesignature) if fields else {}
@@ -123,14 +123,14 @@ def generate(
 
 
 def score(check: Check, heard: Sequence[Heard], requests: Sequence[Request]) -> tuple[float, float]:
-    """Return the pass rate against their own requests and against those of the other songs; needs two or more."""
+    """Return the pass rate of songs with their own requests and with those of other songs; needs at least two songs."""
     passed = np.array([[check(song, asked) for asked in requests] for song in heard], float)  # [songs, requests]
     count = len(passed)
     return float(passed.trace() / count), float((passed.sum() - passed.trace()) / (count * (count - 1)))
 
 
 def line(heard: Heard, asked: Request) -> str:
-    """Return a line with a song's request and what was found."""
+    """Return a line with a song's request and its analysis."""
     share = heard.share(parse_key(asked.keyscale).pitch_classes)
     failed = [name.partition(" ")[0].strip(":") for name, check in CHECKS.items() if not check(heard, asked)]
     return (

@@ -1,10 +1,10 @@
-"""Errors of weights of 8 bits, beside those of bfloat16: `python -m benchmarks.quantization`.
+"""Errors of 8-bit weights compared with bfloat16: `python -m benchmarks.quantization`.
 
-A transformer with random weights N(0, 0.02), and the same weights in each variant, against float32: the change that a
-layer makes to the same input, and the latents after the steps of a turbo model from the same noise. With `--planner`,
-of a planner: the logits of codes after each of 64 tokens, and how often the best code is the same. Relative errors
-|x - x'| / |x'|. Products of 8 bits by 8 bits, which no CPU here computes, are emulated: values are rounded as a device
-rounds them, and multiplied in float32.
+A transformer with random weights N(0, 0.02), in each variant, is compared with float32: the change that a layer makes
+to the same input, and the latents after the steps of a turbo model from the same noise. With `--planner`, a planner is
+compared instead: the logits of codes after each of 64 tokens, and how often the best code is the same. Errors are
+relative, |x - x'| / |x'|. Products of 8 bits by 8 bits, which XLA does not compute on a CPU, are emulated: values are
+rounded as on a device, and multiplied in float32.
 """
 
 import argparse
@@ -39,8 +39,8 @@ def main() -> None:
     add("--seconds", type=float, default=30, help="length of the song [30]")
     add("--steps", type=int, default=8, help="steps from noise to latents [8]")
     add("--condition-tokens", type=int, default=128, help="number of tokens to attend to [128]")
-    add("--planner", action="store_true", help="the planner of 0.6B instead, with so many layers")
-    add("--round", action="store_true", help="weights that bfloat16 holds exactly, as published ones are")
+    add("--planner", action="store_true", help="compare the 0.6B planner instead, with --layers layers")
+    add("--round", action="store_true", help="use weights that are exact in bfloat16, like published ones")
     options = parser.parse_args()
 
     if options.planner:
@@ -91,7 +91,7 @@ def compare_planners(options: argparse.Namespace) -> None:
     half = _cast(exact, "bfloat16")
     plain, known = _bytes(half), None
     for weights, activations, network in variants(exact, half):
-        if "products" in activations:  # which the planner has not
+        if "products" in activations:  # the planner does not use these
             continue
         found = np.asarray(logits(network))[..., : config.num_codes + 1]
         error = _error(found, reference)
@@ -102,7 +102,7 @@ def compare_planners(options: argparse.Namespace) -> None:
 
 
 def variants(exact: nnx.Module, half: nnx.Module):
-    """Yield the dtype of weights and of activations, and the network, of each variant; bfloat16 first."""
+    """Yield each variant as (dtype of weights, dtype of activations, network); bfloat16 first."""
     yield "bfloat16", "bfloat16", half
     for kind in QUANTIZATIONS:
         made = quantize(exact, kind)
@@ -113,7 +113,7 @@ def variants(exact: nnx.Module, half: nnx.Module):
 
 
 def random_network(name: str, config: NetworkConfig, *, rounded: bool) -> nnx.Module:
-    """Return a network whose matrices are N(0, 0.02), and whose norms are 1."""
+    """Return a network with matrices drawn from N(0, 0.02) and norms of 1."""
     module = checkpoint.abstract(name, config)
     rng = np.random.default_rng(0)
     arrays = {}
@@ -127,7 +127,7 @@ def random_network(name: str, config: NetworkConfig, *, rounded: bool) -> nnx.Mo
 
 
 def generate(network, noise, condition, context, times) -> jax.Array:
-    """Return the latents after Euler's steps through `times`, which are float32 as in the pipeline."""
+    """Return the latents after Euler steps through `times`, in float32 as in the pipeline."""
     x = noise
     for t, after in zip(times[:-1], times[1:], strict=True):
         x = x + (after - t) * _velocity(network, x, jnp.full((1,), t), condition, context).astype(jnp.float32)
@@ -141,7 +141,7 @@ def _velocity(network, x, t, condition, context):
 
 @jax.jit
 def layer_inputs(network, x, condition, context) -> list[jax.Array]:
-    """Return what each layer reads, [B, T, D], at t = 1."""
+    """Return the input of each layer, [B, T, D], at t = 1."""
     h = network.proj_in_conv(jnp.concatenate([context, x], axis=-1))
     found = []
     for i in range(network.config.num_hidden_layers):
@@ -152,7 +152,7 @@ def layer_inputs(network, x, condition, context) -> list[jax.Array]:
 
 @jax.jit(static_argnums=3)
 def layer_change(network, x, condition, index: int) -> jax.Array:
-    """Return what a layer adds to x [B, T, D]."""
+    """Return the change that a layer makes to x [B, T, D]."""
     return _change(network, x.astype(network.runtime.dtype), condition, index)
 
 
@@ -167,7 +167,7 @@ def _change(network, x, condition, index: int) -> jax.Array:
 
 
 def _cast(network: nnx.Module, dtype: str) -> nnx.Module:
-    """Return the network in a dtype, but for what is quantised and its scales."""
+    """Return the network in a dtype, except for quantised weights and their scales."""
     network = nnx.merge(*nnx.split(network))
     modules: list[Any] = [module for _, module in nnx.iter_modules(network)]
     for module in modules:
@@ -182,7 +182,7 @@ def _cast(network: nnx.Module, dtype: str) -> nnx.Module:
 
 
 def _with_both(network: nnx.Module) -> nnx.Module:
-    """Return the network with products of 8 bits by 8 bits, emulated."""
+    """Return the network with emulated products of 8 bits by 8 bits."""
     network = nnx.merge(*nnx.split(network))
     for _, module in nnx.iter_modules(network):
         if isinstance(module, QuantizedLinear):

@@ -1,6 +1,6 @@
-"""Reconstruction error of an autoencoder beside two codecs: `python -m benchmarks.reconstruction DIR AUDIO_DIR`.
+"""Reconstruction error of an autoencoder compared with two codecs: `python -m benchmarks.reconstruction DIR AUDIO_DIR`.
 
-The same excerpts pass through the autoencoder (means of the posterior) and, by libsndfile, through Opus and MP3.
+The same excerpts pass through the autoencoder (posterior means) and through libsndfile's Opus and MP3 codecs.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from benchmarks import measure
 RATE = 48000
 WINDOWS = (4096, 2048, 1024, 512, 256, 128)
 
-# Settings of libsndfile for 64 kbit/s, given as a level of compression: Opus has about 256 - 250 level kbit/s for each
-# channel, MP3 always 320 - 288 level.
+# libsndfile's compression levels for 64 kbit/s: Opus has about 256 - 250 level kbit/s per channel, MP3 always 320 - 288
+# level.
 CODECS = {
     "Opus": dict(format="OGG", subtype="OPUS", compression_level=(256 - 64 / 2) / 250),
     "MP3": dict(format="MP3", subtype="MPEG_LAYER_III", compression_level=(320 - 64) / 288, bitrate_mode="CONSTANT"),
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=10.0, help="length of the excerpt from the middle of each song [10]"
     )
-    parser.add_argument("--songs", type=int, default=20, help="largest number of songs, evenly over the folder [20]")
+    parser.add_argument("--songs", type=int, default=20, help="most songs to use, spread evenly over the folder [20]")
     options = parser.parse_args()
 
     songs = read(Path(options.audio_dir), options.songs, round(options.seconds * RATE))
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def read(folder: Path, most: int, samples: int) -> list[np.ndarray]:
-    """Read the middles of songs evenly over a folder, [2, samples] each; shorter songs are left out."""
+    """Read the middles of songs spread evenly over a folder, [2, samples] each; shorter songs are left out."""
     sources = find_audio(folder)
     picked = [sources[i] for i in np.unique(np.linspace(0, len(sources) - 1, most).round().astype(int))]
     songs = [audio.read(folder / source, RATE) for source in picked]
@@ -81,7 +81,7 @@ def read(folder: Path, most: int, samples: int) -> list[np.ndarray]:
 
 
 def score(songs: list[np.ndarray], process: Callable[[np.ndarray], np.ndarray]) -> tuple[str, str]:
-    """Return the medians over songs of SI-SDR and of the distance of spectra."""
+    """Return the medians over songs of SI-SDR and of the spectral distance."""
     ratios, distances = [], []
     for song in songs:
         result = process(song)
@@ -108,14 +108,14 @@ def through_autoencoder(vae: AutoencoderOobleck) -> Callable[[np.ndarray], np.nd
 
 
 def through_codec(song: np.ndarray, settings: dict, sizes: list[int]) -> np.ndarray:
-    """Return a song, [2, samples], after a codec, with its delay removed; append the bytes to `sizes`."""
+    """Return a song, [2, samples], after a codec, with its delay removed; append its size in bytes to `sizes`."""
     file = io.BytesIO()
     soundfile.write(file, song.T, RATE, **settings)
     sizes.append(file.tell())
     file.seek(0)
     result = soundfile.read(file, dtype="float32")[0].T
     spread = song.shape[1] + MOST_DELAY
-    # The delay is the shift of the highest correlation.
+    # The delay is the shift with the highest correlation.
     product = np.fft.rfft(result.mean(0), 2 * spread) * np.fft.rfft(song.mean(0), 2 * spread).conj()
     correlation = np.fft.irfft(product)
     shifts = np.arange(-MOST_DELAY, MOST_DELAY + 1)

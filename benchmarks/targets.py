@@ -1,6 +1,6 @@
-"""Accelerators that need not be present: their figures from data sheets, and meshes of them to compile for.
+"""Accelerators to compile for, which need not be present: their data-sheet figures, and meshes of them.
 
-Import this before jax: it sets what libtpu and the CUDA plugin read when they are loaded.
+Import this before jax: it sets environment variables that libtpu and the CUDA plugin read when they are loaded.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# libtpu would otherwise query the network for its TPU, and allow only one process; the CUDA plugin asks for a driver.
+# Otherwise libtpu queries the network for its TPU and allows only one process, and the CUDA plugin needs a driver.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
@@ -22,16 +22,16 @@ from jax.sharding import AxisType, Mesh
 from acestep_jax.distributed import MESH_AXES
 from acestep_jax.models.kernels.platform import precision_for
 
-CARD_FRACTION = 0.75  # of a GPU's memory, what JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+CARD_FRACTION = 0.75  # fraction of a GPU's memory that JAX uses, without XLA_PYTHON_CLIENT_MEM_FRACTION
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Hold one chip's figures, of its data sheet."""
+    """The figures of one chip, from its data sheet."""
 
     memory: float  # bytes
     peak: float  # FLOP/s of dense products, bfloat16, or float16 where there is no bfloat16
-    bandwidth: float  # of the memory, bytes/s
+    bandwidth: float  # memory bandwidth, bytes/s
     link: float  # bytes/s to one neighbour, in one direction
 
     @property
@@ -40,12 +40,12 @@ class Target:
 
     @property
     def platform(self) -> str:
-        """Return the name that JAX lowers for."""
+        """Return the platform name that JAX lowers for."""
         return "tpu"
 
     @property
     def usable(self) -> float:
-        """Return how much of the memory JAX takes."""
+        """Return the bytes of the memory that JAX uses."""
         return self.memory
 
     @property
@@ -56,21 +56,21 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Chip(Target):
-    """A TPU. At the clock, its units reach the peak."""
+    """A TPU. Its units reach the peak at the given clock."""
 
     clock: float  # Hz
 
 
 @dataclasses.dataclass(frozen=True)
 class Card(Target):
-    """An NVIDIA GPU, with what its compiler asks for."""
+    """An NVIDIA GPU, with the figures that XLA's compiler needs."""
 
     compute_capability: float
     cores: int  # multiprocessors
-    shared: int  # memory of each, bytes
-    block: int  # and of a block at most
-    threads: int  # of a multiprocessor
-    units: int  # float32 units of each
+    shared: int  # shared memory of each, bytes
+    block: int  # maximum shared memory of a block, bytes
+    threads: int  # per multiprocessor
+    units: int  # float32 units per multiprocessor
     cache: int  # level 2, bytes
     clock: float  # GHz
 
@@ -87,7 +87,7 @@ class Card(Target):
         return self.memory * CARD_FRACTION
 
 
-# The rate of a link in one direction: of TPUs "How to scale your model" (Google DeepMind), of GPUs NVLink or PCIe.
+# Link bandwidth in one direction: for TPUs from "How to scale your model" (Google DeepMind), for GPUs NVLink or PCIe.
 CHIPS = {
     "v5e": Chip(16e9, 197e12, 819e9, 45e9, 1.5e9),  # 4 units of 128 x 128
     "v5p": Chip(95e9, 459e12, 2765e9, 90e9, 1.75e9),  # 8 units of 128 x 128
@@ -118,7 +118,7 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_
 
 
 def target_of(name: str) -> Target:
-    """Return the figures of a card such as "h100", or of a topology's chip such as "v5e:2x2"."""
+    """Return the figures of a card such as "h100", or of the chip in a topology such as "v5e:2x2"."""
     return CARDS[name] if name in CARDS else CHIPS[name.split(":")[0]]
 
 
@@ -128,7 +128,7 @@ def devices_of(name: str, count: int = 1) -> list:
 
 
 def card_devices(name: str, count: int = 1) -> list:
-    """Return so many cards of one host; the CUDA plugin, of whichever version, must be installed."""
+    """Return `count` cards of one host; a CUDA plugin of either version must be installed."""
     card = CARDS[name]
     text = _CARD_TEXT.format(
         name=f"NVIDIA {name.upper()}", major=int(card.capability), minor=round(card.capability * 10) % 10,
@@ -142,7 +142,7 @@ def card_devices(name: str, count: int = 1) -> list:
 
 
 def _cuda_version() -> str:
-    """Return the version of the toolkit that the installed plugin is of."""
+    """Return the CUDA toolkit version of the installed plugin."""
     try:
         import jax_cuda13_plugin  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -151,8 +151,8 @@ def _cuda_version() -> str:
 
 
 def topology_devices(name: str) -> list:
-    """Return the devices of a topology such as "v5e:2x2"; of "v5e:1x1", which libtpu does not describe, the first chip
-    of a larger one. libtpu's messages that there are none are not shown."""
+    """Return the devices of a topology such as "v5e:2x2"; for "v5e:1x1", which libtpu does not describe, the first chip
+    of a larger one. Suppress libtpu's messages that there are no TPUs."""
     chip, _, size = name.partition(":")
     with quiet():
         if size == "1x1":
@@ -163,7 +163,7 @@ def topology_devices(name: str) -> list:
 def make_mesh(devices: list, text: str | None, batch: int) -> Mesh:
     """Return a mesh as `distributed.make_mesh` does, over devices that are not present.
 
-    Without `text`, the batch is split if it is a multiple of the devices, else time.
+    Without `text`, the batch is split if it is a multiple of the number of devices, else the time axis.
     """
     count = len(devices)
     if text:
@@ -182,7 +182,7 @@ def mesh_text(mesh: Mesh) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drop what the process writes to standard error, also from libraries outside Python."""
+    """Drop everything that the process writes to standard error, including native libraries."""
     kept = os.dup(2)
     with open(os.devnull, "wb") as sink:
         os.dup2(sink.fileno(), 2)

@@ -1,8 +1,8 @@
 """Ahead-of-time compilation for TPUs that are not present: `python -m benchmarks.tpu_aot`, with `jax[tpu]` installed.
 
-Compiles the denoising loop (8 turbo steps) and the decoder in bfloat16, as the pipeline runs them, a step of training
-or of the planner, for real topologies through libtpu, and prints what one chip needs. Nothing runs: times are the
-compiler's estimates, not measurements.
+It compiles the denoising loop (8 turbo steps) and the decoder in bfloat16, as the pipeline runs them, or a step of
+training or of the planner, for real topologies through libtpu, and prints figures per chip. Nothing is run: times are
+the compiler's estimates, not measurements.
 """
 
 import argparse
@@ -30,17 +30,17 @@ COLUMNS = (
     "of roofline at best",
 )
 NOTES = f"""
-All figures are of one chip. output: what does not reuse the memory of an argument. total: arguments + temporary +
-output; the program fits if that is within 16 GB (v5e), 32 (v6e) or 95 (v5p).
-TFLOP needed: matrix products of the whole program (benchmarks/floor.py) over the number of chips; counted: the
-compiler's own figure, in which the body of a loop counts once and Pallas kernels not at all. Kernels and collectives:
-how many the program has, and in brackets how often they run. scheduled: the scheduler's cycles of every instruction
-times the iterations of the loops around it, at the chip's clock. kernels: Pallas kernels, for the FLOPs that they
-execute, masked or not, at {hlo_tpu.KERNEL_RATE:.0%} of the peak, or for their bytes at the memory's rate, whichever
-takes longer.
-exchanged: collectives, for the bytes that a device sends, over one link, in one direction, beside nothing else.
-estimate: the sum of the three. of roofline: needed / peak over the estimate. at best: with Pallas kernels at the peak
-and collectives for nothing, the basis of earlier figures.
+All figures are per chip. output: outputs that do not reuse the memory of an argument. total: arguments + temporary +
+output; the program fits if this is at most 16 GB (v5e), 32 (v6e) or 95 (v5p).
+TFLOP needed: matrix products of the whole program (benchmarks/floor.py) divided by the number of chips; counted: the
+compiler's own figure, which counts the body of a loop once and Pallas kernels not at all. Kernels, collectives: their
+number in the program, and in brackets how often they run. scheduled: the scheduler's cycles of every instruction times
+the iterations of the loops around it, at the chip's clock. kernels: Pallas kernels, by the FLOPs that they execute,
+masked or not, at {hlo_tpu.KERNEL_RATE:.0%} of the peak, or by their bytes at the memory's bandwidth, whichever takes
+longer.
+exchanged: collectives, by the bytes that a device sends over one link in one direction, without overlap.
+estimate: the sum of the three. of roofline: needed / peak, divided by the estimate. at best: with Pallas kernels at the
+peak and free collectives, as in earlier figures.
 """
 
 
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def describe(program: Program, compiled: aot.Compiled, chip: Chip, mesh: Mesh) -> list[str]:
-    """Return what is the compiler's, and what follows from it."""
+    """Return the columns of the compiler's figures, and those derived from them."""
     found = hlo_tpu.read(compiled.text, chip, mesh.size)
     needed = program.flops / mesh.size
     floor = max(needed / chip.peak, program.bytes / mesh.size / chip.bandwidth)

@@ -1,10 +1,10 @@
-"""Performance of a fine-tuning step against a plain PyTorch loop: `python -m benchmarks.training`.
+"""Performance of a fine-tuning step compared with a plain PyTorch loop: `python -m benchmarks.training`.
 
 Ours is the compiled step of `acestep-jax train fit`. PyTorch's is diffusers' transformer, PEFT's adapters if there are
-any, the loss, `clip_grad_norm_` and AdamW. Both start from the same random weights and adapters and see the same
-batch, noise and times, so that their losses agree at every step. Both run the lyric encoder and the projection of the
-prompt in each step, without gradients; both are given the timbre token. Ours also draws noise and times, which are
-given to PyTorch. There is no dropout of adapters, because the dropped inputs would differ.
+any, the loss, `clip_grad_norm_` and AdamW. Both start from the same random weights and adapters and use the same batch,
+noise and timesteps, so that their losses agree at every step. Both run the lyric encoder and the projection of the
+prompt in each step, without gradients; both are given the timbre token. Ours also draws noise and timesteps, which
+PyTorch gets as inputs. Adapters have no dropout, because the dropped inputs would differ.
 """
 
 import argparse
@@ -39,7 +39,7 @@ COLUMNS = (*measure.COLUMNS[:-1], "difference of losses", "audio s / s", "of the
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Hold what is measured."""
+    """A case to measure."""
 
     size: str
     layers: int
@@ -52,7 +52,7 @@ class Case:
 
     @property
     def arguments(self) -> dict[str, dict]:
-        """The arguments of the torch class of each network."""
+        """The constructor arguments for each network's torch class."""
         sizes = shrunk(self.size, self.layers)
         return {name: sizes[name] for name in ("transformer", "condition_encoder")}
 
@@ -88,13 +88,13 @@ def main() -> None:
     add = parser.add_argument
     add("--size", choices=TRANSFORMER_SIZES, default="2B", help="width of the blocks [2B]")
     add("--layers", type=int, default=4, help="layers of the transformer, the lyric encoder in proportion; 0: all [4]")
-    add("--method", choices=("lora", "full"), default="lora", help="what is trained [lora]")
-    add("--rank", type=int, default=64, help="rank of the adapters; alpha is twice that [64]")
+    add("--method", choices=("lora", "full"), default="lora", help="parameters to train [lora]")
+    add("--rank", type=int, default=64, help="rank of the adapters; alpha is twice the rank [64]")
     add(
         "--remat",
         choices=("none", "dots", "full"),
         default="none",
-        help="unless none, PyTorch checkpoints layers too [none]",
+        help="rematerialisation; unless none, PyTorch checkpoints its layers too [none]",
     )
     measure.add_options(parser, [30, 60, 120], 5)
     measure.add_compare_options(parser)
@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def sides(case: Case, names: list[str]) -> dict[str, measure.Side]:
-    """Return the sides of these names, from the same weights. A call is a step; the result is all losses so far."""
+    """Return the sides with these names, from the same weights. A call is a step; the result is all losses so far."""
     theirs = randomise(TorchTransformer(**case.arguments["transformer"]))
     their_encoder = randomise(TorchConditionEncoder(**case.arguments["condition_encoder"]).eval())
     config = TransformerConfig(**case.arguments["transformer"])
@@ -144,7 +144,7 @@ def sides(case: Case, names: list[str]) -> dict[str, measure.Side]:
     lora = case.method == "lora"
     if lora:
         ours = add_lora(ours, case.train_config.lora, rngs=nnx.Rngs(0))
-    model, params = steps.Model.take_apart(ours, nnx.LoRAParam if lora else nnx.Param, None)
+    model, params = steps.Model.split(ours, nnx.LoRAParam if lora else nnx.Param, None)
     adapters = {name: np.array(value) for name, value in params.items()} if lora else {}
     batch, frozen = make_batch(case, cast(encoder, case.dtype))
     made = {}
@@ -159,7 +159,7 @@ def sides(case: Case, names: list[str]) -> dict[str, measure.Side]:
 
 
 def make_batch(case: Case, encoder: nnx.Module) -> tuple[Batch, Frozen]:
-    """Return a batch of random latents that fill their crops, arrays [1, B, ...]; and the frozen networks."""
+    """Return a batch of random latents that fill their crops, arrays [1, B, ...], and the frozen networks."""
     random = np.random.default_rng(0)
     size, width = case.batch, encoder.config.text_hidden_dim
     normal = lambda *shape: random.standard_normal(shape, dtype=np.float32)  # noqa: E731
@@ -182,10 +182,10 @@ def make_batch(case: Case, encoder: nnx.Module) -> tuple[Batch, Frozen]:
 
 
 def make_inputs(case: Case, frozen: Frozen, batch: Batch) -> dict[str, torch.Tensor]:
-    """Return the inputs of PyTorch's step, on the device: what ours draws and looks up itself."""
+    """Return the inputs of PyTorch's step, on the device, including those that our step computes itself."""
     batch = jax.tree.map(lambda x: x[0], batch)
     config = case.train_config
-    key = jax.random.split(jax.random.key(config.seed))[0]  # as `make_step`
+    key = jax.random.split(jax.random.key(config.seed))[0]  # as in `make_step`
     noise, x0, t, _ = draw(batch, key, case.batch, config.objective)
     arrays = dict(
         noise=noise,
@@ -209,7 +209,7 @@ def jax_side(case: Case, model: steps.Model, params: steps.Params, frozen: Froze
 
     def call() -> None:
         nonlocal program, state
-        if program is None:  # the first call counts the compilation
+        if program is None:  # the first call includes compilation
             program = step.lower(state, model.frozen, frozen, batch).compile()
         state, metrics = program(state, model.frozen, frozen, batch)
         jax.block_until_ready(state)
@@ -226,7 +226,7 @@ def torch_side(
     adapters: dict[str, np.ndarray],
     given: dict[str, torch.Tensor],
 ) -> measure.Side:
-    """Return the side of PyTorch; `adapters` are ours, to start from the same values."""
+    """Return PyTorch's side; `adapters` are ours, so that both start from the same values."""
     if case.remat != "none":
         transformer.enable_gradient_checkpointing()
     if case.method == "lora":
@@ -248,7 +248,7 @@ def torch_side(
         text, lyrics, timbre = (given[k].to(dtype) for k in ("text", "lyrics", "timbre"))
         mask = torch.ones(lyrics.shape[:2], device=device)
         parts = encoder.lyric_encoder(inputs_embeds=lyrics, attention_mask=mask), timbre, encoder.text_projector(text)
-        return torch.cat(parts, dim=1)  # as `encoder` packs them where nothing is padding
+        return torch.cat(parts, dim=1)  # as `encoder` packs them without padding
 
     def call() -> None:
         with torch.no_grad():

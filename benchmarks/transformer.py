@@ -1,6 +1,6 @@
-"""Performance of a forward pass of the transformer against diffusers' own: `python -m benchmarks.transformer`.
+"""Performance of a transformer forward pass compared with diffusers' own: `python -m benchmarks.transformer`.
 
-Both have the same random weights and inputs and run in one process, with their calls in turn.
+Both have the same random weights and inputs, and run in one process with alternating calls.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
 def sides(
     arguments: dict, dtype: str, frames: int, condition_tokens: int, batch: int, names: list[str]
 ) -> dict[str, measure.Side]:
-    """Return the sides of these names, with the same weights and inputs."""
+    """Return the sides with these names, with the same weights and inputs."""
     theirs = randomise(TorchTransformer(**arguments).eval())
     config = TransformerConfig(**arguments)
     inputs = make_inputs(config, frames, condition_tokens, batch)
@@ -75,7 +75,7 @@ def sides(
 
 
 def cast(network: nnx.Module, dtype: str) -> nnx.Module:
-    """Return the network with weights and computation in `dtype`."""
+    """Return the network with its weights and computation in `dtype`."""
     network = jax.tree.map(lambda leaf: leaf.astype(dtype), network)
     runtime = dataclasses.replace(network.runtime, dtype=dtype, param_dtype=dtype)
     fresh = nnx.eval_shape(lambda: type(network)(network.config, runtime=runtime, rngs=nnx.Rngs(0)))
@@ -83,7 +83,7 @@ def cast(network: nnx.Module, dtype: str) -> nnx.Module:
 
 
 def make_inputs(config: TransformerConfig, frames: int, condition_tokens: int, batch: int) -> list[np.ndarray]:
-    """Return the inputs of one call in their order, float32."""
+    """Return the inputs of one call in order, float32."""
     random = np.random.default_rng(0)
     channels = config.audio_acoustic_hidden_dim
     condition = config.encoder_hidden_size or config.hidden_size

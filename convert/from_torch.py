@@ -1,4 +1,4 @@
-"""Modules of PyTorch to ours, in memory; checkpoints are converted by `acestep_jax.io.conversion`."""
+"""Conversion of PyTorch modules to ours, in memory; `acestep_jax.io.conversion` converts checkpoints."""
 
 import torch
 from flax import nnx
@@ -18,7 +18,7 @@ __all__ = ["from_module", "from_torch"]
 def from_module(
     network: str, config: NetworkConfig, module: torch.nn.Module, runtime: Runtime = DEFAULT_RUNTIME
 ) -> nnx.Module:
-    """Return the network with the weights of a module of diffusers or transformers; raise InputError as `plan` does."""
+    """Return our network with the weights of a diffusers or transformers module; raise InputError as `plan` does."""
     tensors = {key: _tensor(value) for key, value in module.state_dict().items()}
     if network == "text_encoder":
         tensors = {attention_name(key): tensor for key, tensor in tensors.items()}

@@ -2,13 +2,13 @@
 
 Layouts, in which A [r, in] and B [out, r] of each linear layer are separate tensors:
 
-- peft: a folder as PEFT and ACE-Step's own application write it, with the original model's names, such as
-  `base_model.model.layers.0.self_attn.q_proj.lora_A.weight`. Rank and alpha are in `adapter_config.json`. It is read by
-  `PeftModel.from_pretrained(model.decoder, folder)`.
+- peft: a folder as written by PEFT and ACE-Step's own application, with the original model's names, such as
+  `base_model.model.layers.0.self_attn.q_proj.lora_A.weight`. Rank and alpha are in `adapter_config.json`.
+  `PeftModel.from_pretrained(model.decoder, folder)` reads it.
 - diffusers: a folder for `load_lora_weights`, with diffusers' names, such as
   `transformer.layers.0.self_attn.to_q.lora_A.weight`. Rank and alpha are in the header of the file.
 - comfyui: a file with the original model's names, such as
-  `diffusion_model.decoder.layers.0.self_attn.q_proj.lora_down.weight`. Alpha is a tensor beside it.
+  `diffusion_model.decoder.layers.0.self_attn.q_proj.lora_down.weight`. Alpha is a separate tensor.
 """
 
 import json
@@ -34,13 +34,13 @@ LAYOUTS = ("peft", "diffusers", "comfyui")
 
 
 def lora_from_torch(source: str | Path, destination: str | Path, *, model: str | Path | None = None) -> None:
-    """Convert an adapter of PyTorch, in any layout that `adapter_reader.read_lora` knows, to an acestep-jax adapter.
+    """Convert a PyTorch adapter, in any layout that `adapter_reader.read_lora` supports, to an acestep-jax adapter.
 
     Args:
         source: the folder or the .safetensors file.
         destination: the folder to create.
-        model: the native checkpoint that the adapter is for, to check that it fits. It is needed for an adapter that
-            leaves out the last layers, since such a file does not say how many layers there are.
+        model: the native checkpoint that the adapter is for, to check that they match. It is required for an adapter
+            without the last layers, since such a file does not say how many layers there are.
 
     Raises:
         InputError: see `load_adapter`; also if `destination` exists. Nothing is written in these cases.
@@ -62,12 +62,12 @@ def lora_from_torch(source: str | Path, destination: str | Path, *, model: str |
 def lora_to_torch(source: str | Path, destination: str | Path, *, layout: str) -> None:
     """Write an adapter in one of `LAYOUTS`; `lora_from_torch` restores the same values bit for bit.
 
-    Of the config, rank, alpha and use_dora are restored; targets as full paths; dropout, which matters only to further
-    training, only from peft.
+    Of the config, rank, alpha and use_dora are restored, and targets as full paths. Dropout, which matters only for
+    further training, is restored only from peft.
 
     Args:
         source: the folder of an acestep-jax adapter.
-        destination: the folder to create; for comfyui the .safetensors file.
+        destination: the folder to create, or the .safetensors file for comfyui.
 
     Raises:
         InputError: if `source` is not an adapter, `destination` exists, or the layout cannot express the adapter.
@@ -96,7 +96,7 @@ def lora_to_torch(source: str | Path, destination: str | Path, *, layout: str) -
 
 
 class _Module(NamedTuple):
-    """Hold the adapter of one torch module, by diffusers' name: A [r, in], B [out, r], magnitude [out]."""
+    """The adapter of one torch module, by diffusers' name: A [r, in], B [out, r], magnitude [out]."""
 
     name: str
     a: np.ndarray
@@ -120,7 +120,7 @@ def _modules(adapter: Adapter) -> Iterator[_Module]:
 
 
 def _original(module: str) -> str:
-    """Return the name in the original model's decoder of a module that diffusers calls `module`."""
+    """Return the original decoder's name for a module that diffusers calls `module`."""
     return original.original_name("transformer", f"{module}.weight").removeprefix("decoder.").removesuffix(".weight")
 
 
@@ -134,7 +134,7 @@ def _write_peft(folder: Path, adapter: Adapter) -> None:
 
 def _write_diffusers(folder: Path, adapter: Adapter) -> None:
     modules = list(_modules(adapter))
-    # Without lora_dropout: diffusers leaves the layers it adds in training mode, where dropout acts.
+    # Without lora_dropout: diffusers leaves the layers that it adds in training mode, so dropout would be active.
     values = {f"transformer.{key}": value for key, value in _peft_config(adapter, modules).items()}
     metadata = {DIFFUSERS_KEY: json.dumps(values, indent=2, sort_keys=True)}
     _save(folder / DIFFUSERS_WEIGHTS, _peft_tensors("transformer.", modules), metadata)
@@ -174,7 +174,7 @@ def _peft_tensors(prefix: str, modules: list[_Module]) -> dict[str, np.ndarray]:
 
 
 def _peft_config(adapter: Adapter, modules: list[_Module]) -> dict[str, Any]:
-    """Return the arguments of `peft.LoraConfig`. A target is the part of a name after its layer."""
+    """Return the arguments of `peft.LoraConfig`. A target is the part of a name after the layer."""
     config = adapter.config
     return {
         "r": config.rank,

@@ -17,19 +17,19 @@ def merge_lora(
     adapters: Sequence[str | Path | Adapter],
     scales: float | Sequence[float] = 1.0,
 ) -> None:
-    """Write a checkpoint whose transformer is that of `source` after `merge_adapters`; everything else stays unchanged.
+    """Write a copy of `source` with adapters merged into its transformer; nothing else changes.
 
-    The whole transformer is held in memory, and of the other networks a few arrays at a time.
+    The whole transformer is held in memory; the other networks are copied a few arrays at a time.
 
     Args:
         source: a native checkpoint.
         destination: the folder to create.
         adapters: the adapters or their folders.
-        scales: one for all adapters, or one for each.
+        scales: one scale for all adapters, or one for each.
 
     Raises:
         InputError: if `source` is not a native checkpoint, `destination` exists, a scale is not a finite number, or an
-            adapter is for another model. Nothing is written then.
+            adapter is for another model. Nothing is written in these cases.
     """
     check_new(as_path(destination))
     manifest = checkpoint.read_manifest(source)

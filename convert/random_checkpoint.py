@@ -1,6 +1,6 @@
 """PyTorch checkpoints with random weights from diffusers' own classes: `acestep-jax convert random-torch DST`.
 
-They generate noise. They are for trials of the tools, for tests, and for measurements at full size.
+They generate noise. Use them to try out the tools, in tests, and for measurements at full size.
 """
 
 from pathlib import Path
@@ -63,7 +63,7 @@ END_OF_TEXT = "<|endoftext|>"
 def write_random_checkpoint(
     destination: str | Path, *, size: str = "tiny", variant: str = "turbo", dtype: str = "float32", seed: int = 0
 ) -> None:
-    """Write a diffusers folder; the same arguments give the same bytes.
+    """Write a checkpoint in diffusers' layout; the same arguments give the same bytes.
 
     Args:
         destination: the folder to create.
@@ -115,7 +115,7 @@ def random_pipeline(sizes: dict[str, dict], *, variant: str = "turbo", seed: int
 def randomise(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Fill all parameters and buffers with random values that keep activations near one; return the network.
 
-    Newly built networks have norms of one and biases of zero, which would hide one that is swapped or missing.
+    In a newly built network norms are one and biases zero, so a swapped or missing one would go unnoticed.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -151,7 +151,7 @@ def randomise(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Return a tokenizer of bytes that ends each text with `<|endoftext|>`, as Qwen3-Embedding's does."""
+    """Return a byte-level tokenizer that ends each text with `<|endoftext|>`, as Qwen3-Embedding's does."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

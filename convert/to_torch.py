@@ -1,4 +1,4 @@
-"""Native to PyTorch checkpoint: `acestep-jax convert to-torch SRC DST --layout diffusers|original`."""
+"""Native checkpoints to PyTorch: `acestep-jax convert to-torch SRC DST --layout diffusers|original`."""
 
 import dataclasses
 import json
@@ -39,22 +39,22 @@ _CLASSES = {
 }
 _SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1, "shift": 1.0}
 
-# (torch name, shape, dtype, read), as `write_safetensors` takes them.
+# (torch name, shape, dtype, read), as `write_safetensors` expects them.
 Entry = tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]
 
 
 def to_torch(source: str | Path, destination: str | Path, *, layout: str) -> None:
-    """Write a checkpoint in diffusers' layout ("diffusers") or in that of ACE-Step's own application ("original").
+    """Write a checkpoint in the layout of diffusers ("diffusers") or of ACE-Step's own application ("original").
 
     In the original layout `destination` holds `acestep-v15-turbo/` (or -base, -xl-sft, ...), `vae/` and
     `Qwen3-Embedding-0.6B/`. The published folders also hold the model's Python code, which is not part of a native
-    checkpoint: to run the application, replace the `model.safetensors` of a published folder of that name. Weights are
-    written as stored; a checkpoint that came from PyTorch with its dtype unchanged is restored bit for bit.
+    checkpoint: to run the application, replace the `model.safetensors` in a published folder of the same name. Weights
+    are written as stored; a checkpoint converted from PyTorch without a change of dtype is restored bit for bit.
 
     Args:
-        source: the folder of a native checkpoint, of a model or of a planner.
+        source: the folder of a native checkpoint, a model or a planner.
         destination: the folder to create.
-        layout: one of `LAYOUTS`; of a planner "original" only, which makes `destination` such a folder as
+        layout: one of `LAYOUTS`; for a planner only "original", which makes `destination` a folder like
             acestep-5Hz-lm-1.7B.
 
     Raises:
@@ -96,7 +96,7 @@ def to_torch(source: str | Path, destination: str | Path, *, layout: str) -> Non
 
 
 def _entries(source: Path, network: str, leaves: dict[str, jax.ShapeDtypeStruct], read: "_Reader") -> list[Entry]:
-    """Return the tensors of a network in the order of our leaves, so that each group of leaves is read once."""
+    """Return the tensors of a network in the order of our leaves, so each group of leaves is read once."""
     factors = _stored_factors(source) if network == "vae" else {}
     result: list[Entry] = []
     for name, leaf in leaves.items():
@@ -117,7 +117,7 @@ def _entries(source: Path, network: str, leaves: dict[str, jax.ShapeDtypeStruct]
 
 
 class _Reader:
-    """Read leaves in groups of at most `BATCH_BYTES`, or one leaf; only the last group is kept in memory."""
+    """Reads leaves in groups of at most `BATCH_BYTES` (at least one leaf); keeps only the last group in memory."""
 
     def __init__(self, source: Path, stored: dict[str, dict[str, jax.ShapeDtypeStruct]], bar: tqdm):
         self.source, self.bar = source, bar
@@ -138,7 +138,7 @@ class _Reader:
 
 
 def _stored_factors(source: Path) -> dict[str, Callable[[], np.ndarray]]:
-    """Return the factors that kernels were folded from; none if the checkpoint has no file of them."""
+    """Return the weight-norm factors that kernels were folded from; none if the checkpoint does not store them."""
     file = source / WEIGHT_NORM
     if not file.is_file():
         return {}
@@ -164,9 +164,9 @@ def _weight_norm_entries(
     kernel: Callable[[], np.ndarray],
     factors: dict[str, Callable[[], np.ndarray]],
 ) -> list[Entry]:
-    """Return `X.weight_g` and `X.weight_v` of `X.weight`: those it was folded from, or new ones if it has changed.
+    """Return `X.weight_g` and `X.weight_v` for `X.weight`: the factors it was folded from, or new ones if it changed.
 
-    New ones are v = kernel and g = |kernel|, which fold to the kernel itself.
+    New factors are v = kernel and g = |kernel|, which fold to the kernel itself.
     """
     g_shape = (shape[0],) + (1,) * (len(shape) - 1)
     names = f"{name}_g", f"{name}_v"
@@ -216,7 +216,7 @@ def _write_original(folder: Path, source: Path, manifest: checkpoint.Manifest, e
 
 
 def _write_planner(source: Path, destination: Path, manifest: checkpoint.Manifest) -> None:
-    """Write a planner as the folder that ACE-Step publishes, with the files of its tokenizer as they are."""
+    """Write a planner as a folder like ACE-Step's published ones, with its tokenizer files unchanged."""
     stored = checkpoint.network_leaves(source, manifest)
     with tqdm(total=len(stored[PLANNER]), unit="tensor", disable=None) as bar:
         entries = _entries(source, PLANNER, stored[PLANNER], _Reader(source, stored, bar))
@@ -230,7 +230,7 @@ def _write_planner(source: Path, destination: Path, manifest: checkpoint.Manifes
 
 
 def _write_network(folder: Path, name: str, config: NetworkConfig, entries: list[Entry]) -> None:
-    """Write the folder of one network as diffusers or, for the text encoder, transformers saves it."""
+    """Write the folder of one network as diffusers saves it, or transformers for the text encoder."""
     folder.mkdir()
     values, file = {"_class_name": _CLASSES[name][1]} | config.to_hf(), "diffusion_pytorch_model.safetensors"
     if name == "text_encoder":
@@ -248,11 +248,11 @@ def _write_tokenizer(folder: Path, source: Path, manifest: checkpoint.Manifest) 
 
 
 def _write_vocabulary(folder: Path, source: Path) -> None:
-    """Write `vocab.json` and `merges.txt`, without which acestep.cpp's converter makes a model without a tokenizer."""
+    """Write `vocab.json` and `merges.txt`; without them, acestep.cpp's converter writes a model without a tokenizer."""
     model = json.loads((source / checkpoint.TOKENIZER).read_text(encoding="utf-8")).get("model") or {}
     if model.get("type") != "BPE":
         logger.warning(
-            "%s: a tokenizer of the kind %s; vocab.json and merges.txt, which acestep.cpp reads, exist for BPE only",
+            "%s: tokenizer of type %s; vocab.json and merges.txt, which acestep.cpp reads, exist only for BPE",
             source / checkpoint.TOKENIZER,
             model.get("type"),
         )

@@ -1,7 +1,7 @@
-"""Numerical parity of a checkpoint in PyTorch and JAX, stage by stage: `acestep-jax convert verify SRC`.
+"""Numerical parity of a checkpoint between PyTorch and JAX, stage by stage: `acestep-jax convert verify SRC`.
 
-Each stage gets the same inputs in both frameworks, those of a short song. Each network is loaded, run and dropped
-before the next one, so peak memory stays near twice the largest network in float32.
+Each stage gets the same inputs in both frameworks, taken from a short song. Each network is loaded, run and freed
+before the next one, so peak memory is about twice the largest network in float32.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ from acestep_jax.io.conversion import build, open_source
 from acestep_jax.io.pretrained import TorchCheckpoint
 from acestep_jax.models.config import AutoencoderConfig, ConditionEncoderConfig, TransformerConfig
 
-# max |ours - torch| / max |torch|. The transformer is the deepest network, and the codes are exact or wrong.
-# If torch's own float32 is farther than half of that from its float64, the limit is twice that distance.
+# Limits of max |ours - torch| / max |torch|. The transformer is the deepest network; codes are either exact or wrong.
+# If torch's float32 differs from its float64 by more than half the limit, the limit is twice that difference.
 LIMITS = {"transformer": 2e-5, "audio codes": 0.0}
 DEFAULT_LIMIT = 1e-5
 FRAMES = 751  # 30 s and an odd number
@@ -48,7 +48,7 @@ _TORCH = {
 
 
 class Row(NamedTuple):
-    """Hold one line of the table."""
+    """One row of the table."""
 
     stage: str
     shape: tuple[int, ...]
@@ -64,7 +64,7 @@ def verify(
     text_encoder: str | Path | None = None,
     variant: str | None = None,
 ) -> bool:
-    """Print a row for each stage as it completes; return whether all are within their limits.
+    """Print a row for each stage as it completes; return whether all stages are within their limits.
 
     Args:
         source, vae, text_encoder, variant: see `open_source`.
@@ -90,7 +90,7 @@ def verify(
 
 
 def rows(opened: TorchCheckpoint) -> Iterator[Row]:
-    """Run every stage, with the torch outputs of the networks before it as inputs, and yield its row."""
+    """Run every stage on torch's outputs of the earlier networks, and yield its row."""
     random = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:
@@ -182,7 +182,7 @@ def rows(opened: TorchCheckpoint) -> Iterator[Row]:
 
 
 class _Both:
-    """Hold a network of the checkpoint in both frameworks, in float32."""
+    """A network of the checkpoint in both frameworks, in float32."""
 
     def __init__(self, opened: TorchCheckpoint, network: str):
         gc.collect()
@@ -199,8 +199,8 @@ class _Both:
 
         Args:
             stage: name of the stage.
-            run_torch: gets the torch network, and a function that makes its tensors from arrays.
-            run_jax: gets our network.
+            run_torch: called with the torch network and a function that converts arrays to its tensors.
+            run_jax: called with our network.
         """
         with torch.no_grad():
             reference = run_torch(self.torch, torch.from_numpy).numpy()
@@ -227,7 +227,7 @@ def _double(array: np.ndarray) -> torch.Tensor:
 def _jax_network(opened: TorchCheckpoint, network: str) -> nnx.Module:
     config = opened.configs[network]
     if isinstance(config, ConditionEncoderConfig):
-        # What diffusers' class computes is the reference here, and it knows neither of these.
+        # The reference is what diffusers' class computes, which has neither of these options.
         config = dataclasses.replace(config, timbre_special_token=False, timbre_layer_types=None)
     return build(network, config, opened.tensors[network])
 
@@ -235,7 +235,7 @@ def _jax_network(opened: TorchCheckpoint, network: str) -> nnx.Module:
 def _torch_network(opened: TorchCheckpoint, network: str) -> torch.nn.Module:
     config = opened.configs[network].to_hf()
     tensors = dict(opened.tensors[network])
-    # Parameters get their memory with their values; buffers that are not in the checkpoint are computed as usual.
+    # Parameters are allocated when they are loaded; buffers that are not in the checkpoint are computed as usual.
     with init_empty_weights(include_buffers=False):
         if network == "text_encoder":
             config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}

@@ -1,10 +1,10 @@
-"""AdamW with clipping, by the definition of optax, in few passes over gradients, moments and weights.
+"""AdamW with gradient clipping, as optax defines it, in fewer passes over gradients, moments and weights.
 
     g <- g min(1, max_norm / |g|)
     m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2
     w <- w - rate (m / (1 - b1^n) / (sqrt(v / (1 - b2^n)) + eps) + decay w)
 
-If the norm of the gradients is not finite, weights and moments stay.
+If the norm of the gradients is not finite, weights and moments are left unchanged.
 """
 
 from typing import Any, NamedTuple
@@ -17,24 +17,24 @@ from acestep_jax.train.config import AdamConfig
 
 DECAYING = ("kernel", "lora_a", "lora_b")
 
-Params = dict[str, jax.Array]  # by dotted path
+Params = dict[str, jax.Array]  # parameters by dotted path
 
 
 class Applied(NamedTuple):
-    """What a step of an optimizer makes."""
+    """The result of one optimizer step."""
 
     params: Params
     state: Any
-    norm: jax.Array  # of the gradients, before clipping
+    norm: jax.Array  # norm of the gradients, before clipping
 
 
 def apply(
     optimizer: "Optimizer", gradients: Params, state: Any, params: Params, divisor: jax.Array | float = 1.0
 ) -> Applied:
-    """Apply gradients / divisor to parameters, or only count the step if they are not finite.
+    """Apply gradients / divisor to the parameters; if the gradients are not finite, only count the step.
 
     Args:
-        state: of the optimizer, that of `optax.apply_if_finite`.
+        state: optimizer state, as `optax.apply_if_finite` keeps it.
     """
     if isinstance(optimizer, AdamW):
         return optimizer.apply(gradients, state, params, divisor)
@@ -45,17 +45,17 @@ def apply(
 
 
 def learning_rate(config: AdamConfig, steps: int) -> optax.Schedule:
-    """Return the schedule: linear warm-up, then a cosine to a hundredth of the peak at the last of `steps`."""
+    """Return the schedule: linear warm-up, then cosine decay to 1% of the peak at the last of `steps`."""
     peak = config.learning_rate
     warmup = min(100, steps // 10) if config.warmup_steps is None else config.warmup_steps
     if not warmup:
         return optax.cosine_decay_schedule(peak, steps, 0.01)
-    # The warm-up starts above 0, at which the first step would learn nothing.
+    # The warm-up starts above 0: at 0 the first step would learn nothing.
     return optax.warmup_cosine_decay_schedule(peak / warmup, peak, warmup, steps, 0.01 * peak)
 
 
 def definition(config: AdamConfig, steps: int) -> optax.GradientTransformation:
-    """Return the optimizer as optax writes it, from which `AdamW` has its state."""
+    """Return the same optimizer built from optax; `AdamW` uses the layout of its state."""
     chain = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
@@ -75,19 +75,19 @@ def _decaying(params: Any) -> dict[str, bool]:
 
 
 def decays(name: str) -> bool:
-    """Return whether the parameter of this name decays."""
+    """Return whether weight decay applies to the parameter of this name."""
     return name.rpartition(".")[2] in DECAYING
 
 
 class AdamW:
     """Compute what `definition` does, except that a step is also skipped if the norm of finite gradients overflows.
 
-    As optax writes it, XLA for CPUs keeps zeros for a step that is skipped, looks at all gradients once more for values
-    that are not finite, writes them again when they are clipped, and computes the schedule for each element of them.
+    With the optax chain, XLA for CPUs allocates zeros for a skipped step, reads all gradients once more to look for
+    non-finite values, writes them again when they are clipped, and computes the schedule once per element.
 
     Args:
         config: see `AdamConfig`.
-        steps: of the whole run, for the schedule.
+        steps: number of steps of the whole run, for the schedule.
     """
 
     def __init__(self, config: AdamConfig, steps: int):
@@ -99,7 +99,7 @@ class AdamW:
         config = self.config
         norm = optax.tree.norm(gradients) / divisor
         finite = jnp.isfinite(norm)
-        # optax.chain's and optax.adamw's states, in the order of their parts.
+        # The states of optax.chain and optax.adamw, in the order of their parts.
         clip, (adam, decay, by_schedule) = state.inner_state
         count = optax.safe_increment(adam.count)
 
@@ -108,7 +108,7 @@ class AdamW:
             rate = jnp.asarray(self.schedule(by_schedule.count), jnp.float32)
             return scale, rate, 1.0 - config.beta1**count, 1.0 - config.beta2**count
 
-        # A branch of its own: XLA for CPUs would compute the schedule's cosine for each element of each array.
+        # In a branch: XLA for CPUs would otherwise compute the schedule's cosine for each element of each array.
         scale, rate, m_bias, v_bias = jax.lax.cond(finite, scalars, lambda: (jnp.float32(1.0),) * 4)
         mu: Params = {}
         nu: Params = {}

@@ -1,6 +1,6 @@
 """`acestep-jax train autoencoder`: from a folder of audio to an autoencoder, from scratch.
 
-There is no discriminator: the loss is the distance of spectra at several resolutions, that of the waveform and a small
+There is no discriminator: the loss is a spectral distance at several resolutions, the error of the waveform and a small
 KL divergence, see `train.reconstruction`. The result, `vae/`, is a checkpoint of only this network:
 `checkpoint.load(path, names=["vae"])`.
 """
@@ -37,10 +37,10 @@ INITIAL_SCALE = -2.0  # before softplus: a standard deviation of 0.13
 
 @with_own_settings
 def fit(config: AutoencoderTrainConfig) -> Path:
-    """Start or resume a training; return the folder of its result, `vae/` of `config.out`.
+    """Start or resume a training run; return the folder of its result, `vae/` in `config.out`.
 
     Raises:
-        InputError: if the audio or the settings cannot be used, the run in `config.out` has other settings, a disk is
+        InputError: if the audio or the settings cannot be used, the run in `config.out` has other settings, the disk is
             full, or (DivergedError) the loss is non-finite in `max_bad_steps` consecutive steps.
     """
     check_folder(as_path(config.out), config)
@@ -57,18 +57,18 @@ def fit(config: AutoencoderTrainConfig) -> Path:
 
 
 class Validation(NamedTuple):
-    """What is measured of a batch, with the means of the posteriors as latents."""
+    """The validation metrics of a batch, with the posterior means as latents."""
 
     loss: jax.Array
     spectrum: jax.Array
     waveform: jax.Array
     kl: jax.Array
     si_sdr: jax.Array  # dB
-    square: jax.Array  # [latent channels], mean square of the latents, as sampled
+    square: jax.Array  # [latent channels], mean square of sampled latents
 
 
 class AutoencoderTraining(Trainer):
-    """An autoencoder that starts from random weights."""
+    """Training of an autoencoder from random weights."""
 
     panels = (
         Panel("loss", {"loss": "training", "validation_loss": "held-out songs"}),
@@ -76,7 +76,7 @@ class AutoencoderTraining(Trainer):
         Panel("SI-SDR, dB", {"validation_si_sdr": "held-out songs"}, scale="linear"),
     )
 
-    saves_validated = True  # the scale of the latents
+    saves_validated = True  # validation measures the scale of the latents
 
     def __init__(self, config: AutoencoderTrainConfig):
         super().__init__(config, initial(config.model.network, config.seed), nnx.Param)
@@ -85,7 +85,7 @@ class AutoencoderTraining(Trainer):
 
     @property
     def averages(self) -> Params:
-        """The moving averages of the weights if they are kept, else the weights."""
+        """The EMA of the weights if there is one, else the weights."""
         return self.state.params if self.state.ema is None else self.state.ema
 
     def restore(self, saved: Any, step: int) -> None:
@@ -93,7 +93,7 @@ class AutoencoderTraining(Trainer):
         self.notes["square"] = saved.notes(step)["square"]
 
     def validate(self, batches: Iterable[np.ndarray]) -> dict[str, float]:
-        """Return the means over the batches, and note the mean square of the latents, which the result is scaled by."""
+        """Return the means over the batches, and note the mean square of the latents, by which the result is scaled."""
         found = [self._evaluate(self.averages, batch) for batch in batches]
         found = jax.tree.map(lambda *values: np.mean(values, axis=0), *found)
         self.notes["square"] = [float(value) for value in found.square]
@@ -103,7 +103,7 @@ class AutoencoderTraining(Trainer):
         return {f"validation_{name}": value for name, value in values.items()}
 
     def summarise(self, details: list[dict[str, np.ndarray]]) -> dict[str, float]:
-        """Return the mean of each term of the loss over the steps with a finite one."""
+        """Return the mean of each term of the loss over the steps whose loss is finite."""
         good = [step for step in details if np.isfinite(sum(step.values()))] or details
         return {name: float(np.mean([step[name] for step in good])) for name in details[0]}
 
@@ -114,7 +114,7 @@ class AutoencoderTraining(Trainer):
     def write_result(
         path: Path, config: AutoencoderTrainConfig, weights: dict[str, np.ndarray], notes: dict[str, Any]
     ) -> None:
-        """Write a checkpoint of the network, with its latents rescaled; raise InputError if `path` exists."""
+        """Write a checkpoint of the network with rescaled latents; raise InputError if `path` exists."""
         arrays = rescale(weights, np.maximum(notes["square"], 1e-8))
         names = checkpoint.leaf_shapes("vae", config.model.network)
         pairs = [(f"vae.{name}", np.asarray(arrays[name])) for name in names]
@@ -126,7 +126,7 @@ def make_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Return the jitted step: (state, crops [B, channels, samples]) -> (state, Metrics).
 
-    `Metrics.details`: the terms of the loss, before their weights.
+    `Metrics.details` holds the unweighted terms of the loss.
     """
 
     def step(state: TrainState, crops: jax.Array) -> tuple[TrainState, Metrics]:
@@ -168,7 +168,7 @@ def losses(
     config: ReconstructionConfig,
     warmup: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return loss = warmup w_s spectrum + w_w waveform + w_k kl and its terms, of a result [B, channels, samples]."""
+    """Return loss = warmup w_s spectrum + w_w waveform + w_k kl and its terms for a result [B, channels, samples]."""
     spectrum = reconstruction.spectral_distance(result, sound, config.windows)
     waveform = jnp.abs(result - sound).mean()
     kl = reconstruction.divergence(posterior)
@@ -177,8 +177,8 @@ def losses(
 
 
 def initial(config: AutoencoderConfig, seed: int) -> AutoencoderOobleck:
-    """Return a network that is nearly a chain of plain convolutions, with little noise on its latents: full residual
-    branches would amplify their input a thousandfold, one after the other, and noise would hide what is to be learned.
+    """Return a network that is nearly a chain of plain convolutions, with little noise on its latents: the residual
+    branches, if not scaled down, would amplify their input a thousandfold, and noise would drown the signal to learn.
     """
     network = AutoencoderOobleck(config, rngs=nnx.Rngs(noise.key(seed)))
     for name, variable in checkpoint.leaves(network).items():
@@ -191,7 +191,7 @@ def initial(config: AutoencoderConfig, seed: int) -> AutoencoderOobleck:
 
 
 def encode(network: AutoencoderOobleck, sound: jax.Array) -> DiagonalGaussian:
-    """Encode [B, channels, samples] in one piece, where `AutoencoderOobleck.encode` takes one song after the other."""
+    """Encode [B, channels, samples] at once; `AutoencoderOobleck.encode` encodes one song after the other."""
     return DiagonalGaussian.of(network.encoder(jnp.moveaxis(sound, 1, 2)))
 
 
@@ -201,10 +201,11 @@ def decode(network: AutoencoderOobleck, latents: jax.Array) -> jax.Array:
 
 
 def rescale(weights: dict[str, np.ndarray], square: np.ndarray) -> dict[str, np.ndarray]:
-    """Return weights whose latents have a mean square of 1 where it was `square`, [channels]; the reconstruction stays.
+    """Rescale latents whose mean square is `square`, [channels], to a mean square of 1, without changing the
+    reconstruction; return the new weights.
 
-    This is exact for the means, by the last layer of the encoder and the first of the decoder. Standard deviations
-    softplus(x) are scaled by a shift of x, which is exact for small ones: softplus(x) is then exp(x).
+    Means are rescaled exactly, by the encoder's last layer and the decoder's first. Standard deviations softplus(x) are
+    rescaled by shifting x, which is exact where they are small: softplus(x) is then exp(x).
     """
     scale = np.sqrt(np.asarray(square, np.float32))
     last, first = "encoder.conv2", "decoder.conv1"

@@ -19,12 +19,12 @@ METRIC = "validation_loss"
 
 
 class Checkpoints:
-    """The checkpoints of one run, by step: the latest `keep`, and the best of all that were validated.
+    """The checkpoints of one run, by step: the latest `keep` and the one with the lowest validation loss.
 
     Args:
-        folder: of the checkpoints.
+        folder: folder of the checkpoints.
         keep: number of latest checkpoints to keep.
-        writes: whether this is the run itself, which removes incomplete checkpoints of a killed process.
+        writes: whether the run itself opens them; it removes checkpoints that a killed process left incomplete.
     """
 
     def __init__(self, folder: Path, keep: int, *, writes: bool = True):
@@ -33,7 +33,7 @@ class Checkpoints:
         policies = training.preservation_policies
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[METRIC],
-            reverse=True,  # the last n of the decreasing order stay
+            reverse=True,  # the last n in decreasing order are kept
             n=1,
             keep_checkpoints_without_metrics=False,
         )
@@ -58,10 +58,10 @@ class Checkpoints:
         return min(losses, key=losses.__getitem__) if losses else None
 
     def choose(self, step: int | None) -> int:
-        """Return this step or, if it is None, the best, or the latest if none was validated.
+        """Return `step`; if it is None, the best step, or the latest one if none was validated.
 
         Raises:
-            InputError: if there is no checkpoint of the step.
+            InputError: if there is no checkpoint of that step.
         """
         if not self.steps:
             raise InputError(f"{self.folder.parent}: no checkpoint is complete yet")
@@ -76,13 +76,13 @@ class Checkpoints:
         """Copy the state from the devices to the host, then write it in the background.
 
         Args:
-            step: number of steps of the state.
-            state: what to write.
-            notes: what JSON can hold.
-            validation_loss: by which the best is chosen; None: unknown.
+            step: number of steps that the state has made.
+            state: the state to write.
+            notes: values that JSON can hold, stored with the state.
+            validation_loss: the lowest one makes the best checkpoint; None: not validated.
 
         Raises:
-            InputError: if this save or the one before it finds the disk full.
+            InputError: if the disk is full, at this save or at the one before it.
         """
         known = validation_loss is not None and math.isfinite(validation_loss)
         with self._writing():
@@ -97,7 +97,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
-        """Wait for what is being written; raise as `save` does, unless the run has failed already."""
+        """Wait for pending writes; raise as `save` does, unless the run has failed already."""
         try:
             with self._writing():
                 self._checkpointer.wait()
@@ -108,11 +108,11 @@ class Checkpoints:
             self._checkpointer.close()
 
     def notes(self, step: int) -> dict[str, Any]:
-        """Return the notes that were given to `save`."""
+        """Return the notes that `save` got."""
         return self._metadata(step).custom_metadata
 
     def weights(self, step: int, part: str) -> dict[str, np.ndarray]:
-        """Load only the "params" or the "ema" of a step, to the host, by dotted path; raise as `restore` does."""
+        """Load only the "params" or the "ema" of a step to the host, by dotted path; raise as `restore` does."""
         host = host_sharding()
         target = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
@@ -128,12 +128,12 @@ class Checkpoints:
         """Return the state of a step.
 
         Args:
-            step: of a complete checkpoint.
+            step: step of a complete checkpoint.
             target: shapes, dtypes and shardings of the state.
 
         Raises:
-            InputError: naming the first array that is missing, unexpected or of another shape or dtype; or if the
-                checkpoint is damaged.
+            InputError: if an array is missing, unexpected or has another shape or dtype (the first one is named), or
+                the checkpoint is damaged.
         """
         path = self.folder / str(step)
         stored = dict(flatten(self._metadata(step).metadata["state"]))
@@ -165,7 +165,7 @@ class Checkpoints:
     def _reading(self, step: int) -> Iterator[None]:
         try:
             yield
-        except (ValueError, OSError, KeyError) as error:  # Orbax's and TensorStore's of what is missing or cut short
+        except (ValueError, OSError, KeyError) as error:  # from Orbax and TensorStore for missing or truncated files
             raise InputError(
                 f"{self.folder / str(step)}: damaged ({error}); remove it to resume from the checkpoint before it"
             ) from error
@@ -174,7 +174,7 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # Orbax raises many kinds
+        except Exception as error:  # Orbax raises many types
             if not is_disk_full(error):
                 raise
             kept = f"step {self.steps[-1]} is the last that is kept" if self.steps else "none is kept"
@@ -185,6 +185,6 @@ class Checkpoints:
 
 
 def _named(state: TrainState) -> Iterator[tuple[str, Any]]:
-    """Yield the arrays of a state by dotted name, in the order of the tree."""
+    """Yield the arrays of a state with their dotted names, in tree order."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         yield jax.tree_util.keystr(path, simple=True, separator="."), leaf

@@ -1,6 +1,6 @@
-"""The settings of a run: frozen dataclasses, which are the options of the command line and the keys of the YAML file.
+"""The settings of a run: frozen dataclasses that define the command-line options and the keys of the YAML file.
 
-`--lora.rank 8` on the command line is `lora: {rank: 8}` in the file given by `--config`; the later one wins. See
+`--lora.rank 8` on the command line is `lora: {rank: 8}` in the file given with `--config`; the later one wins. See
 `train.config_file` for how they are read and written.
 """
 
@@ -13,24 +13,24 @@ from acestep_jax.inputs import tasks
 from acestep_jax.models.config import AutoencoderConfig, LoRAConfig
 from acestep_jax.request import MAX_DURATION, MIN_DURATION
 
-# The tasks that training draws; each has its weight among the fields of `DataConfig`. Data folders store the index of a
-# task in this tuple, so its order must stay.
+# The tasks that training samples; `DataConfig` has a weight for each. Data folders store the index of a task in this
+# tuple, so the order must not change.
 TASKS = tuple(name for name, task in tasks.TASKS.items() if task.trained)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which examples are drawn, and how.
+    """How examples are sampled.
 
     Args:
-        batch_size: Examples of one forward pass, over all devices.
-        crop_seconds: Lengths of the crops, in seconds, such as '[30, 60]'; each compiles once, and a batch has one of
-            them. By default all lengths that the data were prepared for.
+        batch_size: Examples in one forward pass, over all devices.
+        crop_seconds: Lengths of the crops, in seconds, such as '[30, 60]'. Each length compiles once, and a batch has
+            crops of one length. By default all lengths that the data were prepared for.
         text2music: Weight of the task text2music in the mixture.
         repaint: Weight of the task repaint, which regenerates a random region of the song.
         cover: Weight of the task cover, which regenerates the song from its own 5 Hz codes.
-        validation_fraction: Fraction of the songs that is held out for validation, at least one song; 0 for none.
-        workers: Threads that read ahead.
+        validation_fraction: Fraction of the songs held out for validation, at least one song; 0 for none.
+        workers: Number of threads that prefetch examples.
     """
 
     batch_size: int = 1
@@ -49,21 +49,21 @@ class DataConfig:
 
     @property
     def tokenizes(self) -> bool:
-        """Whether a task of the mixture takes its source through the audio tokenizer."""
+        """Whether any task in the mixture passes its source through the audio tokenizer."""
         return any(getattr(self, name) > 0 for name in TASKS if tasks.TASKS[name].tokenized)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What is learned from an example.
+    """The training objective.
 
     Args:
-        timesteps: Distribution of the times t. logit_normal: the greater of two logit-normal draws, as ACE-Step was
+        timesteps: Distribution of the timesteps t. logit_normal: the greater of two logit-normal draws, as ACE-Step was
             trained; stratified: the same distribution, spread evenly over the examples of a step; turbo: only the eight
-            times of the turbo schedule.
-        timestep_mu: Mean of the normal distribution behind the logit-normal one.
-        timestep_sigma: Standard deviation of the normal distribution behind the logit-normal one.
-        condition_dropout: Rate of examples without a condition, which classifier-free guidance needs.
+            timesteps of the turbo schedule.
+        timestep_mu: Mean of the normal distribution underlying the logit-normal one.
+        timestep_sigma: Standard deviation of the normal distribution underlying the logit-normal one.
+        condition_dropout: Probability of training an example without its condition, for classifier-free guidance.
     """
 
     timesteps: Literal["stratified", "logit_normal", "turbo"] = "stratified"
@@ -74,18 +74,18 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamConfig:
-    """AdamW with a linear warm-up, then a cosine to a hundredth of the learning rate.
+    """AdamW with linear warm-up, then cosine decay to 1% of the learning rate.
 
     Args:
-        learning_rate: Peak of the learning rate.
+        learning_rate: Peak learning rate.
         warmup_steps: Steps of linear warm-up. By default 100, or a tenth of all steps if that is less.
-        weight_decay: Weight decay of matrices; norms, biases and modulation tables do not decay.
+        weight_decay: Weight decay of matrices; it does not apply to norms, biases and modulation tables.
         beta1: Decay rate of the first moment.
         beta2: Decay rate of the second moment.
-        eps: Constant that is added to the root of the second moment.
-        max_grad_norm: Norm that gradients are clipped to.
-        ema_decay: Decay rate of an exponential moving average of the weights, which is kept beside them. By default
-            none is kept.
+        eps: Constant added to the root of the second moment.
+        max_grad_norm: Gradients are clipped to this global norm.
+        ema_decay: Decay rate of an exponential moving average (EMA) of the weights, kept in addition to them. By
+            default there is none.
     """
 
     learning_rate: float = 1e-4
@@ -98,7 +98,7 @@ class AdamConfig:
     ema_decay: float | None = None
 
     def check(self, steps: int) -> None:
-        """Raise InputError if a value cannot be used in a run of so many steps."""
+        """Raise InputError if a value cannot be used in a run of this many steps."""
         _at_least(("warmup_steps", self.warmup_steps or 0, 0), ("weight_decay", self.weight_decay, 0), of="optimizer.")
         _above_zero(
             *((name, getattr(self, name)) for name in ("learning_rate", "max_grad_norm", "eps")), of="optimizer."
@@ -110,10 +110,10 @@ class AdamConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(AdamConfig):
-    """AdamW with a linear warm-up, then a cosine to a hundredth of the learning rate.
+    """AdamW with linear warm-up, then cosine decay to 1% of the learning rate.
 
     Args:
-        accumulation: Batches whose gradients are accumulated in one step.
+        accumulation: Number of batches whose gradients are accumulated in one step.
     """
 
     accumulation: int = 4
@@ -121,11 +121,11 @@ class OptimizerConfig(AdamConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """What is reported of a run.
+    """Metrics, validation and samples.
 
     Args:
-        log_every: Steps between lines of metrics.jsonl and TensorBoard.
-        validate_every: Steps between validations on held-out songs, in addition to those at checkpoints.
+        log_every: Steps between entries in metrics.jsonl and TensorBoard.
+        validate_every: Steps between validations on held-out songs, in addition to the ones at checkpoints.
         sample_every: Steps between samples of the sample prompts.
         sample_prompts: Prompts to generate samples of, such as '["lofi piano"]'. By default no samples.
         sample_seconds: Duration of a sample, in seconds.
@@ -145,20 +145,20 @@ class TrainConfig:
     Args:
         data: Folder of training data, as written by `acestep-jax train preprocess`.
         checkpoint: Native or PyTorch checkpoint to start from, or the id of a repository on the Hugging Face hub. A run
-            of an id resumes on any machine: its folder keeps the id and the revision, not where they are stored.
-        variant: Model to take where there are several, such as turbo, base, sft or xl-turbo.
-        revision: Branch, tag or commit of the repository. By default the one that the run began with, or the newest.
-        out: Folder of the run. If it holds a run, that is resumed from its last checkpoint.
+            that starts from an id resumes on any machine: it stores the id and the revision instead of a local path.
+        variant: Model to use where there are several, such as turbo, base, sft or xl-turbo.
+        revision: Branch, tag or commit of the repository. By default the one that the run started with, or the newest.
+        out: Folder of the run. If it holds a run already, training resumes from its last checkpoint.
         method: What is trained. lora: adapters on frozen weights; full: all weights of the transformer.
         steps: Number of optimizer steps.
         seed: Seed of all random numbers, 0 to 2^32 - 1.
         dtype: Dtype of the computation and of frozen weights. By default as stored. Trained weights are always float32.
-        remat: What the backward pass recomputes instead of keeping it in memory. dots: all but matrix products; full:
-            everything.
+        remat: Activations that the backward pass recomputes instead of storing. dots: all except matrix products; full:
+            all.
         mesh: Number of devices of each mesh axis, such as fsdp=4,tensor=2. By default one device.
         save_every: Steps between checkpoints, which are written in the background.
-        keep: Number of latest checkpoints that are kept, in addition to the best.
-        max_bad_steps: Consecutive steps with a non-finite loss or gradient, after which the run stops.
+        keep: Number of latest checkpoints to keep, in addition to the best.
+        max_bad_steps: The run stops after this many consecutive steps with a non-finite loss or gradient.
         lora: Adapters.
         objective: Loss.
         optimizer: Optimizer.
@@ -217,13 +217,13 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OobleckConfig:
-    """Sizes of an autoencoder that is trained from scratch, for 48 kHz stereo.
+    """Architecture of an autoencoder trained from scratch, for 48 kHz stereo.
 
     Args:
         latent_channels: Channels of a latent frame.
-        patch_size: Samples that the outermost layers take as one time step.
+        patch_size: Samples that the outermost layers treat as one time step.
         downsampling_ratios: Downsampling of each block, even numbers. Their product, times patch_size, is the number of
-            samples of a latent frame.
+            samples per latent frame.
         channel_multiples: Width after each block, as a multiple of encoder_channels and decoder_channels.
         encoder_channels: Width of the encoder's outermost layers.
         decoder_channels: Width of the decoder's outermost layers.
@@ -238,7 +238,7 @@ class OobleckConfig:
 
     @property
     def network(self) -> AutoencoderConfig:
-        """The architecture of these sizes."""
+        """The configuration of the network."""
         return AutoencoderConfig(
             encoder_hidden_size=2 * self.latent_channels,
             encoder_channels=self.encoder_channels,
@@ -256,9 +256,9 @@ class ReconstructionConfig:
 
     Args:
         windows: Window lengths of the spectra, in samples, even numbers.
-        spectrum: Weight of the distance of the spectra.
-        spectrum_warmup: Steps in which the weight of the spectra grows from 0, so that phases are learned first, by the
-            waveform.
+        spectrum: Weight of the spectral distance.
+        spectrum_warmup: Steps over which the weight of the spectral distance grows from 0, so that the waveform term
+            teaches phases first.
         waveform: Weight of the mean absolute error of the waveform.
         kl: Weight of the KL divergence of the posterior from N(0, 1), in nats per latent value.
     """
@@ -276,17 +276,17 @@ class AutoencoderTrainConfig:
 
     Args:
         data: Folder of audio files, searched with its subfolders.
-        out: Folder of the run. If it holds a run, that is resumed from its last checkpoint.
+        out: Folder of the run. If it holds a run already, training resumes from its last checkpoint.
         steps: Number of optimizer steps.
         seed: Seed of all random numbers, 0 to 2^32 - 1.
-        batch_size: Crops of a step.
+        batch_size: Crops per step.
         crop_seconds: Length of a crop, in seconds, rounded to whole latent frames.
-        validation_fraction: Fraction of the files that is held out for validation, at least one file; 0 for none.
+        validation_fraction: Fraction of the files held out for validation, at least one file; 0 for none.
         save_every: Steps between checkpoints, each of which is validated.
-        log_every: Steps between lines of metrics.jsonl and TensorBoard.
-        keep: Number of latest checkpoints that are kept, in addition to the best.
-        max_bad_steps: Consecutive steps with a non-finite loss or gradient, after which the run stops.
-        model: Sizes.
+        log_every: Steps between entries in metrics.jsonl and TensorBoard.
+        keep: Number of latest checkpoints to keep, in addition to the best.
+        max_bad_steps: The run stops after this many consecutive steps with a non-finite loss or gradient.
+        model: Architecture.
         loss: Loss.
         optimizer: Optimizer.
     """
@@ -325,12 +325,12 @@ class AutoencoderTrainConfig:
 
     @property
     def report(self) -> ReportConfig:
-        """The settings of the report, by the names of fine-tuning: validation at checkpoints, no samples."""
+        """The report settings in the form that fine-tuning uses: validation at checkpoints, no samples."""
         return ReportConfig(log_every=self.log_every, validate_every=self.save_every)
 
     @property
     def crop_samples(self) -> int:
-        """The samples of a crop, whole latent frames."""
+        """The number of samples in a crop, a whole number of latent frames."""
         network = self.model.network
         return round(self.crop_seconds * network.sampling_rate / network.hop_length) * network.hop_length
 

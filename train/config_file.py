@@ -1,4 +1,4 @@
-"""Settings as YAML: the `config.yaml` of a run, and the parsers that the command line is made of."""
+"""Settings as YAML: the `config.yaml` of a run, and the parsers that the command line is built from."""
 
 import dataclasses
 from pathlib import Path
@@ -13,13 +13,13 @@ from acestep_jax.train.config import AutoencoderTrainConfig, Config, TrainConfig
 
 
 def add_settings(parser: jsonargparse.ArgumentParser, kind: type[Config]) -> None:
-    """Add an option for each setting of a run of this kind, and `--config` for a YAML file of them."""
+    """Add an option for each setting of this kind of run, and `--config` for a YAML file of them."""
     parser.add_argument("--config", action="config", help="YAML file with any of these settings")
     parser.add_class_arguments(kind)
 
 
 def instantiate(values: Any, kind: Any) -> Any:
-    """Return the settings of this kind that a parser made by `add_settings` has read; other values are ignored."""
+    """Return the settings of this kind from what a parser with `add_settings` has read; ignore other values."""
     made = {}
     for field in dataclasses.fields(kind):
         value = values[field.name]
@@ -28,13 +28,13 @@ def instantiate(values: Any, kind: Any) -> Any:
 
 
 def read(path: Path) -> Config:
-    """Read the settings of a run, of either kind.
+    """Read the settings of a run of either kind.
 
     Raises:
-        InputError: if there are none, or they cannot be used.
+        InputError: if the file is missing, or its settings cannot be used.
     """
     if not path.is_file():
-        raise InputError(f"{path.parent}: no {path.name} here, so this is not the folder of a run of training")
+        raise InputError(f"{path.parent}: no {path.name} here, so this is not the folder of a training run")
     try:
         kind = AutoencoderTrainConfig if "model" in yaml.safe_load(path.read_text(encoding="utf-8")) else TrainConfig
         return instantiate(_parser(kind).parse_path(str(local_copy(path))), kind)
@@ -51,7 +51,7 @@ def write(path: Path, config: Config) -> None:
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple]:
-    """Return the settings in which two runs of one kind differ, by dotted name, with both values."""
+    """Return the settings that differ between two runs of one kind, by dotted name, with both values."""
     flat = [_flatten(dataclasses.asdict(config)) for config in (a, b)]
     return {name: (value, flat[1][name]) for name, value in flat[0].items() if value != flat[1][name]}
 

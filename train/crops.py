@@ -1,4 +1,4 @@
-"""Crops of a folder of audio, for training without captions."""
+"""Random crops from a folder of audio, for training without captions."""
 
 import logging
 import math
@@ -18,16 +18,16 @@ from acestep_jax.train.preprocess import find_audio
 logger = logging.getLogger(__name__)
 
 VALIDATION_BATCHES = 8
-MIN_POWER = 1e-6  # of a crop to validate on: silence has no SI-SDR
+MIN_POWER = 1e-6  # least power of a validation crop: SI-SDR is undefined for silence
 
 
 class Songs:
-    """Audio in memory as float16, whose error is 70 dB below the signal, and crops of it.
+    """Audio held in memory as float16, whose error is 70 dB below the signal, and crops of it.
 
     Args:
-        files: audio files; those that are shorter than a crop are ignored.
-        samples: length of a crop.
-        config: of the autoencoder, for the sample rate and the channels.
+        files: audio files; files shorter than a crop are ignored.
+        samples: length of a crop, in samples.
+        config: configuration of the autoencoder, for the sample rate and the channels.
 
     Raises:
         InputError: if a file cannot be read, or none is long enough.
@@ -48,7 +48,7 @@ class Songs:
         self._share = starts / starts.sum()
 
     def draw(self, size: int, *seed: int) -> np.ndarray:
-        """Draw crops [size, channels, samples] float16 uniformly from all audio; equal seeds give equal crops."""
+        """Draw crops [size, channels, samples] float16 uniformly from all audio; the same seed gives the same crops."""
         random = np.random.default_rng(seed)
         crops = []
         for i in random.choice(len(self.sounds), size, p=self._share):
@@ -58,9 +58,9 @@ class Songs:
 
 
 def read_songs(config: AutoencoderTrainConfig) -> tuple[Songs, Songs | None, dict[str, str]]:
-    """Return the songs to train on, the held-out songs, and a hash of all.
+    """Return the songs to train on, the held-out songs, and a hash of all of them.
 
-    Which songs are held out depends on the bytes of all files, not on their names.
+    The held-out songs are chosen by the bytes of the files, not by their names.
     """
     folder = as_path(config.data)
     files = {file_sha256(folder / source): folder / source for source in find_audio(folder)}

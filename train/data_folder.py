@@ -6,10 +6,10 @@ A record is the bytes of a safetensors file:
 | name | | |
 |---|---|---|
 | `mean`, `std` | float32 [frames, 64] | posterior of the autoencoder for the whole song |
-| `lyric_ids` | int32 [n] | tokens of the text that the lyric encoder reads |
+| `lyric_ids` | int32 [n] | token ids of the lyric encoder's input |
 | `text.{task}.{duration}` | [s, 1024] | hidden states of the prompt, in the text encoder's dtype, without padding |
 
-The prompt names the task and the duration in whole seconds, so there is one for each task and for each length of crop.
+The prompt names the task and the duration in whole seconds, so there is one for each task and crop length.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ from acestep_jax.io.files import DISK_FULL, as_path, local_copy, publish_file
 
 SCHEMA_VERSION = 1
 INDEX = "index.json"
-NETWORKS = ("text_encoder", "vae")  # those that the data depend on
+NETWORKS = ("text_encoder", "vae")  # the networks that the data depend on
 
 
-# safetensors' names; its own `load` does not read bfloat16.
+# Dtypes by the names that safetensors uses; its own `load` does not read bfloat16.
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": bfloat16, "I32": np.int32}
 
 
@@ -44,15 +44,15 @@ _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": bfloat16, "I32": np.int
 class Song:
     """One entry of the index.
 
-    source: path of the audio file relative to its folder, with "/" between its parts.
-    sha256, size, mtime_ns: of that file, by which it is recognised.
-    text_sha256: of all that the texts of the record were made from, including the crop durations and, where a prompt
-        is too long, the rule by which it is cut.
+    source: path of the audio file relative to its folder, with "/" as separator.
+    sha256, size, mtime_ns: hash, size and modification time that identify the file.
+    text_sha256: hash of everything that the texts of the record were made from, including the crop durations and, where
+        a prompt is too long, the rule for truncating it.
     seconds: duration of the audio; frames: number of latent frames.
-    caption, lyrics, language, bpm, keyscale, timesignature: as used; None: unknown.
+    caption, lyrics, language, bpm, keyscale, timesignature: values that were used; None: unknown.
     repeat: how often the song occurs in an epoch.
-    prompt_tokens: of the longest of its prompts; lyric_tokens: of its lyrics.
-    shard, row: where its record is.
+    prompt_tokens: length of its longest prompt; lyric_tokens: length of its lyrics.
+    shard, row: location of its record.
     """
 
     source: str
@@ -79,10 +79,10 @@ class Song:
 class Index:
     """The contents of `index.json`.
 
-    checkpoint: `fingerprint` of the checkpoint whose networks made the data; dtype: of their computation.
-    crop_seconds: lengths of crops that there are prompts for.
-    skipped: pairs of a source and the reason why it is not among the songs.
-    complete: false while `preprocess` runs, and after it was stopped.
+    checkpoint: `fingerprint` of the checkpoint whose networks encoded the data; dtype: dtype of their computation.
+    crop_seconds: crop lengths for which there are prompts.
+    skipped: pairs of a source and the reason why it was skipped.
+    complete: false while `preprocess` runs, and after it was interrupted.
     """
 
     checkpoint: str
@@ -97,13 +97,13 @@ class Index:
 
 
 def crop_durations(seconds: float, crop_seconds: Sequence[float]) -> list[int]:
-    """Return the durations, in whole seconds, that prompts of a song of `seconds` name, in order: the length of each
+    """Return the sorted durations, in whole seconds, that the prompts of a song of `seconds` name: the length of each
     crop, or of the song if it is shorter."""
     return sorted({int(min(crop, seconds)) for crop in crop_seconds})
 
 
 def text_key(task: str, duration: int) -> str:
-    """Return the name in a record of the hidden states for a task of `config.TASKS` and a duration in whole seconds."""
+    """Return the record's key of the hidden states for a task of `config.TASKS` and a duration in whole seconds."""
     return f"text.{task}.{duration}"
 
 
@@ -111,11 +111,11 @@ def read_index(folder: str | Path, *, unfinished: bool = False) -> Index:
     """Read the index of a data folder.
 
     Args:
-        folder: as written by `preprocess`.
+        folder: data folder, as written by `preprocess`.
         unfinished: accept an index that `preprocess` has not completed.
 
     Raises:
-        InputError: if there is none, it is of another version, damaged or incomplete, or a shard is missing.
+        InputError: if the index is missing, of another version, damaged or incomplete, or a shard is missing.
     """
     folder = as_path(folder)
     again = "run `acestep-jax train preprocess` again"
@@ -144,7 +144,7 @@ def read_index(folder: str | Path, *, unfinished: bool = False) -> Index:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / INDEX}: damaged ({error}); remove the folder and {again}") from None
     if not index.complete and not unfinished:
-        raise InputError(f"{folder}: preprocessing was stopped before its end; {again}, which resumes it")
+        raise InputError(f"{folder}: preprocessing was interrupted; {again}, which resumes it")
     for shard in sorted({song.shard for song in index.songs}):
         if not (folder / shard).is_file():
             raise InputError(f"{folder / shard}: missing; remove {folder / INDEX} and {again}")
@@ -192,7 +192,7 @@ def encode_record(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def decode_record(record: bytes) -> dict[str, np.ndarray]:
-    """Return the arrays of a record, by the names of the table above; bfloat16 is that of ml_dtypes."""
+    """Return the arrays of a record by the names of the table above; bfloat16 is ml_dtypes' type."""
     arrays = {}
     for name, found in deserialize(bytes(record)):
         arrays[name] = np.frombuffer(found["data"], _DTYPES[found["dtype"]]).reshape(found["shape"])
@@ -200,9 +200,9 @@ def decode_record(record: bytes) -> dict[str, np.ndarray]:
 
 
 def fingerprint(path: str | Path, networks: Sequence[str] = NETWORKS) -> str:
-    """Return the SHA-256, in hex, of the tokenizer and of configs and weights of some networks of a checkpoint.
+    """Return the SHA-256, in hex, of a checkpoint's tokenizer and of the configs and weights of some of its networks.
 
-    By default these are the networks that the data depend on, which variants of the model may share.
+    The default is the networks that the data depend on, which variants of the model may share.
 
     Raises:
         InputError: if there is no checkpoint, or it is damaged.
@@ -231,7 +231,7 @@ def file_sha256(path: Path) -> str:
 
 
 def text_sha256(values: Any) -> str:
-    """Return the SHA-256, in hex, of what JSON can hold."""
+    """Return the SHA-256, in hex, of values that JSON can hold."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

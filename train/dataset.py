@@ -1,7 +1,7 @@
 """From a data folder to batches, through Grain.
 
-The song, crop, task and window of an example depend only on the seed and on the number of the example in the run, so
-that resumed runs and any number of processes see the same examples.
+The song, crop, task and window of an example depend only on the seed and on the index of the example in the run, so a
+resumed run, or one with another number of processes, sees the same examples.
 """
 
 import math
@@ -20,15 +20,15 @@ from acestep_jax.train.config import TASKS, DataConfig
 from acestep_jax.train.data_folder import Index, Song, crop_durations, decode_record, text_key
 from acestep_jax.train.objective import Batch
 
-TEXT_MULTIPLE = 32  # tokens; so that similar data need the same programs, which may be compiled already
+TEXT_MULTIPLE = 32  # tokens; similar data then share programs, which may be compiled already
 VALIDATION_TASK = next(i for i, name in enumerate(TASKS) if tasks.TASKS[name].silent_source)
 
-# Streams of the random numbers that do not come from JAX.
+# Streams of the random numbers drawn with NumPy.
 _SHUFFLE, _EXAMPLE, _CROP = range(3)
 
 
 class Records:
-    """Records of some songs, for random access: item i is song i with its arrays."""
+    """Random access to the records of some songs: item i is song i with its arrays."""
 
     def __init__(self, folder: Path, songs: Sequence[Song]):
         self.songs = songs
@@ -47,11 +47,11 @@ class Records:
 def split(index: Index, fraction: float) -> tuple[list[Song], list[Song]]:
     """Return the songs to train on and the held-out songs.
 
-    Held out are the songs whose files have the smallest hashes, so that copies and repeats of a song are never on both
-    sides. With more songs, one that was held out may no longer be.
+    The songs whose files have the smallest hashes are held out, so copies and repeats of a song are never on both sides
+    of the split. Adding songs may move a held-out song to the training set.
 
     Raises:
-        InputError: if nothing would be left to train on.
+        InputError: if no songs would be left to train on.
     """
     distinct = sorted({song.sha256 for song in index.songs})
     count = math.ceil(fraction * len(distinct)) if fraction else 0
@@ -65,12 +65,12 @@ def split(index: Index, fraction: float) -> tuple[list[Song], list[Song]]:
 
 
 class Examples:
-    """Makes examples whose shapes differ only in time, so that a step compiles once for each length of crop."""
+    """Makes examples whose shapes differ only in time, so a step compiles once for each crop length."""
 
     def __init__(self, folder: Path, index: Index, songs: Sequence[Song], config: DataConfig, silence: np.ndarray):
         """
         Args:
-            silence: latents of silence, [frames, 64], at least as long as the longest crop.
+            silence: latents of silence, [frames, 64], at least as many frames as the longest crop.
 
         Raises:
             InputError: if the data were not prepared for one of `config.crop_seconds`.
@@ -87,7 +87,7 @@ class Examples:
         self.lyric_size = _round_up(max(song.lyric_tokens for song in index.songs), TEXT_MULTIPLE)
 
     def make(self, i: int, number: int, crop: float, task: int, rng: np.random.Generator | None) -> Batch[Any]:
-        """Return example `number` of the run, of song i: a random crop and, for a task with regions, a random window;
+        """Return example `number` of the run, from song i: a random crop and, for a task with regions, a random window;
         without `rng`, the middle of the song."""
         song, arrays = self.records[i]
         size = int(crop * self.rate)
@@ -126,11 +126,11 @@ def training_batches(
     Every song occurs `repeat` times in an epoch, in an order that changes from epoch to epoch.
 
     Args:
-        examples: those of the songs to train on.
-        seed: of the run.
-        accumulation: batches of a step.
-        rows: of the batches of all processes, those that this process needs.
-        first: number of steps to skip, those before the checkpoint that a run resumes from.
+        examples: examples of the songs to train on.
+        seed: seed of the run.
+        accumulation: batches per step.
+        rows: rows of the global batch that this process needs.
+        first: number of steps to skip, which a resumed run has made already.
     """
     config = examples.config
     songs = [i for i, song in enumerate(examples.records.songs) for _ in range(song.repeat)]
@@ -138,7 +138,7 @@ def training_batches(
     batch, step_size = config.batch_size, config.batch_size * accumulation
 
     def load(step: int) -> Batch[np.ndarray]:
-        # All examples of a step have one length, or they would not be one program.
+        # All examples of a step have one length, so that they fit one program.
         crop = examples.crops[np.random.default_rng([seed, _CROP, step]).integers(len(examples.crops))]
         parts = []
         for part in range(accumulation):
@@ -148,7 +148,7 @@ def training_batches(
                 rng = np.random.default_rng([seed, _EXAMPLE, number])
                 task = int(rng.choice(len(TASKS), p=config.task_weights))
                 song = order[number]
-                assert song is not None  # nothing is filtered
+                assert song is not None  # the loader filters no items
                 made.append(examples.make(song, number, crop, task, rng))
             parts.append(_stack(made))
         return _stack(parts)
@@ -158,8 +158,8 @@ def training_batches(
 
 
 def validation_batches(examples: Examples) -> Iterator[Batch[np.ndarray]]:
-    """Yield the held-out songs as `VALIDATION_TASK`, the middle of each at the longest crop; arrays [B, ...]. The last
-    batch is padded with examples of length 0."""
+    """Yield batches of held-out songs for `VALIDATION_TASK`, with the longest crop from the middle of each; arrays
+    [B, ...]. The last batch is padded with examples of length 0."""
     size, count = examples.config.batch_size, len(examples.records)
     for first in range(0, count, size):
         made = [

@@ -1,4 +1,4 @@
-"""`acestep-jax train export`: the result of one of a run's steps, of every kind of training."""
+"""`acestep-jax train export`: the result of a run at one of its checkpoints, for every kind of training."""
 
 from pathlib import Path
 
@@ -13,16 +13,16 @@ from acestep_jax.train.run import CHECKPOINTS, CONFIG
 
 
 def export(run: str | Path, destination: str | Path, *, step: int | None = None, ema: bool = False) -> int:
-    """Write the adapter, the checkpoint or the autoencoder of a step, on the host; the run may be in progress.
+    """Write the adapter, model or autoencoder of a checkpoint, on the host; the run may be in progress.
 
     Args:
         run: the folder of a run.
         destination: the folder to create.
-        step: one that is kept; None: the best on the held-out songs or, if none was validated, the latest.
-        ema: write the moving averages of the weights. An autoencoder is always made of them if they are kept.
+        step: step of a checkpoint; None: the best one on the held-out songs or, if none was validated, the latest.
+        ema: write the EMA of the weights. An autoencoder is always written from its EMA if there is one.
 
     Returns:
-        The step.
+        The step that was written.
 
     Raises:
         InputError: if `run` holds no run or no such step, or `destination` exists.
@@ -40,7 +40,7 @@ def export(run: str | Path, destination: str | Path, *, step: int | None = None,
     if isinstance(config, AutoencoderTrainConfig):
         AutoencoderTraining.write_result(destination, config, weights, notes)
     else:
-        if config.method == "full":  # the networks that were not trained come from there
+        if config.method == "full":  # it provides the networks that were not trained
             config, _ = located(config)
         FineTuning.write_result(destination, config, weights, notes)
     return step

@@ -38,17 +38,17 @@ from acestep_jax.train.run import CONFIG, check_folder
 
 logger = logging.getLogger(__name__)
 
-TIME_BUCKETS = [(i / 5, (i + 1) / 5) for i in range(5)]  # parts of [0, 1] whose losses are reported apart
+TIME_BUCKETS = [(i / 5, (i + 1) / 5) for i in range(5)]  # parts of [0, 1] whose losses are reported separately
 LABEL = "mean squared error of the velocity"
 
 
 @with_own_settings
 def fit(config: TrainConfig) -> Path:
-    """Start or resume a fine-tuning; return the folder of its result, `adapter/` or `model/` of `config.out`.
+    """Start or resume a fine-tuning run; return the folder of its result, `adapter/` or `model/` in `config.out`.
 
     Raises:
-        InputError: if the data, the checkpoint or the settings do not go together, the run in `config.out` has other
-            settings, a disk is full, or (DivergedError) the loss is non-finite in `max_bad_steps` consecutive steps.
+        InputError: if the data, the checkpoint or the settings do not match, the run in `config.out` has other
+            settings, the disk is full, or (DivergedError) the loss is non-finite in `max_bad_steps` consecutive steps.
     """
     mesh = parse_mesh(config.mesh)
     _check_batch(config, mesh)
@@ -91,7 +91,7 @@ def fit(config: TrainConfig) -> Path:
 
 
 def warn_of_settings(config: TrainConfig) -> None:
-    """Warn of each setting that was given, so that it differs from its default, and has no effect beside another."""
+    """Warn of each setting that differs from its default but has no effect because of another setting."""
     plain = TrainConfig(data=config.data, checkpoint=config.checkpoint, out=config.out)
     rules = (
         (("lora.",), config.method == "lora", "method=lora"),
@@ -106,8 +106,8 @@ def warn_of_settings(config: TrainConfig) -> None:
 
 
 def located(config: TrainConfig) -> tuple[TrainConfig, TrainConfig]:
-    """Return the settings with the folder of the native checkpoint, which is downloaded and converted if need be; and
-    as the folder of the run keeps them, with the commit of a repository.
+    """Return the settings with the local folder of the native checkpoint, downloaded and converted if necessary, and
+    the settings as the run stores them, with the commit of a hub repository.
 
     Raises:
         InputError: see `find_native`.
@@ -126,7 +126,7 @@ def located(config: TrainConfig) -> tuple[TrainConfig, TrainConfig]:
 
 
 class FineTuning(Trainer):
-    """The transformer of a checkpoint, with adapters or as a whole."""
+    """Fine-tuning of a checkpoint's transformer: adapters, or all weights."""
 
     config: TrainConfig
     panels = (
@@ -170,7 +170,7 @@ class FineTuning(Trainer):
         return self.frozen.condition_encoder.silence(int(frames))[0].astype(jnp.float32)
 
     def validate(self, batches: Iterable[Batch[jax.Array]]) -> dict[str, float]:
-        """Return the mean loss at fixed times and noise, over all of them and at each time."""
+        """Return the mean loss at fixed timesteps and noise, overall and at each timestep."""
         errors, elements = 0.0, 0.0
         for batch in batches:
             error, element = self._evaluate(self.state.params, *self.fixed, batch)
@@ -181,7 +181,7 @@ class FineTuning(Trainer):
         return {"validation_loss": float(by_time.mean())} | named
 
     def summarise(self, details: list[dict[str, np.ndarray]]) -> dict[str, float]:
-        """Return the mean loss of the examples in each part of the times."""
+        """Return the mean loss of the examples in each interval of `TIME_BUCKETS`."""
         t, errors = (np.concatenate([step[name] for step in details]) for name in ("t", "errors"))
         row = {}
         for low, high in TIME_BUCKETS:
@@ -190,7 +190,7 @@ class FineTuning(Trainer):
         return row
 
     def sample(self, report: Report, step: int) -> None:
-        """Report a song of each of the sample prompts, from the same noise each time."""
+        """Report a song for each sample prompt, from the same noise each time."""
         config = self.config
         if self._pipeline is None:
             path = config.checkpoint
@@ -213,9 +213,9 @@ class FineTuning(Trainer):
         self._pipeline.transformer = None
 
     def results(self) -> dict[str, steps.Params]:
-        """Return `adapter` or `model`, and with `-ema` the moving averages if they are kept.
+        """Return `adapter` or `model`, and `adapter-ema` or `model-ema` if there is an EMA.
 
-        Several processes write no whole checkpoint: then there is no result.
+        There is no `model` if several processes train: they do not write a whole checkpoint.
         """
         lora = self.config.method == "lora"
         if not lora and jax.process_count() > 1:

@@ -1,7 +1,7 @@
 """The training loop, the same for adapters, full weights and the autoencoder.
 
-A kind of training is a `Trainer`: its compiled step, its validation, its results. What it learns from is a `Data`.
-`train.run` keeps the folder; the same command resumes from the last checkpoint there.
+A kind of training is a `Trainer`: its compiled step, its validation, its results. Its batches come from a `Data`.
+`train.run` manages the run's folder; the same command resumes from the last checkpoint there.
 """
 
 import functools
@@ -29,22 +29,22 @@ logger = logging.getLogger(__name__)
 
 
 class Data(NamedTuple):
-    """What a run learns from."""
+    """The training data of a run."""
 
-    batches: Callable[[int], Iterator[Any]]  # those after a number of steps, one for each step
-    validation: Callable[[], Iterable[Any]] | None  # the same batches at every call
-    made_from: dict[str, str]  # hashes of all that the weights depend on besides the settings, by name
+    batches: Callable[[int], Iterator[Any]]  # from the number of steps made so far to the batches of the next ones
+    validation: Callable[[], Iterable[Any]] | None  # every call gives the same batches
+    made_from: dict[str, str]  # hashes of everything besides the settings that the weights depend on, by name
     rate: float  # latent frames per second
 
 
 class Trainer:
-    """The network, the state and the compiled step of a run. Subclasses say what differs between kinds of training.
+    """The network, the state and the compiled step of a run. Subclasses define what differs between kinds of training.
 
-    config: the settings, with the checkpoint's folder on this machine; requested: as the run's folder keeps them.
-    fixed: what the step takes between state and batch.
-    notes: what JSON can hold, stored with each checkpoint.
-    panels: of `loss.png`.
-    saves_validated: whether a checkpoint needs what a validation finds.
+    config: the settings, with the checkpoint's folder on this machine; requested: the settings as the run stores them.
+    fixed: arguments that the step takes between state and batch.
+    notes: values that JSON can hold, stored with each checkpoint.
+    panels: panels of `loss.png`.
+    saves_validated: whether a checkpoint needs the results of a validation.
     """
 
     panels: tuple[Panel, ...]
@@ -52,20 +52,20 @@ class Trainer:
 
     def __init__(self, config: Config, network: nnx.Module, kind: type[nnx.Variable], mesh: Mesh | None = None):
         self.config, self.requested, self.mesh = config, config, mesh
-        self.model, params = steps.Model.take_apart(network, kind, mesh)
+        self.model, params = steps.Model.split(network, kind, mesh)
         self.optimizer = steps.make_optimizer(config.optimizer, config.steps)
         self.shardings = steps.state_shardings(self.model, params, self.optimizer, config.optimizer)
         self.state: steps.TrainState = steps.initial_state(params, self.optimizer, config.optimizer, self.shardings)
         self.fixed: tuple = ()
         self.notes: dict[str, Any] = {}
-        self._step: Any = None  # of `step.compiled`
+        self._step: Any = None  # from `step.compiled`
         self._programs: dict[Any, Callable[..., Any]] = {}
 
     def step(self, batch: Any) -> steps.Metrics:
-        """Make one step; return before it is done.
+        """Dispatch one step; return before it is done.
 
-        There is one program for each shape of batch. It is compiled ahead of time, so that other dtypes or shardings
-        are an error and not a silent compilation.
+        There is one program for each batch shape. It is compiled ahead of time, so that another dtype or sharding is an
+        error instead of a silent recompilation.
         """
         shape = jax.tree.leaves(batch)[0].shape
         if shape not in self._programs:
@@ -74,40 +74,40 @@ class Trainer:
         return metrics
 
     def restore(self, saved: Checkpoints, step: int) -> None:
-        """Replace the state by that of a checkpoint; raise as `Checkpoints.restore` does."""
+        """Replace the state with the one in a checkpoint; raise as `Checkpoints.restore` does."""
         target = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), self.state, self.shardings
         )
-        del self.state  # there may not be room for two
+        del self.state  # there may be no memory for two
         self.state = saved.restore(step, target)
 
     def validate(self, batches: Iterable[Any]) -> dict[str, float]:
-        """Return the line of metrics of a validation, "validation_loss" among them."""
+        """Return the metrics of a validation, including "validation_loss"."""
         raise NotImplementedError
 
     def summarise(self, details: list[dict[str, Any]]) -> dict[str, float]:
-        """Return what a line of metrics says of the `Metrics.details` of some steps."""
+        """Return the metrics that summarise the `Metrics.details` of several steps."""
         raise NotImplementedError
 
     def sample(self, report: Report, step: int) -> None:
-        """Report samples of what the network generates; only where the settings have `sample_prompts`."""
+        """Report generated samples; called only if the settings have `sample_prompts`."""
         raise NotImplementedError
 
     def results(self) -> dict[str, steps.Params]:
-        """Return the weights of each result, by the name of its folder; the first is the main one."""
+        """Return the weights of each result by its folder name; the first is the main one."""
         raise NotImplementedError
 
     @staticmethod
     def write_result(path: Path, config: Config, weights: dict[str, np.ndarray], notes: dict[str, Any]) -> None:
-        """Write a result with these weights, on the host, to a new folder."""
+        """Write a result with these host arrays as weights to a new folder."""
         raise NotImplementedError
 
 
 def train(trainer: Trainer, data: Data) -> Path:
-    """Start or resume a run, to its last step; return the folder of its main result.
+    """Start or resume a run and train to its last step; return the folder of its main result.
 
     Raises:
-        InputError: if the data changed since the run started, another process trains it, or a disk is full.
+        InputError: if the data changed since the run started, another process is training it, or the disk is full.
         DivergedError: if the loss or a gradient is non-finite in `max_bad_steps` consecutive steps.
         Preempted: after SIGTERM, with a checkpoint of the last step.
     """
@@ -127,8 +127,8 @@ def train(trainer: Trainer, data: Data) -> Path:
             stops = False
             for step in range(first + 1, config.steps + 1):
                 metrics = trainer.step(next(batches))
-                if pending:  # of the step before: the devices are busy with this one meanwhile
-                    look_at(report, config, *pending)
+                if pending:  # report the step before while the devices work on this one
+                    report_step(report, config, *pending)
                 pending = step, metrics
 
                 last = step == config.steps
@@ -140,12 +140,12 @@ def train(trainer: Trainer, data: Data) -> Path:
                     validates, samples = validates and trainer.saves_validated, False
                 if not (saves or validates or samples):
                     continue
-                look_at(report, config, *pending)
+                report_step(report, config, *pending)
                 pending = None
                 with report.paused():
                     found = trainer.validate(data.validation()) if validates and data.validation else {}
                     report.write(step, found)
-                    if saves:  # before the samples, which may need more memory than there is
+                    if saves:  # before the samples, which may run out of memory
                         report.publish()
                         saved.save(step, trainer.state, dict(trainer.notes), found.get("validation_loss"))
                     if samples:
@@ -157,15 +157,15 @@ def train(trainer: Trainer, data: Data) -> Path:
         return write_results(trainer, folder)
 
 
-def look_at(report: Report, config: Config, step: int, metrics: steps.Metrics) -> None:
-    """Report a step, and stop the run if it has diverged."""
+def report_step(report: Report, config: Config, step: int, metrics: steps.Metrics) -> None:
+    """Report a step; raise DivergedError if the run has diverged."""
     report.add(step, metrics)
     run.check_finite(config, step, int(metrics.bad_steps))
 
 
 def write_results(trainer: Trainer, folder: Path) -> Path:
-    """Write the results of a run in place of earlier ones; return the folder of the first, or that of the checkpoints
-    if there is none."""
+    """Write the results of a run, replacing earlier ones; return the folder of the first, or the checkpoints' folder if
+    there is no result."""
     results = trainer.results()
     for name, params in results.items():
         weights = {leaf: on_host(value) for leaf, value in params.items()}

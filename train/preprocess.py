@@ -1,8 +1,8 @@
-"""`acestep-jax train preprocess`: songs through the autoencoder and their texts through the text encoder, once.
+"""`acestep-jax train preprocess`: encode songs with the autoencoder and their texts with the text encoder, once.
 
-Work is never repeated: a run that was stopped resumes after its last shard, and a later run encodes only what changed.
-Of several processes, each encodes a share of the songs into a folder `part-N` of its own; then the first goes over all
-songs as if it were alone, and takes the records from there.
+No work is repeated: an interrupted run resumes after its last shard, and a later run encodes only what changed.
+With several processes, each encodes some of the songs into its own folder `part-N`; then the first process goes over
+all songs as if it were the only one, and takes the records from these folders.
 """
 
 import dataclasses
@@ -49,11 +49,11 @@ from acestep_jax.train.data_folder import Index
 from acestep_jax.train.records import PART, Old, Writer, remove_leftovers
 from acestep_jax.train.sidecars import INSTRUMENTAL, Sidecars, Texts
 
-# Formats that libsndfile cannot read are included, so that such files are reported.
+# Includes formats that libsndfile cannot read, so that such files are reported.
 SUFFIXES = frozenset(".wav .flac .mp3 .ogg .opus .aif .aiff .m4a .aac .mp4 .wma".split())
 MIN_SECONDS, MIN_PEAK = 1.0, 1e-4
 MAX_CROP_SECONDS = 600.0
-MOST_LINES = 20  # of a list in the summary
+MOST_LINES = 20  # length of a list in the summary
 
 
 @with_own_settings
@@ -65,26 +65,26 @@ def preprocess(
     crop_seconds: Sequence[float] = (60.0,),
     dtype: str | None = None,
 ) -> Index:
-    """Update a data folder to a folder of songs, and print what was done.
+    """Bring a data folder up to date with a folder of songs, and print a summary.
 
-    A song is recognised by its size and time of change, else by its bytes: it is encoded once, also if it is moved. New
-    texts or crops encode only the text. Songs that no longer exist leave the index. Several processes divide the songs
-    among them, and the result is that of one.
+    A song is identified by its size and modification time, else by its bytes, so it is encoded once even if it is
+    moved. If only the texts or crop lengths changed, only the text is encoded again. Songs that no longer exist are
+    removed from the index. Several processes divide the songs among them; the result is the same as with one.
 
     Args:
-        audio_dir: searched with its subfolders; see `train.sidecars` for the files beside a song.
-        data_dir: created if it does not exist.
-        checkpoint: native; its autoencoder, text encoder and tokenizer are used.
+        audio_dir: folder of songs, searched with its subfolders; see `train.sidecars` for the files next to a song.
+        data_dir: data folder; created if it does not exist.
+        checkpoint: native checkpoint, of which the autoencoder, text encoder and tokenizer are used.
         crop_seconds: lengths of the crops to train on, in seconds, 1 to 600.
-        dtype: of weights and computation, one of `runtime.DTYPES`; None: as stored.
+        dtype: dtype of weights and computation, one of `runtime.DTYPES`; None: as stored.
 
     Returns:
         The index. Files that cannot be used (unreadable, silent, shorter than a second) are in `skipped`, with reasons.
 
     Raises:
-        InputError: if no file or an argument can be used, `data_dir` is of another checkpoint or dtype, or the disk is
-            full; what was done until then is kept.
-        Preempted: after SIGTERM, see `acestep_jax.preemption`; what was done until then is kept.
+        InputError: if an argument is invalid, no file can be used, `data_dir` belongs to another checkpoint or dtype,
+            or the disk is full; finished work is kept.
+        Preempted: after SIGTERM, see `acestep_jax.preemption`; finished work is kept.
     """
     audio_dir, data_dir = as_path(audio_dir), as_path(data_dir)
     if not crop_seconds or not all(MIN_SECONDS <= crop <= MAX_CROP_SECONDS for crop in crop_seconds):
@@ -95,7 +95,7 @@ def preprocess(
     _check_destination(data_dir)
     manifest = checkpoints.read_manifest(checkpoint)
     check_unquantized(checkpoint, manifest, "training needs")
-    # A language that is left open is the same here as in generating.
+    # Songs without a language get the same default as in generation.
     defaults = defaults_of(Sampling(), manifest.configs.get("transformer"), manifest.sampling)  # pyright: ignore[reportArgumentType]
     sidecars = Sidecars(audio_dir, sources, defaults.vocal_language)
     stored = checkpoints.network_leaves(as_path(checkpoint), manifest)["text_encoder"]
@@ -142,7 +142,7 @@ def preprocess(
 
 
 class _Done(NamedTuple):
-    """What was done with the songs, for the report; files that cannot be used, with reasons."""
+    """The songs that were processed, for the summary; the files that cannot be used, with reasons."""
 
     counts: Counter[str]
     fallbacks: list[str]
@@ -160,10 +160,10 @@ def _encode(
     *,
     of_part: bool = False,
 ) -> _Done:
-    """Encode the songs that `old` does not have as they are now, and give all to the writer.
+    """Encode the songs that `old` lacks or that have changed, and pass all songs to the writer.
 
     Args:
-        of_part: write only what `old` lacks: what it has is taken from there later.
+        of_part: write only the songs that `old` lacks; the others are taken from it later.
     """
     done = _Done(Counter(), [], [])
     with writer:
@@ -185,7 +185,7 @@ def _encode(
                 words = lyric_text(texts.lyrics, texts.language)
             except MemoryError:
                 raise
-            except Exception as error:  # whatever is wrong with one song, the others are used
+            except Exception as error:  # one bad song does not stop the others
                 kind = "" if isinstance(error, InputError | OSError) else f"{type(error).__name__}: "
                 done.skipped.append((shown, kind + str(error).removeprefix(f"{file}: ")))
                 continue
@@ -193,7 +193,7 @@ def _encode(
             if values.pop("fallback"):
                 done.fallbacks.append(source)
             values |= dict(source=source, sha256=sha256, size=size, mtime_ns=mtime_ns, seconds=seconds)
-            # Where nothing is cut, how it would be does not matter, and what was made before there was a rule stays.
+            # The rule matters only if a prompt is truncated; without it, records from before the rule stay valid.
             rule = [CUT_RULE] if encoder.cuts(prompts) else []
             values |= dict(text_sha256=data_folder.text_sha256([prompts, words, *rule]))
             known = old.find(sha256, source, values["text_sha256"])
@@ -232,7 +232,7 @@ def _load(path: str | Path, dtype: str | None, name: str) -> Any:
 
 
 class _Encoder:
-    """The networks of a checkpoint, each loaded when it is first needed."""
+    """The networks of a checkpoint, each loaded on first use."""
 
     def __init__(self, path: str | Path, dtype: str | None, vae: Any):
         self._load = functools.cache(lambda name: _load(path, dtype, name))
@@ -240,11 +240,11 @@ class _Encoder:
         self._channels, self.sample_rate = vae.audio_channels, vae.sampling_rate
 
     def read(self, file: Path) -> np.ndarray:
-        """Return the sound of a file, [channels, samples]; raise InputError if it cannot be used."""
+        """Return the audio of a file, [channels, samples]; raise InputError if it cannot be used."""
         return _read(file, self.sample_rate, self._channels)
 
     def posterior(self, sound: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mean and standard deviation, [frames, 64] float32, of the posterior of [channels, samples]."""
+        """Return mean and standard deviation, [frames, 64] float32, of the posterior for audio [channels, samples]."""
         vae = self._load("vae")
         samples, hop = sound.shape[1], vae.hop_length
         padding = BUCKETS.frames_of(-(-samples // hop)) * hop - samples
@@ -252,13 +252,13 @@ class _Encoder:
         return np.asarray(mean)[0, : samples // hop], np.asarray(std)[0, : samples // hop]
 
     def cuts(self, prompts: dict[str, str]) -> bool:
-        """Return whether a prompt has more tokens than are read."""
-        # A token is a byte or more of UTF-8, but for the one at the end that the tokenizer adds.
+        """Return whether a prompt has more than `MAX_PROMPT_TOKENS` tokens and is truncated."""
+        # A token is at least one byte of UTF-8, except for the one that the tokenizer appends.
         long = [text for text in map(str, prompts.values()) if len(text.encode()) >= MAX_PROMPT_TOKENS]
         return any(len(encoding.ids) > MAX_PROMPT_TOKENS for encoding in self._tokenizer.encode_batch(long))
 
     def texts(self, source: str, prompts: dict[str, str], words: str) -> dict[str, np.ndarray]:
-        """Return the arrays of a record other than the posterior. Warn of texts that are too long, naming `source`."""
+        """Return the arrays of a record except for the posterior. Warn of texts that are too long, naming `source`."""
         rows = tokenize(self._tokenizer, list(prompts.values()), max_length=MAX_PROMPT_TOKENS, what=f"{source}: prompt")
         tokens = pad_tokens(rows, BUCKETS.prompt, 0)
         hidden = np.asarray(_hidden_states(self._load("text_encoder"), tokens.ids))
@@ -286,9 +286,9 @@ def find_audio(audio_dir: Path) -> list[str]:
 
 
 def find_files(audio_dir: Path) -> tuple[list[str], list[str]]:
-    """Return the audio files below a folder and all other files, as relative paths, sorted; hidden ones are left out.
+    """Return the audio files below a folder and all other files, as sorted relative paths, without hidden files.
 
-    Links to folders are followed; a folder that can be reached in several ways is searched once, which also ends loops.
+    Links to folders are followed. A folder that can be reached in several ways is searched once, so loops end.
 
     Raises:
         InputError: if there are no audio files.
@@ -308,11 +308,11 @@ def find_files(audio_dir: Path) -> tuple[list[str], list[str]]:
 
 
 def _files_below(top: Path) -> list[str]:
-    """Return what is in a folder of this machine and its subfolders and is no folder, see `find_files`."""
+    """Return all files in a local folder and its subfolders, see `find_files`."""
     found, seen, folders = [], set(), [top]
     links: list[Path] = []
     while folders or links:
-        # Links come last, so that a folder within is found under its own name.
+        # Links come last, so that a folder inside `top` is found under its own name.
         folder = folders.pop() if folders else links.pop(0)
         if (real := folder.resolve()) in seen:
             continue
@@ -333,7 +333,7 @@ def _files_below(top: Path) -> list[str]:
 
 
 def _relative(path: Path, folder: Path) -> str:
-    """Return a path relative to a folder it is in, with "/" between its parts; the path itself if it is elsewhere."""
+    """Return a path relative to a folder that contains it, with "/" as separator, or the path itself if none does."""
     return str(path).removeprefix(f"{folder}/").replace("\\", "/")
 
 
@@ -354,7 +354,7 @@ def _read(file: Path, sample_rate: int, channels: int) -> np.ndarray:
 
 
 def _prompts(texts: Texts, seconds: float, crop_seconds: Sequence[float]) -> dict[str, str]:
-    """Return the prompts of a song, by their names in a record."""
+    """Return the prompts of a song by their keys in a record."""
     return {
         data_folder.text_key(task, duration): prompt_text(
             texts.caption,
@@ -379,7 +379,7 @@ def _report(
     print(f"{data_dir}: {songs} ({done}), {minutes:.1f} min, {shards} shard(s)")
     without = sum(song.lyrics == INSTRUMENTAL for song in index.songs)
     if without:
-        print(f"{without} song(s) without lyrics, taken as instrumental")
+        print(f"{without} song(s) without lyrics, treated as instrumental")
     for title, lines in (
         (f"skipped {len(index.skipped)} file(s)", [f"{source}: {reason}" for source, reason in index.skipped]),
         (f"{len(warnings)} value(s) ignored", warnings),

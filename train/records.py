@@ -1,4 +1,4 @@
-"""The records of `preprocess`: those that earlier runs and other processes have made, and the shards it writes."""
+"""The records of `preprocess`: the existing ones of earlier runs and other processes, and the shards it writes."""
 
 import dataclasses
 import re
@@ -13,15 +13,15 @@ from acestep_jax.train import data_folder
 from acestep_jax.train.data_folder import Index, Song
 
 SHARD_SONGS, SHARD_BYTES = 32, 128 * 2**20  # a shard ends at whichever comes first
-PART = "part-"  # begins the names of folders that processes make in the data folder
+PART = "part-"  # prefix of the folders that processes create in the data folder
 
 
 class Old:
-    """What earlier runs, and the processes of this one, have made.
+    """The songs that earlier runs, and the processes of this one, have encoded.
 
-    index: of the data folder, unless there is none.
-    parts: the indices of the folders in it that processes have made, by name.
-    songs: of the index, and those of the parts that it does not have; their shards are relative to the data folder.
+    index: index of the data folder, or the given one if there is none.
+    parts: indices of the per-process folders in it, by name.
+    songs: songs of the index, then those of the parts that it lacks; their shards are relative to the data folder.
     """
 
     def __init__(self, data_dir: Path, index: Index):
@@ -38,14 +38,14 @@ class Old:
             self._by_content.setdefault(song.sha256, []).append(song)
 
     def sha256(self, source: str, file: Path, size: int, mtime_ns: int) -> str:
-        """Return the SHA-256 of a file, which is not read if its size and time of change are known."""
+        """Return the SHA-256 of a file, without reading it if its size and modification time are known."""
         for song in self._by_source.get(source, ()):
             if (song.size, song.mtime_ns) == (size, mtime_ns):
                 return song.sha256
         return data_folder.file_sha256(file)
 
     def find(self, sha256: str, source: str, text_sha256: str | None = None) -> Song | None:
-        """Return the song with these bytes, best of all the one of this source, with these texts, in the index."""
+        """Return a song with these bytes, preferring one with this source, then these texts, then one in the index."""
 
         def differs(song: Song) -> tuple[bool, bool, bool]:
             return song.source != source, song.text_sha256 != text_sha256, self.is_of_part(song)
@@ -58,19 +58,19 @@ class Old:
 
     @staticmethod
     def is_of_part(song: Song) -> bool:
-        """Return whether the record of a song is that of one process."""
+        """Return whether the record of a song is in the folder of one process."""
         return song.shard.startswith(PART)
 
 
 class Writer:
-    """Gathers records into shards. After each shard, the index lists the finished songs and those of the old index that
-    were not checked yet: they may be needed if this run is stopped.
+    """Collects records into shards. After each shard, the index lists the finished songs and the songs of the old index
+    that were not checked yet, since an interrupted run may need them.
 
-    songs: finished songs, in order, by source.
+    songs: finished songs by source, in order.
 
     Args:
-        index: what the index says besides its songs.
-        old: songs that were there before.
+        index: fields of the index other than its songs.
+        old: songs of the index before this run.
     """
 
     def __init__(self, folder: Path, index: Index, old: Sequence[Song]):
@@ -94,12 +94,12 @@ class Writer:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
-        # Also after a failure of another kind, such as too little memory for one song: the others are finished.
+        # Also after another failure, such as running out of memory for one song: the others are finished.
         if kind is None or not issubclass(kind, InputError):
             self.flush()
 
     def flush(self) -> None:
-        """Write the gathered records as a shard, and the index."""
+        """Write the collected records as a shard, and update the index."""
         if not self._pending:
             return
         self._folder.mkdir(parents=is_remote(self._folder), exist_ok=True)
@@ -115,7 +115,7 @@ class Writer:
 
 
 def _read_old(data_dir: Path, index: Index) -> Index:
-    """Read the index of the data folder; return `index` if there is none. Raise InputError if it is of another
+    """Read the index of the data folder; return `index` if there is none. Raise InputError if it belongs to another
     checkpoint or dtype."""
     if not (data_dir / data_folder.INDEX).exists():
         return index
@@ -137,7 +137,7 @@ def _shards(folder: Path) -> list[str]:
 
 
 def remove_leftovers(folder: Path, index: Index) -> None:
-    """Delete shards without songs, and files that a killed run has not completed."""
+    """Delete shards without songs, and incomplete files of a killed run."""
     used = {song.shard for song in index.songs}
     begun = [file.name for file in folder.glob(f"{TEMPORARY}*")]
     for name in [*begun, *(shard for shard in _shards(folder) if shard not in used)]:

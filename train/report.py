@@ -1,4 +1,4 @@
-"""What is reported of a run: a progress bar, `metrics.jsonl`, TensorBoard, and `loss.png` at the end."""
+"""The reports of a run: a progress bar, `metrics.jsonl`, TensorBoard, and `loss.png` at the end."""
 
 import contextlib
 import json
@@ -27,27 +27,27 @@ METRICS = "metrics.jsonl"
 
 
 class Panel(NamedTuple):
-    """Metrics in one pair of axes; those of held-out songs with dots."""
+    """Metrics drawn in one pair of axes; metrics of held-out songs have dots."""
 
     label: str
-    lines: dict[str, str]  # name of each metric, and what it is called
+    lines: dict[str, str]  # from the name of each metric to its label
     title: str = ""
     scale: str = "log"
 
 
 class Report:
-    """The files of a run and its progress bar. Of several processes, only the first writes.
+    """The files of a run and its progress bar. With several processes, only the first writes.
 
-    Those of a run in Cloud Storage, where nothing can be appended, are written on the disk, and copied there by
+    For a run in Cloud Storage, where files cannot be appended to, they are written to the local disk and copied by
     `publish` and at the end.
 
     Args:
-        folder: of the run.
-        step: the one that the run resumes from; lines of later steps are removed.
+        folder: folder of the run.
+        step: step that the run resumes from; lines of later steps are removed.
         config: settings of the run.
         rate: latent frames per second.
-        summarise: from the `Metrics.details` of some steps to values of a line.
-        panels: what `loss.png` shows.
+        summarise: function from the `Metrics.details` of several steps to the values of a line.
+        panels: panels of `loss.png`.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Report:
         if step % self.log_every:
             return
         made, self._steps = self._steps, []
-        # Skipped steps must not make the means of all others non-finite.
+        # Skipped steps must not make the means non-finite.
         good = [one for one in made if np.isfinite(one.loss + one.grad_norm)] or made
         before, self._since = self._since, time.perf_counter()
         row = {
@@ -99,7 +99,7 @@ class Report:
         self.write(step, row | self.summarise([one.details for one in made]))
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Write a line of `metrics.jsonl`, and the same to TensorBoard; nothing if the line is empty."""
+        """Write a line to `metrics.jsonl` and the same values to TensorBoard; do nothing if `row` is empty."""
         if not self.writes or not row:
             return
         values = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
@@ -117,7 +117,7 @@ class Report:
             self._board.add_audio(f"sample {i}: {prompt[:60]}", song.T, step, sample_rate)
 
     def publish(self) -> None:
-        """Copy the files to where the run is, unless they are there."""
+        """Copy the files to the folder of the run, unless they are written there directly."""
         if self.writes and self._disk != self.folder:
             self._board.flush()
             for name in files_below(self._disk):
@@ -125,7 +125,7 @@ class Report:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count what happens within as training time."""
+        """Exclude the time spent inside from the training time."""
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
@@ -134,7 +134,7 @@ class Report:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
-        """Draw `loss.png`. If the run failed, errors of the disk are ignored here, so that its own is reported."""
+        """Draw `loss.png`. If the run failed, ignore disk errors here, so that the original error is reported."""
         if self.writes:
             with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
                 self._bar.close()
@@ -147,7 +147,7 @@ class Report:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read the lines of `metrics.jsonl`; skip one that was cut short when the process was killed."""
+    """Read the lines of `metrics.jsonl`; skip a line that was truncated when the process was killed."""
     rows = []
     if (folder / METRICS).is_file():
         for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
@@ -159,7 +159,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def memory_gb() -> float:
-    """Return the peak memory in GB of the first device or, where the backend does not tell, of this process."""
+    """Return the peak memory in GB of the first device or, if the backend does not report it, of this process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 1e9
@@ -168,7 +168,7 @@ def memory_gb() -> float:
 
 
 def draw(folder: Path, panels: Sequence[Panel]) -> None:
-    """Draw `loss.png` from `metrics.jsonl`, without pyplot, whose backend is the caller's, such as a notebook's."""
+    """Draw `loss.png` from `metrics.jsonl`, without pyplot, whose backend may be in use (such as a notebook's)."""
     from matplotlib.figure import Figure
 
     rows = read_metrics(folder)

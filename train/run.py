@@ -1,4 +1,4 @@
-"""The folder of a run, the same for every kind of training: who may write it, what it may resume, its results.
+"""The folder of a run, the same for every kind of training: its lock, the checks before resuming, its results.
 
 config.yaml  checkpoints/  metrics.jsonl  tensorboard/  loss.png  samples/  and the results, such as adapter/
 """
@@ -19,7 +19,7 @@ from acestep_jax.train.config import Config
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
 
 # The settings that a resumed run may change: none that the weights depend on, except the length of the schedule. The
-# checkpoint may have moved, or be called by another name; what it holds is compared by itself.
+# checkpoint may have moved or been renamed; its contents are compared separately.
 CHANGEABLE = (
     "steps",
     "out",
@@ -52,7 +52,7 @@ def check_folder(folder: Path, config: Config) -> None:
             raise InputError(f"{folder}: already exists and holds no run; remove it or choose another --out")
         return
     made = [int(path.name) for path in (folder / CHECKPOINTS).glob("*") if path.name.isdecimal()]
-    if not made:  # it failed before there was anything to lose
+    if not made:  # the run failed before its first checkpoint
         return
     before = config_file.read(folder / CONFIG)
     if type(before) is not type(config):
@@ -75,7 +75,7 @@ def opened(folder: Path, config: Config) -> Iterator[Path]:
     Raises:
         InputError: if another process holds the lock.
     """
-    _all_here("checked")  # before the first process creates the folder that the others check
+    _all_here("checked")  # the first process creates the folder only after all others have checked it
     if jax.process_index() == 0:
         folder.mkdir(parents=is_remote(folder), exist_ok=True)
     with _locked(folder):
@@ -86,7 +86,7 @@ def opened(folder: Path, config: Config) -> Iterator[Path]:
 
 
 def check_unchanged(folder: Path, before: dict[str, str], now: dict[str, str]) -> None:
-    """Raise InputError if hashes of what a run is made from, by name, are not those of its last checkpoint."""
+    """Raise InputError if the hashes of a run's inputs, by name, differ from those at its last checkpoint."""
     if changed := [name for name, value in now.items() if before[name] != value]:
         raise InputError(
             f"{folder}: the {' and the '.join(changed)} of this run changed after its last checkpoint; restore what it "
@@ -95,7 +95,7 @@ def check_unchanged(folder: Path, before: dict[str, str], now: dict[str, str]) -
 
 
 def check_finite(config: Config, step: int, bad_steps: int) -> None:
-    """Raise DivergedError if so many consecutive steps, up to this one, had a non-finite loss or gradient."""
+    """Raise DivergedError if `bad_steps`, the consecutive non-finite steps up to this one, reach the limit."""
     if bad_steps >= config.max_bad_steps:
         raise DivergedError(
             f"{config.out}: the loss or its gradient is non-finite since step {step - bad_steps + 1}, {bad_steps} "
@@ -105,8 +105,8 @@ def check_finite(config: Config, step: int, bad_steps: int) -> None:
 
 
 def replace(target: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder in place of the one that an earlier end of the run has written."""
-    if is_remote(target):  # where a folder cannot be renamed
+    """Write a result folder, replacing the one from when the run ended before."""
+    if is_remote(target):  # a remote folder cannot be renamed
         remove_tree(target)
         write(target)
         return
@@ -120,7 +120,7 @@ def replace(target: Path, write: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second command from training the same run at the same time; Cloud Storage has no locks."""
+    """Prevent a second command from training the same run at the same time; Cloud Storage has no locks."""
     if jax.process_index() or is_remote(folder):
         yield
         return
@@ -133,6 +133,6 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _all_here(name: str) -> None:
-    """Wait until every process has come this far."""
+    """Wait until every process has reached this point."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

@@ -1,17 +1,17 @@
-"""Caption, lyrics and metadata of a song, from the files beside it.
+"""Caption, lyrics and metadata of a song, from the files next to it.
 
-For a song `name.mp3`, each value is taken from the first of these that contains it:
+For a song `name.mp3`, each value is taken from the first of these files that contains it:
 
 1. `name.caption.txt` and `name.lyrics.txt`;
-2. `name.txt`: lines `key: value`, with `lyrics:` last and up to the end of the file; or only lyrics, if the first line
-   is no such pair;
-3. `name.json`: an object of such keys;
+2. `name.txt`: lines `key: value`, where `lyrics:` comes last and extends to the end of the file; or only lyrics, if the
+   first line is not such a pair;
+3. `name.json`: an object with these keys;
 4. one JSON file in the top folder, {"metadata": {...}, "samples": [...]}, as saved by ACE-Step's dataset builder;
 5. tables `*.csv` in the top folder with a column `file`.
 
 Names may be in upper or lower case, and the first files may also be called `name_prompt.txt` or `name_caption.txt` and
-`name_lyrics.txt`, as for ACE-Step 1. Values are normalised as for songs that are generated, see `inputs.fields` ("Am",
-"4/4", "128 bpm"); one that the model does not know is an error of its song.
+`name_lyrics.txt`, as for ACE-Step 1. Values are normalised as in requests, see `inputs.fields` ("Am", "4/4",
+"128 bpm"); a song with a value that the model does not know is skipped with an error.
 """
 
 import csv
@@ -32,7 +32,7 @@ from acestep_jax.io.files import as_path, read_text
 INSTRUMENTAL = "[Instrumental]"
 LANGUAGE = "en"
 
-# The keys of each value.
+# The accepted keys for each value.
 _ALIASES = {
     "caption": ("caption", "prompt"),
     "lyrics": ("lyrics", "lyric"),
@@ -48,7 +48,7 @@ _ALIASES = {
     "repeat": ("repeat", "repeats"),
 }
 _FIELDS = {alias: field for field, aliases in _ALIASES.items() for alias in aliases}
-# What ACE-Step's dataset builder also writes of a song and of the dataset, and which is not needed here.
+# Further keys that ACE-Step's dataset builder writes for a song or the dataset; they are not needed here.
 _OF_DATASETS = frozenset(
     "all_instrumental audio_path created_at duration filename formatted_lyrics genre_ratio id labeled name num_samples "
     "raw_lyrics".split()
@@ -56,7 +56,7 @@ _OF_DATASETS = frozenset(
 _PAIR = re.compile(r"\s*([A-Za-z][A-Za-z_ ]*?)\s*:\s*(.*?)\s*$")
 
 
-# Endings of the names of files that hold one text, ours and those of ACE-Step 1.
+# Suffixes of files that hold a single text: ours and those of ACE-Step 1.
 _OWN_TEXTS = {
     "caption": (".caption.txt", "_prompt.txt", "_caption.txt"),
     "lyrics": (".lyrics.txt", "_lyrics.txt"),
@@ -65,7 +65,7 @@ _OWN_TEXTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Contents of the prompt and the lyrics of a song. `fallback`: the caption is the name of the file."""
+    """The contents of a song's prompt and lyrics. `fallback`: the caption is the file name."""
 
     caption: str
     lyrics: str
@@ -80,20 +80,20 @@ class Texts:
 class Sidecars:
     """Reads the texts of the songs of a folder.
 
-    warnings: values that were found and ignored so far, by file.
-    used: the files that were read so far.
+    warnings: messages about values ignored so far.
+    used: files read so far.
     """
 
     def __init__(self, folder: str | Path, sources: Iterable[str], language: str = LANGUAGE):
         """Read the files that describe several songs.
 
         Args:
-            folder: of the songs.
-            sources: relative paths of the songs, with "/" between parts.
-            language: of songs whose own is not given.
+            folder: folder of the songs.
+            sources: relative paths of the songs, with "/" as separator.
+            language: language of songs that do not give one.
 
         Raises:
-            InputError: if such a file is damaged, or there are several datasets.
+            InputError: if one of these files is damaged, or there are several datasets.
         """
         self.folder, self.language = as_path(folder), language
         self.warnings: list[str] = []
@@ -139,7 +139,7 @@ class Sidecars:
         )
 
     def _own(self, path: Path) -> list[tuple[Path, dict[str, Any]]]:
-        """Return the values of the song's own files, in order of precedence."""
+        """Return the values in the song's own files, in order of precedence."""
         found = []
         for field, endings in _OWN_TEXTS.items():
             if file := self._beside(path, *endings):
@@ -156,8 +156,8 @@ class Sidecars:
         return [(file, {k: v for k, v in entry.items() if v != ""}) for file, entry in found]
 
     def _beside(self, path: Path, *endings: str) -> Path | None:
-        """Return the file beside a song whose name is that of the song and one of the endings, the first in the order
-        of the endings; upper and lower case are the same unless there are files of both."""
+        """Return the file next to a song with the song's name and the first of these endings that exists, ignoring case
+        unless that is ambiguous."""
         names = self._names_in(path.parent)
         for wanted in (f"{path.stem}{ending}" for ending in endings):
             same = names.get(wanted.casefold(), ())
@@ -168,7 +168,7 @@ class Sidecars:
         return None
 
     def _names_in(self, folder: Path) -> dict[str, list[str]]:
-        """Return the names of the files of a folder by their names without case."""
+        """Return the file names in a folder by their case-folded names."""
         if folder not in self._listed:
             names: dict[str, list[str]] = defaultdict(list)
             for file in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -178,7 +178,7 @@ class Sidecars:
         return self._listed[folder]
 
     def _clean(self, file: Path, values: Mapping[str, Any], *, quiet: bool = False) -> dict[str, Any]:
-        """Return the known values under our names, without empty ones."""
+        """Return the known values under our names, without empty values."""
         result = {}
         for key, value in values.items():
             field = _FIELDS.get(str(key).strip().lower().replace(" ", "_"))
@@ -188,12 +188,12 @@ class Sidecars:
                     self.warnings.append(message)
             elif isinstance(value, list):
                 result.setdefault(field, ", ".join(map(str, value)))
-            elif not fields.says_nothing(value) or field == "language" and value:  # "auto" is a language, "" is none
+            elif not fields.says_nothing(value) or field == "language" and value:  # "auto" is a language, "" is not
                 result.setdefault(field, str(value).strip())
         return result
 
     def _caption(self, path: Path, values: dict[str, str]) -> tuple[str, bool]:
-        """Return the caption with its tag, and whether it is the name of the file."""
+        """Return the caption with its tag, and whether it is the file name."""
         genre, caption = values.get("genre"), values.get("caption")
         override = values.get("prompt_override", "").lower()
         if genre and override != "caption" and (override == "genre" or not caption or self._by_genre(path)):
@@ -211,12 +211,12 @@ class Sidecars:
         return caption, fallback
 
     def _by_genre(self, path: Path) -> bool:
-        """Return whether the song is of the percentage that the dataset trains on the genre; the same in every run."""
+        """Return whether the song trains on its genre, as a percentage of the dataset does; the same in every run."""
         ratio = self._defaults.get("genre_ratio", 0)
         return int(hashlib.sha256(path.name.encode()).hexdigest(), 16) % 100 < ratio
 
     def _lyrics(self, found: list[tuple[Path, dict[str, Any]]]) -> str:
-        """Return the lyrics of the first source that has some or says that the song is instrumental."""
+        """Return the lyrics of the first file that has lyrics or says that the song is instrumental."""
         for file, entry in found:
             lyrics = entry.get("lyrics")
             instrumental = _is_true(entry["is_instrumental"]) if "is_instrumental" in entry else False
@@ -278,7 +278,7 @@ class Sidecars:
         return sorted(file for file in self.folder.iterdir() if file.suffix.lower() == suffix and file.is_file())
 
     def _share(self, file: Path, names: list[str], values: dict[str, Any]) -> None:
-        """Add values for the only song that fits one of the names, paths on this or another machine."""
+        """Add values for the one song that matches one of the names, which are paths on this or another machine."""
         for name in names:
             parts = PurePosixPath(name.replace("\\", "/")).parts
             fits = []

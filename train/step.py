@@ -1,6 +1,6 @@
 """One optimizer step as one compiled program: gradient -> clip -> AdamW -> moving average -> counters.
 
-`update` is the part behind the gradient, the same for adapters, full weights and the autoencoder. `make_step` is the
+`update` does everything after the gradient, the same for adapters, full weights and the autoencoder. `make_step` is the
 step of fine-tuning, `make_evaluation` its validation.
 """
 
@@ -24,7 +24,7 @@ from acestep_jax.train.adamw import AdamW, Optimizer, Params, apply
 from acestep_jax.train.config import AdamConfig, TrainConfig
 from acestep_jax.train.objective import Batch, Frozen, draw, stratified_time, velocity_losses
 
-Shardings = Any  # of a `TrainState`, as a `TrainState` of them
+Shardings = Any  # a `TrainState` of shardings
 
 
 class TrainState(NamedTuple):
@@ -32,35 +32,35 @@ class TrainState(NamedTuple):
 
     step: jax.Array  # int32, number of steps so far
     params: Params
-    opt_state: Any  # of `make_optimizer`, with its counters of skipped steps
+    opt_state: Any  # state of `make_optimizer`, with its counters of skipped steps
     ema: Params | None
 
 
 class Metrics(NamedTuple):
-    """What a step measures, on the devices."""
+    """The metrics of a step, on the devices."""
 
     loss: jax.Array
     grad_norm: jax.Array  # before clipping
     bad_steps: jax.Array  # consecutive steps, up to this one, that were skipped because their gradients are non-finite
-    updates: jax.Array  # updates before this step; skipped steps are none
-    frames: jax.Array  # latent frames that the loss is taken over
-    details: dict[str, jax.Array]  # what only this kind of training measures
+    updates: jax.Array  # updates before this step, without skipped steps
+    frames: jax.Array  # latent frames in the loss
+    details: dict[str, jax.Array]  # metrics of only this kind of training
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A network in parts: trainable parameters, keys of dropout, and the rest."""
+    """A network split into trainable parameters, dropout keys, and the rest."""
 
     graphdef: nnx.GraphDef
     paths: dict[str, tuple]
-    shardings: dict[str, Any]  # of the trainable parameters
+    shardings: dict[str, Any]  # shardings of the trainable parameters
     keys: nnx.State
     frozen: nnx.State
     evaluation: nnx.GraphDef  # without dropout
 
     @classmethod
-    def take_apart(cls, network: nnx.Module, kind: type[nnx.Variable], mesh: Mesh | None) -> tuple["Model", Params]:
-        """Split a network; `kind` is that of its trainable variables, nnx.LoRAParam or nnx.Param."""
+    def split(cls, network: nnx.Module, kind: type[nnx.Variable], mesh: Mesh | None) -> tuple["Model", Params]:
+        """Split a network; `kind` is the type of its trainable variables, nnx.LoRAParam or nnx.Param."""
         graphdef, params, keys, frozen = nnx.split(network, kind, DropoutKey, ...)
         named = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(params)}
         model = cls(
@@ -86,7 +86,7 @@ class Model:
 
 
 def make_optimizer(config: AdamConfig, steps: int) -> Optimizer:
-    """Return AdamW with clipping. Steps with non-finite gradients are skipped and counted."""
+    """Return AdamW with gradient clipping. Steps with non-finite gradients are skipped and counted."""
     return AdamW(config, steps)
 
 
@@ -98,13 +98,13 @@ def initial_state(params: Params, optimizer: Optimizer, config: AdamConfig, shar
         return TrainState(jnp.int32(0), params, optimizer.init(params), ema)
 
     given: dict[str, Any] = params
-    if jax.process_count() > 1:  # parameters that were initialised here, not loaded, are equal in every process
+    if jax.process_count() > 1:  # parameters initialised here, not loaded, are equal in every process
         given = {k: v if isinstance(v.sharding, NamedSharding) else np.asarray(v) for k, v in params.items()}
     return jax.jit(init, out_shardings=shardings, donate_argnums=0)(given)
 
 
 def state_shardings(model: Model, params: Params, optimizer: Optimizer, config: AdamConfig) -> Shardings:
-    """Return the sharding of every array of a state: moments and averages as their weights, counters replicated."""
+    """Return the sharding of every array of a state: moments and EMA like their weights, counters replicated."""
     first = next(iter(model.shardings.values()))
     whole: Any = NamedSharding(first.mesh, P()) if isinstance(first, NamedSharding) else first
     opt_state = optax.tree_map_params(
@@ -130,7 +130,7 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """Apply gradients / divisor to a state; return the next state and the metrics of the step.
 
-    ema = d ema + (1 - d) params with d = `ema_decay`. If a gradient is non-finite, weights and moments stay.
+    ema = d ema + (1 - d) params with d = `ema_decay`. If a gradient is non-finite, weights and moments are unchanged.
     """
     params, opt_state, norm = apply(optimizer, gradients, state.opt_state, state.params, divisor)
     ema, decay = state.ema, config.ema_decay
@@ -148,20 +148,20 @@ def update(
 
 
 def compiled(step: Callable[..., Any], shardings: Shardings) -> Callable[..., Any]:
-    """Return the jitted (state, ...) -> (state, Metrics). It donates the buffers of the state."""
+    """Return the jitted step: (state, ...) -> (state, Metrics). It donates the buffers of the state."""
     options = training_options(shardings.step.device_set)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step), compiler_options=options)
 
 
 def batch_sharding(mesh: Mesh | None, leading: int) -> jax.sharding.Sharding:
-    """Return the sharding of batches: their rows over data and fsdp, after `leading` other axes."""
+    """Return the sharding of batches: rows over data and fsdp, after `leading` other axes."""
     if mesh is None:
         return SingleDeviceSharding(jax.devices()[0])
     return NamedSharding(mesh, P(*(None,) * leading, ("data", "fsdp")))
 
 
 def rows_of_process(mesh: Mesh | None, batch_size: int) -> list[int]:
-    """Return the rows of every batch that the devices of this process need."""
+    """Return the rows of each batch that the devices of this process need."""
     indices: dict[Any, Any] = dict(batch_sharding(mesh, 0).addressable_devices_indices_map((batch_size,)))
     rows: set[int] = set()
     for (index,) in indices.values():
@@ -193,9 +193,9 @@ def place(
 def make_step(model: Model, optimizer: Optimizer, config: TrainConfig, shardings: Shardings) -> Callable[..., Any]:
     """Return the jitted step: (state, frozen transformer, Frozen, batch [accumulation, B, ...]) -> (state, Metrics).
 
-    Gradients and the number of elements are summed over devices and accumulation before one is divided by the other, so
-    that the accumulated batch equals the batch in one piece, except for dropout in adapters. The state's buffers are
-    donated. `Metrics.details`: t and errors (mean squared error) of each example, [examples] float32.
+    Gradients and element counts are summed over devices and accumulated batches before they are divided, so accumulated
+    batches give the same result as one large batch, except for dropout in adapters. The state's buffers are donated.
+    `Metrics.details`: t and errors (mean squared error) of each example, [examples] float32.
     """
     step_size = config.examples.batch_size * config.optimizer.accumulation
     example_key, dropout_key = jax.random.split(noise.key(config.seed))
@@ -222,7 +222,7 @@ def make_step(model: Model, optimizer: Optimizer, config: TrainConfig, shardings
             return jax.tree.map(jnp.add, gradients, new), sums
 
         parts = jnp.arange(config.optimizer.accumulation), batch
-        if config.optimizer.accumulation == 1:  # gradients are not added to zeros
+        if config.optimizer.accumulation == 1:  # avoids adding the gradients to zeros
             gradients, sums = differentiate(jax.tree.map(lambda leaf: leaf[0], parts))
             errors, elements, t = jax.tree.map(lambda leaf: leaf[None], sums)
         else:
@@ -250,7 +250,7 @@ def validation_times(config: TrainConfig) -> np.ndarray:
 def make_evaluation(
     model: Model, config: TrainConfig, shardings: Shardings
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Return the jitted (params, frozen transformer, Frozen, batch [B, ...]) -> sums of squared errors and of elements
+    """Return the jitted (params, frozen transformer, Frozen, batch [B, ...]) -> (squared errors, element counts), sums
     over the batch, at each of `validation_times`, [times] each. The noise depends only on the song and the time."""
     times = jnp.asarray(validation_times(config))
 

@@ -124,7 +124,7 @@ INDEXES = {
     "other schema": (replace(schema_version=99), "schema_version 99, but this version .* reads 1; update"),
     "no songs": (write("index.json", '{"schema_version": 1}'), "index.json: damaged .*songs"),
     "other keys": (write("index.json", '{"schema_version": 1, "songs": [{"a": 1}]}'), "index.json: damaged"),
-    "not complete": (replace(complete=False), "data: preprocessing was stopped before its end; .* resumes it"),
+    "not complete": (replace(complete=False), "data: preprocessing was interrupted; .* resumes it"),
     "no shard": (remove(SHARD), f"{SHARD}: missing; remove .*index.json"),
 }
 

@@ -404,6 +404,7 @@ def before_step(monkeypatch, change):
     monkeypatch.setattr(Trainer, "step", lambda trainer, batch: step(trainer, change(trainer, batch)))
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(tiny, data, tmp_path, monkeypatch):
     """Two good steps, then songs that are no numbers: two bad steps, and the weights are those of step 2."""
     expected = {}
@@ -445,6 +446,7 @@ def test_a_checkpoint_of_other_settings_names_the_leaf(finished, tiny, data, tmp
         fit(gone)
 
 
+@pytest.mark.slow
 def test_a_full_disk(tiny, data, tmp_path, monkeypatch):
     """From step 3 on no file may grow beyond 20 kB, which a checkpoint needs: what was there before stays."""
     out = tmp_path / "run"

@@ -1,10 +1,14 @@
 """The objective against numbers: the distribution of times, the mixture of tasks, masks, dropout, sampling."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from acestep_jax.distributed import make_mesh
 from acestep_jax.inputs import tasks
 from acestep_jax.io import checkpoint
 from acestep_jax.train import objective
@@ -194,6 +198,30 @@ def test_context_of_each_task(configs, frozen):
     assert_close(source[2], through_the_codes(frozen, x0[2:])[0, :frames])
     np.testing.assert_array_equal(mask[2], 1)
     assert np.abs(source[2] - silence).max() > 0.1
+
+
+@pytest.mark.parametrize("axes", [None, dict(data=2, fsdp=2, tensor=2)])
+def test_covers_are_tokenized_in_groups(configs, frozen, axes):
+    """Wherever they are in the batch; 5 of 8 are three groups of two or, split over four, two of four."""
+    kinds = (TEXT2MUSIC, COVER, COVER, REPAINT, COVER, COVER, TEXT2MUSIC, COVER)
+    batch = random_batch(configs, frames=10, lengths=(10,) * 8, tasks=kinds)
+    x0 = jnp.asarray(normal(*batch.mean.shape, seed=4))
+
+    @jax.jit
+    def through_the_codes(frozen, x):
+        quantized, _ = frozen.audio_tokenizer.tokenize(x, frozen.condition_encoder.silence_latent[...])
+        return frozen.audio_token_detokenizer(quantized)
+
+    expected = np.asarray(through_the_codes(frozen, x0))
+    mesh = make_mesh(**axes) if axes else None
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        if mesh:
+            rows, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(("data", "fsdp")), PartitionSpec()))
+            batch, x0, frozen = jax.device_put((batch, x0, frozen), (rows, rows, whole))
+        context = np.asarray(jax.jit(context_latents)(frozen, batch, x0))
+    covers = [i for i, kind in enumerate(kinds) if kind == COVER]
+    assert_close(context[covers, :, : x0.shape[-1]], expected[covers])
+    np.testing.assert_array_equal(context[3, :5, : x0.shape[-1]], np.asarray(x0)[3, :5])  # before the region
 
 
 def test_the_indices_of_tasks_in_data_folders_stay():

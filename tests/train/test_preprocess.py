@@ -273,7 +273,7 @@ def test_killed_and_resumed(tiny, songs, work):
     command = [sys.executable, "-c", KILLED, songs, data, tiny[1]]
     done = subprocess.run(command, capture_output=True, env=os.environ | same_programs())
     assert done.returncode == -signal.SIGKILL, done.stderr
-    with pytest.raises(InputError, match="stopped before its end; .* resumes it"):
+    with pytest.raises(InputError, match="interrupted; .* resumes it"):
         read_index(data)
     assert [song.source for song in read_index(data, unfinished=True).songs] == ["a.wav", "b.wav"]
     index = run(tiny, songs)

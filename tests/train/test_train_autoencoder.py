@@ -299,7 +299,7 @@ def test_the_encoder_can_be_narrower_than_its_output():
     )
     vae = jax.eval_shape(lambda: AutoencoderOobleck(network, rngs=nnx.Rngs(0)))
     assert vae.encoder.conv1.kernel.shape == (7, 2, 4) and vae.encoder.conv2.kernel.shape == (3, 64, 16)
-    with pytest.raises(InputError, match="encoder_channels: diffusers knows only None"):
+    with pytest.raises(InputError, match="encoder_channels: diffusers supports only None"):
         network.to_hf()
 
 

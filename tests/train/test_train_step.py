@@ -67,7 +67,7 @@ FULL = config(method="full", optimizer__ema_decay=0.75)
 def prepare(transformer, config, optimizer=None, mesh=None):
     """The model in parts, the jitted step, and the first state."""
     kind = nnx.LoRAParam if config.method == "lora" else nnx.Param
-    model, params = steps.Model.take_apart(transformer, kind, mesh)
+    model, params = steps.Model.split(transformer, kind, mesh)
     optimizer = optimizer or steps.make_optimizer(config.optimizer, config.steps)
     shardings = steps.state_shardings(model, params, optimizer, config.optimizer)
     state = steps.initial_state(params, optimizer, config.optimizer, shardings)
@@ -197,8 +197,8 @@ def adapter_leaves(theirs):
     return {name: np.stack([rows[i] for i in sorted(rows)]) for name, rows in found.items()}
 
 
-# DoRA's step is AdamW's as well, of the same factors and one more.
-@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS), "dora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "dora"])
 def test_lora_step_matches_peft(tiny, configs, without_covers, name):
     """PEFT on the diffusers model: the loss to 1e-5, every factor after the step to 1e-4."""
     make, make_theirs, clips = OPTIMIZERS["adamw" if name == "dora" else name]
@@ -311,7 +311,7 @@ def test_meshes_train_as_one_device(tiny, configs, frozen, without_covers, metho
 def test_dropout_differs_by_step_and_layer_and_not_in_evaluation(tiny):
     (transformer,) = checkpoint.load(tiny[1], names=["transformer"]).values()
     lora = LoRAConfig(rank=4, alpha=8.0, dropout=0.5)
-    model, params = steps.Model.take_apart(add_lora(transformer, lora, rngs=nnx.Rngs(0)), nnx.LoRAParam, None)
+    model, params = steps.Model.split(add_lora(transformer, lora, rngs=nnx.Rngs(0)), nnx.LoRAParam, None)
     keys = lambda key: model.merge(params, model.frozen, key).layers.self_attn.to_q.dropout_key[...]  # noqa: E731
     first, again, other = keys(jax.random.key(0)), keys(jax.random.key(0)), keys(jax.random.key(1))
     assert len({tuple(row) for row in np.asarray(jax.random.key_data(first))}) == len(first) > 1
@@ -319,6 +319,7 @@ def test_dropout_differs_by_step_and_layer_and_not_in_evaluation(tiny):
     assert model.merge(params, model.frozen).layers.self_attn.to_q.dropout_key is None
 
 
+@pytest.mark.slow
 def test_attention_dropout_is_in_the_step(configs, without_covers):
     settings, draws = config(optimizer__accumulation=1, method="full"), []
     for rate in (0.0, 0.5):
