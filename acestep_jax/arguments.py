@@ -1,4 +1,4 @@
-"""What is known of an argument, and what is derived from it: checks, help texts, messages.
+"""The metadata of an argument, and the checks, help texts and messages derived from it.
 
 An argument is a field of `request.Request` or `request.Sampling`; its `Argument` is the field's metadata.
 """
@@ -21,19 +21,19 @@ from acestep_jax.errors import InputError, check_number, check_text, nearest
 
 @dataclass(frozen=True)
 class Argument:
-    """What is known of a field besides its name, type and default.
+    """The metadata of a field besides its name, type and default.
 
     Attributes:
         help: full sentences that stand on their own, for help texts and tables.
-        unit: of a number, such as "s".
+        unit: unit of a number, such as "s".
         minimum, maximum: the range of a number, both inclusive; None: unbounded.
-        choices: the texts that are allowed; empty: any.
+        choices: the allowed texts; empty: any.
         flag: the name on the command line without its dashes; None: the field's name; "": not on the command line.
         metavar: the placeholder of its value in help texts.
         default: what the default None means, for help texts.
         from_file: whether `@FILE` on the command line stands for the text in that file.
         json: whether the value can be written in JSON.
-        reader: checks a value that was given and brings it into form, in place of a check of its type and range.
+        reader: function that checks and normalises a given value, instead of the check of its type and range.
     """
 
     help: str
@@ -65,7 +65,7 @@ def arguments(kind: type) -> dict[str, tuple[dataclasses.Field, Argument]]:
     return {field.name: (field, field.metadata["argument"]) for field in dataclasses.fields(kind)}
 
 
-# What arguments of diffusers' pipelines are called here.
+# Our names for arguments of diffusers' pipelines.
 ELSEWHERE = {
     "generator": "use seed=N",
     "audio_end_in_s": "use audio_duration=SECONDS",

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the checks that raise them."""
+"""Errors that a user can fix, and the checks that raise them."""
 
 import difflib
 import numbers
@@ -14,7 +14,7 @@ class InputError(ValueError):
 
 
 def check_number(name: str, value: Any, *, whole: bool = False) -> None:
-    """Raise InputError unless the value is a number, with `whole` a whole one."""
+    """Raise InputError unless the value is a number; with `whole`, a whole number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
         raise InputError(f"{name}: expected a {'whole ' if whole else ''}number, found {value!r}")
 
@@ -22,19 +22,19 @@ def check_number(name: str, value: Any, *, whole: bool = False) -> None:
 def check_text(name: str, value: Any) -> None:
     """Raise InputError unless the value is text."""
     if not isinstance(value, str):
-        raise InputError(f"{name}: expected a text, found {value!r}")
+        raise InputError(f"{name}: expected text, found {value!r}")
 
 
 class Cancelled(Exception):
-    """A song was stopped between two steps, because it was requested."""
+    """A song was stopped between two steps, as requested."""
 
 
 class Preempted(Exception):
-    """SIGTERM has ended the work at a point from which the same command resumes, see `acestep_jax.preemption`."""
+    """SIGTERM has ended the work at a point where the same command can resume, see `acestep_jax.preemption`."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return what a message advises for an unknown name: the nearest of the known ones, or all of them."""
+    """Return the advice for an unknown name: the nearest known name, or all of them."""
     known = list(known)
     near = difflib.get_close_matches(name, known, 1)
     return f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known) or 'none'}"

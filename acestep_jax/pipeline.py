@@ -17,8 +17,7 @@ from acestep_jax.diffusion.denoise import StepCallback
 from acestep_jax.diffusion.solvers import STOCHASTIC
 from acestep_jax.distributed import on_host, spans_processes
 from acestep_jax.errors import InputError
-from acestep_jax.inputs import ineffective, programs, sources, tasks
-from acestep_jax.inputs.buckets import BUCKETS
+from acestep_jax.inputs import ineffective, programs, sources
 from acestep_jax.inputs.collate import (
     check_sampling,
     collate,
@@ -30,11 +29,10 @@ from acestep_jax.inputs.collate import (
 )
 from acestep_jax.inputs.keywords import requests_of, takes
 from acestep_jax.inputs.loop import loop_inputs
-from acestep_jax.inputs.prepare import Job, check_length, codebook_size, load_audio, prepare
+from acestep_jax.inputs.prepare import Job, prepare
 from acestep_jax.inputs.prompt import PAD
 from acestep_jax.inputs.settings import compat_of, defaults_of, settled
 from acestep_jax.inputs.torch_arguments import from_torch
-from acestep_jax.io import audio
 from acestep_jax.planner import timestamps
 from acestep_jax.planner.plan import Plan
 from acestep_jax.planner.plans import describe_codes
@@ -48,8 +46,8 @@ from acestep_jax.song import AudioPipelineOutput, Song
 class AceStepPipeline(PlanningModel):
     """A loaded model that generates songs. Text encoding, denoising and decoding are one compiled program each.
 
-    `Job.program_key` names the programs that a song needs. A new batch size, number of steps or program key
-    compiles once; prompts, seeds, times, regions and scales are data and compile nothing. Use a pipeline from one
+    `Job.program_key` identifies the programs that a song needs. A new batch size, number of steps or program key
+    compiles once; prompts, seeds, timesteps, regions and scales are data and compile nothing. Use a pipeline from one
     thread at a time. Arguments of the constructor: see `LoadedModel`.
     """
 
@@ -102,10 +100,10 @@ class AceStepPipeline(PlanningModel):
         request: Request,
         sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
     ) -> Job:
-        """Read the files of a request, check all of it, and return the job, see `inputs.prepare`.
+        """Read the files of a request, check it, and return the job, see `inputs.prepare`.
 
         Args:
-            sampling: how the job will be run; its `compat` fills in what the request leaves open.
+            sampling: how the job will be run; its `compat` determines the defaults of the request.
 
         Raises:
             InputError: if the request cannot be fulfilled.
@@ -190,6 +188,7 @@ class AceStepPipeline(PlanningModel):
                     networks,
                     batch,
                     sources.references(networks, jobs, sample_keys),
+                    self._silent_timbre(jobs, networks),
                     attend_to_padding=bool(sampling.attend_to_padding),
                 )
                 jax.block_until_ready(conditions)
@@ -199,19 +198,25 @@ class AceStepPipeline(PlanningModel):
             x = self._denoise(inputs, method, bar, on_step, should_stop)
             if sampling.latent_rescale != 1 or sampling.latent_shift != 0:
                 x = x * np.float32(sampling.latent_rescale) + np.float32(sampling.latent_shift)
-            audios, latents = None, [row[: job.frames] for row, job in zip(np.asarray(on_host(x)), jobs, strict=True)]
+            audios = originals = None
+            latents = [row[: job.frames] for row, job in zip(np.asarray(on_host(x)), jobs, strict=True)]
             sources.check_songs(jobs[:count], seeds, latents, "of the latents, after denoising,")
             if output_type == "np":
                 bar.set_description("decoding")
                 with self.placement.stage(self.networks) as networks:
                     audios = on_host(programs.decode(networks["vae"], x, batch.lengths, ~batch.keeps_source))
+                    originals = sources.decoded_sources(networks, jobs, clean_and_source[0], batch.lengths)
                 audios = [row[:, : job.samples] for row, job in zip(audios, jobs, strict=True)]
                 sources.check_songs(jobs[:count], seeds, audios, "of the audio, after decoding,")
             bar.update()
             bar.set_description("done")
         return [
             Song(
-                audio=None if audios is None else sources.finished(job, audios[i], self.need("vae").config),
+                audio=None
+                if audios is None
+                else sources.finished(
+                    job, audios[i], self.need("vae").config, None if originals is None else originals[i]
+                ),
                 latents=latents[i].copy(),
                 sample_rate=self.sample_rate,
                 seed=seeds[i],
@@ -219,6 +224,11 @@ class AceStepPipeline(PlanningModel):
             )
             for i, job in enumerate(jobs[:count])
         ]
+
+    def _silent_timbre(self, jobs: Sequence[Job], placed: Mapping[str, Any]) -> jax.Array | None:
+        """Return the timbre of songs without a reference; None if each song has one."""
+        is_used = any(job.reference is None and job.reference_latents is None for job in jobs)
+        return self.silent_timbre.token(self.networks, placed) if is_used else None
 
     def _denoise(
         self,
@@ -229,7 +239,7 @@ class AceStepPipeline(PlanningModel):
         should_stop: Callable[[], bool] | None,
     ) -> jax.Array:
         """Return the latents [B, T, C] float32; in pieces if the loop is watched, which a progress bar does too."""
-        # With several processes a bar must not decide: all have to run the same programs, and only the first has one.
+        # With several processes a bar must not matter: all have to run the same programs, and only the first has one.
         watched = on_step is not None or should_stop is not None or not bar.disable and jax.process_count() == 1
         with self.placement.stage(self.networks) as networks:
             used = self.placement.for_denoising(networks["transformer"]), networks["condition_encoder"]
@@ -240,30 +250,6 @@ class AceStepPipeline(PlanningModel):
             x = denoise.denoise(*used, inputs, method=method).block_until_ready()
         bar.update(len(inputs.times) - 1)
         return x
-
-    def song_to_codes(self, song: Audio) -> np.ndarray:
-        """Return the audio codes of a song, [n] int32, 5 for each second.
-
-        Args:
-            song: a sound file, or an array [channels, samples].
-
-        Raises:
-            InputError: if the model has no audio tokenizer, or the song cannot be read.
-        """
-        self._check_tokenizer()
-        with self.on_mesh(), self.placement.stage(self.networks) as networks:
-            latents, frames = self._latents_of(networks, song)
-            return sources.tokenize(networks, latents, [frames])[0]
-
-    def _latents_of(self, networks: Mapping[str, Any], song: Audio) -> tuple[np.ndarray, int]:
-        """Return the latents of a song, [1, bucket, C] with zeros as padding, and its number of frames."""
-        vae = self.need("vae")
-        wave = load_audio(song, "song", vae.config)
-        wave = np.pad(wave, ((0, 0), (0, -wave.shape[1] % vae.hop_length)))
-        frames = wave.shape[1] // vae.hop_length
-        latents = sources.encode_audio(networks["vae"], [wave], BUCKETS.frames_of(frames))
-        audio.check_finite(latents, "song", "of the latents, after encoding,")
-        return latents, frames
 
     def describe(self, song: Audio | Sequence[int], **keywords: Any) -> Plan:
         """Return the planner's description of a song: caption, lyrics, tempo, key, language, and the audio codes.
@@ -289,7 +275,7 @@ class AceStepPipeline(PlanningModel):
         request: Request | Plan,
         sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
     ) -> Timestamps:
-        """Return when each line of the lyrics is sung, and how well the song fits its lyrics.
+        """Return timestamps of the lyrics' lines, and how well the song matches its lyrics.
 
         Args:
             song: a result of a pipeline, a sound file, or an array [channels, samples].
@@ -298,8 +284,8 @@ class AceStepPipeline(PlanningModel):
             sampling: how the song was sampled.
 
         Raises:
-            InputError: if the request has no lyrics, the song has another length, or it is not known which attention
-                heads of this model follow the lyrics, as for XL models.
+            InputError: if the request has no lyrics, the song has another length, or the attention heads of this model
+                that follow the lyrics are unknown, as for XL models.
             OSError: if there is no such file.
         """
         request = request.request() if isinstance(request, Plan) else request
@@ -311,7 +297,7 @@ class AceStepPipeline(PlanningModel):
             else:
                 padded, frames = self._latents_of(networks, song)
                 latents = padded[0, :frames]
-            if request.audio_codes is None and request.src_audio is None:
+            if request.audio_codes is None and request.src_audio is None and request.src_latents is None:
                 seconds, rate = len(latents) / self.latents_per_second, self.latents_per_second
                 if not MIN_DURATION <= seconds <= MAX_DURATION:
                     raise InputError(
@@ -321,30 +307,8 @@ class AceStepPipeline(PlanningModel):
                     seconds = math.nextafter(seconds, 0)
                 request = dataclasses.replace(request, audio_duration=seconds)
             job = self.prepare(request, sampling)
-            return timestamps.align(networks, self.need("tokenizer"), job, latents, steps=steps)
-
-    def codes_to_song(self, text: str) -> np.ndarray:
-        """Decode audio codes, given as text, to audio [channels, samples] float32 with a peak of -1 dBFS.
-
-        Raises:
-            InputError: if the model has no audio tokenizer, or the text has no code or one that is out of range.
-        """
-        codes = tasks.codes_from_text(text, self._check_tokenizer())
-        frames = len(codes) * self.need("audio_tokenizer").config.pool_window_size
-        check_length(frames / self.latents_per_second, "audio_codes")
-        with self.on_mesh(), self.placement.stage(self.networks) as networks:
-            latents = sources.detokenize(networks, [codes], BUCKETS.frames_of(frames))
-            made = on_host(programs.decode(networks["vae"], latents, np.array([frames], np.int32), np.array([True])))
-        made = made[0, :, : frames * self.need("vae").hop_length]
-        audio.check_finite(made, "audio_codes", "of the audio, after decoding,")
-        return made
-
-    def _check_tokenizer(self) -> int:
-        """Return the size of the codebook; raise InputError if the networks for audio codes are missing."""
-        size = codebook_size(self.configs)
-        if size is None:
-            raise InputError("the checkpoint has no audio tokenizer and detokenizer; convert one that has them")
-        return size
+            silent = self._silent_timbre([job], networks)
+            return timestamps.align(networks, self.need("tokenizer"), job, latents, silent, steps=steps)
 
 
 def _progress_bar(total: int) -> tqdm:

@@ -1,6 +1,6 @@
-"""SIGTERM, by which schedulers announce that they take a machine back: work ends where the same command resumes.
+"""SIGTERM, which schedulers send before they take a machine back: work stops where the same command can resume.
 
-Within `handled`, the signal only sets a flag. Loops ask `requested` where nothing is lost by stopping and raise
+Inside `handled`, the signal only sets a flag. Loops call `requested` at points where stopping loses nothing, and raise
 `Preempted`, for which the command line exits with `EXIT_CODE`.
 """
 
@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from acestep_jax import distributed
 from acestep_jax.errors import Preempted
 
-# That of a process which SIGTERM has killed, 128 + 15: schedulers and scripts see the same, whenever the signal came.
+# The status of a process killed by SIGTERM, 128 + 15, so that schedulers and scripts always see the same status.
 EXIT_CODE = 128 + signal.SIGTERM
 
 _NOTICE = "acestep-jax/preempted"
@@ -24,11 +24,11 @@ _received = threading.Event()
 
 @contextlib.contextmanager
 def handled(*, in_step: bool = False) -> Iterator[None]:
-    """Keep SIGTERM from ending this process; a second one does. Outside of the main thread, do nothing.
+    """Keep SIGTERM from ending this process; a second one still does. Outside of the main thread, do nothing.
 
     Args:
-        in_step: of several processes, all make the same steps. JAX then receives the signal, and agrees with the
-            others on the step after which all stop.
+        in_step: whether several processes make the same steps. JAX then receives the signal, and the processes agree on
+            the step after which all of them stop.
     """
     if threading.current_thread() is not threading.main_thread() or (in_step and jax.process_count() > 1):
         yield
@@ -48,7 +48,7 @@ def handled(*, in_step: bool = False) -> Iterator[None]:
 
 
 def requested() -> bool:
-    """Return whether this process or another, each with its own share of the work, has received SIGTERM."""
+    """Return whether this process, or another one with its own part of the work, has received SIGTERM."""
     if _received.is_set():
         distributed.announce(_NOTICE)
         return True
@@ -56,7 +56,7 @@ def requested() -> bool:
 
 
 def requested_at(step: int) -> bool:
-    """Return whether to stop after a step: true at one and the same step in all processes, which make the same ones."""
+    """Return whether to stop after a step; this becomes true at the same step in all processes."""
     if jax.process_count() > 1:
         return multihost_utils.reached_preemption_sync_point(step)
     return _received.is_set()

@@ -29,6 +29,8 @@ REPAINT_MODES = ("conservative", "balanced", "aggressive")
 MAX_PROMPT_TOKENS, MAX_LYRIC_TOKENS = 256, 2048  # what the model was trained on
 
 Audio = str | Path | np.ndarray
+SOUNDS, LATENTS = ("src_audio", "reference_audio"), ("src_latents", "reference_latents")  # fields that name files
+FILES = (*SOUNDS, *LATENTS)
 
 
 def _by_compat(field: str) -> str:
@@ -103,7 +105,7 @@ class Request:
         reader=fields.timesignature,
     )
     instruction: str | None = argument(
-        None, help="Instruction to the model, instead of the task's own.", metavar="TEXT", meaning="that of the task"
+        None, help="Instruction to the model, instead of the task's own.", metavar="TEXT", meaning="the task's own"
     )
     task_type: str = argument(
         "text2music",
@@ -137,6 +139,21 @@ class Request:
         flag="reference",
         metavar="FILE",
         meaning="chosen by the model",
+    )
+    src_latents: Audio | None = argument(
+        None,
+        help="Source as latents in place of src_audio, which is encoded to them otherwise: an array [frames, channels] "
+        "such as Song.latents, or a file of it in float32, little-endian, without a header.",
+        flag="source-latents",
+        metavar="FILE",
+        meaning="none",
+    )
+    reference_latents: Audio | None = argument(
+        None,
+        help="Reference for the timbre as latents, in place of reference_audio; see src_latents.",
+        flag="reference-latents",
+        metavar="FILE",
+        meaning="none",
     )
     audio_codes: str | None = argument(
         None,
@@ -203,11 +220,11 @@ class Request:
         "velocity for flow_edit_source_caption and flow_edit_source_lyrics. For text2music, cover and cover-nofsq.",
     )
     flow_edit_source_caption: str = argument(
-        "", help="FlowEdit: description of the source as it is.", metavar="TEXT", flag="source-caption"
+        "", help="FlowEdit: description of the source.", metavar="TEXT", flag="source-caption"
     )
     flow_edit_source_lyrics: str = argument(
         "",
-        help="FlowEdit: lyrics of the source as they are. @FILE reads them from a file.",
+        help="FlowEdit: lyrics of the source. @FILE reads them from a file.",
         metavar="TEXT",
         flag="source-lyrics",
         from_file=True,
@@ -329,13 +346,13 @@ class Sampling:
         "the regions.",
         minimum=0,
         maximum=1,
-        meaning="that of repaint_mode",
+        meaning="set by repaint_mode",
     )
     repaint_latent_crossfade_frames: int | None = argument(
         None,
         help="Number of latent frames outside of the regions over which the result fades into the source.",
         minimum=0,
-        meaning="those of repaint_mode",
+        meaning="set by repaint_mode",
     )
     dcw_enabled: bool | None = argument(
         None,
@@ -429,7 +446,7 @@ class Planning:
         help="Seed of the plan; song i of a batch uses lm_seed + i. The same seed gives the same plan.",
         minimum=0,
         maximum=2**32 - 1,
-        meaning="that of the song",
+        meaning="the song's seed",
     )
     lm_temperature: float = argument(
         0.85, help="Temperature of the planner; 0 always takes the likeliest token.", minimum=0, maximum=10

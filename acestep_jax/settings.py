@@ -1,8 +1,8 @@
-"""JAX's process-wide settings that would change results: what this library computes with, whatever a process has set.
+"""Overrides JAX's process-wide settings that would change results.
 
-A seed gives the same song, and a run of training the same weights, also where an environment variable, a notebook or
-another library has set another generator, 64-bit numbers or stricter promotion. `jax_default_matmul_precision` is a
-user's choice of speed and stays.
+A seed gives the same song, and a training run the same weights, even if an environment variable, a notebook or another
+library has set another generator, 64-bit types or stricter promotion. `jax_default_matmul_precision` is left alone,
+because it is the user's trade-off between speed and precision.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ PRNG = "threefry2x32"
 
 @contextlib.contextmanager
 def own_settings() -> Iterator[None]:
-    """Compute with this library's settings within the block, in this thread only."""
+    """Compute with this library's settings inside the block, in this thread only."""
     with (
         jax.enable_x64(False),
         jax.default_prng_impl(PRNG),
@@ -32,7 +32,7 @@ def own_settings() -> Iterator[None]:
 
 
 def with_own_settings(function: Callable[P, R]) -> Callable[P, R]:
-    """Return the function as it runs within `own_settings`."""
+    """Wrap a function so that it runs inside `own_settings`."""
 
     @functools.wraps(function)
     def run(*args: P.args, **keywords: P.kwargs) -> R:

@@ -25,9 +25,9 @@ class Song:
         latents: [frames, C] float32.
         sample_rate: Hz.
         seed: seed that reproduces the song; None if noise or a key was given instead.
-        retake_seed: that of the second noise, which makes a variation again; None if it has none.
-        plan: what the planner wrote for it; None: nothing.
-        timestamps: when its lyrics are sung; None: nobody asked, or it is not known.
+        retake_seed: seed of the second noise, which reproduces a variation; None if it has none.
+        plan: the planner's plan; None: it was not planned.
+        timestamps: timestamps of its lyrics; None: not requested, or unknown.
     """
 
     audio: np.ndarray | None
@@ -125,7 +125,7 @@ class AudioPipelineOutput(Sequence[Song]):
         """Write every song, see `Song.save`. A batch becomes `song-0.wav`, `song-1.wav`, ..."""
         path = as_path(path)
         paths = [path] if len(self) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(self))]
-        for song, target in zip(self, paths, strict=True):  # all of them, before the first is written
+        for song, target in zip(self, paths, strict=True):  # check all of them before the first is written
             song._sound()
             audio.check_output(target, overwrite=overwrite)
         return [song.save(target, overwrite=overwrite) for song, target in zip(self, paths, strict=True)]

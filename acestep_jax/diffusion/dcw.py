@@ -57,7 +57,7 @@ def scales(mode: str, times: np.ndarray, scaler: float, high_scaler: float) -> n
 
     Args:
         mode: one of `MODES`.
-        times: [N + 1], of the schedule.
+        times: [N + 1], the schedule.
     """
     t = np.asarray(times, np.float64)[:-1]
     low, high = {
@@ -73,7 +73,7 @@ def correct(x: jax.Array, x0: jax.Array, scales: jax.Array, wavelet: str = "haar
     """Return x + low P (x - x0) + high (1 - P) (x - x0), of the shape and dtype of x.
 
     Args:
-        x, x0: [B, T, C]; equal in the padding after a song, which then has no part in it.
+        x, x0: [B, T, C]; equal in the padding after a song, which then has no effect.
         scales: [2], low and high.
         wavelet: one of `WAVELETS`.
     """
@@ -83,7 +83,7 @@ def correct(x: jax.Array, x0: jax.Array, scales: jax.Array, wavelet: str = "haar
 
 
 def low_band(d: jax.Array, taps: Sequence[float]) -> jax.Array:
-    """Return P d: the inverse transform of the low band alone, of [B, T, C] along T.
+    """Return P d: the inverse transform of only the low band, of [B, T, C] along T.
 
     c_k = sum_i r_i d_(2 k + i - s) and (P d)_n = sum_k r_(n + s - 2 k) c_k with r the L taps and s = L - 2; d is zero
     outside of 0 ... T - 1, which is PyWavelets' mode "zero". P is exact for filters of even length.

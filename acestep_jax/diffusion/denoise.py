@@ -1,12 +1,12 @@
 """The denoising loop: from x_1 = noise to x_0 = latents along dx/dt = v(x, t), with v from the transformer.
 
-    fixed, state = begin(...)            computes what does not depend on the step: keys and values, context, times
-    state = advance(..., state, i, n=n)  makes steps i, ..., i + n - 1
+    fixed, state = begin(...)            computes keys and values, context and times, which are the same for all steps
+    state = advance(..., state, i, n=n)  runs steps i, ..., i + n - 1
     latents = finish(fixed, state)
 
 `denoise` runs all three as one compiled program, the usual case. To watch or to stop the loop, `denoise_in_pieces` runs
-them as programs of their own, one step at a time. The programs have no callbacks, because JAX's persistent cache does
-not keep programs that do.
+them as separate programs, one step at a time. The programs have no callbacks, because JAX's persistent compilation
+cache does not store programs with callbacks.
 """
 
 from collections.abc import Callable
@@ -50,10 +50,10 @@ class Inputs(NamedTuple, Generic[A]):
     guided: A  # [N + 1] bool, whether guidance is applied at each time; a solver may evaluate at the end of a step
     guidance_scale: A  # float32
     keys: jax.Array | None = None  # [B], one for each song, for solvers that draw noise
-    # Partial covers follow their source in part, and otherwise this condition, that of text2music.
+    # Partial covers follow their source in part, and otherwise this condition for text2music.
     plain_condition: Condition | None = None
     cover_strength: A | None = None  # [B] float32
-    # Injection: after each of the first steps the source, with noise of that level, is restored where it is kept.
+    # Injection: after each of the first steps, kept frames are set to the source with noise of that level.
     kept: A | None = None  # [B, T] bool
     clean: A | None = None  # [B, T, C] float32, the source's latents as the autoencoder gives them
     noise: A | None = None  # [B, T, C] float32
@@ -68,9 +68,9 @@ class Inputs(NamedTuple, Generic[A]):
 
 
 class Method(NamedTuple):
-    """The static part of sampling, which a program is compiled for.
+    """The static settings of sampling: a program is compiled for each.
 
-    guidance: the rule; None: no guidance.
+    guidance: the guidance rule; None: no guidance.
     blend: whether partial covers blend velocities; otherwise they switch to text2music after some steps.
     euler_end: whether the last step is Euler's.
     edit_draws: noises in each step of FlowEdit; 0: no editing.
@@ -85,11 +85,11 @@ class Method(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What `begin` computes once for all steps. R branches are evaluated together, along the batch axis."""
+    """Values that `begin` computes once for all steps. R branches are evaluated together, along the batch axis."""
 
     inputs: Inputs[jax.Array]
     context: jax.Array  # [B, T, 2 C]
-    time: TimeEmbedding  # of all times, [N + 1, ...]
+    time: TimeEmbedding  # for all times, [N + 1, ...]
     condition: tuple[KeysValues, jax.Array]  # [L, R * B, S, K, H] each, or lists of L, and lengths [R * B]
     plain_context: jax.Array | None  # [B, T, 2 C], that partial covers switch to
     plain_condition: tuple[KeysValues, jax.Array] | None
@@ -116,7 +116,7 @@ def begin(
     *,
     method: Method,
 ) -> tuple[Fixed, solvers.State]:
-    """Compute what does not depend on the step, and the state before the first step."""
+    """Compute the values that do not depend on the step, and the state before the first step."""
     frames = inputs.x.shape[1]
     silence = condition_encoder.silence(frames).astype(jnp.float32)
     null = condition_encoder.null_condition_emb[...].astype(inputs.condition.tokens.dtype)
@@ -159,7 +159,7 @@ def advance(
     n: int,
     method: Method,
 ) -> solvers.State:
-    """Make steps i to i + n - 1; n is static, i is not. Steps without guidance cost as much as those with it."""
+    """Run steps i to i + n - 1; n is static, i is not. Steps without guidance cost as much as steps with it."""
     inputs, times, scale = fixed.inputs, fixed.inputs.times, fixed.inputs.guidance_scale
     steps = times.shape[0] - 1
     valid = (jnp.arange(inputs.x.shape[1]) < inputs.lengths[:, None])[:, :, None]  # [B, T, 1]
@@ -268,7 +268,7 @@ def advance(
 
 
 def finish(fixed: Fixed, state: solvers.State) -> jax.Array:
-    """Return the latents, [B, T, C] float32; those after a song's length are padding."""
+    """Return the latents, [B, T, C] float32; frames after a song's length are padding."""
     made, clean = fixed.inputs.made, fixed.inputs.clean
     if made is None:
         return state.x
@@ -305,7 +305,7 @@ def denoise_in_pieces(
     should_stop: Callable[[], bool] | None = None,
     progress: Callable[[], object] | None = None,
 ) -> jax.Array:
-    """Denoise one step at a time, which can be watched and stopped; the result equals that of `denoise`.
+    """Denoise one step at a time, so that the loop can be watched and stopped; the result is the same as `denoise`'s.
 
     With several processes, all of them must call this, or all `denoise`: the programs differ.
 

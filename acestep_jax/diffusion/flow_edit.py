@@ -1,6 +1,6 @@
-"""Flow edit: change a song by the difference between two velocities, of a text that describes it and of the wanted one.
+"""FlowEdit: change a song by the difference of two velocities, for the text that describes it and for the wanted text.
 
-With z the edited latents, s the source's, and noise n drawn anew for each step and each of `draws`:
+With z the edited latents, s the source's, and new noise n for each step and each of `draws`:
 
     s_t = (1 - t) s + t n,  z_t = z + s_t - s
     z  <- z + (t' - t) mean(v_wanted(z_t, t) - v_source(s_t, t))       steps lo, ..., hi - 1
@@ -31,19 +31,19 @@ def advance(
     draws: int = 1,
     ema: jax.Array | None = None,
 ) -> State:
-    """Make steps i to i + n - 1 as one scan. x of the state is z, or x from step hi on.
+    """Run steps i to i + n - 1 as one scan. x of the state is z, or x from step hi on.
 
     Args:
         source, wanted: (x, i, momentum) -> (v, momentum) at time times[i].
-        state: its momentum is a pair, of both velocities in this order; `past` holds their last values.
+        state: its momentum is a pair, for both velocities in this order; `past` contains their last values.
         times: [N + 1] float32, strictly decreasing.
-        i: the step to begin with; may be traced.
+        i: the first step; may be traced.
         n: the number of steps, static.
         clean: [B, T, C], the source's latents s.
         window: [2] int32, lo and hi.
         keys: [B], one for each song. The noise of a frame does not depend on T.
         draws: the number of noises in a step, static.
-        ema: the share of the velocity of the step before in each velocity; None: it has none.
+        ema: fraction of the previous step's velocity in each velocity; None: 0.
     """
     low, high = window[0], window[1]
 
@@ -79,5 +79,5 @@ def advance(
 
 
 def window(n_min: float, n_max: float, steps: int) -> tuple[int, int]:
-    """Return lo and hi of the fractions `flow_edit_n_min` and `flow_edit_n_max` of the steps."""
+    """Return the steps lo and hi for the fractions `flow_edit_n_min` and `flow_edit_n_max`."""
     return int(steps * n_min + 1e-9), int(steps * n_max + 1e-9)

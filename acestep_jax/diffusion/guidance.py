@@ -50,9 +50,9 @@ def apg(g: Guided, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def adg(g: Guided, scale: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Apply angle-based guidance: rotate the predicted x0 of each frame away from the one without condition.
+    """Apply angle-based guidance: rotate the predicted x0 of each frame away from the prediction without condition.
 
-    It is rotated by the angle between both, times w = max(scale - 1, 0) + 0.001, and by at most 30 degrees.
+    The rotation is the angle between both, times w = max(scale - 1, 0) + 0.001, and at most 30 degrees.
     Source: ACE-Step 1.5.
     """
     inner = lambda a, b: jnp.sum(a * b, axis=-1, keepdims=True)  # noqa: E731  over channels, for each frame

@@ -1,12 +1,12 @@
-"""The initial noise: keys and normal numbers of JAX, or the numbers that PyTorch draws on an NVIDIA GPU.
+"""The initial noise: JAX's random keys and normal numbers, or the numbers that PyTorch draws on an NVIDIA GPU.
 
-PyTorch's are there to reproduce songs that were made with it. Each thread of the GPU has a Philox4x32-10 generator with
-the seed as its key and its own number in the counter. A call gives it four words, of which Box and Muller's transform
-makes four normal numbers; the thread writes them as many places apart as there are threads. There is one thread for
-each number, up to what the GPU can hold at once: only longer tensors depend on the GPU.
+PyTorch's noise is for reproducing songs that were made with it. Each GPU thread has a Philox4x32-10 generator with the
+seed as its key and the thread's index in the counter. A call returns four words, which the Box-Muller transform turns
+into four normal numbers; the thread writes them with a stride of the number of threads. There is one thread for each
+number, up to the number that the GPU can run at once: only longer tensors depend on the GPU.
 
 Sources: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011); cuRAND's device functions and PyTorch's
-`DistributionTemplates.h`. Logarithm and sine are not rounded as on the GPU: numbers agree to about 1e-6.
+`DistributionTemplates.h`. Logarithm and sine are rounded differently on the GPU: numbers agree to about 1e-6.
 """
 
 import functools
@@ -18,7 +18,7 @@ import numpy as np
 from acestep_jax.errors import InputError
 from acestep_jax.settings import PRNG
 
-# Threads at once: multiprocessors times threads of each.
+# Concurrent threads: multiprocessors times threads per multiprocessor.
 GPU_THREADS = {
     "A100": 108 * 2048,
     "H100": 132 * 2048,
@@ -30,7 +30,7 @@ GPU_THREADS = {
     "RTX4090": 128 * 1536,
     "RTX5090": 170 * 1536,
 }
-COMMON_THREADS = min(GPU_THREADS.values())  # up to here they all draw the same
+COMMON_THREADS = min(GPU_THREADS.values())  # up to this length, all GPUs draw the same numbers
 
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL = 0x9E3779B9, 0xBB67AE85
@@ -38,12 +38,12 @@ _LOW = np.uint64(0xFFFFFFFF)
 
 
 def key(seed: int) -> jax.Array:
-    """Return the key of a seed from 0 to 2^32 - 1, the same whatever JAX's process-wide settings are."""
+    """Return the key of a seed from 0 to 2^32 - 1, independent of JAX's process-wide settings."""
     return jax.random.wrap_key_data(jnp.asarray(np.array([0, seed], np.uint32)), impl=PRNG)
 
 
 def own_key(key: jax.Array) -> jax.Array:
-    """Return a key of our own generator for one of any: those of others draw by the batch, not by the song."""
+    """Convert a key of any generator to one of ours, because other generators' numbers depend on the batch."""
     if jax.random.key_impl(key) == PRNG:
         return key
     own = jax.random.wrap_key_data(jnp.zeros(2, np.uint32), impl=PRNG)
@@ -54,12 +54,12 @@ def own_key(key: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=1)
 def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Return [B, *shape] float32, each song from its own key, so that it does not depend on the others."""
+    """Return [B, *shape] float32, each song from its own key, so that it does not depend on the other songs."""
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
 def gpu_threads(kind: str) -> int | None:
-    """Return how many threads the GPU in "torch:A100" runs at once, or the number in "torch:221184"; None for "torch".
+    """Return the concurrent threads of the GPU in "torch:A100", or the number in "torch:221184"; None for "torch".
 
     Raises:
         InputError: if `kind` is anything else, or the GPU is unknown.
@@ -84,10 +84,11 @@ def cuda_normal(seed: int, count: int, threads: int | None = None) -> np.ndarray
 
     Args:
         seed: 0 to 2^64 - 1.
-        threads: that the GPU runs at once, see `GPU_THREADS`; None: count is so small that it does not matter.
+        threads: number of threads that the GPU runs at once, see `GPU_THREADS`; None: unknown, which needs a small
+            count.
 
     Raises:
-        InputError: if it does matter.
+        InputError: if the number of threads is needed but unknown.
     """
     if threads is None and count > COMMON_THREADS:
         raise InputError(f"noise: {count} numbers, above {COMMON_THREADS}, depend on the GPU; name it: torch:A100")

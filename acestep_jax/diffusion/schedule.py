@@ -10,7 +10,7 @@ from acestep_jax.errors import InputError
 def schedule(num_steps: int, shift: float = 1.0) -> np.ndarray:
     """Return [num_steps + 1] float32 from 1 to 0: t = s u / (1 + (s - 1) u) for u = 1, 1 - 1/N, ..., 0.
 
-    A shift s above 1 makes more of the steps near the noise. Source: ACE-Step 1.5; Esser et al., arXiv 2403.03206.
+    A shift s above 1 moves steps towards the noise. Source: ACE-Step 1.5; Esser et al., arXiv 2403.03206.
 
     Raises:
         InputError: if num_steps < 1 or shift <= 0.
@@ -38,8 +38,8 @@ def custom_schedule(timesteps: Sequence[float]) -> np.ndarray:
 
 
 def late_start(times: np.ndarray, noise_level: float) -> np.ndarray:
-    """Return the part of the schedule that starts at the time nearest to `noise_level`, at the earlier of two equally
-    near ones. It has at least one step.
+    """Return the part of the schedule that starts at the time nearest to `noise_level`, or at the earlier of two
+    equally near times. It has at least one step.
 
     Raises:
         InputError: if the noise level is not within [0, 1].

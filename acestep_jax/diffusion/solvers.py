@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# (x, i, momentum) -> (v, momentum) at times[i]. With the momentum None it is a further evaluation within a step, which
+# (x, i, momentum) -> (v, momentum) at times[i]. A momentum of None means an additional evaluation within a step, which
 # does not update the momentum.
 Velocity = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 class Step(NamedTuple):
-    """What a solver sees of one step, from x at times[i] to times[i + 1].
+    """A solver's inputs for one step, from x at times[i] to times[i + 1].
 
     x, v: the state and its velocity, [B, T, C]; past: see `State`.
-    keys: [B], of each song's noise in step i; None for solvers that draw no noise.
+    keys: [B], keys of each song's noise in step i; None for solvers that draw no noise.
     ema: fraction of the previous step's velocity in each velocity; None: 0.
     euler_end: whether the last step is Euler's, so that the velocity is not evaluated at t = 0.
     """
@@ -89,7 +89,7 @@ def sde(s: Step) -> jax.Array:
 
 
 def sde_linear(s: Step) -> jax.Array:
-    """Do as `sde`, but with noise at the level 1 - (i + 1) / N for any schedule. Source: ACE-Step 1.5, base."""
+    """Like `sde`, but add noise at the level 1 - (i + 1) / N for any schedule. Source: ACE-Step 1.5, base."""
     return _renoise(s, reached("sde_linear", s.times, s.i))
 
 
@@ -112,10 +112,10 @@ STOCHASTIC = ("sde", "sde_linear")  # solvers that draw noise, from a key for ea
 
 
 class State(NamedTuple):
-    """What is passed from step to step.
+    """The state that is passed from step to step.
 
-    x: [B, T, C], float32 or wider; momentum: of guidance, a pytree.
-    past: the velocities of the last two steps, the latest first, [B, T, C] each; arbitrary before there were any.
+    x: [B, T, C], float32 or wider; momentum: guidance momentum, a pytree.
+    past: the velocities of the last two steps, the latest first, [B, T, C] each; arbitrary before the first steps.
     """
 
     x: jax.Array
@@ -147,7 +147,7 @@ def advance(
 
     Args:
         velocity: (x, i, momentum) -> (v, momentum) at times[i]; the momentum is the state of guidance.
-        state: at times[i].
+        state: the state at times[i].
         times: [N + 1] float32, strictly decreasing.
         i: first step; may be traced.
         n: number of steps, static.

@@ -1,4 +1,4 @@
-"""Buckets: the few lengths that arrays are padded to, so that few programs are compiled. Padding is masked."""
+"""Buckets: arrays are padded to a small set of lengths, so that few programs are compiled. Padding is masked."""
 
 from dataclasses import dataclass
 

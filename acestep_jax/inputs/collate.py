@@ -43,10 +43,10 @@ class Batch(NamedTuple):
     lengths: np.ndarray  # [B] int32, latent frames
     prompt: Tokens[np.ndarray]
     lyrics: Tokens[np.ndarray]
-    plain: Tokens[np.ndarray] | None  # the prompts as those of text2music, where a cover of the batch is partial
+    plain: Tokens[np.ndarray] | None  # the prompts for text2music, if the batch has a partial cover
     edited: tuple[Tokens[np.ndarray], Tokens[np.ndarray]] | None  # prompts and lyrics of sources, for FlowEdit
     silent: np.ndarray  # [B, T] bool, true in the padding
-    mask: np.ndarray  # [B, T] bool, what is generated, true in the padding
+    mask: np.ndarray  # [B, T] bool, true in generated frames and in the padding
     keeps_source: np.ndarray  # [B] bool
     cover_strength: np.ndarray  # [B] float32
 
@@ -140,7 +140,7 @@ def warn_of_padding(jobs: Sequence[Job], window: int) -> None:
 
 
 def sampling_schedule(sampling: Sampling, *, turbo: bool) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return times [N + 1] float32, at which of them guidance acts [N + 1] bool, and the guidance scale.
+    """Return the times [N + 1] float32, whether guidance applies at each [N + 1] bool, and the guidance scale.
 
     Args:
         sampling: settled, see `inputs.settings`.
@@ -160,7 +160,7 @@ def sampling_schedule(sampling: Sampling, *, turbo: bool) -> tuple[np.ndarray, n
         times = settings.trained_times(times, snap=given and bool(sampling.snap_timesteps), steps_given=not given)
     if sampling.cover_noise_strength:
         times = late_start(times, 1 - sampling.cover_noise_strength)
-    # In double precision, because a time may lie right on a border.
+    # In double precision, because a time may be exactly at the start or the end of the interval.
     t = times.astype(np.float64)
     place = t if sampling.cfg_interval_in == "t" else 1.0 - t
     guided = (sampling.cfg_interval_start <= place) & (place <= sampling.cfg_interval_end)
@@ -172,8 +172,9 @@ def sampling_schedule(sampling: Sampling, *, turbo: bool) -> tuple[np.ndarray, n
 
 
 def blend_weights(jobs: Sequence[Job], frames: int, width: int) -> np.ndarray:
-    """Return [B, frames] float32, the share of what was made in the latents at the end: 1 where a song is generated, or
-    keeps nothing; over `width` frames outside of each region it falls to 0, over fewer where the song ends before.
+    """Return [B, frames] float32, the weight of the result in the final latents: 1 where a song is generated, and
+    everywhere if it keeps nothing. Outside of each region, it falls to 0 over `width` frames, or fewer at the song's
+    ends.
 
     Source: ACE-Step 1.5, `_repaint_boundary_blend` of its modelling files.
     """
@@ -203,7 +204,7 @@ def new_seed(count: int, *, joint: bool = False) -> int:
 
 
 def draw_seeds(jobs: Sequence[Job], *, needed: bool, joint: bool = False) -> tuple[list[int | None], jax.Array]:
-    """Return the seed of each song, random where none was given, and the keys of all songs, [B].
+    """Return the seed of each song, random if none was given, and the keys of all songs, [B].
 
     A seed is None if a key or noise was given instead.
 
@@ -228,8 +229,8 @@ def draw_seeds(jobs: Sequence[Job], *, needed: bool, joint: bool = False) -> tup
 
 
 def draw_retake_seeds(jobs: Sequence[Job], *, joint: bool = False) -> list[int | None]:
-    """Return the seed of the second noise of each song, with new ones for those that have none; None for a song without
-    a second noise. `joint`: see `new_seed`."""
+    """Return the seed of each song's second noise, random if none was given; None for a song without a second noise.
+    `joint`: see `new_seed`."""
     if not any(job.request.retake_variance for job in jobs):
         return [None] * len(jobs)
     fresh = new_seed(len(jobs), joint=joint)
@@ -248,13 +249,13 @@ def initial_noise(
     dtype: str,
     retake_seeds: Sequence[int | None] | None = None,
 ) -> np.ndarray:
-    """Return [B, frames, channels] float32 on the host, from where it may go to any device, mesh or process.
+    """Return [B, frames, channels] float32 on the host, to be copied to any device, mesh or process.
 
-    The noise of a song does not depend on the others, nor on the bucket.
+    The noise of a song does not depend on the other songs or on the bucket.
 
     Args:
         kind: see `Sampling.noise`.
-        dtype: of the network, in which PyTorch draws.
+        dtype: dtype of the network, which PyTorch's noise is drawn in.
         retake_seeds: see `draw_retake_seeds`; None: no song has a second noise.
 
     Raises:
@@ -272,7 +273,7 @@ def initial_noise(
         elif kind == "jax":
             own = row[: job.frames].copy()
         elif seed is None:
-            raise InputError("noise: PyTorch's is drawn from numbers; give a number as the seed, not a key")
+            raise InputError("noise: PyTorch's noise needs a number as the seed, not a key")
         else:
             own = _torch_noise(seed, size, kind, dtype)
         if retake is not None:
@@ -285,7 +286,7 @@ def initial_noise(
 
 
 def _retake(seed: int, kind: str, size: tuple[int, int], dtype: str) -> np.ndarray:
-    """Return the noise of `Request.retake_seed`, which is that of a song with this seed."""
+    """Return the noise of `Request.retake_seed`, which equals the noise of a song with this seed."""
     if kind != "jax":
         return _torch_noise(seed, size, kind, dtype)
     return np.array(noise.normal(noise.key(seed)[None], size))[0]

@@ -1,4 +1,4 @@
-"""What the model was trained to read in each field of a text: one normaliser each, for songs and for training data.
+"""Normalises each field of a text to the values that the model was trained on, for songs and for training data.
 
 Source: ACE-Step 1.5's `acestep/constants.py` (VALID_LANGUAGES, VALID_KEYSCALES, BPM_MIN, VALID_TIME_SIGNATURES).
 """
@@ -10,7 +10,7 @@ from acestep_jax.errors import InputError, check_text
 MIN_BPM, MAX_BPM = 30, 300
 TIME_SIGNATURES = ("2", "3", "4", "6")
 UNKNOWN_LANGUAGE = "unknown"
-# By code, the English name, which is taken for it.
+# English name of each language by code; names are accepted as well.
 LANGUAGES: dict[str, str] = {
     pair.partition(":")[0]: pair.partition(":")[2]
     for pair in (
@@ -29,15 +29,15 @@ _ACCIDENTALS = {"♯": "#", "sharp": "#", "♭": "b", "flat": "b"}
 
 
 def says_nothing(value: object) -> bool:
-    """Return whether a value stands for "not known", as empty texts, "N/A" and "auto" do."""
+    """Return whether a value means "not known", such as empty text, "N/A" and "auto"."""
     return value is None or str(value).strip().lower() in _SAYS_NOTHING
 
 
 def bpm(value: str | float | None) -> int | None:
-    """Return whole beats per minute, of a number or a text such as "128 bpm"; None for a value that says nothing.
+    """Return whole beats per minute from a number or text such as "128 bpm"; None for a value that means "not known".
 
     Raises:
-        InputError: if it is no number, or not from 30 to 300.
+        InputError: if it is not a number, or not from 30 to 300.
     """
     if says_nothing(value):
         return None
@@ -51,10 +51,10 @@ def bpm(value: str | float | None) -> int | None:
 def keyscale(value: str | None) -> str | None:
     """Return a key as the model knows it, such as "F# minor" for "F#m", "f♯ minor" or "F sharp min".
 
-    A letter without a mode is major, as in the names of chords. None for a value that says nothing.
+    A letter without a mode is major, as in chord names. None for a value that means "not known".
 
     Raises:
-        InputError: if it is no key.
+        InputError: if it is not a key.
     """
     if value is None:
         return None
@@ -75,10 +75,10 @@ def keyscale(value: str | None) -> str | None:
 
 
 def timesignature(value: str | float | None) -> str | None:
-    """Return the beats in a bar, such as "4" for 4 or "4/4"; None for a value that says nothing.
+    """Return the beats in a bar, such as "4" for 4 or "4/4"; None for a value that means "not known".
 
     Raises:
-        InputError: if it is none that the model was trained on.
+        InputError: if the model was not trained on it.
     """
     if says_nothing(value):
         return None
@@ -92,10 +92,10 @@ def timesignature(value: str | float | None) -> str | None:
 
 
 def vocal_language(value: str) -> str:
-    """Return the code of a language, such as "en" for "EN", "en-US" or "English"; "unknown" if it says nothing.
+    """Return the code of a language, such as "en" for "EN", "en-US" or "English"; "unknown" if it is not known.
 
     Raises:
-        InputError: if it is no language that the model was trained on.
+        InputError: if the model was not trained on the language.
     """
     check_text("vocal_language", value)
     text = value.strip().lower()
@@ -108,10 +108,10 @@ def vocal_language(value: str) -> str:
 
 
 def lines(value: str) -> str:
-    """Return a text with one kind of line end, whatever system or file it comes from."""
+    """Return text with uniform line endings."""
     return value.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _shown(value: object) -> str:
-    """Return a value for messages: texts in quotes, numbers as they are."""
+    """Return a value for messages: text in quotes, numbers without."""
     return repr(value) if isinstance(value, str) else f"{value}"

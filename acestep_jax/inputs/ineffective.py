@@ -1,4 +1,4 @@
-"""Warnings about arguments that have no effect because of another argument or of the model.
+"""Warnings about arguments that have no effect because of another argument or the model.
 
 An argument counts as given if it differs from its default. Arguments that a task does not accept, or that contradict
 each other, are errors, see `inputs.prepare` and `inputs.collate`; the tables here list those that would otherwise be
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-A = TypeVar("A")  # what the effect depends on: a request, or a batch
+A = TypeVar("A")  # the effect depends on this: a request, or a batch
 
 
 class Rule(NamedTuple, Generic[A]):
-    """Some arguments and what they need to have an effect.
+    """Some arguments, and the condition for their effect.
 
-    acts: whether they have one.
-    needs: what they need, for the message.
+    acts: returns whether they have an effect.
+    needs: description of the condition, for the message.
     """
 
     names: tuple[str, ...]
@@ -34,7 +34,7 @@ class Rule(NamedTuple, Generic[A]):
 
 
 class Batch(NamedTuple):
-    """What the effect of `Sampling` depends on.
+    """The facts that the effect of `Sampling` depends on.
 
     given: the sampling as given; settled: with defaults filled in, see `inputs.settings`.
     turbo: whether it is a turbo model, whose weights have guidance distilled into them.
@@ -69,7 +69,7 @@ class Batch(NamedTuple):
 
     @property
     def follows_mode(self) -> bool:
-        """Whether `repaint_mode` has one."""
+        """Whether `repaint_mode` has an effect on it."""
         own = self.given.repaint_injection_ratio, self.given.repaint_latent_crossfade_frames
         return self.keeps_sources and None in own
 
@@ -141,7 +141,7 @@ OF_SAMPLING: tuple[Rule[Batch], ...] = (
     Rule(
         ("posterior",),
         lambda batch: any(job.source is not None or job.reference is not None for job in batch.jobs),
-        "a source or a reference",
+        "a source or a reference that is sound",
     ),
     Rule(
         ("noise",),
@@ -154,12 +154,12 @@ OF_SAMPLING: tuple[Rule[Batch], ...] = (
 
 
 def warn_of_request(request: Request) -> None:
-    """Warn of each field of a request that was given and has no effect."""
+    """Warn of each given field of a request that has no effect."""
     _warn(OF_REQUESTS, request, request)
 
 
 def warn_of_sampling(batch: Batch) -> None:
-    """Warn of each field of a sampling that was given and has an effect on no song of a batch."""
+    """Warn of each given field of a sampling that has no effect on any song of a batch."""
     _warn(OF_SAMPLING, batch.given, batch)
     jobs, sampling = batch.jobs, batch.settled
     draws = sampling.solver in STOCHASTIC or batch.edited or sampling.posterior == "sample"

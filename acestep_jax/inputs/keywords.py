@@ -52,7 +52,7 @@ def takes(kind: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[Conca
 
 @runtime_checkable
 class Planned(Protocol):
-    """What a request can be made from, such as a plan."""
+    """An object that can be converted to a request, such as a plan."""
 
     def request(self) -> Request: ...
 

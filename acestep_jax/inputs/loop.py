@@ -1,4 +1,4 @@
-"""From a batch, its noise and its latents to what the denoising loop takes."""
+"""From a batch, its noise and its latents to the inputs of the denoising loop."""
 
 from collections.abc import Sequence
 
@@ -34,7 +34,7 @@ def loop_inputs(
         noise: [B, T, C] float32.
         latents: as `source_latents` returns them.
         conditions: as `sources.conditions` returns them.
-        keys: [B], of the songs.
+        keys: [B], the keys of the songs.
     """
     (times, guided, scale), (clean, source), (condition, plain, described) = schedule, latents, conditions
     steps, edited = len(times) - 1, bool(method.edit_draws)
@@ -42,7 +42,7 @@ def loop_inputs(
     keeps = bool(kept.any())
     injected = round((sampling.repaint_injection_ratio or 0.0) * steps) if keeps else 0
     blended = (sampling.repaint_latent_crossfade_frames or 0) if keeps else 0
-    # Turbo models end with their prediction of x0, which upstream leaves as it is.
+    # Turbo models end with their prediction of x0, which upstream does not change.
     last = steps - 1 if method.euler_end else steps
     bands = dcw.scales(sampling.dcw_mode, times, sampling.dcw_scaler, sampling.dcw_high_scaler)
     window = flow_edit.window(sampling.flow_edit_n_min, sampling.flow_edit_n_max, steps)

@@ -14,6 +14,7 @@ from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
 from acestep_jax.inputs.buckets import BUCKETS
 from acestep_jax.inputs.ineffective import warn_of_request
+from acestep_jax.inputs.latents import excerpt, load_latents
 from acestep_jax.inputs.prompt import lyric_text, prompt_text, stems_caption, tokenize
 from acestep_jax.inputs.settings import compat_of, defaults_of, settled
 from acestep_jax.io import audio
@@ -34,6 +35,7 @@ class ProgramKey(NamedTuple):
     source: bool
     codes: bool
     reference: bool
+    latents: tuple[bool, bool]  # whether source and reference are latents
     partial_cover: bool
     edited: bool
 
@@ -48,15 +50,18 @@ class Job:
         prompt_ids, lyric_ids: tokens of the prompt and the lyrics, [n] int32.
         plain_ids: tokens of the prompt for text2music, which partial covers use in part, [n] int32.
         frames, samples: length of the song.
-        source: [channels, frames * hop] float32, padded with silence where the song is longer than its source; None:
-            no source.
-        source_samples: (first, one past the last) sample of the source within `source`.
+        source: [channels, frames * hop] float32, padded with silence if the song is longer than its source; None: no
+            source.
+        source_latents: [frames, C] float32 instead of `source`, zero where the song is longer than its source; None:
+            no latents.
+        source_samples: (first, one past the last) sample of the source within the song.
         codes: [n] int32, audio codes instead of a source.
         silent: [frames] bool, true where the source latents are silence.
         mask: [frames] bool, true where the song is generated.
-        keeps_source: whether the audio outside of the mask stays that of the source.
+        keeps_source: whether the source's audio is kept outside of the mask.
         regions: (first, one past the last) sample of each region in which the audio is new; empty: everywhere.
-        reference: [channels, 30 s] float32; None: silence.
+        reference: [channels, 30 s] float32; None: silence, or latents.
+        reference_latents: [750, C] float32 in place of `reference`; None: none.
         edited_ids, edited_lyric_ids: tokens of the texts that describe the source, for FlowEdit, [n] int32; None: no
             editing.
         compat: setting of the sampling that the job was prepared for.
@@ -77,6 +82,8 @@ class Job:
     mask: np.ndarray
     keeps_source: bool
     reference: np.ndarray | None
+    source_latents: np.ndarray | None = None
+    reference_latents: np.ndarray | None = None
     edited_ids: np.ndarray | None = None
     edited_lyric_ids: np.ndarray | None = None
     regions: tuple[tuple[int, int], ...] = ()
@@ -92,6 +99,7 @@ class Job:
             source=self.source is not None,
             codes=self.codes is not None,
             reference=self.reference is not None,
+            latents=(self.source_latents is not None, self.reference_latents is not None),
             partial_cover=self.partial_cover,
             edited=self.edited,
         )
@@ -114,11 +122,11 @@ def prepare(
     sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
     defaults: Mapping[str, Any] | None = None,
 ) -> Job:
-    """Read the files of a request, check all of it, and return the job.
+    """Read the files of a request, check all fields, and return the job.
 
     Args:
         configs: architectures of the model's networks by name.
-        tokenizer: of the text encoder.
+        tokenizer: the text encoder's tokenizer.
         sampling: how the job will be sampled; its `compat` determines defaults and the format of the prompt.
         defaults: defaults of the checkpoint, which override those of its variant, see `SamplingDefaults`.
 
@@ -134,20 +142,31 @@ def prepare(
     if request.audio_codes is not None and task.with_codes:
         task_type, task = task.with_codes, tasks.find(task.with_codes)
     if request.flow_edit_morph:
-        task = replace(task, needs_source=True, accepts=(*task.accepts, "src_audio"))
+        task = replace(task, needs_source=True, accepts=(*task.accepts, "src_audio", "src_latents"))
     check_accepted(request, task_type, task)
     _check_edit(request, configs)
     _check_source(request, task_type, task, configs)
     warn_of_request(request)
 
     hop, rate = vae.hop_length, vae.sampling_rate / vae.hop_length
-    source, codes, source_samples, regions = None, None, (0, 0), ()
-    if request.src_audio is not None:
-        samples = load_audio(request.src_audio, "src_audio", vae)
-        source, source_samples, mask, regions = _lay_out(
-            samples, request, task, hop, rate, outward=compat.regions_reach_outwards
+    source, latents, codes, source_samples, regions = None, None, None, (0, 0), ()
+    if request.src_audio is not None or request.src_latents is not None:
+        if request.src_audio is not None:
+            source = load_audio(request.src_audio, "src_audio", vae)
+            size = source.shape[1]
+        else:
+            assert request.src_latents is not None
+            latents = load_latents(request.src_latents, "src_latents", vae)
+            size = len(latents) * hop
+        left, mask, seconds = _lay_out(
+            math.ceil(size / hop), request, task, rate, outward=compat.regions_reach_outwards
         )
-        frames = len(mask)
+        regions = tuple((round(start * rate * hop), round(end * rate * hop)) for start, end in seconds)
+        frames, source_samples = len(mask), (left * hop, left * hop + size)
+        if source is not None:
+            source = np.pad(source, ((0, 0), (left * hop, frames * hop - source_samples[1])))
+        if latents is not None:
+            latents = np.pad(latents, ((left, frames - left - len(latents)), (0, 0)))
         # The song has exactly the length of its source, unless a region extends it at the end.
         length = source_samples[1] if source_samples[1] > (frames - 1) * hop else frames * hop
     else:
@@ -176,7 +195,7 @@ def prepare(
     keeps_source = task.silent_regions or task.has_regions and compat.lego_keeps_source and not mask.all()
 
     seconds = frames / rate
-    if source is not None and compat.tells_source_duration:
+    if source_samples[1] and compat.tells_source_duration:
         seconds = (source_samples[1] - source_samples[0]) / vae.sampling_rate
     told: dict[str, Any] = dict(
         audio_duration=request.audio_duration or seconds,
@@ -221,6 +240,7 @@ def prepare(
         frames=frames,
         samples=length,
         source=source,
+        source_latents=latents,
         source_samples=source_samples,
         codes=codes,
         silent=np.ones(frames, bool) if task.silent_source else mask & task.silent_regions,
@@ -230,12 +250,13 @@ def prepare(
         edited_ids=edited_ids[0] if edited_ids else None,
         edited_lyric_ids=edited_lyric_ids[0] if edited_lyric_ids else None,
         reference=None if request.reference_audio is None else _reference(request.reference_audio, vae),
+        reference_latents=None if request.reference_latents is None else _reference_latents(request, vae),
         regions=regions,
     )
 
 
 def check_accepted(values: Request | Sampling, task_type: str, task: tasks.Task) -> None:
-    """Raise InputError if a field was given that the task does not accept."""
+    """Raise InputError if a given field is not accepted by the task."""
     for field in fields(values):
         accepting = tasks.accepting(field.name)
         given = getattr(values, field.name)
@@ -243,7 +264,7 @@ def check_accepted(values: Request | Sampling, task_type: str, task: tasks.Task)
             continue
         if not isinstance(given, np.ndarray) and given == field.default:
             continue
-        edit = field.name == "src_audio" and "flow_edit_morph" in task.accepts
+        edit = field.name in ("src_audio", "src_latents") and "flow_edit_morph" in task.accepts
         raise InputError(
             f"{field.name}: the task {task_type} does not take it; leave it out, or set task_type to "
             f"{' or '.join(accepting)}{', or edit it with flow_edit_morph=True' if edit else ''}"
@@ -280,9 +301,11 @@ def _stems(configs: Mapping[str, Any]) -> bool:
 
 
 def _check_source(request: Request, task_type: str, task: tasks.Task, configs: Mapping[str, Any]) -> None:
-    if request.audio_codes is not None and request.src_audio is not None:
-        raise InputError("audio_codes, src_audio: expected one of them, found both")
-    if task.needs_source and request.audio_codes is None and request.src_audio is None:
+    for names in (("audio_codes", "src_audio", "src_latents"), ("reference_audio", "reference_latents")):
+        given = [name for name in names if getattr(request, name) is not None]
+        if len(given) > 1:
+            raise InputError(f"{', '.join(given)}: expected one of them, found {'both' if len(given) == 2 else 'all'}")
+    if task.needs_source and request.audio_codes is None and request.src_audio is None and request.src_latents is None:
         raise InputError(f"src_audio: the task {task_type} needs a source; give a file or an array")
     if task.tokenized and codebook_size(configs) is None:
         raise InputError(
@@ -291,24 +314,20 @@ def _check_source(request: Request, task_type: str, task: tasks.Task, configs: M
 
 
 def _lay_out(
-    source: np.ndarray, request: Request, task: tasks.Task, hop: int, rate: float, *, outward: bool = True
-) -> tuple[np.ndarray, tuple[int, int], np.ndarray, tuple[tuple[int, int], ...]]:
-    """Return the audio of the source padded to the song, its first sample and one past its last, the chunk mask, and
-    the regions in samples. `outward`: see `tasks.extent`."""
-    frames = math.ceil(source.shape[1] / hop)
-    left, mask, regions = 0, np.ones(frames, bool), ()
-    if task.has_regions:
-        starts, ends = _several(request.repainting_start), _several(request.repainting_end)
-        if len(starts) != len(ends) or not starts:
-            raise InputError(
-                f"repainting_start, repainting_end: expected as many of both, found {len(starts)} and {len(ends)}"
-            )
-        extent = tasks.extent(starts, ends, frames, rate, MAX_DURATION, outward=outward)
-        left, mask = extent.left, extent.mask()
-        regions = tuple((round(start * rate * hop), round(end * rate * hop)) for start, end in extent.seconds)
-    begin = left * hop
-    end = begin + source.shape[1]
-    return np.pad(source, ((0, 0), (begin, len(mask) * hop - end))), (begin, end), mask, regions
+    frames: int, request: Request, task: tasks.Task, rate: float, *, outward: bool = True
+) -> tuple[int, np.ndarray, tuple[tuple[float, float], ...]]:
+    """Return the frame at which a source of `frames` frames begins in the song, the chunk mask, and the regions in
+    seconds.
+    `outward`: see `tasks.extent`."""
+    if not task.has_regions:
+        return 0, np.ones(frames, bool), ()
+    starts, ends = _several(request.repainting_start), _several(request.repainting_end)
+    if len(starts) != len(ends) or not starts:
+        raise InputError(
+            f"repainting_start, repainting_end: expected as many of both, found {len(starts)} and {len(ends)}"
+        )
+    extent = tasks.extent(starts, ends, frames, rate, MAX_DURATION, outward=outward)
+    return extent.left, extent.mask(), tuple(extent.seconds)
 
 
 def _several(value: float | Sequence[float] | None) -> Sequence[float | None]:
@@ -319,7 +338,7 @@ def load_audio(source: Audio, name: str, vae: Any) -> np.ndarray:
     """Read a source or a reference from a file or an array; mono is copied to all channels.
 
     Args:
-        name: of the argument, for error messages.
+        name: name of the argument, for error messages.
         vae: the autoencoder's config; the result has its sample rate and its channels.
 
     Returns:
@@ -351,27 +370,25 @@ def load_audio(source: Audio, name: str, vae: Any) -> np.ndarray:
 
 
 def check_length(seconds: float, name: str) -> None:
-    """Raise InputError unless the audio called `name` has 1 to 600 s."""
+    """Raise InputError unless the audio called `name` is 1 to 600 s long."""
     if not MIN_SOURCE <= seconds <= MAX_DURATION:
         raise InputError(f"{name}: expected {MIN_SOURCE:g} to {MAX_DURATION:g} s of music, found {seconds:.3g} s")
 
 
 def _reference(source: Audio, vae: Any) -> np.ndarray | None:
-    """Return 30 s of the reference: ten seconds each from the start, from one third on and from the end. A shorter
-    reference is repeated first.
+    """Return 30 s of the reference: ten seconds each from the start, from one third on, and from the end. A reference
+    below 30 s is first repeated.
 
     None if it is silent, because silence is encoded only once.
     """
     samples = load_audio(source, "reference_audio", vae)
     if not samples.any():
         return None
-    whole = REFERENCE_SECONDS * vae.sampling_rate
-    part = whole // 3
-    samples = np.tile(samples, (1, math.ceil(whole / samples.shape[1])))
-    third = samples.shape[1] // 3
-    parts: Sequence[np.ndarray] = [
-        samples[:, :part],
-        samples[:, third : third + part],
-        samples[:, samples.shape[1] - part :],
-    ]
-    return np.concatenate(parts, axis=1)
+    return excerpt(samples, REFERENCE_SECONDS * vae.sampling_rate)
+
+
+def _reference_latents(request: Request, vae: Any) -> np.ndarray:
+    """Return 30 s of the reference's latents, see `_reference`, [frames, C]."""
+    assert request.reference_latents is not None
+    latents = load_latents(request.reference_latents, "reference_latents", vae)
+    return excerpt(latents.T, REFERENCE_SECONDS * vae.sampling_rate // vae.hop_length).T

@@ -16,17 +16,17 @@ from acestep_jax.models.registry import FAMILY
 logger = logging.getLogger(__name__)
 
 PAD = "<|endoftext|>"
-# Which way prompts that are too long are cut; to be raised when it changes, so that training data of such are made
-# again. 1, before there was a number, cut the end of the text.
+# Version of the rule for cutting prompts that are too long. Increase it when the rule changes, so that training data
+# with such prompts is made again. Version 1, before there was a number, cut the end of the text.
 CUT_RULE = 2
 _METADATA = ("bpm", "timesignature", "keyscale", "duration")
 
 
 class Prompt(str):
-    """The text that the text encoder reads, which knows where in it the caption is.
+    """The text that the text encoder reads, with the position of the caption in it.
 
     Attributes:
-        before, caption, after: its parts; the caption may be cut without losing what comes after.
+        before, caption, after: its parts; the caption may be cut without losing the part after it.
     """
 
     before: str
@@ -39,7 +39,7 @@ class Prompt(str):
         return self
 
     def beyond(self, size: int) -> list[str]:
-        """Return the names of the fields that are not, or not wholly, within the first `size` characters."""
+        """Return the names of the fields that are not completely within the first `size` characters."""
         ends = {"caption": len(self.before) + len(self.caption)}
         for name in _METADATA:
             start = self.after.find(f"- {name}: ")
@@ -60,14 +60,14 @@ def prompt_text(
 
     Args:
         prompt: the caption.
-        audio_duration: seconds; the model is told whole ones.
-        bpm: beats per minute, 30 to 300; None: chosen by the model, as are the next two.
+        audio_duration: seconds; the prompt has whole seconds.
+        bpm: beats per minute, 30 to 300; None: the model chooses it, as for the next two.
         keyscale: such as "F# minor".
         timesignature: beats in a bar: 2, 3, 4 or 6.
-        instruction: None: that of text2music.
+        instruction: the task's instruction; None: text2music's.
 
     Raises:
-        InputError: if the prompt is empty, or a value is one that the model was not trained on, see `inputs.fields`.
+        InputError: if the prompt is empty, or the model was not trained on a value, see `inputs.fields`.
     """
     if not prompt.strip():
         raise InputError("prompt: it is empty; describe the music in a few words")
@@ -86,8 +86,8 @@ def prompt_text(
 
 
 def stems_caption(local: str, whole: str, instruction: str, *, explicit: bool) -> str:
-    """Return the caption that models fine-tuned on stems read: of one track and of the whole song, and whether the
-    chunk mask is to be taken as it is. Instructions for a segment have no whole song. Source: ACE-Step 1.5,
+    """Return the caption for models fine-tuned on stems: one track, the whole song, and whether the chunk mask is
+    explicit. Instructions for a segment leave out the whole song. Source: ACE-Step 1.5,
     acestep/core/generation/handler/conditioning_text.py.
 
     Args:
@@ -111,11 +111,11 @@ def tokenize(
 
     Args:
         what: the name of the texts in messages.
-        keep_metadata: whether a long caption is cut, so that what comes after it in a `Prompt` is read; else the end of
-            the text is, as in diffusers.
+        keep_metadata: whether to cut a long caption, so that the part after it in a `Prompt` is read; otherwise the end
+            of the text is cut, as in diffusers.
 
     Raises:
-        InputError: if a text holds something that is not a Unicode character.
+        InputError: if a text contains anything but Unicode characters.
     """
     for text in texts:
         try:
@@ -148,16 +148,16 @@ def tokenize(
 
 
 def _cut(tokenizer: Tokenizer, text: str, max_length: int) -> Encoding:
-    """Return the encoding without what is beyond `max_length`, as with the library's truncation, which leaves room for
-    the end-of-text token of the post-processor. The tokenizer itself is not changed: other threads use it."""
+    """Return the encoding cut to `max_length`, as with the library's truncation, which leaves room for the
+    post-processor's end-of-text token. The tokenizer itself is not changed, because other threads use it."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
     encoding.truncate(max_length - tokenizer.num_special_tokens_to_add(False))
     return tokenizer.post_process(encoding)
 
 
 def _fitting(tokenizer: Tokenizer, text: Prompt, max_length: int) -> str | None:
-    """Return the longest beginning of the caption, of whole words if there is room for one, with which a prompt fits;
-    None if even none fits."""
+    """Return the longest beginning of the caption with which the prompt fits, cut between words if there is room for
+    one word; None if the prompt does not fit even without a caption."""
 
     def fits(caption: str) -> bool:
         return len(tokenizer.encode(f"{text.before}{caption}{text.after}").ids) <= max_length

@@ -28,7 +28,7 @@ def defaults_of(
     """Return the defaults of a model.
 
     Args:
-        config: of the transformer; None: a turbo model.
+        config: the transformer's config; None: a turbo model's.
         own: defaults of the checkpoint, which override those of its variant.
     """
     defaults = compat_of(sampling).defaults
@@ -45,7 +45,7 @@ def settled(sampling: Sampling, config: TransformerConfig | None, defaults: Samp
     """Return the sampling with the defaults of `compat` and the model in place of None.
 
     Args:
-        config: of the transformer; None: defaults that depend on it are those of a base model.
+        config: the transformer's config; None: defaults that depend on it are a base model's.
         defaults: see `defaults_of`; None: steps, guidance scale and shift are not filled in.
     """
     compat = compat_of(sampling)
@@ -86,7 +86,7 @@ def repaint_settings(mode: str, strength: float) -> tuple[float, int]:
 
 
 def trained_times(times: np.ndarray, *, snap: bool, steps_given: bool) -> np.ndarray:
-    """Return the schedule of a turbo model, [N + 1] float32; warn if it has times that the model was not trained at.
+    """Return the schedule of a turbo model, [N + 1] float32; warn if the model was not trained at some of its times.
 
     Args:
         times: [N + 1] float32, decreasing to 0.

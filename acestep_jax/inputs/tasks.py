@@ -25,7 +25,7 @@ from acestep_jax.errors import InputError
 
 TRACKS = tuple("woodwinds brass fx synth strings percussion keyboard guitar bass drums backing_vocals vocals".split())
 
-_SOURCE = ("src_audio",)
+_SOURCE = ("src_audio", "src_latents")
 _COVER = ("audio_cover_strength", "cover_noise_strength")
 _EDIT = ("flow_edit_morph", "flow_edit_source_caption", "flow_edit_source_lyrics")
 _REGIONS = ("repainting_start", "repainting_end")
@@ -43,7 +43,7 @@ class Task:
         tokenized: whether the source goes through the audio tokenizer.
         silent_source: whether the source latents are silence everywhere.
         has_regions: whether the chunk mask is 1 only in regions.
-        silent_regions: whether the source latents are silence in the regions; outside, the audio stays the source's.
+        silent_regions: whether the source latents are silence in the regions; outside, the source's audio is kept.
         max_tracks: maximum number of tracks.
         turbo: whether turbo models were trained for the task.
         with_codes: task of a request that has audio codes; None: the same task.
@@ -118,10 +118,10 @@ TASKS = {
 
 
 def find(task_type: str) -> Task:
-    """Return the task of that name.
+    """Return the task called `task_type`.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is no such task.
     """
     if task_type not in TASKS:
         raise InputError(f"task_type: expected one of {', '.join(TASKS)}, found {task_type!r}")
@@ -207,7 +207,7 @@ def extent(
     for start, end in zip(starts, ends, strict=True):
         start = 0.0 if start is None else float(start)
         end = source_seconds if end is None or end == -1 and start >= 0 else float(end)
-        if not start < end:  # also where either is not a number
+        if not start < end:  # also if one of them is NaN
             raise InputError(
                 f"repainting_start, repainting_end: expected a start before the end, found {start:g} and {end:g} s "
                 f"(the song has {source_seconds:g} s)"
@@ -239,7 +239,7 @@ def extent(
     inner = [(min(start, frames - 1), max(end, start + 1)) for start, end in inner]
     seconds = [(start / rate, end / rate) for start, end in inner]
     if outward:
-        # Where there is no source, the whole frame is new.
+        # Without a source, the whole frame is new.
         seconds = [
             (shift / rate + start if start >= 0 else first, shift / rate + end if end <= source_seconds else last)
             for (start, end), (first, last) in zip(regions, seconds, strict=True)

@@ -1,4 +1,4 @@
-"""Arguments as users of diffusers have them: generators and tensors of PyTorch, which is not imported for it."""
+"""Arguments as in diffusers: generators and tensors of PyTorch, without importing PyTorch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,31 +6,32 @@ from typing import Any
 import numpy as np
 
 from acestep_jax.errors import InputError
+from acestep_jax.request import FILES
 
-AUDIO = ("src_audio", "reference_audio")
 SEEDS = 2**32
 
 
 def from_torch(keywords: Mapping[str, Any], generator: Any) -> dict[str, Any]:
-    """Return the keywords of `AceStepPipeline.__call__` without anything of PyTorch.
+    """Convert PyTorch values in the keywords of `AceStepPipeline.__call__`.
 
-    Audio [B, channels, samples] becomes a list with one array for each prompt, or one array if B is 1.
+    Audio [B, channels, samples] or latents [B, frames, C] become a list with one array for each prompt, or one array if
+    B is 1.
 
     Args:
         generator: None, an object with `initial_seed()`, or a list with one for each prompt: the seed.
 
     Raises:
-        InputError: if there is a seed beside the generator, it is not one, or its seed is out of range; or if a tensor
-            is given where none is taken.
+        InputError: if both a seed and a generator are given, the generator is not one, or its seed is out of range; or
+            if a tensor is given for an argument that does not accept one.
     """
     values = {name: array_of(value) for name, value in keywords.items()}
-    for name in AUDIO:
+    for name in FILES:
         if isinstance(audio := values.get(name), np.ndarray) and audio.ndim == 3:
             values[name] = audio[0] if len(audio) == 1 else list(audio)
-    takes_arrays = {*AUDIO, "latents", "seed", "timesteps"}
+    takes_arrays = {*FILES, "latents", "seed", "timesteps"}
     for name, value in values.items():
         if isinstance(value, np.ndarray) and keywords[name] is not value and name not in takes_arrays:
-            raise InputError(f"{name}: found a tensor; give a number, a text or a list of them")
+            raise InputError(f"{name}: found a tensor; give a number, text or a list of these")
     if generator is None:
         return values
     if values.get("seed") is not None:
@@ -41,9 +42,9 @@ def from_torch(keywords: Mapping[str, Any], generator: Any) -> dict[str, Any]:
 
 
 def array_of(value: Any) -> Any:
-    """Return a tensor of PyTorch, on any device and of any floating-point dtype, as an array; other values unchanged.
+    """Return a PyTorch tensor, on any device and of any floating-point dtype, as an array; other values unchanged.
 
-    Half precision that NumPy lacks becomes float32. A list of tensors becomes a list of arrays.
+    bfloat16, which NumPy lacks, becomes float32. A list of tensors becomes a list of arrays.
     """
     if isinstance(value, list | tuple):
         return type(value)(map(array_of, value)) if any(map(_is_tensor, value)) else value

@@ -1,12 +1,12 @@
-"""Adapters at inference: computed beside the weights of a network, which stay as they are.
+"""Adapters at inference: computed alongside the weights of a network, which do not change.
 
-With the notation of `acestep_jax.models.lora`, the weight W + sum_i k_i (W_i - W) gives
+In the notation of `acestep_jax.models.lora`, the weight W + sum_i k_i (W_i - W) gives
 
     y = x W c + sum_i k_i s_i x A_i B_i gain_i + b
     gain_i = m_i / |W + s_i A_i B_i|, 1 without DoRA
     c = 1 + sum_i k_i (gain_i - 1)
 
-Only k_i s_i and c depend on the scales k_i: other scales are other data of the same compiled program.
+Only k_i s_i and c depend on the scales k_i: new scales are new data for the same compiled program.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,12 +39,12 @@ from acestep_jax.models.quantization import QuantizedLinear, dequantize
 class AdaptedLinear(nnx.Module):
     """y = (x W) c + ((x A) u) B + b: a linear layer with the sum of several adapters, for inference.
 
-    A [in, R] and B [R, out] hold the factors of all adapters side by side along the rank, in the dtype of the
-    computation; those of a DoRA adapter in B are multiplied by its gain. What depends on the scales is float32:
-    u [R] is k_i s_i along the ranks of adapter i, and c [out] is absent where no adapter is DoRA.
+    A [in, R] and B [R, out] hold the factors of all adapters, concatenated along the rank, in the dtype of the
+    computation; the B of a DoRA adapter is multiplied by its gain. The arrays that depend on the scales are float32:
+    u [R] is k_i s_i along the ranks of adapter i; c [out] is absent if no adapter is DoRA.
 
-    W and b are those of the linear layer it replaces, under the same names; of a quantised one, W is its kernel and
-    `scale`, see `models.quantization`.
+    W and b are the weights of the linear layer that it replaces, under the same names; in a quantised layer, W is its
+    kernel and `scale`, see `models.quantization`.
     """
 
     def __init__(self, base: nnx.Linear, a: jax.Array, b: jax.Array, scale: jax.Array, gain: jax.Array | None):
@@ -72,7 +72,7 @@ class AdaptedLinear(nnx.Module):
         if self.lora_gain is not None:
             y = y * self.lora_gain[...]
         h = _accumulate(x, self.lora_a[...]) * self.lora_scale[...]
-        # Rounded once, and before the bias, as without adapters: so a scale of 0 changes no bit.
+        # Rounded once, before the bias, as without adapters, so that a scale of 0 changes no bit.
         y = (y + _accumulate(h.astype(self.dtype), self.lora_b[...])).astype(self.dtype)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
@@ -91,17 +91,17 @@ class Factors(NamedTuple):
 
 
 def prepare_adapter(network: nnx.Module, parameters: Parameters, scaling: float) -> Factors:
-    """Compute what `apply_adapters` needs of an adapter: for DoRA, the gain of each output of its layers.
+    """Prepare an adapter for `apply_adapters`; for DoRA, compute the gain of each output of its layers.
 
-    A gain takes the norm of an adapted weight, which exists in float32 for one layer at a time.
+    A gain needs the norm of an adapted weight, which is computed in float32 for one layer at a time.
 
     Args:
-        network: without adapters.
+        network: the network, without adapters.
         parameters: see `Factors`.
         scaling: s = alpha / r.
 
     Raises:
-        InputError: if the adapter is for other layers or shapes than the network's.
+        InputError: if the adapter's layers or shapes do not match the network.
     """
     layers = linear_layers(network)
     check_shapes(parameters, {name: layer.kernel.shape for name, layer in layers.items()})
@@ -117,19 +117,20 @@ def prepare_adapter(network: nnx.Module, parameters: Parameters, scaling: float)
 
 
 def apply_adapters(network: Network, adapters: Sequence[Factors], scales: Sequence[float]) -> Network:
-    """Return a copy of the network, with the same arrays, that computes with W + sum_i k_i (W_i - W) for each weight W.
+    """Return a copy of the network that shares its arrays and computes with W + sum_i k_i (W_i - W) for each weight W.
 
-    Nothing of the size of W is allocated for LoRA and DoRA. The sum of their ranks is compiled, the scales are data.
-    LoKr and LoHa change a copy of W, which of a quantised layer is not quantised: most of what they change is less than
-    a step of 8 bits. The order of the adapters does not matter.
+    LoRA and DoRA allocate nothing of the size of W. Their total rank is compiled in, the scales are data. LoKr and LoHa
+    change a copy of W. For a quantised layer this copy is not quantised, because most changes are smaller than one
+    8-bit step. The order of the adapters does not matter.
 
     Args:
-        network: without adapters, on one device or a mesh; factors are split like the weights that they belong to.
-        adapters: what `prepare_adapter` made for this network.
-        scales: k of each; 1 is what was trained, 0 nothing, and below 0 the opposite.
+        network: the network, without adapters, on one device or a mesh; factors are sharded like their weights.
+        adapters: results of `prepare_adapter` for this network.
+        scales: k of each adapter: 1 is the adapter as trained, 0 has no effect, below 0 is the opposite.
 
     Raises:
-        InputError: if both a DoRA and a LoKr or LoHa adapter change a layer: what is beside W would scale the change.
+        InputError: if both a DoRA adapter and a LoKr or LoHa adapter change a layer: DoRA's gain would also scale the
+            change of the other.
     """
     network = nnx.merge(*nnx.split(network))
     for name, layer in linear_layers(network).items():
@@ -159,9 +160,9 @@ def is_merged(adapter: Factors) -> bool:
 
 
 def rescale_adapters(network: Network, adapters: Sequence[Factors], scales: Sequence[float]) -> Network:
-    """Return a copy of what `apply_adapters` made of these adapters, with other scales; the factors are shared too.
+    """Return a copy of a result of `apply_adapters` with other scales; it shares all arrays, including the factors.
 
-    None of the adapters may be one that `is_merged`.
+    `is_merged` must be false for all of the adapters.
     """
     network = nnx.merge(*nnx.split(network))
     for path, layer in nnx.iter_modules(network):
@@ -173,7 +174,7 @@ def rescale_adapters(network: Network, adapters: Sequence[Factors], scales: Sequ
 
 
 def _axes(kernel: nnx.Variable) -> dict[str, tuple[str | None, ...]]:
-    """Return the logical axes of what an adapter adds to a layer: those of its kernel, and none along the rank."""
+    """Return the logical axes of an adapter's arrays in a layer: the kernel's axes, and None along the rank."""
     *stack, inputs, outputs = kernel.get_metadata("out_sharding", None) or (None,) * kernel.ndim
     return {
         "lora_a": (*stack, inputs, None),
@@ -184,7 +185,7 @@ def _axes(kernel: nnx.Variable) -> dict[str, tuple[str | None, ...]]:
 
 
 def _sharding(kernel: nnx.Variable, part: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-    """Return where a part of an adapter belongs: on the mesh of the kernel, or on its device."""
+    """Return the sharding of a part of an adapter, on the mesh or the device of the kernel."""
     found = kernel[...].sharding
     if not isinstance(found, NamedSharding):
         return found
@@ -192,7 +193,7 @@ def _sharding(kernel: nnx.Variable, part: str, shape: tuple[int, ...]) -> jax.sh
 
 
 def _adapting(adapters: Sequence[Factors], scales: Sequence[float], name: str) -> list[tuple[Factors, float]]:
-    """Return the adapters of a layer, with their scales."""
+    """Return the adapters that change a layer, with their scales."""
     return [(a, k) for a, k in zip(adapters, scales, strict=True) if f"{name}.lora_a" in a.parameters]
 
 
@@ -211,10 +212,10 @@ def _join(layer: nnx.Linear, adapters: Sequence[Factors], name: str) -> tuple[ja
 
 
 def _join_factors(factors: list[tuple], dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    # In the dtype of the computation: rounding errs in proportion to the adapter's part of y, where that of a merged
-    # weight errs in proportion to the whole weight. Relative error of y in bfloat16, width 2048, rank 64, by the size
-    # of s A B against W: 0.05, 0.17% (merged 0.23%); 0.3, 0.19% (0.23%); 1, 0.26% (0.23%). With float32 factors it is
-    # 0.17%, which is the rounding of y, but their products run at half the rate or less.
+    # In the dtype of the computation: the rounding error is proportional to the adapter's part of y, while rounding a
+    # merged weight has an error proportional to the whole weight. Relative error of y in bfloat16, width 2048, rank 64,
+    # by the size of s A B relative to W: 0.05, 0.17% (merged 0.23%); 0.3, 0.19% (0.23%); 1, 0.26% (0.23%). With float32
+    # factors it is 0.17%, which is the rounding of y, but their products run at half the rate or less.
     grown = [b if gain is None else b * gain[..., None, :] for _, b, gain in factors]
     a, b = jnp.concatenate([a for a, _, _ in factors], axis=-1), jnp.concatenate(grown, axis=-2)
     return a.astype(dtype), b.astype(dtype)
@@ -248,7 +249,7 @@ def dora_gain(
     scaling: float,
     scale: jax.Array | None = None,
 ) -> jax.Array:
-    """Return m / |W + s A B|, [..., out] float32; `scale`: of a kernel that is quantised."""
+    """Return m / |W + s A B|, [..., out] float32. `scale`: scales of a quantised kernel."""
     if kernel.ndim == 3:  # one layer at a time: in float32 a stack takes gigabytes
 
         def one(layer: tuple) -> jax.Array:
@@ -261,6 +262,6 @@ def dora_gain(
 
 
 def _accumulate(x: jax.Array, w: jax.Array, product: Callable = accumulated) -> jax.Array:
-    """Return x w before it is rounded to their dtype: float32 of what the product adds up anyway."""
+    """Return x w in float32, in which the product accumulates anyway, before it is rounded to the operands' dtype."""
     dimensions = (((x.ndim - 1,), (0,)), ((), ()))
     return product(x, w, dimensions, preferred_element_type=jnp.float32)

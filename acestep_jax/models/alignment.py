@@ -1,5 +1,5 @@
-"""Which frames of a song read which tokens of its lyrics: probabilities of some heads of the transformer's
-cross-attention, which singing follows.
+"""The alignment between the frames of a song and the tokens of its lyrics: the probabilities of those cross-attention
+heads of the transformer that follow the singing.
 
 Source: ACE-Step 1.5, `lyric_alignment_layers_config` and acestep/core/generation/handler/lyric_timestamp.py.
 """
@@ -15,16 +15,16 @@ from acestep_jax.models.layers import rotary_embedding
 from acestep_jax.models.scan import scan_layers
 from acestep_jax.models.transformer import AceStepTransformer1DModel
 
-Heads = Mapping[int, tuple[int, ...]]  # by layer
+Heads = Mapping[int, tuple[int, ...]]  # attention heads by layer
 
 HEADS_2B: Heads = {2: (6,), 3: (10, 11), 4: (3,), 5: (8, 9), 6: (8,)}
 
 
 def alignment_heads(config: TransformerConfig) -> Heads:
-    """Return the heads that singing is read from: those of the config, or what is known of the 2B models.
+    """Return the heads that follow the singing: the ones in the config, or the known ones of the 2B models.
 
     Raises:
-        InputError: if the config names none and the model is of another size, or it names heads that are not there.
+        InputError: if the config names none and the model has another size, or it names heads that do not exist.
     """
     found = dict(config.lyric_alignment_layers_config or ())
     published = TransformerConfig()
@@ -32,8 +32,8 @@ def alignment_heads(config: TransformerConfig) -> Heads:
         sizes = ("hidden_size", "num_attention_heads", "num_hidden_layers", "encoder_hidden_size")
         if any(getattr(config, name) != getattr(published, name) for name in sizes):
             raise InputError(
-                "timestamps: this transformer's config has no lyric_alignment_layers_config, and which heads follow "
-                "the lyrics is known of the 2B models only; use one of these, or add the key to config.json"
+                "timestamps: this transformer's config has no lyric_alignment_layers_config, and the heads that follow "
+                "the lyrics are known only for the 2B models; use one of these, or add the key to config.json"
             )
         return HEADS_2B
     for layer, heads in found.items():
@@ -56,12 +56,12 @@ def cross_attention(
     lengths: jax.Array,
     encoder_lengths: jax.Array,
 ) -> jax.Array:
-    """Return the probabilities that frames read condition tokens with, [B, heads, S, T / patch] float32.
+    """Return the attention probabilities of frames over condition tokens, [B, heads, S, T / patch] float32.
 
     Args:
         hidden_states, encoder_hidden_states, context_latents, lengths, encoder_lengths: see the transformer.
         timestep: [B], t and r.
-        heads: static; layers after the last of them are not computed. Heads are in the order of layers.
+        heads: static, by layer; later layers are not computed. The result has the heads in the order of layers.
     """
     config, frames = transformer.config, hidden_states.shape[1]
     _, modulation = transformer.embed_time(timestep, timestep)
@@ -77,7 +77,7 @@ def cross_attention(
     layers = jax.tree.map(lambda leaf: leaf[:depth], transformer.layers)
 
     def block(x, layer, window, _):
-        # The layer computes this once more, which XLA finds out.
+        # The layer computes this again; XLA eliminates the duplicate.
         query = layer.cross_attn_norm(layer.self_attend(x, modulation, window=window, **options))
         x = layer(x, modulation, condition, window=window, condition_lengths=encoder_lengths, **options)
         return x, query

@@ -1,4 +1,4 @@
-"""Between 25 Hz latents and 5 Hz codes: attention pooler, residual finite scalar quantisation (FSQ), detokenizer.
+"""25 Hz latents to 5 Hz codes and back: attention pooler, residual finite scalar quantisation (FSQ), detokenizer.
 
 Sources: diffusers `AceStepAudioTokenizer` and `AceStepAudioTokenDetokenizer`; FSQ: Mentzer et al., arXiv 2309.15505.
 """
@@ -20,8 +20,8 @@ class ResidualFSQ(nnx.Module):
     """Residual FSQ: each component of a projected vector is rounded to one of a few levels in [-1, 1].
 
     Level k of L stands for 2k / (L - 1) - 1, and an index is the number whose mixed-radix digits are the levels.
-    With several quantizers, number q quantises what the earlier ones left, on a grid finer by levels^-q.
-    Everything is in float32, whatever the network's dtype: one rounding error here is another code.
+    With several quantizers, quantizer q quantises the residual of the earlier ones, on a grid finer by levels^-q.
+    Everything is in float32, whatever the network's dtype: a rounding error here can change the code.
     """
 
     def __init__(self, config: AudioTokenizerConfig, *, runtime: Runtime, rngs: nnx.Rngs):
@@ -51,7 +51,7 @@ class ResidualFSQ(nnx.Module):
         return _float32_linear(self.project_out, total).astype(self.dtype), jnp.stack(indices, axis=-1)
 
     def get_output_from_indices(self, indices: jax.Array) -> jax.Array:
-        """Return for indices [..., Q] the vectors [..., D] that `__call__` returns beside them."""
+        """Return the vectors [..., D] for indices [..., Q], as `__call__` returns them."""
         levels = np.asarray(self.levels, np.int32)
         digits = (indices[..., None] // self._basis()) % levels  # [..., Q, dims]
         codes = digits.astype(jnp.float32) * np.float32(2.0) / (levels - 1).astype(np.float32) - 1.0
@@ -72,13 +72,13 @@ def _float32_linear(layer: nnx.Linear, x: jax.Array) -> jax.Array:
 
 
 def _round_to_levels(x: jax.Array, levels: np.ndarray) -> jax.Array:
-    """Round to the nearest of `levels` equidistant values in [-1, 1]; halves go up."""
+    """Round to the nearest of `levels` equidistant values in [-1, 1]; ties round up."""
     steps = levels - np.float32(1.0)
     return jnp.floor(steps * (jnp.clip(x, -1.0, 1.0) + 1.0) / 2.0 + 0.5) * (np.float32(2.0) / steps) - 1.0
 
 
 class AttentionPooler(Encoder):
-    """Summarises each window of frames in a learned token put before it: [B, n, window, D] -> [B, n, D]."""
+    """Summarises each window of frames in a learned token prepended to it: [B, n, window, D] -> [B, n, D]."""
 
     def __init__(self, config: AudioTokenizerConfig, *, runtime: Runtime, rngs: nnx.Rngs):
         super().__init__(config, config.windows(config.num_attention_pooler_hidden_layers), runtime=runtime, rngs=rngs)
@@ -110,7 +110,7 @@ class AceStepAudioTokenizer(nnx.Module):
         return self.quantizer(self.attention_pooler(self.audio_acoustic_proj(hidden_states)))
 
     def tokenize(self, latents: jax.Array, silence_latent: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Quantise [B, T, 64]; T is padded to whole windows from `silence_latent` [1, *, 64]."""
+        """Quantise [B, T, 64]; T is padded to whole windows with `silence_latent` [1, *, 64]."""
         batch, frames, channels = latents.shape
         size = self.config.pool_window_size
         fill = jnp.broadcast_to(silence_latent[:, : -frames % size], (batch, -frames % size, channels))

@@ -1,6 +1,6 @@
-"""From text, lyrics and reference audio to the one sequence of condition tokens that the transformer attends to.
+"""Text, lyrics and reference audio to the single sequence of condition tokens that the transformer attends to.
 
-Source: diffusers `AceStepConditionEncoder` and the networks within it.
+Source: diffusers `AceStepConditionEncoder` and its sub-networks.
 """
 
 import jax
@@ -16,7 +16,7 @@ SILENCE_FRAMES = 15000  # ten minutes of encoded silence ship with every checkpo
 
 
 class Buffer(nnx.Variable):
-    """An array that belongs to the checkpoint but is never trained."""
+    """An array that is stored in the checkpoint but never trained."""
 
 
 class AceStepLyricEncoder(Encoder):
@@ -35,7 +35,7 @@ class AceStepLyricEncoder(Encoder):
 class AceStepTimbreEncoder(Encoder):
     """Latents of a reference clip, [N, T, 64] -> one token each, [N, D]: the first position after the final norm.
 
-    That is the first frame, or a token of its own, see `ConditionEncoderConfig.timbre_special_token`.
+    That is the first frame or a special token, see `ConditionEncoderConfig.timbre_special_token`.
     """
 
     def __init__(self, config: ConditionEncoderConfig, *, runtime: Runtime, rngs: nnx.Rngs):
@@ -44,7 +44,7 @@ class AceStepTimbreEncoder(Encoder):
         self.embed_tokens = linear(
             config.timbre_hidden_dim, config.hidden_size, (None, "embed"), runtime, use_bias=True, rngs=rngs
         )
-        # Part of every checkpoint, whether it is read or not.
+        # Part of every checkpoint, whether it is used or not.
         self.special_token = _token(config.hidden_size, runtime, rngs)
 
     def __call__(self, reference_latents: jax.Array) -> jax.Array:
@@ -56,10 +56,10 @@ class AceStepTimbreEncoder(Encoder):
 
 
 class AceStepConditionEncoder(nnx.Module):
-    """Packs lyric, timbre and text tokens, in that order and the valid ones first.
+    """Packs lyric, timbre and text tokens in this order, with valid tokens first.
 
-    `null_condition_emb` [1, 1, D] stands in for every token where guidance asks for no condition;
-    `silence_latent` [1, 15000, 64] is what the autoencoder makes of silence.
+    `null_condition_emb` [1, 1, D] replaces every token in the unconditional branch of guidance;
+    `silence_latent` [1, 15000, 64] is silence, encoded by the autoencoder.
     """
 
     def __init__(self, config: ConditionEncoderConfig, *, runtime: Runtime = DEFAULT_RUNTIME, rngs: nnx.Rngs):
@@ -90,7 +90,7 @@ class AceStepConditionEncoder(nnx.Module):
             lyric_attention_mask: [B, S_lyric]; padding on the right.
             refer_audio_acoustic_hidden_states_packed: [N, frames, 64], the reference clips of the whole batch.
             refer_audio_order_mask: [N] int, the batch item that each clip belongs to.
-            max_references: how many clips an item has at most; further ones are dropped.
+            max_references: maximum number of clips of an item; further ones are dropped.
 
         Returns:
             [B, S_lyric + max_references + S_text, D], valid tokens first, and a bool mask of the same two axes.
@@ -110,7 +110,7 @@ class AceStepConditionEncoder(nnx.Module):
         timbre: jax.Array,
         timbre_mask: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Do what `__call__` does with references already encoded: `timbre` [B, references, D] and which are there."""
+        """Compute `__call__` for encoded references: `timbre` [B, references, D] and a mask of the valid ones."""
         text = self.text_projector(text_hidden_states)
         lyric = self.lyric_encoder(lyric_hidden_states, lyric_attention_mask.astype(jnp.int32).sum(1))
         tokens = jnp.concatenate([lyric, timbre.astype(text.dtype), text], axis=1)
@@ -129,7 +129,7 @@ def _token(hidden: int, runtime: Runtime, rngs: nnx.Rngs) -> nnx.Param:
 
 
 def _pack(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Move valid tokens before padding, keeping the order among each. [B, S, D], [B, S]."""
+    """Move valid tokens before padding with a stable order. [B, S, D], [B, S]."""
     order = jnp.argsort(~mask, axis=1, stable=True)
     return jnp.take_along_axis(tokens, order[:, :, None], axis=1), jnp.take_along_axis(mask, order, axis=1)
 

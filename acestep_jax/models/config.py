@@ -1,6 +1,6 @@
 """The architecture of each network, as a configuration that is stored with its weights.
 
-Fields carry the names, meanings and defaults of the `config.json` that diffusers and transformers write beside the
+Fields have the names, meanings and defaults of the `config.json` that diffusers and transformers write with the
 weights. How a network is computed is not part of it, see `models.runtime`.
 """
 
@@ -18,7 +18,7 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-# What a field of each type may hold.
+# The values that a field of each type may have.
 _VALUES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     int: ("a positive integer", _is_size),
     int | None: ("a positive integer or null", lambda value: value is None or _is_size(value)),
@@ -30,7 +30,7 @@ _VALUES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """What the architectures of all networks have in common: how they are checked, read and written."""
+    """The base of all architectures: how they are checked, read and written."""
 
     # Keys of a foreign config.json that do not change the network's function.
     ignored: ClassVar[frozenset[str]] = frozenset()
@@ -47,14 +47,14 @@ class NetworkConfig:
     def from_hf(cls, values: Mapping[str, Any], source: str = "config.json") -> Self:
         """Read the dictionary of a PyTorch `config.json`; raise InputError on an unknown key.
 
-        Keys that begin with an underscore are notes of diffusers about itself and are skipped.
+        Keys that begin with an underscore are diffusers' own metadata and are skipped.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         given = {key: value for key, value in values.items() if not key.startswith("_") and key not in cls.ignored}
         if unknown := sorted(given.keys() - known):
             raise InputError(
                 f"{source}: unknown key(s) {', '.join(unknown)}; {cls.__name__} knows {', '.join(sorted(known))}. "
-                "The checkpoint may be of another model or of a newer version"
+                "The checkpoint may belong to another model or to a newer version"
             )
         return cls(**given)
 
@@ -66,7 +66,7 @@ class NetworkConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig(NetworkConfig):
-    """What the architectures made of attention layers have in common."""
+    """The base of all architectures with attention layers."""
 
     hidden_size: int = 2048
     intermediate_size: int = 6144
@@ -77,8 +77,8 @@ class AttentionConfig(NetworkConfig):
     attention_bias: bool = False
     attention_dropout: float = 0.0
     rms_norm_eps: float = 1e-6
-    sliding_window: int = 128  # tokens to either side, inclusive
-    layer_types: tuple[str, ...] | None = None  # None: sliding and full in turn, sliding first
+    sliding_window: int = 128  # tokens on either side, inclusive
+    layer_types: tuple[str, ...] | None = None  # None: alternating sliding and full, sliding first
 
     def __post_init__(self):
         super().__post_init__()
@@ -94,7 +94,7 @@ class AttentionConfig(NetworkConfig):
                 raise InputError(f"{name}.layer_types: expected {' or '.join(LAYER_TYPES)}, found {kind!r}")
 
     def windows(self, num_layers: int) -> tuple[int | None, ...]:
-        """Return the sliding window of each layer, None for a full one; raise InputError if `layer_types` is short."""
+        """Return the sliding window of each layer, None if full; raise InputError if `layer_types` is too short."""
         return self._windows("layer_types", num_layers)
 
     def _windows(self, field: str, num_layers: int) -> tuple[int | None, ...]:
@@ -113,8 +113,8 @@ class AttentionConfig(NetworkConfig):
 class TransformerConfig(AttentionConfig):
     """The diffusion transformer. The defaults are the 2B model.
 
-    lyric_alignment_layers_config: (layer, heads) of the cross-attention that singing is read from, see
-        `models.alignment`; read from a dictionary with text for keys. None: not known.
+    lyric_alignment_layers_config: (layer, heads) of the cross-attention that follows the singing, see
+        `models.alignment`; config.json has it as an object keyed by layer. None: unknown.
     """
 
     num_hidden_layers: int = 24
@@ -123,7 +123,7 @@ class TransformerConfig(AttentionConfig):
     patch_size: int = 2  # latent frames in a token
     encoder_hidden_size: int | None = None  # width of the condition tokens; None: hidden_size
     is_turbo: bool = False
-    is_lego_sft: bool = False  # fine-tuned on stems, whose captions have a form of their own
+    is_lego_sft: bool = False  # fine-tuned on stems, whose captions have a format of their own
     model_version: str | None = None
     lyric_alignment_layers_config: tuple[tuple[int, tuple[int, ...]], ...] | None = None
 
@@ -145,7 +145,7 @@ class TransformerConfig(AttentionConfig):
             object.__setattr__(self, "lyric_alignment_layers_config", found or None)
 
     def to_hf(self) -> dict[str, Any]:
-        """Return what other networks do; diffusers has no keys for `is_lego_sft` and the alignment of lyrics."""
+        """Return what `NetworkConfig.to_hf` does; diffusers has no keys for `is_lego_sft` and lyric alignment."""
         values = super().to_hf()
         del values["is_lego_sft"], values["lyric_alignment_layers_config"]
         return values
@@ -165,12 +165,12 @@ class TransformerConfig(AttentionConfig):
 class ConditionEncoderConfig(AttentionConfig):
     """Lyric, timbre and text encoders. `layer_types` is the lyric encoder's.
 
-    timbre_layer_types: of the timbre encoder; None: sliding and full in turn, the one order that diffusers knows.
-        ACE-Step's own code uses the transformer's for all encoders.
-    timbre_special_token: whether a learned token before the reference's frames gathers what they have in common, in
-        place of the first frame. ACE-Step's own code for XL models does that, and so they were trained; diffusers reads
-        the first frame for all models, and leaves the token, which all checkpoints have, unused. Conversion sets it
-        for XL models, whose transformer is wider than the encoders, from either layout.
+    timbre_layer_types: layer types of the timbre encoder; None: alternating sliding and full, the only order that
+        diffusers supports. ACE-Step's own code uses the transformer's for all encoders.
+    timbre_special_token: whether a learned token before the reference's frames summarises them, instead of the first
+        frame. XL models were trained this way, and ACE-Step's own code does it for them; diffusers reads the first
+        frame for all models and leaves the token, which all checkpoints have, unused. Conversion from either layout
+        sets it for XL models, whose transformer is wider than the encoders.
     """
 
     text_hidden_dim: int = 1024
@@ -185,11 +185,11 @@ class ConditionEncoderConfig(AttentionConfig):
         self.timbre_windows()
 
     def timbre_windows(self) -> tuple[int | None, ...]:
-        """Return the sliding window of each layer of the timbre encoder, None for a full one."""
+        """Return the sliding window of each layer of the timbre encoder, None for full attention."""
         return self._windows("timbre_layer_types", self.num_timbre_encoder_hidden_layers)
 
     def to_hf(self) -> dict[str, Any]:
-        """Return what other networks do; neither layout has a key for what is particular to the timbre encoder."""
+        """Return what `NetworkConfig.to_hf` does; neither layout has keys for the timbre encoder's own fields."""
         values = super().to_hf()
         del values["timbre_special_token"], values["timbre_layer_types"]
         return values
@@ -200,7 +200,7 @@ class AudioTokenizerConfig(AttentionConfig):
     """25 Hz latents to 5 Hz codes."""
 
     audio_acoustic_hidden_dim: int = 64
-    pool_window_size: int = 5  # latent frames in a code
+    pool_window_size: int = 5  # latent frames per code
     fsq_dim: int = 2048
     fsq_input_levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
     fsq_input_num_quantizers: int = 1
@@ -228,7 +228,7 @@ class AudioTokenDetokenizerConfig(AttentionConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextEncoderConfig(AttentionConfig):
-    """Qwen3, as a text encoder. The defaults are Qwen3-Embedding-0.6B."""
+    """Qwen3 as the text encoder. The defaults are Qwen3-Embedding-0.6B."""
 
     vocab_size: int = 151669
     hidden_size: int = 1024
@@ -245,19 +245,19 @@ class TextEncoderConfig(AttentionConfig):
     @classmethod
     def from_hf(cls, values: Mapping[str, Any], source: str = "config.json") -> Self:
         values = dict(values)
-        # transformers 5 groups what transformers 4 wrote as two keys.
+        # transformers 5 groups two keys of transformers 4.
         rope = values.pop("rope_parameters", None) or {}
         scaling = values.pop("rope_scaling", None)
         if rope.get("rope_type", "default") != "default" or scaling is not None:
             raise InputError(f"{source}: scaled rotary embeddings are not supported, found {scaling or rope}")
-        # transformers' own default, not ours, holds where the file is silent.
+        # If the file has no value, transformers' default applies, not ours.
         values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
         if (activation := values.pop("hidden_act", "silu")) != "silu":
             raise InputError(f"{source}: hidden_act: expected 'silu', found {activation!r}")
         if values.get("use_sliding_window"):
-            raise InputError(f"{source}: use_sliding_window: the text encoder attends to all earlier tokens only")
+            raise InputError(f"{source}: use_sliding_window: not supported by the text encoder")
         if "sliding_attention" in (values.pop("layer_types", None) or ()):
-            raise InputError(f"{source}: layer_types: the text encoder has full attention only")
+            raise InputError(f"{source}: layer_types: the text encoder has only full attention")
         return super().from_hf(values, source)
 
     def to_hf(self) -> dict[str, Any]:
@@ -268,9 +268,9 @@ class TextEncoderConfig(AttentionConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannerConfig(TextEncoderConfig):
-    """Qwen3 as the 5 Hz language model. Defaults: the sizes of acestep-5Hz-lm-0.6B, the tokens of all.
+    """Qwen3 as the 5 Hz language model. The defaults are acestep-5Hz-lm-0.6B; the token ids are the same for all sizes.
 
-    first_code: token of the audio code 0; the tokens before it are text.
+    first_code: token id of audio code 0; the tokens before it are text.
     num_codes: size of the codebook. The published vocabulary has 65535 tokens for codes.
     eos_token_id: ends a turn.
     """
@@ -287,14 +287,14 @@ class PlannerConfig(TextEncoderConfig):
         super().__post_init__()
         if not self.tie_word_embeddings:
             raise InputError(
-                "PlannerConfig.tie_word_embeddings: expected true, found false; all published planners read their "
+                "PlannerConfig.tie_word_embeddings: expected true, found false; all published planners compute their "
                 "logits from the embedding"
             )
         if self.first_code + self.num_codes > self.vocab_size:
             raise InputError(
                 f"PlannerConfig.vocab_size: expected at least {self.first_code + self.num_codes}, of which "
-                f"{self.num_codes} are audio codes, found {self.vocab_size}; a plain language model knows no codes, "
-                "take one of acestep-5Hz-lm-0.6B, -1.7B and -4B"
+                f"{self.num_codes} are audio codes, found {self.vocab_size}; a plain language model has no codes, "
+                "use one of acestep-5Hz-lm-0.6B, -1.7B and -4B"
             )
         if self.eos_token_id >= self.first_code:
             raise InputError(
@@ -304,7 +304,7 @@ class PlannerConfig(TextEncoderConfig):
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any], source: str = "config.json") -> Self:
-        # The published files say nothing of the codes; their end of a turn is that of whatever they were made from.
+        # The published files do not mention the codes, and their eos_token_id is that of the model they started from.
         if "first_code" not in values:
             values = {key: value for key, value in values.items() if key != "eos_token_id"}
         try:
@@ -322,9 +322,9 @@ class PlannerConfig(TextEncoderConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig(NetworkConfig):
-    """Oobleck, from waveform to latents and back. The defaults are ACE-Step's: 48 kHz stereo, 25 frames a second.
+    """Oobleck, waveform to latents and back. The defaults are ACE-Step's: 48 kHz stereo, 25 frames per second.
 
-    encoder_hidden_size: outputs of the encoder per frame, mean and scale of each channel.
+    encoder_hidden_size: outputs of the encoder per frame: mean and scale of each channel.
     encoder_channels: width of the encoder's first layer; None: encoder_hidden_size, as in diffusers.
     patch_size: samples that the outermost layers process as one step, stacked as channels, which makes these layers
         cheaper; diffusers has only 1.
@@ -347,7 +347,7 @@ class AutoencoderConfig(NetworkConfig):
         if len(self.channel_multiples) != len(self.downsampling_ratios):
             sizes = f"{self.channel_multiples} and {self.downsampling_ratios}"
             raise InputError(
-                f"AutoencoderConfig: channel_multiples and downsampling_ratios must be of one length, found {sizes}"
+                f"AutoencoderConfig: channel_multiples and downsampling_ratios must have the same length, found {sizes}"
             )
 
     @property
@@ -360,7 +360,7 @@ class AutoencoderConfig(NetworkConfig):
         values = super().to_hf()
         for name, known in (("encoder_channels", None), ("patch_size", 1)):
             if (value := values.pop(name)) != known:
-                raise InputError(f"AutoencoderConfig.{name}: diffusers knows only {known}, found {value}")
+                raise InputError(f"AutoencoderConfig.{name}: diffusers supports only {known}, found {value}")
         return values
 
 
@@ -371,7 +371,7 @@ class LoRAConfig:
     Args:
         rank: Rank of the two factors.
         alpha: Scale of an adapter, divided by the rank.
-        dropout: Rate at which the inputs of adapters, not those of layers, are dropped in training.
+        dropout: Dropout rate of the adapters' inputs in training.
         targets: Regular expressions that match the ends of the dotted paths of linear layers, such as to_q.
         use_dora: Whether to train the norm of each output's weights separately from their direction.
     """

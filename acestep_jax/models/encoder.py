@@ -1,4 +1,4 @@
-"""Pre-norm transformer encoder, which the text, lyric and timbre encoders, the pooler and the detokenizer share."""
+"""The pre-norm transformer encoder that the text, lyric and timbre encoders, the pooler and the detokenizer share."""
 
 import jax
 from flax import nnx
@@ -30,10 +30,10 @@ class EncoderLayer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Stacked layers and a final norm. Networks derive from it and add what comes before and after.
+    """Stacked layers and a final norm. Networks derive from it and add their inputs and outputs.
 
     Args:
-        windows: one entry a layer: its sliding window, or None for full attention.
+        windows: the sliding window of each layer, or None for full attention.
     """
 
     def __init__(self, config: AttentionConfig, windows: tuple[int | None, ...], *, runtime: Runtime, rngs: nnx.Rngs):
@@ -43,7 +43,7 @@ class Encoder(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, runtime)
 
     def encode(self, x: jax.Array, *, causal: bool = False, lengths: jax.Array | None = None) -> jax.Array:
-        """Encode x [B, T, D], at positions 0..T-1, to [B, T, D]. lengths: [B], what follows is padding."""
+        """Encode x [B, T, D], at positions 0..T-1, to [B, T, D]. lengths: [B], valid tokens; later ones are padding."""
         rope = rotary_embedding(x.shape[1], self.config.head_dim, self.config.rope_theta)
 
         def block(x, layer, window, _):

@@ -1,8 +1,12 @@
-"""The parts that the networks share: parameters, norm, SwiGLU, time embedding, rotary embedding.
+"""Layers that the networks share: parameters, norm, SwiGLU, timestep embedding, rotary embedding.
 
 Axis letters: B batch, T frames or tokens, S condition tokens, N query heads, K key heads, H head dim, D hidden,
 F mlp, L layers.
 """
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +18,32 @@ from acestep_jax.models.kernels.products import product_of
 from acestep_jax.models.kernels.unstacked import project
 from acestep_jax.models.runtime import Runtime
 
+_shapes_only = contextvars.ContextVar("shapes_only", default=False)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Draw no initial values in networks that are made within the block: tracing the random numbers takes most of the
+    time when a network is traced only for the shapes of its parameters."""
+    token = _shapes_only.set(True)
+    try:
+        yield
+    finally:
+        _shapes_only.reset(token)
+
+
+def lecun_normal(in_axis: int | Sequence[int] = -2, out_axis: int | Sequence[int] = -1) -> Callable[..., jax.Array]:
+    """Return the initialiser of that name; within `shapes_only` it returns zeros."""
+    init = nnx.initializers.lecun_normal(in_axis=in_axis, out_axis=out_axis)
+
+    def drawn(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        return jnp.zeros(shape, dtype) if _shapes_only.get() else init(key, shape, dtype)
+
+    return drawn
+
 
 def parameter(value: jax.Array, *axes: str | None) -> nnx.Param:
-    """Return a parameter with logical axis names, which take effect where it is loaded or created on a mesh."""
+    """Return a parameter with logical axis names, which apply when it is loaded or created on a mesh."""
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
 
@@ -29,13 +56,14 @@ def linear(
     use_bias: bool = False,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """Return the module y = x W + b with W [in, out], computed in the runtime's dtype. `axes`: logical names of W's."""
+    """Return the module y = x W + b with W [in, out], computed in the runtime's dtype. `axes`: logical axes of W."""
     return nnx.Linear(
         in_features,
         out_features,
         use_bias=use_bias,
         dtype=jnp.dtype(runtime.dtype),
         param_dtype=jnp.dtype(runtime.param_dtype),
+        kernel_init=lecun_normal(),
         kernel_metadata={"out_sharding": axes, "eager_sharding": False},
         bias_metadata={"out_sharding": axes[1:], "eager_sharding": False},
         dot_general=product_of(runtime.products),
@@ -46,8 +74,8 @@ def linear(
 class RMSNorm(nnx.Module):
     """y = w * x / rms(x) over the last axis.
 
-    Statistics in float32, then back to x's dtype, then the scale: the order of operations of Qwen3's and diffusers'
-    norms, and so bit-equal to theirs in bfloat16.
+    Statistics in float32, then a cast to x's dtype, then the scale: the order of operations in Qwen3's and diffusers'
+    norms, so that the results are bit-equal in bfloat16.
     """
 
     def __init__(self, dim: int, eps: float, runtime: Runtime):
@@ -59,7 +87,7 @@ class RMSNorm(nnx.Module):
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Compute what `RMSNorm` does, with its scale [D]."""
+    """Compute `RMSNorm` with a scale [D]."""
     f = x.astype(jnp.float32)
     f = f * jax.lax.rsqrt(jnp.mean(f * f, -1, keepdims=True) + eps)
     return scale.astype(x.dtype) * f.astype(x.dtype)
@@ -81,8 +109,8 @@ class SwiGLU(nnx.Module):
 def sinusoid(t: jax.Array, channels: int = 256, max_period: float = 10000.0) -> jax.Array:
     """Embed t [B] as [B, channels] float32: cosines, then sines, at `channels / 2` geometric frequencies.
 
-    The frequencies are NumPy constants, each rounded once: a phase reaches 1000, so that one bit of a frequency, which
-    backends differ in, would show in the result.
+    The frequencies are NumPy constants, each rounded once. Phases reach 1000, so the last bit of a frequency, in which
+    backends differ, would show in the result.
     """
     half = channels // 2
     exponent = -np.log(max_period).astype(np.float32) * np.arange(half, dtype=np.float32) / np.float32(half)
@@ -113,7 +141,7 @@ def rotary_frequencies(head_dim: int, theta: float) -> np.ndarray:
 
 
 def rotary_embedding(length: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Return cos and sin, each [T, H / 2] float32, of positions 0..T-1 at frequencies theta^(-2i / H)."""
+    """Return cos and sin, each [T, H / 2] float32, for positions 0..T-1 at frequencies theta^(-2i / H)."""
     phase = jnp.arange(length, dtype=jnp.float32)[:, None] * rotary_frequencies(head_dim, theta)
     return jnp.cos(phase), jnp.sin(phase)
 

@@ -1,15 +1,16 @@
 """Low-rank adapters on the linear layers of a network: LoRA (Hu et al., arXiv 2106.09685) and DoRA (arXiv 2402.09353).
 
 Adapter i turns the weight W of a layer into W_i = (W + s A B) m / |W + s A B|, with s = alpha / r, the norm over the
-input axis, and the quotient 1 without DoRA. Several, at scales k_i, add up: W + sum_i k_i (W_i - W). Three forms:
+input axis, and the quotient 1 without DoRA. Several adapters, at scales k_i, add up: W + sum_i k_i (W_i - W). There are
+three ways to use them:
 
     add_lora        one adapter, to be trained
-    apply_adapters  any number, whose product is computed at inference; their scales are data, the base stays as it is
+    apply_adapters  any number, computed alongside the unchanged weights at inference; their scales are data
     merge_loras     any number, added to the weights: they cost nothing at inference, and cannot be removed
 
 The parameters of a layer `P` are `P.lora_a` [in, r], `P.lora_b` [r, out] and, for DoRA, `P.lora_magnitude` [out], with
-a leading [L] axis where the layer is stacked. In place of A B, other products may change W. They are not of low rank,
-so they are always merged:
+a leading [L] axis where the layer is stacked. Other kinds of adapters replace A B with another product, which is not of
+low rank, so they are always merged:
 
     LoKr    W1 x W2, the Kronecker product of `P.lokr_w1` [i, o] and `P.lokr_w2` [in / i, out / o] (arXiv 2309.14859)
     LoHa    (A1 B1) * (A2 B2), elementwise, of `P.loha_a1`, `P.loha_a2` [in, r] and `P.loha_b1`, `P.loha_b2` [r, out]
@@ -34,9 +35,9 @@ from acestep_jax.models.scan import KEPT
 
 Network = TypeVar("Network", bound=nnx.Module)
 
-# Of an adapter, float32, by dotted path: the parts of each adapted layer P, such as `P.lora_a` and `P.lora_b`.
+# The arrays of an adapter, float32, by dotted path, such as `P.lora_a` and `P.lora_b` for each adapted layer P.
 Parameters = Mapping[str, jax.Array | np.ndarray]
-# What each kind of adapter has of a layer; LoRA also has `lora_magnitude` where it is DoRA.
+# The arrays that each kind of adapter has for a layer; DoRA also has `lora_magnitude`.
 PARTS = {
     "lora": ("lora_a", "lora_b"),
     "lokr": ("lokr_w1", "lokr_w2"),
@@ -45,14 +46,14 @@ PARTS = {
 
 
 class DropoutKey(nnx.Variable):
-    """A JAX key, or one for each layer of a stack. As state of the network it is sliced by the scan over layers."""
+    """A JAX key, or one for each layer of a stack. It is state of the network, so the scan over layers slices it."""
 
 
 class LoRALinear(nnx.Module):
     """y = (x W + s dropout(x) A B) m / |W + s A B| + b: a linear layer with an adapter to be trained.
 
-    W and b are those of the linear layer it replaces, under the same names. A and B are float32, whatever W is, and
-    are cast to the dtype of the computation. The norm, over the input axis, counts as a constant in the derivative.
+    W and b are the weights of the linear layer that it replaces, under the same names. A and B are float32, whatever W
+    is, and are cast to the dtype of the computation. The derivative treats the norm, over the input axis, as constant.
     """
 
     def __init__(self, base: nnx.Linear, config: LoRAConfig, *, rngs: nnx.Rngs):
@@ -60,7 +61,7 @@ class LoRALinear(nnx.Module):
         self.scaling, self.dropout = config.scaling, config.dropout
         *stack, inputs, outputs = base.kernel.shape
         axes = base.kernel.get_metadata("out_sharding", None) or (None,) * base.kernel.ndim
-        # As PEFT: A as torch initialises a linear layer, B zero, so that training starts at the network itself.
+        # As in PEFT: A initialised like torch's linear layer, B zero, so that training starts from the base network.
         bound = inputs**-0.5
         a = jax.random.uniform(rngs.params(), (*stack, inputs, config.rank), minval=-bound, maxval=bound)
         self.lora_a = lora_parameter(a, *axes[:-1], None)
@@ -79,7 +80,7 @@ class LoRALinear(nnx.Module):
         y = _matmul(x, self.kernel[...].astype(self.dtype))
         dropped = x
         if self.dropout_key is not None:
-            # Kept for the backward pass: random numbers cost more to draw again, and much more to compile again.
+            # Kept for the backward pass: recomputing random numbers is slower, and takes much longer to compile.
             keep = checkpoint_name(_bernoulli(self.dropout_key[...], 1.0 - self.dropout, x.shape), KEPT)
             dropped = jnp.where(keep, x / (1.0 - self.dropout), 0)
         y = y + _expand(_matmul(dropped, a) * self.scaling, b)
@@ -92,8 +93,8 @@ class LoRALinear(nnx.Module):
 def targets(network: nnx.Module, patterns: Iterable[str]) -> list[str]:
     """Return the dotted paths of the linear layers that `patterns` select, in the order of the network.
 
-    Each pattern is a regular expression for the end of a path, from a dot on: "to_q" selects `layers.self_attn.to_q`
-    and `layers.cross_attn.to_q`, "self_attn.to_." all four of the former, ".*" every linear layer.
+    Each pattern is a regular expression for the end of a path, after a dot: "to_q" selects `layers.self_attn.to_q` and
+    `layers.cross_attn.to_q`, "self_attn.to_." all four of the self-attention, ".*" every linear layer.
 
     Raises:
         InputError: if a pattern is not a regular expression, or selects nothing.
@@ -112,7 +113,7 @@ def targets(network: nnx.Module, patterns: Iterable[str]) -> list[str]:
 
 
 def add_lora(network: Network, config: LoRAConfig, *, rngs: nnx.Rngs) -> Network:
-    """Return a copy of the network, with the same arrays, whose `config.targets` have adapters that change nothing yet.
+    """Return a copy of the network that shares its arrays and has adapters on `config.targets`, without effect so far.
 
     Raises:
         InputError: see `targets`; or if the network is quantised.
@@ -126,7 +127,7 @@ def add_lora(network: Network, config: LoRAConfig, *, rngs: nnx.Rngs) -> Network
 
 
 def without_dropout(network: Network) -> Network:
-    """Return a copy of the network, with the same arrays, whose adapters drop nothing."""
+    """Return a copy of the network that shares its arrays and whose adapters have no dropout."""
     network = nnx.merge(*nnx.split(network))
     for _, module in nnx.iter_modules(network):
         if isinstance(module, LoRALinear):
@@ -137,13 +138,13 @@ def without_dropout(network: Network) -> Network:
 def merge_loras(network: Network, adapters: Sequence[tuple[Parameters, float, float]]) -> Network:
     """Return a copy of the network with W <- W + sum_i k_i (W_i - W), in W's dtype and sharding.
 
-    The order does not matter, and a scale of zero changes nothing. Computed in float32 and rounded once.
+    The order does not matter, and a scale of zero changes nothing. The sum is computed in float32 and rounded once.
 
     Args:
-        adapters: for each its parameters, its scaling s = alpha / r, and its scale k.
+        adapters: the parameters, scaling s = alpha / r, and scale k of each adapter.
 
     Raises:
-        InputError: if an adapter is for other layers or shapes than the network's, or the network is quantised.
+        InputError: if an adapter's layers or shapes do not match the network, or the network is quantised.
     """
     check_unquantized(network, "adapters are merged")
     network = nnx.merge(*nnx.split(network))
@@ -157,7 +158,7 @@ def merge_loras(network: Network, adapters: Sequence[tuple[Parameters, float, fl
 
 
 def merge_into(layer: nnx.Linear, adapters: Sequence[tuple[Mapping[str, jax.Array], float, float]]) -> None:
-    """Change the kernel of a layer, in place, by adapters: for each its parts, its scaling and its scale."""
+    """Merge adapters, each given as (arrays of the layer, scaling, scale), into the kernel of a layer, in place."""
     adapters = [(parts, scaling, k) for parts, scaling, k in adapters if parts and k]
     if not adapters:
         return
@@ -168,15 +169,15 @@ def merge_into(layer: nnx.Linear, adapters: Sequence[tuple[Mapping[str, jax.Arra
 
 
 def check_shapes(parameters: Parameters, kernels: Mapping[str, tuple[int, ...]], source: str = "adapter") -> None:
-    """Check that an adapter fits a network.
+    """Check that an adapter matches a network.
 
     Args:
-        parameters: of the adapter; anything with a shape will do.
+        parameters: the adapter's parameters, arrays or anything with a shape.
         kernels: the shape of the kernel of each linear layer of the network, by dotted path.
-        source: what an error message calls the adapter.
+        source: name of the adapter in error messages.
 
     Raises:
-        InputError: if a parameter is for another layer or of another shape; it names the first.
+        InputError: if a parameter is for another layer or has another shape; the message names the first.
     """
     for leaf, value in parameters.items():
         name, _, part = leaf.rpartition(".")
@@ -208,13 +209,13 @@ def check_shapes(parameters: Parameters, kernels: Mapping[str, tuple[int, ...]],
 
 
 def check_unquantized(network: nnx.Module, what: str) -> None:
-    """Raise InputError if a network has weights of 8 bits. `what`: what is done with its weights."""
+    """Raise InputError if a network has 8-bit weights. `what`: how they would be used, for the message."""
     for _, module in nnx.iter_modules(network):
         if isinstance(module, QuantizedLinear):
             raise InputError(
                 f"quantised weights: {what} with weights in float32, bfloat16 or float16 only, found "
-                f"{module.kernel.dtype}; most changes are less than a step of 8 bits. Load the model that they were "
-                "made from; what comes of it can be quantised"
+                f"{module.kernel.dtype}; most changes are less than one 8-bit step. Load the model that they were "
+                "made from; the result can be quantised"
             )
 
 
@@ -232,18 +233,18 @@ def replace_layer(network: nnx.Module, name: str, layer: nnx.Module) -> None:
 
 
 def parts_of(parameters: Parameters, name: str) -> dict[str, Any]:
-    """Return the parts of a layer, such as `lora_a`; empty if the adapter leaves the layer alone."""
+    """Return the adapter's arrays for a layer, such as `lora_a`; empty if it does not change the layer."""
     every = (part for parts in (*PARTS.values(), ("lora_magnitude",)) for part in parts)
     return {part: parameters[leaf] for part in every if (leaf := f"{name}.{part}") in parameters}
 
 
 def product(a: jax.Array, b: jax.Array, scaling: float) -> jax.Array:
-    # An accelerator's default would round the factors to bfloat16.
+    # The default precision of an accelerator would round the factors to bfloat16.
     return scaling * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def change_of(parts: Mapping[str, jax.Array], scaling: float) -> jax.Array:
-    """Return what is added to W by the parts of one layer, before the magnitude of DoRA."""
+    """Return the change of W by an adapter's arrays for one layer, before the magnitude of DoRA."""
     if "lora_a" in parts:
         return product(parts["lora_a"], parts["lora_b"], scaling)
     if "lokr_w1" in parts:
@@ -252,7 +253,7 @@ def change_of(parts: Mapping[str, jax.Array], scaling: float) -> jax.Array:
 
 
 def _merge(kernel: jax.Array, factors: list[dict], scales: list[tuple[float, float]]) -> jax.Array:
-    """Return the merged kernel. `factors`: the parts of each adapter; `scales`: its scaling and scale."""
+    """Return the merged kernel. `factors`: the arrays of each adapter; `scales`: its scaling and scale."""
     if kernel.ndim == 3:  # one layer at a time: in float32 a stack takes gigabytes
         return jax.lax.map(lambda layer: _merge(*layer, scales=scales), (kernel, factors))
     base = weight = kernel.astype(jnp.float32)
@@ -275,7 +276,7 @@ def column_norm(weight: jax.Array) -> jax.Array:  # [..., in, out] -> [..., out]
 
 
 def _bernoulli(key: jax.Array, p: float, shape: tuple[int, ...]) -> jax.Array:
-    """Draw booleans, true with probability p to 2^-16: two from each random word, most of the cost of dropout."""
+    """Draw booleans, true with probability p to within 2^-16: two per random word, which dominates dropout's cost."""
     *rows, columns = shape
     words = jax.random.bits(key, (*rows, -(-columns // 2)))
     halves = jnp.concatenate([words >> 16, words & 0xFFFF], axis=-1)[..., :columns]
@@ -288,8 +289,8 @@ def _expand(h: jax.Array, b: jax.Array) -> jax.Array:  # [..., r], [r, out] -> [
 
 
 def _expand_backward(residuals, dy):
-    """Return the gradients of h and B. JAX's own derivative computes the transpose of B's gradient, for which XLA on a
-    CPU transposes dy [..., out]."""
+    """Return the gradients of h and B. JAX's own derivative computes the transpose of B's gradient, for which XLA for
+    CPUs would transpose dy [..., out]."""
     h, b = residuals
     rows = tuple(range(h.ndim - 1))
     return dot_general(dy, b, (((dy.ndim - 1,), (1,)), ((), ()))), dot_general(h, dy, ((rows, rows), ((), ())))

@@ -1,15 +1,15 @@
-"""Weights of 8 bits, int8 or float8_e4m3fn, with a float32 scale for each output: half the bytes of bfloat16.
+"""8-bit weights, int8 or float8_e4m3fn, with a float32 scale for each output: half the bytes of bfloat16.
 
     s = max |W| / top over the inputs,    Q = round(W / s),    top = 127 (int8) or 448 (fp8)
     y = (x Q) s + b
 
-Quantised are the linear layers within stacks of layers, nearly all of the weights, and the embedding tables of the
-language models, whose rows have a scale each. Norms, biases, modulations, the embedding of time, and the projections
-into a network and out of it stay in the dtype that they are loaded in.
+The linear layers within stacks of layers are quantised, which are nearly all of the weights, and the embedding tables
+of the language models, with a scale for each row. Norms, biases, modulations, the timestep embedding, and the input and
+output projections of a network keep the dtype that they are loaded in.
 
-The language models compute with the values of Q as they are: few tokens are bound by reading the weights, and their
-activations have outliers. The transformer, bound by its products, also rounds its activations where a device multiplies
-8 bits by 8 bits, see `kernels.quantized`.
+The language models quantise only the weights: with few tokens they are bound by reading the weights, and their
+activations have outliers. The transformer is bound by its matrix products, so it also quantises its activations where
+the device multiplies 8 bits by 8 bits, see `kernels.quantized`.
 """
 
 import dataclasses
@@ -29,21 +29,21 @@ from acestep_jax.models.runtime import Runtime
 
 Network = TypeVar("Network", bound=nnx.Module)
 
-# The networks that are quantised, and whether their activations are as well where the device multiplies such values.
+# The networks that are quantised, and whether their activations are too on devices with 8-bit products.
 NETWORKS: Mapping[str, bool] = MappingProxyType(
     {"transformer": True, "condition_encoder": False, "text_encoder": False, "planner": False}
 )
 
 
 def quantized_layers(leaves: Mapping[str, Any]) -> set[str]:
-    """Return the dotted names of the layers of 8 bits among leaves, which have a `dtype`, by dotted name."""
+    """Return the dotted names of the 8-bit layers. `leaves`: anything with a `dtype`, by dotted name."""
     return {name.rpartition(".")[0] for name, leaf in leaves.items() if jnp.dtype(leaf.dtype).itemsize == 1}
 
 
 class QuantizedLinear(nnx.Linear):
     """y = (x Q) s + b: a linear layer whose kernel Q [in, out] has 8 bits, with scales s [out] float32.
 
-    It takes the place of a linear layer, under the same names. Its `dot_general` gives x Q in float32.
+    It replaces a linear layer, under the same names. Its `dot_general` returns x Q in float32.
     """
 
     def __init__(self, base: nnx.Linear, values: Any, scale: nnx.Param, *, activations: bool):
@@ -61,7 +61,7 @@ class QuantizedLinear(nnx.Linear):
         return self.dot_general(x.astype(self.dtype), self.kernel[...], dimensions) * self.scale[...]
 
     def restored(self) -> nnx.Linear:
-        """Return a plain layer with the weights that are stood for, in the dtype of weights that are not quantised."""
+        """Return a plain layer with the dequantised weights, in the dtype of weights that are not quantised."""
         kernel = self.kernel[...]
         restore = jax.jit(_restored, static_argnames="dtype", out_shardings=kernel.sharding)
         layer = nnx.eval_shape(
@@ -85,12 +85,12 @@ class QuantizedLinear(nnx.Linear):
 
 
 class QuantizedEmbed(nnx.Embed):
-    """A table of embeddings Q [V, D] of 8 bits, with a scale for each row, s [V] float32."""
+    """An 8-bit embedding table Q [V, D] with a scale for each row, s [V] float32."""
 
     def __init__(self, base: nnx.Embed, values: nnx.Param, scale: nnx.Param):
         self.embedding, self.scale = values, scale
         self.num_embeddings, self.features, self.dtype = base.num_embeddings, base.features, base.dtype
-        self.kind = jnp.dtype(values.dtype)  # of the values, which may be kept as bits, see `kernels.stack`
+        self.kind = jnp.dtype(values.dtype)  # dtype of the values, which may be stored as bits, see `kernels.stack`
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         rows = restored(jnp.take(stored(self.embedding[...]), inputs, axis=0), self.kind).astype(jnp.float32)
@@ -98,14 +98,14 @@ class QuantizedEmbed(nnx.Embed):
 
 
 class Part(NamedTuple):
-    """A quantised leaf: that of its scales, both by dotted path, and the axis that they are of."""
+    """The scales of a quantised leaf, by dotted path, and the axis that they reduce."""
 
     scale: str
     axis: int
 
 
 def quantize(network: Network, kind: str, *, activations: bool = False) -> Network:
-    """Return a copy of the network with weights of 8 bits, computed from those that it has.
+    """Return a copy of the network with its weights quantised to 8 bits.
 
     Args:
         kind: one of `runtime.QUANTIZATIONS`.
@@ -134,7 +134,7 @@ def quantize(network: Network, kind: str, *, activations: bool = False) -> Netwo
 
 
 def parts(network: nnx.Module) -> dict[str, Part]:
-    """Return the quantised leaves of a network."""
+    """Return the quantised leaves of a network, by dotted path."""
     found = {}
     for path, module in nnx.iter_modules(network):
         name = ".".join(map(str, path))
@@ -146,25 +146,25 @@ def parts(network: nnx.Module) -> dict[str, Part]:
 
 
 def quantize_array(weight: jax.Array, kind: str, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Return values of 8 bits and their scales, float32 without `axis`, which is -2 of kernels and -1 of tables."""
+    """Return 8-bit values and their float32 scales, which lack `axis`: -2 for kernels, -1 for embedding tables."""
     values, scale = quantized.quantize(weight, kind, axis)
     return values, jnp.squeeze(scale, axis)
 
 
 def dequantize(values: jax.Array, scale: jax.Array, axis: int = -2) -> jax.Array:
-    """Return the weights in float32 that values and scales stand for."""
+    """Return the float32 weights that values and scales represent."""
     return values.astype(jnp.float32) * jnp.expand_dims(scale, axis)
 
 
 def _restored(values: jax.Array, scale: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
-    """Return `dequantize` of a stack one layer at a time: in float32 all of them take gigabytes."""
+    """Dequantise a stack one layer at a time: in float32 all layers together take gigabytes."""
     if values.ndim == 3:
         return jax.lax.map(lambda layer: _restored(*layer, dtype=dtype), (values, scale))
     return dequantize(values, scale).astype(dtype)
 
 
 def _parameters(weight: nnx.Variable, kind: str, axis: int) -> tuple[Any, nnx.Param]:
-    """Return values and scales of a weight as parameters, with its logical axes."""
+    """Return the values and scales of a weight as parameters with its logical axes."""
     axes = list(weight.get_metadata("out_sharding", None) or (None,) * len(weight.shape))
     values, scale = quantize_array(weight[...], kind, axis)
     del axes[axis]

@@ -1,4 +1,4 @@
-"""Families of models: the networks of a checkpoint, the texts that they were trained on, and how each variant samples.
+"""Model families: the networks of a checkpoint, their prompt templates, and the sampling defaults of each variant.
 
 A new ACE-Step is one more `Family` here.
 """
@@ -30,13 +30,13 @@ PLANNER = "planner"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingDefaults:
-    """How a variant is sampled unless the user says otherwise.
+    """The sampling defaults of a variant.
 
     num_inference_steps: steps of the solver.
-    guidance_scale: of classifier-free guidance; 1.0: none.
-    shift: s of t <- s t / (1 + (s - 1) t), which spends more of the steps where noise is high.
-    audio_duration: of a song without a source, seconds.
-    vocal_language: that the lyrics are said to be in.
+    guidance_scale: scale of classifier-free guidance; 1.0: none.
+    shift: s of t <- s t / (1 + (s - 1) t), which spends more of the steps at high noise.
+    audio_duration: duration of a song without a source, in seconds.
+    vocal_language: language of the lyrics.
     """
 
     num_inference_steps: int
@@ -48,25 +48,25 @@ class SamplingDefaults:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compat:
-    """What `Sampling.compat` means: every switch and default in which implementations differ. The fields of `Request`
-    and `Sampling` that are None take their values from here, and a value that is given overrides one of them.
+    """The meaning of `Sampling.compat`: every switch and default in which implementations differ. Fields of `Request`
+    and `Sampling` that are None take their values from here; a given value overrides them.
 
-    defaults: by variant, the `model_version` of the transformer's config. Models of other names have those of base or,
-        if guidance is distilled into them, of turbo, but for duration and language: these are 60 s and en, which is
-        what training here says of songs whose language is not given.
+    defaults: by variant, the `model_version` of the transformer's config. Models with other names have the defaults of
+        base or, if guidance is distilled into them, of turbo, except for duration and language: these are 60 s and en,
+        which training here also uses for songs without a language.
     dcw_enabled: whether turbo models are corrected in the wavelet domain, see `diffusion.dcw`; others never are.
-    chunk_mask_mode: "explicit": 1 for what is generated, 0 for the rest; "auto": 2 everywhere.
-    stems_chunk_mask_mode: the same of models fine-tuned on stems (`is_lego_sft`).
+    chunk_mask_mode: "explicit": 1 for frames to generate, 0 for the rest; "auto": 2 everywhere.
+    stems_chunk_mask_mode: the same for models fine-tuned on stems (`is_lego_sft`).
     repaint_mode: how a repainted song is held to its source, see `inputs.settings.repaint_settings`.
-    lego_keeps_source: whether lego in regions leaves the source outside of them, as repaint does.
+    lego_keeps_source: whether lego with regions keeps the source outside of them, as repaint does.
     cover_mode, cfg_interval_in, attend_to_padding: see `Sampling`.
-    turbo_ends_with_euler: whether Heun's last step on turbo models makes no evaluation at t = 0.
-    snap_timesteps: whether `timesteps` become the nearest ones that turbo models were trained at, on these.
-    tells_source_duration: whether the text says how long the source is where a region makes the song longer.
-    keeps_metadata: whether a long caption is cut, so that what comes after it is read; else the end of the text is.
+    turbo_ends_with_euler: whether Heun's last step on turbo models skips the evaluation at t = 0.
+    snap_timesteps: whether turbo models snap `timesteps` to the nearest ones that they were trained at.
+    tells_source_duration: whether the text gives the duration of the source where a region makes the song longer.
+    keeps_metadata: whether a long caption is truncated, so that the text after it is kept; else the end of the text is.
     regions_reach_outwards: whether latent frames that a region only touches belong to it, and the audio changes at the
-        exact sample; else both ends are those of the frames that begin at or before them.
-    thinking: whether the planner, where the model has one, writes for text2music, see `Planning`.
+        exact sample; else both ends are rounded down to the start of a frame.
+    thinking: whether the planner, if the model has one, plans text2music requests, see `Planning`.
     """
 
     defaults: Mapping[str, SamplingDefaults]
@@ -88,18 +88,18 @@ class Compat:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """What all checkpoints of a family have in common.
+    """The properties that all checkpoints of a family share.
 
-    networks: the module and the config of every network, under the names of diffusers' folders.
+    networks: the module and the config of every network, by diffusers' folder names.
     optional: networks that a checkpoint may lack.
-    planner: the module and the config of the language model that plans songs. It has a checkpoint of its own, where it
-        goes by the name of `PLANNER`.
-    prompt: what the text encoder reads, a template for `str.format`: instruction, caption, bpm, timesignature, keyscale
+    planner: the module and the config of the language model that plans songs. It has its own checkpoint, in which it is
+        called `PLANNER`.
+    prompt: input of the text encoder, a `str.format` template with instruction, caption, bpm, timesignature, keyscale
         and duration.
-    lyrics: what the lyric encoder reads, a template of language and lyrics.
-    compat: by the values of `Sampling.compat`.
-    turbo_times: the times that turbo models were trained at.
-    shifts: of turbo checkpoints that were distilled at one shift, by what the names of their folders hold.
+    lyrics: input of the lyric encoder, a template with language and lyrics.
+    compat: a `Compat` for each value of `Sampling.compat`.
+    turbo_times: the timesteps that turbo models were trained at.
+    shifts: shift of the turbo checkpoints that were distilled at a single one, by a part of their folders' names.
     """
 
     networks: Mapping[str, tuple[Callable[..., nnx.Module], type[NetworkConfig]]]
@@ -113,7 +113,7 @@ class Family:
 
     @property
     def every(self) -> Mapping[str, tuple[Callable[..., nnx.Module], type[NetworkConfig]]]:
-        """Return `networks` and `planner`: all that a checkpoint may be of."""
+        """Return `networks` and `planner`: every network that a checkpoint may contain."""
         return MappingProxyType({**self.networks, PLANNER: self.planner})
 
 
@@ -134,8 +134,8 @@ def _defaults(
     )
 
 
-# The authors' application, ace-step/ACE-Step-1.5, as on its main branch in August 2026. docs/compat.md has the file
-# that each value was read in, and what else upstream has for it; it contradicts itself in places.
+# The authors' application, ace-step/ACE-Step-1.5, on its main branch in August 2026. docs/compat.md names the file that
+# each value comes from, and the other values that upstream has for it; upstream contradicts itself in places.
 _ACE_STEP = Compat(
     defaults=_defaults(
         audio_duration=120.0,
@@ -145,8 +145,8 @@ _ACE_STEP = Compat(
         sft=(50, 7.0, 3.0),
     ),
     dcw_enabled=True,
-    # Upstream's default "auto" gave 1 until August 2026, by a fault, and 2 from then on (its issue 1289). Its trainers
-    # feed 0 and 1, and its page asks for "explicit" where there are regions: 2 is for models fine-tuned on stems.
+    # Because of a bug, upstream's default "auto" gave 1 until August 2026, and 2 since then (its issue 1289). Its
+    # trainers feed 0 and 1, and its page requests "explicit" with regions: 2 is for models fine-tuned on stems.
     chunk_mask_mode="explicit",
     stems_chunk_mask_mode="auto",
     repaint_mode="balanced",
@@ -158,7 +158,7 @@ _ACE_STEP = Compat(
     turbo_ends_with_euler=True,
     snap_timesteps=True,
     tells_source_duration=True,
-    # Upstream cuts the end of the text and the ends of regions; what it loses so is what was asked for.
+    # Upstream truncates the end of the text and the ends of regions, and thereby loses what the user requested.
     keeps_metadata=True,
     regions_reach_outwards=True,
     thinking=True,
@@ -185,7 +185,7 @@ _DIFFUSERS = Compat(
     thinking=False,
 )
 
-# Templates and defaults are those of ACE-Step 1.5's own code, as in diffusers' `AceStepPipeline`.
+# Templates and defaults are from ACE-Step 1.5's own code, as in diffusers' `AceStepPipeline`.
 ACE_STEP_1_5 = Family(
     networks=MappingProxyType(
         {

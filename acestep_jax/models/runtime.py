@@ -12,7 +12,7 @@ from acestep_jax.errors import InputError
 DTYPES = ("float32", "bfloat16", "float16")
 MIXED = "mixed_float16"
 PRECISIONS = (*DTYPES, MIXED)
-QUANTIZATIONS = ("int8", "fp8")  # of weights, see `models.quantization`
+QUANTIZATIONS = ("int8", "fp8")  # 8-bit formats of weights, see `models.quantization`
 REMAT = ("none", "dots", "full")
 ATTENTION_KERNELS = ("auto", "xla", "cudnn", "splash")
 
@@ -20,12 +20,12 @@ ATTENTION_KERNELS = ("auto", "xla", "cudnn", "splash")
 def check_dtype(name: str, argument: str = "dtype", choices: Collection[str] = DTYPES) -> str:
     """Return `name` if it is one of `choices`; raise InputError otherwise."""
     if name not in choices:
-        raise InputError(f"{argument}: {name!r} is no dtype of this library; use one of {', '.join(choices)}")
+        raise InputError(f"{argument}: {name!r} is not a dtype of this library; use one of {', '.join(choices)}")
     return name
 
 
 def check_stored(name: str, argument: str = "dtype") -> str:
-    """Return `name` if weights can be stored as it, one of `DTYPES` or `QUANTIZATIONS`; raise InputError otherwise."""
+    """Return `name` if weights can be stored in it (`DTYPES` or `QUANTIZATIONS`); raise InputError otherwise."""
     return check_dtype(name, argument, (*DTYPES, *QUANTIZATIONS))
 
 
@@ -35,10 +35,10 @@ def check_precision(name: str, argument: str = "dtype") -> str:
 
 
 def split_dtype(name: str | None, argument: str = "dtype") -> tuple[str | None, str | None]:
-    """Return (precision, quantisation) for the dtype that a user gave, which is one of them; the other is None.
+    """Return (precision, quantisation) for a dtype given by the user, which is one of the two; the other is None.
 
     Raises:
-        InputError: if it is neither one of `PRECISIONS` nor of `QUANTIZATIONS`.
+        InputError: if it is in neither `PRECISIONS` nor `QUANTIZATIONS`.
     """
     if name is None or name in QUANTIZATIONS:
         return None, name
@@ -49,15 +49,16 @@ def split_dtype(name: str | None, argument: str = "dtype") -> tuple[str | None, 
 class Runtime:
     """How a network is computed, independently of its architecture.
 
-    dtype: of activations and matrix products. Norm statistics, softmax, sinusoids and FSQ stay in float32.
-    param_dtype: of the weights in memory, except quantised ones.
-    quantization: of the weights of layers, one of `QUANTIZATIONS`, see `models.quantization`; None: not quantised.
+    dtype: dtype of activations and matrix products. Norm statistics, softmax, sinusoids and FSQ stay in float32.
+    param_dtype: dtype of the weights in memory, except for quantised ones.
+    quantization: quantisation of the layers' weights, one of `QUANTIZATIONS`, see `models.quantization`; None: not
+        quantised.
     products: "float16" to multiply in float16, with each row scaled to its range, in linear layers and attention. Sums
-        and results are float32, and `dtype` must be as well. Convolutions are computed in `dtype`. For inference only:
+        and results are float32, and `dtype` must be float32 too. Convolutions are computed in `dtype`. Inference only:
         derivatives would be rounded to float16 without such a scale. None: products are computed in `dtype`.
     remat: what the backward pass recomputes in a layer: cheap elementwise operations ("none"), everything except
         products with weights ("dots"), or everything ("full").
-    attention: kernel of attention, see `models.attention.attention`.
+    attention: attention kernel, see `models.attention.attention`.
     """
 
     dtype: str = "float32"
@@ -84,11 +85,11 @@ class Runtime:
     def of(cls, precision: str, **options: Any) -> Self:
         """Return the runtime of a precision: one dtype for everything, or "mixed_float16".
 
-        Mixed precision is for GPUs with fast float16 but no bfloat16. The residual stream and the product within a
-        transformer's MLP exceed 65504, the largest float16, so only the factors of products are float16.
+        Mixed precision is for GPUs with fast float16 but no bfloat16. The residual stream and the product inside the
+        transformer's MLP exceed 65504, the largest float16, so only the operands of products are float16.
 
         Args:
-            options: further fields; they override those of the precision.
+            options: further fields, which override those of the precision.
 
         Raises:
             InputError: if the precision is unknown.

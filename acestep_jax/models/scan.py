@@ -23,9 +23,9 @@ Layer = TypeVar("Layer", bound=nnx.Module)
 # expensive to recompute.
 KEPT = "kept"
 
-# What the backward pass reads from memory instead of recomputing it, by `Runtime.remat`: products with weights and
-# results named KEPT, only the products, or nothing. Elementwise results are always recomputed, which is cheaper than
-# storing them; storing the weights of each layer, sliced out of their stack, would copy all weights.
+# What the backward pass reads from memory instead of recomputing, by `Runtime.remat`: products with weights and results
+# named KEPT, only the products, or nothing. Elementwise results are always recomputed, which is cheaper than storing
+# them; storing the weights of each layer, sliced out of their stack, would copy all weights.
 _PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 _SAVEABLE = {
     "none": jax.checkpoint_policies.save_from_both_policies(
@@ -70,10 +70,10 @@ def scan_layers(
 
     Args:
         block: one layer; it may close over arrays, which all layers share.
-        layers: a stacked module, leaves [L, ...]; or a list of L modules, whose loop is unrolled.
+        layers: a stacked module, leaves [L, ...]; or a list of L modules, over which the loop is unrolled.
         windows: the sliding window of each layer, None for full attention.
-        per_layer: a pytree with leaves [L, ...], or lists of L in their place, taken along with the layers.
-        remat: see `Runtime.remat`; it acts only where there is a derivative, and not on a list.
+        per_layer: a pytree with leaves [L, ...], or lists of length L instead, scanned along with the layers.
+        remat: see `Runtime.remat`; it applies only to derivatives, and not to a list of modules.
 
     Returns:
         The last x, and the outputs of all layers, leaves [L, ...].
@@ -113,13 +113,13 @@ def map_layers(function: Callable[[Any], Any], layers: nnx.Module, part: str) ->
 
 
 def _pick(stack: jax.Array, rows: jax.Array, *, layer: jax.Array, row: int) -> jax.Array:
-    """Return stack[layer], which is rows[row]; the value is read from `stack`, the derivative goes to `rows`.
+    """Return stack[layer], which equals rows[row]; the value is read from `stack`, the derivative goes to `rows`.
 
     `stack` is the whole array, `rows` the slice of it that the scan passes to this period. XLA reads an index into the
     whole stack in place, but copies a scanned slice first. The compiler's estimate for a TPU (2B, 240 s, v5e 2x2) is
     0.211 s with `stack` and was 0.276 s with `rows`; on a CPU (four layers of width 512, 30 s) a forward program
-    accesses 0.28 GB instead of 0.31, and a gradient of all weights 1.43 GB instead of 1.49. The derivative with respect
-    to the whole stack, however, would be a sum of arrays of its size over all periods, while with respect to the slices
+    accesses 0.28 GB instead of 0.31, and a gradient of all weights 1.43 GB instead of 1.49. However, the derivative
+    with respect to the whole stack would sum arrays of its size over all periods, whereas with respect to the slices
     each period writes only its own part. Integers and 8-bit floats have no derivative.
     """
     if not jnp.issubdtype(stack.dtype, jnp.inexact) or stack.dtype.itemsize == 1:
@@ -132,7 +132,7 @@ def _read(stack, rows, layer, row):
     return pick_row(stack, layer)
 
 
-# With symbolic zeros, what has no tangent, such as frozen weights under an adapter, stays out of the derivative.
+# Symbolic zeros keep arrays without a tangent, such as frozen weights under an adapter, out of the derivative.
 @functools.partial(_read.defjvp, symbolic_zeros=True)
 def _read_jvp(row, primals, tangents):
     stack, rows, layer = primals

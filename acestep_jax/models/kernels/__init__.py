@@ -1,4 +1,4 @@
-"""What depends on the platform: the form of an operation that each backend compiles and runs well.
+"""Platform-dependent code: each operation in the form that a backend compiles and runs well.
 
 Nothing outside this package asks which platform it runs on.
 """

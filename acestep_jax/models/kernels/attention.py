@@ -1,8 +1,8 @@
-"""Attention on the arrays of one device, and the choice among the ways to compute it.
+"""Attention on the arrays of one device, and the choice of its kernel.
 
-All take q [B, T, N, H] and k, v [B, S, K, H] with N a multiple of K, read query head n with key head n // (N / K),
-never repeat a key head in memory, and return [B, T, N, H] in q's dtype with the softmax in float32. `key_lengths`, [B]
-int32: keys from there on are seen by no query. A query that sees no key gets some finite value.
+All kernels take q [B, T, N, H] and k, v [B, S, K, H] with N a multiple of K, pair query head n with key head
+n // (N / K), never repeat a key head in memory, and return [B, T, N, H] in q's dtype, with the softmax in float32.
+`key_lengths`, [B] int32: later keys are masked. The result for a query with no visible key is arbitrary, but finite.
 """
 
 import functools
@@ -19,13 +19,14 @@ from acestep_jax.models.runtime import ATTENTION_KERNELS
 
 
 def choose_kernel(kernel: str, q: jax.Array, k: jax.Array) -> str:
-    """Return the kernel of attention for these shapes and dtypes on the backend in use; raises InputError."""
+    """Return the attention kernel for these shapes and dtypes on the current backend; raise InputError if the given one
+    is unknown or not supported."""
     if kernel not in ATTENTION_KERNELS:
         raise InputError(f"attention: expected one of {', '.join(ATTENTION_KERNELS)}, found {kernel!r}")
     found = platform()
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if kernel == "auto":
-        # Below a tile or two there is nothing for a fused kernel to save.
+        # Below a tile or two, a fused kernel saves nothing.
         if min(q.shape[1], k.shape[1]) < 128:
             return "xla"
         if found == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and compute_capability() >= 8:
@@ -56,8 +57,8 @@ def attend(
     """Compute attention as `models.attention.attention` describes it, on one device.
 
     Args:
-        kernel: what `choose_kernel` returned; causal attention and dropout are in plain JAX regardless.
-        halo: brings the `window` keys before and after those of this device; None: zeros.
+        kernel: a result of `choose_kernel`; causal attention and dropout always use plain JAX.
+        halo: function that adds `window` keys before and after those of this device; None: zeros.
         first_query: position of q[:, 0].
     """
     if window is not None:

@@ -1,6 +1,6 @@
 """Attention in plain JAX, a block of queries at a time: no array of [T, S] scores, on any backend.
 
-Functions take q [B, T, N, H] and k, v [B, S, K, H] as `kernels.attention` says.
+Functions take q [B, T, N, H] and k, v [B, S, K, H], see `kernels.attention`.
 """
 
 import functools
@@ -15,13 +15,13 @@ from acestep_jax.models.kernels.platform import platform
 from acestep_jax.models.kernels.products import dot_general, operand
 from acestep_jax.models.scan import KEPT
 
-# Queries that share one pass over the keys in full attention: no array of [T, T] scores is ever made.
+# Queries that share one pass over the keys in full attention, so that no [T, T] array of scores is ever allocated.
 QUERY_BLOCK = 256
 
-# Scores held at once on a CPU, so that they stay in its cache: 4 MiB of float32.
+# Number of scores held at once on a CPU, so that they stay in its cache: 4 MiB in float32.
 CPU_SCORES = 1 << 20
 
-# Keeps a block's masks and scores out of memory until the backward pass, but for what it would need them all to make.
+# Recomputes a block's masks and scores in the backward pass instead of storing them, except for results named KEPT.
 _recomputed = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
 
 
@@ -80,10 +80,10 @@ def banded(
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Attend to keys with |i - j| <= window, in O(T * window): blocks of `window` queries, each against three of keys.
+    """Attend to keys with |i - j| <= window, in O(T * window): each block of `window` queries reads three of keys.
 
     k, v: [B, window + T + window, K, H], with `window` keys before the first query and after the last.
-    first_query: position of q[:, 0]; keys at negative positions are seen by no query.
+    first_query: position of q[:, 0]; keys at negative positions are masked.
     """
     b, t, n, h = q.shape
     groups = k.shape[2]
@@ -120,7 +120,7 @@ def banded(
 
 @jax.custom_jvp
 def _attend(q, k, v, visible, dropout_key, dropout):
-    """Compute y = softmax(q k^T / sqrt(H)) v of q [G, T, H] and k, v [S, H], as one product each on rows G * T.
+    """Compute y = softmax(q k^T / sqrt(H)) v for q [G, T, H] and k, v [S, H], as one product each over rows G * T.
 
     visible: bool, [S] or [T, S].
     """
@@ -128,10 +128,10 @@ def _attend(q, k, v, visible, dropout_key, dropout):
 
 
 def _weighted_mean(q, k, v, visible, dropout_key, dropout):
-    """Return y and each row's norm, the log of its sum of exponentials, [G * T, 1]."""
+    """Return y and each row's norm, the log-sum-exp of its scores, [G * T, 1]."""
     scores = _scores(q, k)
     if visible is not None:
-        # The lowest finite score, not -inf: a row without any visible key gives the mean, not NaN.
+        # The lowest finite score, not -inf, so that a row with no visible key gives the mean instead of NaN.
         scores = _where(visible, scores, jnp.finfo(jnp.float32).min)
     highest = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - highest)
@@ -145,19 +145,19 @@ def _weighted_mean(q, k, v, visible, dropout_key, dropout):
 
 @functools.partial(_attend.defjvp, symbolic_zeros=True)
 def _attend_jvp(primals, tangents):
-    """Derive y_i = sum_j w_ij v_j, with w the softmax of the scores s: y' = (w s') v - rowsum(w s') y + w v'.
+    """Differentiate y_i = sum_j w_ij v_j, with w the softmax of the scores s: y' = (w s') v - rowsum(w s') y + w v'.
 
-    Reverse mode is the transpose of this, of which y and the norm are what the backward pass keeps:
+    Reverse mode is the transpose of this, and stores only y and the norm for the backward pass:
     dv = w^T dy,  ds = w (dy v^T - rowsum(dy y)),  dq = ds k / sqrt(H),  dk = ds^T q / sqrt(H). That is five products
-    with the scores made again, instead of six, and no reduction over the scores. A row that sees nothing has no
-    derivative.
+    including the recomputed scores, instead of six, and no reduction over the scores. A row with no visible key has a
+    derivative of zero.
     """
     q, k, v, visible, dropout_key, dropout = primals
     q_slope, k_slope, v_slope = tangents[:3]
     y, norm = _weighted_mean(*primals)
     exponents = _scores(q, k) - norm
     if visible is not None:
-        # Before the exponential: of a row that sees nothing it is infinite, and its own derivative would be NaN.
+        # Mask before the exponential, which is infinite in a row with no visible key, and its derivative NaN.
         exponents = _where(visible, exponents, -jnp.inf)
     weights = jnp.exp(exponents)
     kept = None if dropout_key is None else _kept(dropout_key, dropout, weights.shape)
@@ -182,7 +182,7 @@ def _attend_jvp(primals, tangents):
 
 
 def _product(x, y):
-    """Compute x y, float32 [M, N] of the lower dtype of both, so that its transposes are products in that as well."""
+    """Compute x y, float32 [M, N], in the lower dtype of the two, so that its transposes use that dtype as well."""
     dtype = min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
     return dot_general(x.astype(dtype), y.astype(dtype), (((1,), (0,)), ((), ()))).astype(jnp.float32)
 
@@ -198,14 +198,14 @@ def _where(visible, x, otherwise):
 
 
 def _kept(key, dropout, shape):
-    """Draw what a weight counts under dropout: nothing, or so much more that the mean stays."""
+    """Draw the factor of each weight under dropout: 0, or 1 / (1 - rate)."""
     return jax.random.bernoulli(key, 1.0 - dropout, shape) / (1.0 - dropout)
 
 
 def _over_rows(function: Callable, xs, scores: int):
-    """Map `function` over the leading axis of xs. An accelerator takes all rows at once. A CPU takes one row after the
-    other, or as many as together make `CPU_SCORES`: XLA's matrix product uses all cores anyway, and a row's scores are
-    then read from cache."""
+    """Map `function` over the leading axis of xs. An accelerator computes all rows at once. A CPU computes as many rows
+    at a time as have `CPU_SCORES` scores together, or one: XLA's matrix product uses all cores anyway, and the scores
+    are then read from cache."""
     if platform() != "cpu":
         return jax.vmap(function)(xs)
     rows = xs[0].shape[0]

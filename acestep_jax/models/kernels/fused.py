@@ -1,7 +1,7 @@
-"""Fused attention kernels of accelerators. They have derivatives in reverse mode only: in forward mode (`jax.jvp`,
-`jax.jacfwd`) JAX raises a TypeError; `Runtime(attention="xla")` computes attention in plain JAX, which has both.
+"""Fused attention kernels for accelerators. They support only reverse-mode differentiation: in forward mode (`jax.jvp`,
+`jax.jacfwd`) JAX raises a TypeError. `Runtime(attention="xla")` computes attention in plain JAX, which supports both.
 
-Functions take q [B, T, N, H] and k, v [B, S, K, H] as `kernels.attention` says.
+Functions take q [B, T, N, H] and k, v [B, S, K, H], see `kernels.attention`.
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ from acestep_jax.models.scan import KEPT
 
 # Largest tile of Pallas' splash attention, tokens.
 SPLASH_BLOCK = 1024
-# And of its queries and keys where there is a window, of which more would be masked in larger ones.
+# Largest tiles of queries and keys with a window; more of larger tiles would be masked.
 WINDOW_BLOCKS = (256, 128)
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, key_lengths: jax.Array | None = None) -> jax.Array:
-    """Compute attention by cuDNN's fused kernel: bfloat16 or float16, compute capability 8.0 or more."""
+    """Compute attention with cuDNN's fused kernel: bfloat16 or float16, compute capability 8.0 or higher."""
     return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=key_lengths, implementation="cudnn")
 
 
@@ -33,14 +33,14 @@ def splash(
     key_lengths: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Compute attention by Pallas' splash kernel for TPU; T and S are padded to multiples of 128, the keys masked.
+    """Compute attention with Pallas' splash kernel for TPU; T and S are padded to multiples of 128, with keys masked.
 
-    window: only keys with |i - j| <= window are seen, and only their blocks visited. Then S is T, or window + T +
-        window, with the keys before the first query and after the last.
-    first_query: position of q[:, 0], for `window`; keys at negative positions are seen by no query.
-    interpret: runs the kernel step by step in JAX, on any backend.
+    window: only keys with |i - j| <= window are visible, and only their blocks are visited. Then S is T, or window +
+        T + window, with keys before the first query and after the last.
+    first_query: position of q[:, 0], for `window`; keys at negative positions are masked.
+    interpret: run the kernel step by step in JAX, on any backend.
     """
-    # Importing it takes a second, which only a TPU's users should pay.
+    # The import takes a second, which only TPU users should pay.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -54,10 +54,10 @@ def splash(
     if window is None:
         mask = masks.FullMask((rows, columns))
     else:
-        halo = (s - t) // 2  # the key at a query's own position is so far on
+        halo = (s - t) // 2  # offset of the key at a query's own position
         mask = masks.LocalMask((rows, columns), (window, window), halo)
         block_q, block_kv = _tile(rows, WINDOW_BLOCKS[0]), _tile(columns, WINDOW_BLOCKS[1])
-        # The fused backward pass writes the derivative by queries once for each block of keys, visited or not.
+        # The fused backward pass writes the gradient of the queries once per block of keys, visited or not.
         backward = dict(use_fused_bwd_kernel=False, block_q_dq=block_q, block_kv_dq=block_kv)
     kernel = kernels.make_splash_mha(
         mask=masks.MultiHeadMask([mask] * n),
@@ -74,14 +74,14 @@ def splash(
         interpret=interpret,
     )
     scale = jnp.asarray(h**-0.5, q.dtype)
-    q, k = (q, k * scale) if k.size < q.size else (q * scale, k)  # whichever is read and written faster
+    q, k = (q, k * scale) if k.size < q.size else (q * scale, k)  # scale the smaller array
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, N, T, H]
     segments = None
     if key_lengths is not None or columns != s:
         lengths = jnp.full((b,), s) if key_lengths is None else key_lengths
         at = jnp.arange(columns)
         begin, end = halo - first_query, lengths - first_query + halo
-        # A token sees those of its own segment: all queries are in segment 1, the keys that count as well.
+        # Tokens attend within their segment: all queries and valid keys are in segment 1.
         segments = kernels.SegmentIds(
             q=jnp.ones((b, rows), jnp.int32), kv=((at >= begin) & (at < end[:, None])).astype(jnp.int32)
         )
@@ -90,5 +90,5 @@ def splash(
 
 
 def _tile(length: int, most: int) -> int:
-    """Return the largest multiple of 128 up to `most` that divides `length`, itself one."""
+    """Return the largest multiple of 128 up to `most` that divides `length`, a multiple of 128."""
     return max(n for n in range(128, most + 1, 128) if length % n == 0)

@@ -1,8 +1,9 @@
-"""The norm of queries or keys and their rotation in one kernel, in Pallas, for TPUs.
+"""Norm and rotary embedding of queries or keys in one Pallas kernel for TPUs.
 
-XLA reads and writes the array two or three times for it. It also folds the split into heads into the product before,
-whose weights it therefore copies in another layout; and splash attention wants heads before time. This kernel takes the
-product's own layout, and gives splash's; a second one computes the derivative. For GPUs there is `heads_gpu`.
+XLA reads and writes the array two or three times for this. It also folds the split into heads into the preceding
+product, and therefore copies the product's weights to another layout; and splash attention expects heads before time.
+This kernel reads the product's own layout and writes splash's; a second kernel computes the derivative. `heads_gpu` is
+for GPUs.
 """
 
 import functools
@@ -16,8 +17,8 @@ from acestep_jax.models.layers import apply_rotary, rms_norm
 
 Rope = tuple[jax.Array, jax.Array]
 
-ROWS = range(256, 63, -16)  # tokens of a tile, the first that divides them
-TILE_BYTES = 4 << 20  # of a tile's arrays at most: a chip holds two of each, in 16 MB
+ROWS = range(256, 63, -16)  # candidates for the tokens of a tile; the first that divides T is used
+TILE_BYTES = 4 << 20  # limit for a tile's arrays: a chip holds two of each, in 16 MB
 
 
 def normalise(x: jax.Array, scale: jax.Array, rope: Rope | None = None, *, eps: float) -> jax.Array:
@@ -25,9 +26,9 @@ def normalise(x: jax.Array, scale: jax.Array, rope: Rope | None = None, *, eps: 
 
     Args:
         x: [B, T, N, H].
-        scale: [H], of the norm.
+        scale: [H], scale of the norm.
         rope: tables [T, H / 2] each; None: no rotation.
-        eps: of the norm.
+        eps: epsilon of the norm.
     """
     if not suits(x.shape[-1]) or _tile_rows(x, 3) is None:
         return _plain(x, scale, rope, eps)
@@ -35,13 +36,13 @@ def normalise(x: jax.Array, scale: jax.Array, rope: Rope | None = None, *, eps: 
 
 
 def suits(h: int) -> bool:
-    """Return whether the kernel is for heads of h on the platform in use, if their tokens fill tiles."""
+    """Return whether the kernel supports head dim h on the current platform, provided that tokens fill tiles."""
     return platform() == "tpu" and h % 128 == 0
 
 
-def as_it_comes(product: jax.Array) -> jax.Array:
-    """Return a product [B, T, N * H] that XLA for TPU does not compute heads first, and so in another layout of its
-    weights, which it would copy in each layer."""
+def keep_layout(product: jax.Array) -> jax.Array:
+    """Return a product [B, T, N * H] unchanged, but keep XLA for TPU from computing it with heads first: that needs
+    another layout of the weights, which it would copy in each layer."""
     return jax.lax.optimization_barrier(product) if platform() == "tpu" else product
 
 
@@ -52,8 +53,8 @@ def _plain(x: jax.Array, scale: jax.Array, rope: Rope | None, eps: float) -> jax
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _fused(x: jax.Array, scale: jax.Array, rope: Rope | None, eps: float, interpret: bool) -> jax.Array:
-    """Compute `_plain` by a kernel. It has a derivative in reverse mode, as splash attention, which takes the result;
-    the tables have none. interpret: step by step in JAX, on any backend."""
+    """Compute `_plain` with a kernel. Like splash attention, which takes the result, it supports only reverse-mode
+    differentiation; the tables have no derivative. interpret: run step by step in JAX, on any backend."""
     b, t, n, h = x.shape
     rows = _tile_rows(x, 2)
     assert rows
@@ -75,7 +76,7 @@ def _fused_forward(x, scale, rope, eps, interpret):
 
 
 def _fused_backward(eps, interpret, kept, slope):
-    """With u = x r, r = 1 / rms(x), and g the slope turned back: dscale = sum u g and
+    """Compute, with u = x r, r = 1 / rms(x), and g the gradient rotated back: dscale = sum u g and
     dx = r (scale g - u mean(u scale g))."""
     x, scale, rope = kept
     b, t, n, h = x.shape
@@ -99,15 +100,15 @@ _fused.defvjp(_fused_forward, _fused_backward)
 
 
 def _tile_rows(x: jax.Array, arrays: int) -> int | None:
-    """Return how many tokens of x [B, T, N, H] a tile has, where a kernel holds so many arrays of them; None if no
-    tile suits."""
+    """Return the number of tokens of x [B, T, N, H] in a tile, for a kernel that holds `arrays` arrays of them; None if
+    no tile size fits."""
     _, t, n, h = x.shape
     size = n * h * x.dtype.itemsize * arrays
     return next((rows for rows in ROWS if t % rows == 0 and rows * size <= TILE_BYTES), None)
 
 
 def _specs(rows: int, n: int, h: int) -> tuple[pl.BlockSpec, ...]:
-    """Return how tiles lie in a product [B, T, N * H], a scale [1, H] and heads [B, N, T, H]."""
+    """Return the block specs of a product [B, T, N * H], a scale [1, H] and heads [B, N, T, H]."""
     return (
         pl.BlockSpec((None, rows, n * h), lambda batch, i: (batch, i, 0)),
         pl.BlockSpec((1, h), lambda batch, i: (0, 0)),
@@ -116,8 +117,8 @@ def _specs(rows: int, n: int, h: int) -> tuple[pl.BlockSpec, ...]:
 
 
 def _tables(rope: Rope | None, rows: int) -> tuple[tuple[jax.Array, ...], list[pl.BlockSpec]]:
-    """Return tables [T, H] and how their tiles lie: y = x * cos + turned(x) * sin, where turned(x) has the halves of x
-    in each other's place."""
+    """Return tables [T, H] and their block specs: y = x * cos + turned(x) * sin, where turned(x) is x with its halves
+    swapped."""
     if rope is None:
         return (), []
     cos, sin = rope
@@ -125,8 +126,8 @@ def _tables(rope: Rope | None, rows: int) -> tuple[tuple[jax.Array, ...], list[p
     return tables, [pl.BlockSpec((rows, tables[0].shape[-1]), lambda batch, i: (i, 0))] * 2
 
 
-def _turned(x: jax.Array) -> jax.Array:
-    # Importing it takes a second, which only a TPU's users should pay.
+def _rotate_half(x: jax.Array) -> jax.Array:
+    # The import takes a second, which only TPU users should pay.
     from jax.experimental.pallas import tpu
 
     return tpu.roll(x, x.shape[-1] // 2, 1)
@@ -139,12 +140,12 @@ def _kernel(x_ref, scale_ref, *refs, eps: float, heads: int):
         y = _rounded_norm(x_ref[:, head * h : (head + 1) * h], scale_ref[...], eps)
         if tables:
             cos_ref, sin_ref = tables
-            y = y * cos_ref[...] + _turned(y) * sin_ref[...]
+            y = y * cos_ref[...] + _rotate_half(y) * sin_ref[...]
         y_ref[head] = y.astype(y_ref.dtype)
 
 
 def _backward_kernel(x_ref, scale_ref, slope_ref, *refs, eps: float, heads: int):
-    """Compute dx of a tile, and add the tile's part to dscale, which all tiles share."""
+    """Compute dx for a tile, and add the tile's contribution to dscale, which all tiles share."""
     *tables, dx_ref, dscale_ref = refs
     h = scale_ref.shape[-1]
     scale = scale_ref[...].astype(jnp.float32)
@@ -154,7 +155,7 @@ def _backward_kernel(x_ref, scale_ref, slope_ref, *refs, eps: float, heads: int)
         g = slope_ref[head].astype(jnp.float32)
         if tables:
             cos_ref, sin_ref = tables
-            g = g * cos_ref[...] + _turned(g * sin_ref[...])
+            g = g * cos_ref[...] + _rotate_half(g * sin_ref[...])
         r = jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
         u = x * r
         dscale += jnp.sum(u * g, 0, keepdims=True)
@@ -172,7 +173,7 @@ def _backward_kernel(x_ref, scale_ref, slope_ref, *refs, eps: float, heads: int)
 
 
 def _rounded_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Compute `rms_norm` of rows, rounded to x's dtype where it rounds, in float32."""
+    """Compute `rms_norm` of rows in float32, rounded to x's dtype where `rms_norm` rounds."""
     f = x.astype(jnp.float32)
     f = f * jax.lax.rsqrt(jnp.mean(f * f, -1, keepdims=True) + eps)
     return _round(_round(f, x.dtype) * scale.astype(jnp.float32), x.dtype)

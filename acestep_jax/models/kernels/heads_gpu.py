@@ -1,8 +1,8 @@
-"""Queries, keys and values out of one fused product, in one kernel for GPUs, in Pallas' dialect for Triton.
+"""Queries, keys and values from one fused product, in one Pallas kernel for GPUs (with the Triton backend).
 
     x [B, T, (N + 2 K) H] -> q [B, T, N, H], k [B, T, K, H], normalised and rotated, and v [B, T, K, H]
 
-XLA makes four kernels of it, and copies of their results, which attention wants as arrays of their own.
+XLA generates four kernels for this, and copies their results, because attention needs separate arrays.
 """
 
 import functools
@@ -33,11 +33,11 @@ def split(
 
     Args:
         x: [B, T, (N + 2 K) * H], queries, keys and values side by side.
-        q_scale, k_scale: [H], of the norms.
+        q_scale, k_scale: [H], scales of the norms.
         rope: cos and sin, [T, H / 2] each.
         ends: where queries and keys end along the last axis of x.
-        eps: of the norms.
-        plain: whether to do without the kernel.
+        eps: epsilon of the norms.
+        plain: whether to compute it without the kernel.
     """
     h = q_scale.shape[0]
     suits = platform() == "gpu" and compute_capability() >= 8 and x.shape[1] >= ROWS and h in (32, 64, 128)
@@ -46,11 +46,11 @@ def split(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
 def _fused(x, q_scale, k_scale, rope, ends, eps, interpret=False) -> Parts:
-    """Compute `split` by a kernel. interpret: step by step in JAX, on any backend."""
+    """Compute `split` with a kernel. interpret: run step by step in JAX, on any backend."""
     b, t, size = x.shape
     h = q_scale.shape[0]
     n, groups = ends[0] // h, (ends[1] - ends[0]) // h
-    # Each head is written to one of the results; the places of the other two are not touched.
+    # Each head is written to one of the results; the other two are not touched.
     out = lambda first, count: pl.BlockSpec(  # noqa: E731
         (None, t, h), lambda i, batch, head: (batch, 0, jnp.clip(head - first, 0, count - 1))
     )
@@ -76,7 +76,7 @@ def _fused(x, q_scale, k_scale, rope, ends, eps, interpret=False) -> Parts:
 
 
 def _options() -> dict:
-    # Importing it takes time that only a GPU's users should pay.
+    # The import takes time that only GPU users should pay.
     from jax.experimental.pallas import triton
 
     return dict(compiler_params=triton.CompilerParams(num_warps=4, num_stages=1))
@@ -86,7 +86,7 @@ def _kernel(x_ref, q_scale_ref, k_scale_ref, cos_ref, sin_ref, q_ref, k_ref, v_r
     head = pl.program_id(2)
     t, h = x_ref.shape
     dtype = x_ref.dtype
-    # The last tile ends with the tokens: what it shares with the one before, both compute.
+    # The last tile ends with the last token; tokens that it shares with the tile before are computed by both.
     rows = pl.ds(jnp.minimum(pl.program_id(0) * ROWS, t - ROWS), ROWS)
     halves = pl.ds(0, h // 2), pl.ds(h // 2, h // 2)
 

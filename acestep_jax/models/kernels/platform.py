@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from acestep_jax.models.runtime import MIXED
 
-# By the name of an NVIDIA GPU. A mesh that a program is traced for tells no more of devices that are not attached.
+# Compute capability by the name of an NVIDIA GPU. For devices that are not attached, a mesh has only their names.
 _CAPABILITIES = (
     ("B200|GB200", 10.0),
     ("H100|H200|GH200", 9.0),
@@ -23,19 +23,19 @@ _CAPABILITIES = (
 
 
 def platform() -> str:
-    """Return "cpu", "gpu" or "tpu": that of the mesh in use, whose devices need not be attached (ahead-of-time
-    compilation), or else the default backend's."""
+    """Return "cpu", "gpu" or "tpu": the platform of the active mesh, whose devices need not be attached (ahead-of-time
+    compilation), or else of the default backend."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return jax.default_backend() if device is None else device.platform
 
 
 @functools.cache
 def cpu_favours_bfloat16() -> bool:
-    """Return whether this processor multiplies bfloat16 faster than float32, as far as is known.
+    """Return whether this processor multiplies bfloat16 faster than float32, as far as that is known.
 
-    Intel's AVX512-BF16 has one unit where float32 has two, each with half as many products: the same rate, unless there
-    is AMX. AMD's has twice the rate of float32. Without either, x86 has no such products. What is not known,
-    as outside of Linux and x86, is taken to be faster.
+    Intel's AVX512-BF16 has one unit where float32 has two with half as many products each: the same rate, unless there
+    is AMX. AMD's has twice the rate of float32. Without either, x86 has no such products. Unknown processors, such as
+    any outside of Linux and x86, are assumed to be faster with bfloat16.
     """
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -45,14 +45,14 @@ def cpu_favours_bfloat16() -> bool:
 
 
 def favours_bfloat16(cpuinfo: str) -> bool:
-    """Return what `cpu_favours_bfloat16` does, of the text of /proc/cpuinfo."""
+    """Return the result of `cpu_favours_bfloat16` for the text of /proc/cpuinfo."""
     flags = set((re.findall(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE) or [""])[0].split())
     return not flags or "amx_bf16" in flags or "AuthenticAMD" in cpuinfo and "avx512_bf16" in flags
 
 
 def compute_capability() -> float:
-    """Return that of the NVIDIA GPUs of the mesh in use, which need not be attached, or else of the default device,
-    such as 9.0; 0 for other devices."""
+    """Return the compute capability, such as 9.0, of the NVIDIA GPUs in the active mesh, which need not be attached, or
+    else of the default device; 0 for other devices."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is None:
         return capability_of(jax.devices()[0])
@@ -61,7 +61,7 @@ def compute_capability() -> float:
 
 @functools.cache
 def _capability_of_kind(kind: str) -> float:
-    """Return that of an attached device of this kind, or else what is known of the name; 0 if nothing is."""
+    """Return the compute capability of an attached device of this kind, or else by its name; 0 if unknown."""
     attached = [capability_of(device) for device in jax.devices() if device.device_kind == kind]
     known = [capability for pattern, capability in _CAPABILITIES if re.search(rf"\b(?:{pattern})\b", kind)]
     return (attached + known + [0.0])[0]
@@ -74,7 +74,7 @@ def capability_of(device: Any) -> float:
 
 
 def default_precision(mesh: Mesh | None = None) -> str:
-    """Return the precision that suits the devices of a mesh, or else the first device, see `precision_for`."""
+    """Return the precision for the devices of a mesh, or else for the first device, see `precision_for`."""
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     return precision_for(device.platform, capability_of(device))
 
@@ -82,9 +82,9 @@ def default_precision(mesh: Mesh | None = None) -> str:
 def precision_for(platform: str, capability: float) -> str:
     """Return one of `runtime.PRECISIONS`.
 
-    bfloat16 on TPUs and on NVIDIA GPUs that have it, from compute capability 8.0 on (A100, L4, H100). Older ones (T4,
-    V100) multiply fast in float16 only. float32 on CPUs, where XLA widens stacks of bfloat16 weights as it runs, and
-    on devices that are not known here.
+    bfloat16 on TPUs and on NVIDIA GPUs that support it, with compute capability 8.0 or higher (A100, L4, H100). Older
+    GPUs (T4, V100) are fast only in float16 and use mixed_float16. float32 on CPUs, many of which multiply bfloat16 no
+    faster, and on unknown devices.
     """
     if platform == "tpu" or capability >= 8:
         return "bfloat16"

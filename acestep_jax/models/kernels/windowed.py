@@ -1,5 +1,5 @@
-"""Attention with a window as one kernel for GPUs, in Pallas' dialect for Triton: nothing is gathered, masked or kept
-outside of it. Its derivatives, of either mode, are those of the plain form, `blockwise.banded`.
+"""Sliding-window attention as one Pallas kernel for GPUs (with the Triton backend): it needs no gathered keys, masks or
+scores in memory. Its derivatives, in both modes, are those of the plain form, `blockwise.banded`.
 
     block i of queries, positions i Q to i Q + Q - 1, reads keys from i Q - window to i Q + Q - 1 + window
 """
@@ -13,8 +13,8 @@ from jax.experimental import pallas as pl
 from acestep_jax.models.kernels import blockwise
 from acestep_jax.models.kernels.blockwise import pad_time
 
-QUERIES, KEYS = 128, 64  # of a tile
-HEAD_DIMS = (32, 64, 128)  # that it is for
+QUERIES, KEYS = 128, 64  # tile sizes
+HEAD_DIMS = (32, 64, 128)  # supported
 _LOG2_E = 1.4426950408889634
 
 
@@ -32,15 +32,15 @@ def windowed(
 
     Args:
         q: [B, T, N, H], bfloat16 or float16; H is a power of two.
-        k, v: [B, T, K, H]; or [B, window + T + window, K, H], with the keys before the first query and after the last.
-        first_query: scalar int32, position of q[:, 0]; keys at negative positions are seen by no query.
-        key_lengths: [B] int32, keys from there on are padding.
+        k, v: [B, T, K, H]; or [B, window + T + window, K, H], with keys before the first query and after the last.
+        first_query: scalar int32, position of q[:, 0]; keys at negative positions are masked.
+        key_lengths: [B] int32, number of valid keys; later ones are padding.
         window: static.
-        interpret: runs the kernel step by step in JAX, on any backend.
+        interpret: run the kernel step by step in JAX, on any backend.
     """
     b, t, n, h = q.shape
     groups = n // k.shape[2]
-    halo = (k.shape[1] - t) // 2  # the key at a query's own position is so far on
+    halo = (k.shape[1] - t) // 2  # offset of the key at a query's own position
     begin = jnp.broadcast_to(jnp.maximum(halo - first_query, 0), (b,)).astype(jnp.int32)
     end = jnp.minimum(key_lengths - first_query + halo, k.shape[1]).astype(jnp.int32)
     span = -(-(QUERIES + 2 * window) // KEYS) * KEYS
@@ -64,26 +64,26 @@ def windowed(
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         interpret=interpret,
         name="windowed_attention",
-        metadata={"flops": str(4 * b * n * q.shape[1] * span * h)},  # for those who read the compiled program
+        metadata={"flops": str(4 * b * n * q.shape[1] * span * h)},  # for analyses of the compiled program
         **({} if interpret else _options()),
     )(q, k, v, begin, end)
     return y[:, :t]
 
 
 def _options() -> dict:
-    # Importing it takes time that only a GPU's users should pay.
+    # The import takes time that only GPU users should pay.
     from jax.experimental.pallas import triton
 
     return dict(compiler_params=triton.CompilerParams(num_warps=4, num_stages=2))
 
 
 def _kernel(q_ref, k_ref, v_ref, begin_ref, end_ref, out_ref, *, window: int, halo: int, span: int, keys: int):
-    """Compute one tile of queries of one head: softmax(q k^T / sqrt(H)) v, tile after tile of keys."""
+    """Compute one tile of queries of one head: softmax(q k^T / sqrt(H)) v, one tile of keys after another."""
     size, h = q_ref.shape
     q = q_ref[...]
     row = pl.program_id(0) * size + halo + jax.lax.broadcasted_iota(jnp.int32, (size, KEYS), 0)
     column = jax.lax.broadcasted_iota(jnp.int32, (size, KEYS), 1)
-    # The first and last tiles begin within the keys, so that nothing is read beyond them.
+    # Tiles start and end within the keys, so that nothing is read beyond them.
     first = jnp.clip(pl.program_id(0) * size + halo - window, 0, keys - span)
     begin, end = begin_ref[0], end_ref[0]
     lowest = jnp.finfo(jnp.float32).min
@@ -94,7 +94,7 @@ def _kernel(q_ref, k_ref, v_ref, begin_ref, end_ref, out_ref, *, window: int, ha
         scores = jnp.dot(q, k_ref[pl.ds(at, KEYS), :].T, preferred_element_type=jnp.float32)
         key = at + column
         visible = (jnp.abs(row - key) <= window) & (key >= begin) & (key < end)
-        # The lowest finite score, not -inf: a row without any visible key gives some mean, not NaN.
+        # The lowest finite score, not -inf, so that a row with no visible key gives some mean instead of NaN.
         scores = jnp.where(visible, scores * (h**-0.5 * _LOG2_E), lowest)
         top = jnp.maximum(highest, scores.max(-1))
         weights = jnp.exp2(scores - top[:, None])
