@@ -35,24 +35,27 @@ jax.config.update("jax_default_matmul_precision", "highest")
 warnings.filterwarnings("ignore", message=".*weight_norm.*", category=FutureWarning)
 
 
-UNIT = "unit and not slow"
+UNIT = "unit and not slow and not heavy"
 
 
 def pytest_configure(config):
-    """Leave slow tests out of `-m unit`, which takes the place of the `-m 'not slow'` of pyproject.toml."""
+    """Leave slow and heavy tests out of `-m unit`, which replaces the `-m 'not slow'` of pyproject.toml."""
     if config.option.markexpr == "unit":
         config.option.markexpr = UNIT
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Ignore, under `-m unit`, test files whose imports need a package that is not installed.
+    """Ignore, under `-m unit`, test files without a unit test, and those whose imports need a package that is not
+    installed.
 
-    `tests/test_layout.py` holds that such a file has no unit test, so none is lost. Everywhere else, and wherever
-    the packages are installed, every file is collected and a failing import is an error.
+    `tests/test_layout.py` checks that the latter have no unit test, so none is lost. Otherwise every file is collected,
+    and a failing import is an error.
     """
-    if config.option.markexpr == UNIT and collection_path.suffix == ".py" and missing_packages(collection_path):
+    if config.option.markexpr != UNIT or not collection_path.name.startswith("test_"):
+        return None
+    if collection_path.suffix == ".py" and "mark.unit" not in collection_path.read_text(encoding="utf-8"):
         return True
-    return None
+    return True if missing_packages(collection_path) else None
 
 
 @pytest.hookimpl(optionalhook=True)

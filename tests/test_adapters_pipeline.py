@@ -141,7 +141,7 @@ BAD = {
     "a number": (lambda p, f: p.set_adapters(3), "scales: expected scales by name, such as"),
     "taken": (lambda p, f: p.load_lora(f[0], name="bass"), "name: an adapter 'bass' is loaded already"),
     "twice": (lambda p, f: p.load_lora(f, name=["x", "x"]), "name: an adapter 'x' is loaded already"),
-    "empty": (lambda p, f: p.load_lora(f[0], name=""), "name: expected a text that is not empty, found ''"),
+    "empty": (lambda p, f: p.load_lora(f[0], name=""), "name: expected text that is not empty, found ''"),
     "one name for two": (lambda p, f: p.load_lora(f, name="x"), "name: expected 2, one for each adapter, found 1"),
     "bad scale": (lambda p, f: p.load_lora(f[0], float("inf")), "scale: expected a finite number such as 0.8"),
 }

@@ -73,7 +73,7 @@ def test_a_conversion_that_fails_ends_all_processes(tiny, tmp_path):
 
 def test_a_function_in_a_process_of_its_own():
     assert alone(math.hypot, 3.0, 4.0) == 5.0
-    with pytest.raises(InputError, match="name: expected a text, found 5"):
+    with pytest.raises(InputError, match="name: expected text, found 5"):
         alone(check_text, "name", 5)
 
 

@@ -25,6 +25,7 @@ inputs
 planner
 song
 loaded
+converting
 planning
 pipeline
 convert train serve
@@ -92,7 +93,10 @@ def test_only_conversion_needs_torch(module):
 WEB = {"fastapi", "starlette", "uvicorn", "multipart", "python_multipart", "prometheus_client"}
 HTTP = {
     f"acestep_jax.serve.{name}"
-    for name in "app native page plans polls authors chat cpp cpp_planner security uploads metrics".split()
+    for name in (
+        "app native page plans polls http security uploads metrics "
+        "authors authors_lora chat cpp cpp_latents cpp_planner"
+    ).split()
 }
 
 

@@ -8,6 +8,7 @@ from acestep_jax.memory import configs_of, needed_bytes, needed_in_turn, weight_
 pytestmark = pytest.mark.unit
 
 
+@pytest.mark.heavy
 def test_weights():
     """Parameters of the published models, at two bytes each."""
     weights = weight_bytes(configs_of("2B"), "bfloat16")

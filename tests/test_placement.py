@@ -116,6 +116,18 @@ def test_networks_are_copied_when_they_are_asked_for():
 
 
 @unit
+def test_a_stage_gives_back_what_it_has_read(monkeypatch):
+    """Also one that ends in an error."""
+    given_back = []
+    monkeypatch.setattr(placement.mapped, "release", lambda: given_back.append(True))
+    with placement.Placement().stage({}):
+        assert not given_back
+    with pytest.raises(KeyboardInterrupt), placement.Placement().stage({}):
+        raise KeyboardInterrupt
+    assert len(given_back) == 2
+
+
+@unit
 def test_choice(monkeypatch, caplog):
     limited = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 10_000_000_000})
     monkeypatch.setattr(placement, "first_device", lambda: limited)

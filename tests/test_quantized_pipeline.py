@@ -35,7 +35,7 @@ def test_songs(pipe, tmp_path):
 
 
 def test_unknown_dtypes_are_refused():
-    with pytest.raises(InputError, match="dtype: 'int4' is no dtype of this library; use one of .*mixed_float16, int8"):
+    with pytest.raises(InputError, match="dtype: 'int4' is not a dtype of this .*; use one of .*mixed_float16, int8"):
         AceStepPipeline.from_pretrained(dtype="int4")
 
 

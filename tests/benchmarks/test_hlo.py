@@ -99,6 +99,22 @@ SUM_AND_SLICE = """
 ENTRY"""
 
 
+@pytest.mark.parametrize(
+    ("groups", "sent"),
+    [
+        ("{{0,1}}", 32),
+        ("[4,2]<=[8]", 32),
+        ("mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_2'}", 48),
+        ("mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}", 56),
+        ("mesh['axis_0'=8] {'axis_0':(2)4}", 48),
+    ],
+)
+def test_over_how_many_devices_a_collective_goes(groups, sent):
+    """Of eight devices, all but its own part of 64 bytes."""
+    line = f"ROOT %all = bf16[4,8] all-gather(%last), channel_id=1, replica_groups={groups}, dimensions={{0}}"
+    assert hlo.Module(TEXT.replace(GATHER, line)).collective_seconds(link=1.0, devices=8) == sent
+
+
 @pytest.mark.parametrize("line", OTHERS)
 def test_what_each_collective_sends(line):
     text = TEXT.replace(GATHER, line).replace("\nENTRY", SUM_AND_SLICE)

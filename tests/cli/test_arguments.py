@@ -4,7 +4,7 @@ import pytest
 
 from acestep_jax import Sampling, cli
 from acestep_jax.arguments import arguments
-from acestep_jax.cli import runtime
+from acestep_jax.cli import generate, runtime
 from acestep_jax.cli.parser import read_fields
 from acestep_jax.request import KINDS
 
@@ -26,6 +26,7 @@ ERRORS = {
     "mesh size": (["--mesh", "data=3"], "needs 3 devices, but 8 are present"),
     "adapter": (["--lora", "{tmp}/absent"], "absent: no such folder"),
     "lyrics file": (["--lyrics", "@{tmp}/absent.txt"], "absent.txt"),
+    "vocals": (["--instrumental", "--lyrics", "la la"], "--instrumental, --lyrics: expected one of them, found both"),
     "checkpoint": (["--checkpoint", "{tmp}/absent"], "absent: no such folder"),
 }
 
@@ -48,11 +49,22 @@ def test_switches_that_have_no_fixed_default():
         assert read_fields(parsed, Sampling).get("dcw_enabled") is expected
 
 
+def test_instrumental(monkeypatch, capsys):
+    """Of a song it is the lyrics that say so; of a plan, the planner is told. Not beside lyrics."""
+    given = []
+    monkeypatch.setattr(generate, "run_one", lambda options, values: given.append(values))
+    assert cli.main(["generate", "piano", "--instrumental"]) == cli.main(["generate", "piano"]) == 0
+    assert [values.get("lyrics") for values in given] == ["[Instrumental]", None]
+    assert cli.main(["plan", "piano", "--instrumental", "--lyrics", "la"]) == 2
+    assert "--instrumental, --lyrics: expected one of them, found both ('la')" in capsys.readouterr().err
+
+
 def test_an_empty_prompt(tmp_path, capsys):
     assert cli.main(["generate", " ", "--out", str(tmp_path / "song.wav")]) == 2
     assert "PROMPT: it is empty" in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_info_without_a_checkpoint(capsys):
     assert cli.main(["info"]) == 0
     assert "acestep-jax" in capsys.readouterr().out

@@ -94,7 +94,7 @@ def test_info(tiny, capsys):
 ERRORS = {
     "not a checkpoint": (["--checkpoint", "{tmp}"], "not a PyTorch checkpoint; expected model_index.json"),
     "no such checkpoint": (["--checkpoint", "{tmp}/absent"], "no such folder"),
-    "not a model": (["--model", "{torch}/vae"], "the autoencoder alone; expected the folder of the model"),
+    "not a model": (["--model", "{torch}/vae"], "only the autoencoder; expected the folder of the model"),
     "another variant": (["--model", "{torch}", "--variant", "base"], "holds the variant turbo, not base"),
     "unknown suffix": (["--out", "{tmp}/song.xyz"], "unknown kind of audio file"),
     "no such folder": (["--out", "{tmp}/absent/song.wav"], "create it first"),

@@ -17,8 +17,8 @@ from tests.processes import free_port, start
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--host", "0.0.0.0"], "--host: everyone who reaches 0.0.0.0 could use this server"),
-        (["--host", "example.com"], "--host: everyone who reaches example.com"),
+        (["--host", "0.0.0.0"], "--host: everyone who can reach 0.0.0.0 could use this server"),
+        (["--host", "example.com"], "--host: everyone who can reach example.com"),
         (["--api-key", ""], "--api-key: is empty"),
         (["--api-key", "schlüssel"], "--api-key: expected ASCII"),
         (["--warm", "soon"], "--warm: expected seconds such as 30,60"),
@@ -27,7 +27,7 @@ from tests.processes import free_port, start
         (["--variant", "a", "--variant", "b"], "--variant: expected one or 1"),
         (["--model", "a=/nowhere/at/all"], "/nowhere/at/all"),
         (["--planner", "/nowhere/planner"], "/nowhere/planner: no such folder"),
-        (["--inputs", "/nowhere/inputs"], "--inputs: /nowhere/inputs is no folder"),
+        (["--inputs", "/nowhere/inputs"], "--inputs: /nowhere/inputs is not a folder"),
     ],
 )
 def test_options_that_cannot_be_used(options, message, capsys, monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from acestep_jax.convert.to_torch import to_torch
 from acestep_jax.io import checkpoint
@@ -65,7 +66,7 @@ def test_interrupted(tiny, tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.ocp.partial, "finalize", interrupt)
+    monkeypatch.setattr(ocp.partial, "finalize", interrupt)
     with pytest.raises(KeyboardInterrupt):
         from_torch(tiny[0], tmp_path / "made")
     assert not list(tmp_path.iterdir())

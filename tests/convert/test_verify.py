@@ -1,5 +1,7 @@
 """`python -m convert verify`: it passes for what is right, and fails for what is not."""
 
+import pytest
+
 from acestep_jax.convert import __main__ as command_line
 from acestep_jax.convert import verify
 from acestep_jax.io import rules
@@ -18,6 +20,7 @@ STAGES = [
 ]
 
 
+@pytest.mark.slow
 def test_tiny_checkpoint_passes(tiny, capsys):
     """A row for each stage, none of which compares nothing."""
     status = command_line.main(["verify", str(tiny[0])])

@@ -89,6 +89,7 @@ def expected(clean, low, high, draws=1, ema=0.0):
     return z if x is None else x
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("low, high, draws, ema", [(0, 6, 1, 0.0), (2, 4, 1, 0.0), (1, 5, 3, 0.2), (3, 3, 1, 0.1)])
 def test_matches_the_equations(low, high, draws, ema):
     clean = normal(2, FRAMES, 3)

@@ -141,6 +141,7 @@ def solve(solver, times, f=lambda x, t: x, start=1.0, **options):
     return jax.jit(run)(jnp.full((1, 1, 1), start, jnp.float32))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_solvers_are_exact_on_straight_paths(solver):
     """v = noise - x0 is constant along the flow, so any number of steps arrives at x0."""

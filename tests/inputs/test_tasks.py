@@ -448,10 +448,10 @@ BAD = {
         task_type="remix"
     ),
     "audio_duration: expected a number, found 'abc'": dict(audio_duration="abc"),
-    "prompt: expected a text, found 5": dict(prompt=5),
-    "lyrics: expected a text, found None": dict(lyrics=None),
+    "prompt: expected text, found 5": dict(prompt=5),
+    "lyrics: expected text, found None": dict(lyrics=None),
     "bpm: expected 30 to 300 beats per minute, found '12O'": dict(bpm="12O"),
-    "audio_codes: expected a text, found 5": dict(audio_codes=5),
+    "audio_codes: expected text, found 5": dict(audio_codes=5),
     "num_inference_steps: expected a whole number, found 8.0": dict(num_inference_steps=8.0),
     "guidance_scale: expected a number, found '7'": dict(guidance_scale="7"),
     "timesteps: expected a list of numbers, found 'abc'": dict(timesteps="abc"),
@@ -515,7 +515,7 @@ BAD = {
     "cover_mode: expected one of switch, blend": dict(cover_mode="mix"),
     "cfg_interval_in: expected one of t, progress": dict(cfg_interval_in="x"),
     "noise: expected jax, torch or torch:GPU, found 'cuda'": dict(noise="cuda"),
-    "noise: PyTorch's is drawn from numbers": dict(noise="torch", seed=jax.random.key(0)),
+    "noise: PyTorch's noise needs a number": dict(noise="torch", seed=jax.random.key(0)),
 }
 
 

@@ -94,7 +94,7 @@ def test_other_scales_are_other_data():
             assert base[name].get_value() is variable.get_value(), name
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])  # which rounds more
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_scale_zero_is_the_base_bit_for_bit(tiny, dtype):
     (network,) = checkpoint.load(tiny[1], dtype=dtype, names=["transformer"]).values()
     config = network.config
@@ -135,11 +135,8 @@ def test_bfloat16_is_nearer_than_merged_weights(kind):
     assert beside < 0.8 * error(merge_loras(network, [(parameters, 1.0, 1.0)]))
 
 
-# The axis of the sequence splits no weight.
-@pytest.mark.parametrize(
-    "axes",
-    [dict(data=2, tensor=2, fsdp=2), pytest.param(dict(fsdp=2, tensor=2, sequence=2), marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [dict(data=2, tensor=2, fsdp=2), dict(fsdp=2, tensor=2, sequence=2)])
 def test_on_a_mesh(axes):
     """The same as on one device; factors are split like the kernels they belong to."""
     network, adapters, scales = pair()[1], three(), [0.7, 1.5, -0.4]

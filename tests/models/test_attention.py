@@ -28,6 +28,7 @@ def run(*arrays, key_lengths=None, **static):
 
 
 # The smallest window and a larger one by default.
+@pytest.mark.heavy
 @pytest.mark.parametrize("window", [1, pytest.param(3, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("length", [5, 8, 9, 16, 17, 40, 53])
 @pytest.mark.parametrize("padded", [False, True])
@@ -42,6 +43,7 @@ def test_banded(length, window, padded):
     assert np.isfinite(got).all()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("length", [7, 8, 9, 21])
 def test_full_in_blocks(length, causal, monkeypatch):
@@ -64,6 +66,7 @@ FORMS = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("form", FORMS)
 def test_chunked_over_rows(form, monkeypatch):
     name, scores = FORMS[form]
@@ -77,6 +80,7 @@ def test_chunked_over_rows(form, monkeypatch):
         assert_close(got, dense(q, k, v, mask & within(lengths, 21)), 1e-6)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("form", FORMS)
 def test_banded_over_rows(form, monkeypatch):
     name, scores = FORMS[form]
@@ -135,6 +139,7 @@ def test_gradients(window, monkeypatch):
         assert np.sum(gradient * direction) == pytest.approx(numeric, rel=1e-4)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("window", [None, 4])
 def test_dropout_keeps_the_mean(window):
     q, k, v = inputs(30)
@@ -209,6 +214,7 @@ def test_cudnn_is_refused_in_float32(backend):
         choose_kernel("cudnn", q, q)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("name", "kernel"), [("gpu", "cudnn"), ("tpu", "splash")])
 def test_attention_runs_the_kernel_of_the_backend(backend, monkeypatch, name, kernel):
     """With the lengths of the keys, and only for what the kernel can do."""

@@ -89,6 +89,7 @@ def test_matches_torch(case):
     assert_same_condition(found, expected)
 
 
+@pytest.mark.slow
 def test_timbre_encoder_in_another_order():
     """As ACE-Step's own code has it: the layers of the timbre encoder follow `timbre_layer_types`."""
     theirs, ours = pair()

@@ -42,7 +42,7 @@ REFUSED = {
     "few layer types": (TransformerConfig, dict(layer_types=[FULL]), "24 layers need as many entries, found 1"),
     "unknown layer type": (AudioTokenDetokenizerConfig, dict(layer_types=["foo"]), "layer_types: expected sliding_att"),
     "odd ratio": (AutoencoderConfig, dict(downsampling_ratios=(2, 3, 4, 6, 10)), "expected even numbers, found [3]"),
-    "ratios": (AutoencoderConfig, dict(downsampling_ratios=(2, 4)), "must be of one length"),
+    "ratios": (AutoencoderConfig, dict(downsampling_ratios=(2, 4)), "must have the same length"),
     "bad ratio": (AutoencoderConfig, dict(channel_multiples=[1, "2"]), "channel_multiples: expected positive integers"),
     "no list": (AutoencoderConfig, dict(channel_multiples=2), "channel_multiples: expected positive integers, found 2"),
     "quantizer": (AudioTokenizerConfig, dict(fsq_dim=64), "fsq_dim: the quantizer reads the pooler's output"),
@@ -64,7 +64,7 @@ FOREIGN = {
     "scaled, new form": ({"rope_parameters": {"rope_type": "yarn"}}, "scaled rotary embeddings are not supported"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', found 'gelu'"),
     "window": ({"use_sliding_window": True}, "use_sliding_window"),
-    "layers": ({"layer_types": [SLIDING]}, "layer_types: the text encoder has full attention only"),
+    "layers": ({"layer_types": [SLIDING]}, "layer_types: the text encoder has only full attention"),
 }
 
 

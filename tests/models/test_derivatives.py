@@ -59,16 +59,8 @@ def case(remat="none", lengths=True):
     return velocity, (network, normal(2, FRAMES, 8), t, t / 3)
 
 
-# "full" with lengths computes all that the slow ones do, and more of it again; `test_vmap_and_linearize` is without.
-@pytest.mark.parametrize(
-    ("remat", "lengths"),
-    [
-        pytest.param("none", True, marks=pytest.mark.slow),
-        pytest.param("none", False, marks=pytest.mark.slow),
-        pytest.param("dots", True, marks=pytest.mark.slow),
-        ("full", True),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("remat", "lengths"), [("none", True), ("none", False), ("dots", True), ("full", True)])
 def test_forward_mode_is_the_transpose_of_reverse_mode(remat, lengths):
     """<v, J u> both ways, u in each of the parameters, x, t and r on its own."""
     velocity, point = case(remat, lengths)
@@ -91,7 +83,7 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(remat, lengths):
         assert abs(found - expected) <= 1e-5 * scale and scale > 0, (n, found, expected)
 
 
-@pytest.mark.parametrize("argument", [2, 3], ids=["t", "r"])
+@pytest.mark.parametrize("argument", [pytest.param(2, id="t", marks=pytest.mark.slow), pytest.param(3, id="r")])
 def test_derivatives_in_time_are_those_of_finite_differences(argument):
     """Mean flow needs them. A timestep is multiplied by 1000 before its sinusoids, so steps must be small."""
     velocity, (network, *arrays) = case()

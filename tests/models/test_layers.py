@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from acestep_jax.models.layers import RMSNorm, SwiGLU, TimestepEmbedding, apply_rotary, rotary_embedding, sinusoid
+from acestep_jax.models.layers import (
+    RMSNorm,
+    SwiGLU,
+    TimestepEmbedding,
+    apply_rotary,
+    lecun_normal,
+    rotary_embedding,
+    shapes_only,
+    sinusoid,
+)
 from acestep_jax.models.runtime import Runtime
 from tests.parity import assert_close, normal
 
@@ -83,3 +92,10 @@ def test_scores_of_rotated_heads_depend_on_distance_alone():
     for distance in (0, 3, -7):
         np.testing.assert_allclose(np.diag(scores, distance), np.diag(scores, distance)[0], atol=1e-4)
     assert np.ptp(np.asarray(scores)) > 0.1
+
+
+def test_nothing_is_drawn_where_only_shapes_are_wanted():
+    arguments = jax.random.key(0), (3, 4), jnp.float32
+    with shapes_only():
+        assert not lecun_normal()(*arguments).any()
+    np.testing.assert_array_equal(lecun_normal()(*arguments), nnx.initializers.lecun_normal()(*arguments))

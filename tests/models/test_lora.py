@@ -183,7 +183,7 @@ def rename(folder):
 
 Q = "layers.self_attn.to_q"
 DAMAGED = {
-    "renamed": (rename, ["expected adapter.json beside adapter.safetensors"]),
+    "renamed": (rename, ["expected adapter.json next to adapter.safetensors"]),
     "no JSON": (lambda folder: (folder / "adapter.json").write_text("{"), ["adapter.json: not valid JSON"]),
     "a list": (lambda folder: (folder / "adapter.json").write_text("[]"), ['expected "format": "acestep-jax-lora"']),
     "format": (edit_config(format="acestep-jax"), ['adapter.json: expected "format": "acestep-jax-lora"']),

@@ -87,7 +87,7 @@ def test_bytes_are_half_of_bfloat16():
     assert 0.5 < layers("int8", None) / layers(None, 2) < 0.502
 
 
-@pytest.mark.parametrize("kind", QUANTIZATIONS)
+@pytest.mark.parametrize("kind", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_values_and_scales_compute_what_they_stand_for(kind):
     """The network equals the plain one with the same weights; and that is near the one that they were made from."""
     found = run(network(kind), *INPUTS)
@@ -112,6 +112,7 @@ def test_scanned_layers_compute_what_unrolled_ones_do():
     assert_close(run(made, *INPUTS), unrolled(made, *INPUTS))
 
 
+@pytest.mark.slow
 def test_mixed_precision_multiplies_float16():
     """As cards without bfloat16 need it: 8 bits are exact in float16."""
     plain = {name: leaf[...] for name, leaf in checkpoint.leaves(network("int8")).items()}
@@ -122,6 +123,7 @@ def test_mixed_precision_multiplies_float16():
     assert error_of(run(made, *INPUTS), run(network("int8"), *INPUTS)) < 3e-3
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_does():
     """Scales are split as the outputs of their kernels are."""
     mesh, made = make_mesh(fsdp=2, tensor=2, sequence=2), network("int8")
@@ -134,7 +136,7 @@ def test_eight_devices_compute_what_one_does():
     assert_close(found, run(made, *INPUTS))
 
 
-@pytest.mark.parametrize("kind", QUANTIZATIONS)
+@pytest.mark.parametrize("kind", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_planner(kind):
     """Decoding token by token gives the logits of a full pass; both are near those of the weights that were
     quantised. The rows of heads have the scales of the table's."""
@@ -171,7 +173,7 @@ def factors(made, kind, seed=0):
     return prepare_adapter(made, found, 1.5)
 
 
-@pytest.mark.parametrize("kind", ["dora", "lokr"])  # DoRA is LoRA with a gain
+@pytest.mark.parametrize("kind", ["dora", pytest.param("lokr", marks=pytest.mark.slow)])  # DoRA is LoRA with a gain
 def test_adapters_compute_beside_or_instead_of_quantised_weights(kind):
     """What they do to the weights that the 8 bits stand for. LoRA and DoRA leave these as they are; a layer that LoKr
     changes is quantised no longer, for its change is less than a step."""
@@ -188,6 +190,7 @@ def test_adapters_compute_beside_or_instead_of_quantised_weights(kind):
     np.testing.assert_array_equal(run(off, *INPUTS), run(made, *INPUTS))
 
 
+@pytest.mark.heavy
 @unit
 def test_training_and_merging_are_refused():
     with pytest.raises(InputError, match="an adapter is trained with weights in float32.*found int8"):

@@ -9,8 +9,8 @@ pytestmark = pytest.mark.unit
 
 REFUSED = {
     "remat": (dict(remat="all"), "Runtime.remat: expected one of none, dots, full, found 'all'"),
-    "dtype": (dict(dtype="float64"), "Runtime.dtype: 'float64' is no dtype"),
-    "param dtype": (dict(param_dtype="int8"), "Runtime.param_dtype: 'int8' is no dtype"),
+    "dtype": (dict(dtype="float64"), "Runtime.dtype: 'float64' is not a dtype"),
+    "param dtype": (dict(param_dtype="int8"), "Runtime.param_dtype: 'int8' is not a dtype"),
 }
 
 

@@ -26,6 +26,7 @@ def arguments(dtype, rotated, tokens=40):
     return jnp.asarray(x, dtype), jnp.asarray(scale, dtype), tables
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 1e-2)])
 def test_kernel(fused, dtype, limit, rotated):
@@ -36,6 +37,7 @@ def test_kernel(fused, dtype, limit, rotated):
     assert_close(found, expected, limit)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_derivatives(fused, dtype, limit, rotated):

@@ -19,6 +19,7 @@ def arguments(dtype, tokens):
     return jnp.asarray(normal(2, tokens, 7 * 32), dtype), *scales, rotary_embedding(tokens, 32, 1e6)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("tokens", [32, 75])  # one tile; the last of three shares tokens with the one before
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 1e-2)])
 def test_kernel(dtype, limit, tokens):
@@ -29,6 +30,7 @@ def test_kernel(dtype, limit, tokens):
         assert_close(np.asarray(part, np.float32), np.asarray(expected, np.float32), limit)
 
 
+@pytest.mark.heavy
 def test_derivatives():
     x = arguments("float32", 32)
     tangents = jax.tree.map(jnp.ones_like, x)

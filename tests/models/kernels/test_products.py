@@ -33,6 +33,7 @@ def test_a_product_is_that_of_its_rounded_operands(favours, rows):
     assert widened == (not favours and rows > products.FEW)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("window", [None, 16])
 def test_attention_of_either_form_is_that_of_float32(favours, window):
     q, k, v = (jnp.asarray(normal(1, 80, heads, 8, seed=heads), jnp.bfloat16) for heads in (4, 2, 2))

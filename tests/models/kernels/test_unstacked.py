@@ -74,11 +74,8 @@ NETWORKS = {
 }
 
 
-# The others have all that these have, but for fused products of 8 bits.
-SLOW = ("plain", "int8", "adapter of queries")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in NETWORKS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
 def test_the_same_velocity(name):
     make, fused = NETWORKS[name]
     stacked = make()
