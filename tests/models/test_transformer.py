@@ -209,6 +209,7 @@ def test_compute_and_parameter_dtypes_are_the_runtimes():
     assert jax.eval_shape(run, model, *inputs(config)).dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_attention_dropout_acts_only_in_training():
     _, ours = pair(attention_dropout=0.5)
     arrays = inputs(ours.config)

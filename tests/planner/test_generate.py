@@ -93,6 +93,7 @@ def test_five_songs_of_different_prompts_and_lengths(split, codes):
     np.testing.assert_array_equal(pieces, together[2])
 
 
+@pytest.mark.slow
 def test_on_a_mesh(planner, codes):
     mesh = make_mesh(data=4, tensor=2)
     leaves = checkpoint.leaves(planner.model)
@@ -134,6 +135,7 @@ def test_windows():
             )
 
 
+@pytest.mark.slow
 def test_codes_across_the_edge_of_a_window(planner):
     """Greedy codes of slots 256 to 575, of which the first window ends at 511: those of full forward passes."""
     random = np.random.default_rng(0)

@@ -102,7 +102,7 @@ def listing(folder):
 def test_posterior_is_that_of_torch(tiny, tmp_path, monkeypatch):
     """Of the whole song, at odd lengths, past one window and of one channel, in the buckets that are used."""
     monkeypatch.setattr(preprocess, "BUCKETS", BUCKETS)
-    monkeypatch.setattr(convolution, "TILE_FRAMES", 150)
+    monkeypatch.setitem(convolution.TILE_FRAMES, "cpu", 150)
     folder = tmp_path / "audio"
     write_song(folder, "odd.wav", 2.34567)
     write_song(folder, "long.wav", 9.7)
