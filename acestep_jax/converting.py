@@ -73,10 +73,7 @@ class ConvertingModel(LoadedModel):
         """
         padded, frames = self._padded(latents)
         with self.on_mesh(), self.placement.stage(self.networks) as networks:
-            made = on_host(programs.decode(networks["vae"], padded, np.array([frames], np.int32), np.array([True])))
-        made = made[0, :, : frames * self.need("vae").hop_length]
-        audio.check_finite(made, "latents", "of the audio, after decoding,")
-        return made
+            return self._decoded(networks, padded, frames, "latents")
 
     def _padded(self, latents: Audio) -> tuple[np.ndarray, int]:
         """Return latents that were given, [1, bucket, C] with zeros as padding, and the number of frames."""
@@ -105,9 +102,14 @@ class ConvertingModel(LoadedModel):
         check_length(frames / self.latents_per_second, "audio_codes")
         with self.on_mesh(), self.placement.stage(self.networks) as networks:
             latents = sources.detokenize(networks, [codes], BUCKETS.frames_of(frames))
-            made = on_host(programs.decode(networks["vae"], latents, np.array([frames], np.int32), np.array([True])))
+            return self._decoded(networks, latents, frames, "audio_codes")
+
+    def _decoded(self, networks: Mapping[str, Any], latents: Any, frames: int, name: str) -> np.ndarray:
+        """Return the audio of padded latents, [channels, samples] float32 with a peak of -1 dBFS; raise InputError that
+        names `name` if it is not finite."""
+        made = on_host(programs.decode(networks["vae"], latents, np.array([frames], np.int32), np.array([True])))
         made = made[0, :, : frames * self.need("vae").hop_length]
-        audio.check_finite(made, "audio_codes", "of the audio, after decoding,")
+        audio.check_finite(made, name, "of the audio, after decoding,")
         return made
 
     def _check_tokenizer(self) -> int:

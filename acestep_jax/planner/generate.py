@@ -212,15 +212,14 @@ def write_in_pieces(
     """
     prompt, most = inputs.prompts.tokens.shape[1], int(np.max(inputs.targets))
     state = begin_program(model, inputs, slots=slots)
-    made = attended = 0
+    made = 0
     while made < most and not on_host(state.done).all():
         if should_stop is not None and should_stop():
             raise Cancelled(f"stopped before step {made} of {most}")
         window = next(size for size in windows(prompt, slots) if size > prompt + made)
         made = min(made + PIECE, most)
-        if window > attended > 0:  # not in the program: it is donated its state, of which a cache that grows is no part
-            state = state._replace(cache=model.grow(state.cache, window))
-        attended = window
+        # Not in the program: it is donated its state, of which a cache that grows is no part.
+        state = state._replace(cache=model.grow(state.cache, window))
         state = advance_program(model, inputs, state, np.int32(made), window=window)
         made = int(state.step)
         if on_progress is not None:
