@@ -15,8 +15,9 @@ import contextlib
 import logging
 import operator
 import os
+import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -28,6 +29,32 @@ from acestep_jax.models.transformer import AceStepTransformer1DModel
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+
+class Derived(Generic[T]):
+    """Keeps a value computed from the arrays of a module for as long as the module has these arrays: a module can be
+    changed in place, its arrays cannot. It does not keep the arrays themselves."""
+
+    def __init__(self):
+        self._value: T | None = None
+        self._arrays: list[weakref.ref] = []
+
+    def of(self, module: Any) -> T | None:
+        """Return the value, or None if there is none for the module's arrays."""
+        arrays, made_of = jax.tree.leaves(module), [kept() for kept in self._arrays]
+        is_same = len(arrays) == len(made_of) and all(map(operator.is_, arrays, made_of))
+        return self._value if is_same else None
+
+    def keep(self, value: T, module: Any) -> T:
+        """Keep and return a value that was computed from the module."""
+        self._value, self._arrays = value, [weakref.ref(array) for array in jax.tree.leaves(module)]
+        return value
+
+    def forget(self) -> None:
+        """Free the value."""
+        self._value, self._arrays = None, []
+
 
 class Placement:
     """Copies networks to `device` for the duration of a stage; None: they are already on the device.
@@ -38,8 +65,7 @@ class Placement:
 
     def __init__(self, device: Any = None, *, second_copy: int = 0):
         self.device, self.second_copy = device, second_copy
-        self._unstacked: AceStepTransformer1DModel | None = None
-        self._made_of: list[jax.Array] = []
+        self._unstacked: Derived[AceStepTransformer1DModel] = Derived()
 
     @property
     def offloads(self) -> bool:
@@ -60,10 +86,8 @@ class Placement:
         """Return a transformer in the form that denoising on this device uses."""
         if not self.second_copy:
             return transformer
-        arrays = jax.tree.leaves(transformer)  # a module can be changed in place; its arrays cannot
-        is_same = len(arrays) == len(self._made_of) and all(map(operator.is_, arrays, self._made_of))
-        if self._unstacked is not None and is_same:
-            return self._unstacked
+        if (kept := self._unstacked.of(transformer)) is not None:
+            return kept
         self.forget()  # free the memory before the next copy is made
         try:
             made = jax.block_until_ready(_unstack(transformer))
@@ -77,12 +101,11 @@ class Placement:
             )
             self.second_copy = 0
             return transformer
-        self._unstacked, self._made_of = made, arrays
-        return made
+        return self._unstacked.keep(made, transformer)
 
     def forget(self) -> None:
         """Free the second copy of the layers; the next song makes it again."""
-        self._unstacked, self._made_of = None, []
+        self._unstacked.forget()
 
 
 _unstack = jax.jit(AceStepTransformer1DModel.unstacked)

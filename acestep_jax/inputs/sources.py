@@ -3,8 +3,6 @@
 The arrays of songs in a batch differ in length: rows are padded to `frames` latent frames.
 """
 
-import operator
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +18,7 @@ from acestep_jax.inputs.prepare import Job
 from acestep_jax.io import audio
 from acestep_jax.models.autoencoder import AutoencoderOobleck
 from acestep_jax.models.config import AutoencoderConfig
+from acestep_jax.placement import Derived
 
 FADE = 0.025  # seconds at each end of a repainted region, over which its source fades out and in
 
@@ -32,24 +31,19 @@ class SilentTimbre:
     """Encodes the timbre of silence once for the weights of a condition encoder, and keeps the token."""
 
     def __init__(self):
-        self._token: jax.Array | None = None
-        self._made_of: list[weakref.ref] = []
+        self._token: Derived[jax.Array] = Derived()
 
     def token(self, networks: Networks, placed: Networks) -> jax.Array:
         """Return the token, [1, D].
 
         Args:
-            networks: networks of the model; a module can be changed in place, its arrays cannot.
+            networks: networks of the model.
             placed: the same networks on the device.
         """
-        arrays = jax.tree.leaves(networks["condition_encoder"])
-        made_of = [kept() for kept in self._made_of]
-        token = self._token
-        if token is None or len(arrays) != len(made_of) or not all(map(operator.is_, arrays, made_of)):
-            # Kept only if it succeeds.
-            token = jax.block_until_ready(programs.encode_timbres(placed["condition_encoder"]))
-            self._token, self._made_of = token, [weakref.ref(array) for array in arrays]
-        return token
+        if (kept := self._token.of(networks["condition_encoder"])) is not None:
+            return kept
+        token = jax.block_until_ready(programs.encode_timbres(placed["condition_encoder"]))  # it can still fail here
+        return self._token.keep(token, networks["condition_encoder"])
 
 
 def conditions(
