@@ -1,7 +1,7 @@
-"""How uvicorn reads HTTP here: heads have a limit, and polls are answered before there is a request.
+"""The HTTP protocol of the server: uvicorn's, with a size limit for heads, and polls answered during parsing.
 
-uvicorn makes objects, a task and two writes of each request, which take five times as long as the answer to a poll. So
-the protocol asks `quick` first, with what the parser has found, and writes its answer as it is.
+For each request, uvicorn creates objects, a task and two writes, which takes five times as long as answering a poll. So
+the protocol first passes a parsed request to `quick`, and writes the response directly if there is one.
 """
 
 import logging
@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 
 logger = logging.getLogger(__name__)
 
-MAX_HEAD = 2**16  # bytes of a head, as h11 has it
-MAX_BODY = 2**16  # bytes of a body that `quick` is asked with; it has come with its head
+MAX_HEAD = 2**16  # bytes of the largest head; h11 has the same limit
+MAX_BODY = 2**16  # bytes of the largest body passed to `quick`
 HEAD_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
 class Asked(NamedTuple):
-    """A request that has come whole.
+    """A completely received request.
 
     Attributes:
         method: "GET" or "POST".
-        target: path and query, as they were sent.
-        headers: names in small letters.
+        target: path and query, as sent.
+        headers: names in lower case.
         body: empty for GET.
     """
 
@@ -32,12 +32,12 @@ class Asked(NamedTuple):
 
 
 class Told(NamedTuple):
-    """An answer.
+    """A response.
 
     Attributes:
-        head: the status line and headers, each with its line end; not the empty line after them.
-        again: returns the answer to the same bytes later, on the same connection, or None if the application answers
-            them; None: they are looked at anew.
+        head: status line and headers, each with its line end, without the empty line that follows them.
+        again: function that returns the response if the same bytes arrive again on this connection, or None if the
+            application must respond; None: the bytes are parsed again.
     """
 
     head: bytes
@@ -49,14 +49,14 @@ Quick = Callable[[Asked], Told | None]
 
 
 def protocol(quick: Quick) -> Any:
-    """Return what reads HTTP, as uvicorn takes it: httptools, or h11 where that is not installed, which has a limit on
-    heads of its own, and asks the application alone.
+    """Return uvicorn's `http` setting: a protocol with httptools, or "h11" if that is not installed. h11 has its own
+    limit for heads, and passes all requests to the application.
 
-    The limit here is on the bytes that come without being the end of a head or a part of a body, so that no path,
-    header or trailer fills memory.
+    The limit counts the bytes received outside of bodies since the last complete head, so that no path, header or
+    trailer can fill memory.
 
     Args:
-        quick: returns the answer to a request, or None if the application answers it.
+        quick: function that returns the response to a request, or None if the application must respond.
     """
     try:
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -67,19 +67,19 @@ def protocol(quick: Quick) -> Any:
         def __init__(self, *args: Any, **options: Any):
             super().__init__(*args, **options)
             self._loose = 0
-            self._held: bytearray | None = None  # the body of a request that uvicorn does not know of yet
-            self._known: bytes | None = None  # a whole request, which a client that polls sends again and again
+            self._held: bytearray | None = None  # body of a request not yet passed to uvicorn
+            self._known: bytes | None = None  # bytes of the last request, which a polling client repeats
             self._again: Callable[[], Told | None] | None = None
-            self._begun = self._ended = 0  # requests; as many where the parser waits for the next
-            self._last = 0.0  # when that was answered last, by the loop's clock
-            self._told: Told | None = None  # the last answer, the headers that uvicorn adds, and both as they are sent
+            self._begun = self._ended = 0  # numbers of requests; equal between requests
+            self._last = 0.0  # time of the last repeated response, by the loop's clock
+            self._told: Told | None = None  # the last response, uvicorn's own headers, and both as sent
             self._defaults: Any = None
             self._sent = b""
 
         def data_received(self, data: bytes) -> None:
             if data == self._known and self._begun == self._ended and self._is_free() and self._again is not None:
                 if (told := self._again()) is not None:
-                    self._last = self.loop.time()  # the timer of `on_response_complete` goes on
+                    self._last = self.loop.time()  # read by `timeout_keep_alive_handler`
                     self._write(told)
                     return
             self._loose += len(data)
@@ -89,12 +89,12 @@ def protocol(quick: Quick) -> Any:
             self._known = data if is_one and self._again is not None else None
             if self._held is not None and not self.transport.is_closing():
                 try:
-                    self._pass_on()  # the rest comes later, and is waited for as for any other
-                except Exception:  # such as an address of no meaning, which the parser reports as its own elsewhere
+                    self._pass_on()  # the rest of the body arrives later
+                except Exception:  # such as an invalid URL; elsewhere uvicorn handles it as a parser error
                     self.send_400_response("Invalid HTTP request received.")
                     return
             if self._loose > MAX_HEAD and not self.transport.is_closing():
-                if self.cycle is None or self.cycle.response_complete:  # else an answer may be under way
+                if self.cycle is None or self.cycle.response_complete:  # otherwise a response may be in progress
                     self.transport.write(HEAD_TOO_LARGE)
                 self.transport.close()
 
@@ -115,7 +115,7 @@ def protocol(quick: Quick) -> Any:
             ):
                 self._held = bytearray()
             else:
-                self._unset_keepalive_if_required()  # of an answer to a poll in the same bytes
+                self._unset_keepalive_if_required()  # set by the response to a poll in the same bytes
                 super().on_headers_complete()
 
         def on_body(self, body: bytes) -> None:
@@ -149,12 +149,12 @@ def protocol(quick: Quick) -> Any:
             self.on_response_complete()
 
         def _is_free(self) -> bool:
-            """Return whether nothing is under way that an answer must wait for."""
+            """Return whether a response can be written now, with none in progress or queued before it."""
             cycle = self.cycle
             return (cycle is None or cycle.response_complete) and not self.pipeline and not self.flow.write_paused
 
         def _write(self, told: Told) -> None:
-            defaults = self.server_state.default_headers  # another list each second
+            defaults = self.server_state.default_headers  # a new list every second
             if told is self._told and defaults is self._defaults:
                 self.transport.write(self._sent)
                 return
@@ -174,7 +174,7 @@ def protocol(quick: Quick) -> Any:
                 super().timeout_keep_alive_handler()
 
         def _pass_on(self) -> None:
-            """Let uvicorn make a request of what was held."""
+            """Pass the held request on to uvicorn."""
             body, self._held = bytes(self._held or b""), None
             self._unset_keepalive_if_required()  # see `on_headers_complete`
             super().on_headers_complete()
