@@ -29,24 +29,24 @@ from acestep_jax.models.transformer import AceStepTransformer1DModel
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+R = TypeVar("R")
 
 
-class Derived(Generic[T]):
+class Derived(Generic[R]):
     """Keeps a value computed from the arrays of a module for as long as the module has these arrays: a module can be
     changed in place, its arrays cannot. It does not keep the arrays themselves."""
 
     def __init__(self):
-        self._value: T | None = None
+        self._value: R | None = None
         self._arrays: list[weakref.ref] = []
 
-    def of(self, module: Any) -> T | None:
+    def of(self, module: Any) -> R | None:
         """Return the value, or None if there is none for the module's arrays."""
         arrays, made_of = jax.tree.leaves(module), [kept() for kept in self._arrays]
         is_same = len(arrays) == len(made_of) and all(map(operator.is_, arrays, made_of))
         return self._value if is_same else None
 
-    def keep(self, value: T, module: Any) -> T:
+    def keep(self, value: R, module: Any) -> R:
         """Keep and return a value that was computed from the module."""
         self._value, self._arrays = value, [weakref.ref(array) for array in jax.tree.leaves(module)]
         return value
