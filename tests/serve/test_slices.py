@@ -80,9 +80,8 @@ def made(monkeypatch):
             channel.close()
         if one.engine._thread.is_alive():
             one.engine._thread.join(5)
-    for thread in threading.enumerate():
-        if thread.name == "leader":
-            thread.join()
+    # Not `join`, which raises for a thread that another thread is about to start.
+    wait_until(lambda: not any(thread.name == "leader" for thread in threading.enumerate()))
 
 
 def test_followers_make_the_batches_of_the_leader(made):
