@@ -61,8 +61,8 @@ class Request:
     )
     audio_duration: float | None = argument(
         None,
-        help="Duration of the song. A song made from a source or from audio codes has their length; the duration is "
-        "then only told to the model.",
+        help="Duration of the song. A song made from a source or from audio codes has the length of these; the "
+        "duration is then only part of the prompt.",
         unit="s",
         minimum=MIN_DURATION,
         maximum=MAX_DURATION,
@@ -127,8 +127,8 @@ class Request:
     )
     src_audio: Audio | None = argument(
         None,
-        help="Source: the song that every task except text2music works on, as a sound file or an array [channels, "
-        "samples] at the pipeline's sample rate.",
+        help="Source: the song that every task except text2music works on, and that FlowEdit edits, as a sound file or "
+        "an array [channels, samples] at the pipeline's sample rate.",
         flag="source",
         metavar="FILE",
         meaning="none",
@@ -138,12 +138,12 @@ class Request:
         help="Reference for the timbre, as a sound file or an array [channels, samples] at the pipeline's sample rate.",
         flag="reference",
         metavar="FILE",
-        meaning="chosen by the model",
+        meaning="none",
     )
     src_latents: Audio | None = argument(
         None,
-        help="Source as latents in place of src_audio, which is encoded to them otherwise: an array [frames, channels] "
-        "such as Song.latents, or a file of it in float32, little-endian, without a header.",
+        help="Latents to use as the source instead of encoding src_audio: an array [frames, channels] such as "
+        "Song.latents, or a file of it in float32, little-endian, without a header.",
         flag="source-latents",
         metavar="FILE",
         meaning="none",
@@ -268,7 +268,7 @@ class Sampling:
         None, help="Guidance scale; 1 turns guidance off.", minimum=0, flag="guidance", meaning="the variant's"
     )
     shift: float | None = argument(
-        None, help="Shift of the timesteps towards the noise; must be above 0.", minimum=0, meaning="the variant's"
+        None, help="Shift of the timesteps towards the noise, above 0.", meaning="the variant's"
     )
     _: KW_ONLY
     compat: str = argument(
@@ -328,8 +328,8 @@ class Sampling:
     )
     repaint_mode: str | None = argument(
         None,
-        help="In which steps a song with regions is reset to its source outside of them: conservative, in all steps; "
-        "balanced, in some, see repaint_strength; aggressive, in none.",
+        help="Steps after which everything outside of the regions is reset to the source. conservative: all; balanced: "
+        "some, see repaint_strength; aggressive: none.",
         choices=REPAINT_MODES,
         meaning=_by_compat("repaint_mode"),
     )
@@ -342,8 +342,8 @@ class Sampling:
     )
     repaint_injection_ratio: float | None = argument(
         None,
-        help="Fraction of the sampling steps, counted from the first, after which the source is restored outside of "
-        "the regions.",
+        help="The source is restored outside of the regions after each step in this first fraction of the sampling "
+        "steps.",
         minimum=0,
         maximum=1,
         meaning="set by repaint_mode",
@@ -365,7 +365,7 @@ class Sampling:
         choices=dcw.MODES,
     )
     dcw_scaler: float = argument(
-        0.05, help="Scale of DCW for the low band, or for the only one that is corrected.", minimum=0
+        0.05, help="Scale of DCW for the low band, or for the only band that is corrected.", minimum=0
     )
     dcw_high_scaler: float = argument(0.02, help="Scale of DCW for the high band, with dcw_mode=double.", minimum=0)
     dcw_wavelet: str = argument("haar", help="Wavelet of DCW.", choices=tuple(dcw.WAVELETS))
@@ -431,7 +431,7 @@ class Planning:
 
     thinking: bool | None = argument(
         None,
-        help="Whether the planner writes caption, metadata and audio codes for text2music first.",
+        help="Whether the planner first writes caption, metadata and audio codes; for text2music only.",
         flag="think",
         meaning="true where the model has a planner; false with compat=diffusers",
     )
@@ -460,7 +460,7 @@ class Planning:
         help="Total probability of the likeliest tokens that the planner samples from; 1: all.",
         minimum=0,
         maximum=1,
-        meaning="0.9; 1 for plans from a wish, rewrites and descriptions",
+        meaning="0.9; 1 for plans from a few words, rewrites and descriptions",
     )
     lm_repetition_penalty: float = argument(
         1.0,
@@ -472,7 +472,11 @@ class Planning:
         "", help="Text that guidance steers the audio codes away from.", metavar="TEXT", meaning="none"
     )
     lm_attempts: int = argument(
-        1, help="Maximum number of times to sample the codes, while they get stuck in a loop.", minimum=1, maximum=10
+        1,
+        help="Maximum number of attempts at sampling the codes; they are sampled again only if they get stuck in a "
+        "loop.",
+        minimum=1,
+        maximum=10,
     )
     best_of: int = argument(
         1,

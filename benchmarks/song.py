@@ -22,7 +22,7 @@ CHILD = "child"  # the first argument of the processes that are measured
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.song", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--model", required=True, help="native checkpoint, as written by `python -m convert random-checkpoint`")
+    add("--model", required=True, help="native checkpoint, such as `acestep-jax convert from-torch` writes")
     add("--dtype", default="bfloat16", help="dtype of weights and computation [bfloat16]")
     add("--seconds", type=float, default=30.0, help="length of the song [30]")
     add("--steps", type=int, default=8, help="sampling steps [8]")

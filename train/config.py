@@ -145,7 +145,7 @@ class TrainConfig:
     Args:
         data: Folder of training data, as written by `acestep-jax train preprocess`.
         checkpoint: Native or PyTorch checkpoint to start from, or the id of a repository on the Hugging Face hub. A run
-            that starts from an id resumes on any machine: it stores the id and the revision instead of a local path.
+            stores an id with its revision instead of a local path, so it can resume on any machine.
         variant: Model to use where there are several, such as turbo, base, sft or xl-turbo.
         revision: Branch, tag or commit of the repository. By default the one that the run started with, or the newest.
         out: Folder of the run. If it holds a run already, training resumes from its last checkpoint.

@@ -53,7 +53,7 @@ def add(commands: Any) -> None:
         "--checkpoint",
         metavar="DIR",
         help="Native checkpoint that the adapter is for, to check that they match; required for an adapter without the "
-        "last layers",
+        "last layers.",
     )
 
     command = _command(commands, "lora-to-torch", "Convert an adapter for PEFT, diffusers or ComfyUI.")
@@ -65,7 +65,7 @@ def add(commands: Any) -> None:
         "--layout",
         metavar="LAYOUT",
         required=True,
-        help='Layout to write: "peft" (which ACE-Step\'s own application reads too), "diffusers" or "comfyui"',
+        help='Layout to write: "peft" (which ACE-Step\'s own application reads too), "diffusers" or "comfyui".',
     )
 
     command = _command(commands, "merge-lora", "Write a native checkpoint with adapters merged into its weights.")

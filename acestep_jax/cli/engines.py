@@ -28,9 +28,9 @@ def add_engine(parser: Parser) -> None:
         "--replicas",
         type=int,
         metavar="N",
-        help="Number of Ray actors that make the songs, each with its own devices, which --mesh describes. The cluster "
-        "is the one at RAY_ADDRESS, or running on this machine, or a new one. Needs pip install 'acestep-jax[ray]'. "
-        "Default: this process makes the songs.",
+        help="Number of Ray actors that generate the songs. Each has its own devices; --mesh is the mesh of these. The "
+        "cluster is the one at RAY_ADDRESS, else the one running on this machine, else a new one. Needs pip install "
+        "'acestep-jax[ray]'. Default: this process generates the songs.",
     )
     parser.add_argument(
         "--replica-resources",

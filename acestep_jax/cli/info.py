@@ -20,7 +20,7 @@ from acestep_jax.models.kernels.platform import capability_of, default_precision
 REASONS = {
     "bfloat16": "fast here, with the range of float32",
     "mixed_float16": "fast products in float16, the rest in float32: this GPU has no bfloat16",
-    "float32": "exact; bfloat16 takes no less memory on a CPU",
+    "float32": "exact; bfloat16 takes half the memory",
 }
 
 

@@ -16,14 +16,15 @@ def add_lora(parser: ArgumentParser, required: bool = False) -> None:
         metavar="DIR",
         action="append",
         required=required,
-        help="Folder of an adapter (repeatable; their changes add up)",
+        help="Folder or .safetensors file of an adapter, native or from PyTorch (repeatable; the changes of several "
+        "adapters add up).",
     )
     parser.add_argument(
         "--lora-scale",
         metavar="S",
         action="append",
-        help="Scale of the adapters: 0 has no effect, 1 is as trained (once for all of them, or once for each --lora, "
-        "in their order; 1 if not given)",
+        help="Scale of the adapters: 0 has no effect, 1 is as trained. Give it once for all adapters, or once for each "
+        "--lora in the same order. Default: 1.",
     )
 
 

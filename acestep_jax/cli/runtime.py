@@ -28,9 +28,10 @@ def add_checkpoint(parser: Parser) -> None:
         dest="checkpoint",
         metavar="MODEL",
         default=str(SMALL_MODEL),
-        help="Model: the id of a repository on the Hugging Face hub, such as ACE-Step/Ace-Step1.5; a PyTorch "
-        "checkpoint, which is a folder or a file of ComfyUI; or a native checkpoint. Downloads and conversions are "
-        "kept. Default: the small model of this package.",
+        help="Model: the id of a repository on the Hugging Face hub, such as ACE-Step/Ace-Step1.5; the name of one "
+        "of ACE-Step's models, such as turbo, base or xl-turbo; a PyTorch checkpoint, which is a folder or a file of "
+        "ComfyUI; or a native checkpoint. Downloads and conversions are kept. Default: the small model of this "
+        "package.",
     )
     add_variant(parser)
 

@@ -35,8 +35,8 @@ KEY = "ACESTEP_API_KEY"
 def add(commands: Any) -> None:
     """Add the command."""
     parser = Parser(
-        description="Generate songs over HTTP, with the library's own API, the APIs of ACE-Step's application and of "
-        "acestep.cpp, and an OpenAI-style chat API. Needs pip install 'acestep-jax[serve]'."
+        description="Generate songs over HTTP, with the library's own API, the APIs of ACE-Step's application (REST "
+        "and chat) and of acestep.cpp, and an OpenAI-style music endpoint. Needs pip install 'acestep-jax[serve]'."
     )
     # jsonargparse takes no type for an option that appends.
     parser.add_argument(
@@ -93,13 +93,20 @@ def add(commands: Any) -> None:
         "upload files.",
     )
     parser.add_argument(
-        "--keep-gb", type=float, default=20.0, metavar="GB", help="Songs to keep, besides favourites. Default: 20."
+        "--keep-gb",
+        type=float,
+        default=20.0,
+        metavar="GB",
+        help="Maximum size of the stored songs, not counting favourites; beyond it, the oldest are deleted. "
+        "Default: 20.",
     )
     parser.add_argument("--max-batch", type=int, default=4, metavar="N", help="Maximum batch size. Default: 4.")
     parser.add_argument(
         "--warm", metavar="S,...", help="Durations to compile before /ready, such as 30,60,120. Default: none."
     )
-    parser.add_argument("--queue", type=int, default=200, metavar="N", help="Most waiting songs. Default: 200.")
+    parser.add_argument(
+        "--queue", type=int, default=200, metavar="N", help="Maximum number of waiting songs. Default: 200."
+    )
     parser.add_argument(
         "--queue-minutes", type=float, default=30.0, metavar="N", help="Maximum minutes of waiting work. Default: 30."
     )
@@ -116,7 +123,11 @@ def add(commands: Any) -> None:
         "any, are still only noted in the response.",
     )
     parser.add_argument(
-        "--grace", type=float, default=30.0, metavar="S", help="Seconds for songs after SIGTERM. Default: 30."
+        "--grace",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="Seconds that songs in progress have to finish after SIGTERM. Default: 30.",
     )
     add_dtype(parser)
     parser.add_argument(
@@ -125,7 +136,7 @@ def add(commands: Any) -> None:
         help=f"Number of devices along each of the axes {', '.join(MESH_AXES)}. Default: one device.",
     )
     add_engine(parser)
-    commands.add_subcommand("serve", parser, help="Make songs over HTTP.")
+    commands.add_subcommand("serve", parser, help="Generate songs over HTTP.")
 
 
 def run(options: Any) -> int:

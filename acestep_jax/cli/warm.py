@@ -21,9 +21,9 @@ def add(commands: Any) -> None:
     """Add the command."""
     parser = Parser(
         description="Compile the programs for songs of some durations, by generating a song of each. Programs are kept "
-        "on disk, see JAX_COMPILATION_CACHE_DIR, so that later runs with the same options, also on other machines of "
-        "the same kind, start at once. Longer prompts and lyrics need other programs: give examples that are as long "
-        "as yours."
+        "on disk, see JAX_COMPILATION_CACHE_DIR, so that later runs with the same options need not compile, on this "
+        "machine or on others of the same kind that share the folder. Longer prompts and lyrics need other programs: "
+        "give examples that are as long as yours."
     )
     add_checkpoint(parser)
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", default="piano", help="Description of the music.")

@@ -370,7 +370,7 @@ class LoRAConfig:
 
     Args:
         rank: Rank of the two factors.
-        alpha: Scale of an adapter, divided by the rank.
+        alpha: The scale of the adapter is alpha / rank.
         dropout: Dropout rate of the adapters' inputs in training.
         targets: Regular expressions that match the ends of the dotted paths of linear layers, such as to_q.
         use_dora: Whether to train the norm of each output's weights separately from their direction.
