@@ -91,7 +91,7 @@ def open_engine(options: Any, models: Sequence[Any], adapters: Mapping[str, str]
         return RayEngine(models, offered, options.replicas, resources=resources, adapters=adapters, **settings)
     if jax.process_count() == 1:
         return LocalEngine(models, adapters=adapters, **settings)
-    channels = slices.lead(models, adapters, dtype=options.dtype, mesh=options.mesh)
+    channels = slices.accept_followers(models, adapters, dtype=options.dtype, mesh=options.mesh)
     return slices.LeaderEngine(models, channels, adapters=adapters, **settings)
 
 
@@ -114,7 +114,7 @@ def follow(options: Any, models: Sequence[Any], adapters: Mapping[str, str]) -> 
     """
     with all_succeed():  # process 0 opens its folder
         pass
-    channel = slices.join(models, adapters, dtype=options.dtype, mesh=options.mesh)
+    channel = slices.connect_to_leader(models, adapters, dtype=options.dtype, mesh=options.mesh)
     return slices.follow(models, channel, adapters=adapters)
 
 

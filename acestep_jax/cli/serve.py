@@ -157,7 +157,7 @@ def run(options: Any) -> int:
     start_devices(options)
 
     from acestep_jax.serve import app as http
-    from acestep_jax.serve.inputs import Inputs
+    from acestep_jax.serve.inputs import InputFolder
     from acestep_jax.serve.security import Keys
     from acestep_jax.serve.service import Service
     from acestep_jax.serve.store import Store
@@ -167,7 +167,7 @@ def run(options: Any) -> int:
     if jax.process_index() > 0:
         return follow(options, models, adapters)
     with all_succeed():
-        inputs = None if options.inputs is None else Inputs(options.inputs)
+        inputs = None if options.inputs is None else InputFolder(options.inputs)
         store = Store(options.data)
     tempfile.tempdir = str(store.incoming)  # uploads are spooled there
     limits = Limits(

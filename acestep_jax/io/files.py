@@ -188,8 +188,12 @@ def _copies() -> str:
 
 
 @contextlib.contextmanager
-def publish_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary file on the disk; on success it becomes `path`, on failure it is removed.
+def publish_file(path: str | Path, mode: int = 0o644) -> Iterator[Path]:
+    """Yield a temporary file on the disk, which only its owner can read; on success it becomes `path`, on failure it is
+    removed.
+
+    Args:
+        mode: permissions of the file; Cloud Storage has none.
 
     Raises:
         OSError: naming `path`, not the temporary file.
@@ -206,7 +210,7 @@ def publish_file(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         temporary.replace(path)
     except OSError as error:
         if str(error.filename) == str(temporary):

@@ -10,17 +10,18 @@ from acestep_jax.inputs.settings import compat_of
 from acestep_jax.planning import can_be_planned
 from acestep_jax.request import LATENTS, Request, Sampling, split
 from acestep_jax.serve import sounds
-from acestep_jax.serve.engine import Engine, Work, message_of
+from acestep_jax.serve.engine import Engine, Work, check_adapters, message_of
+from acestep_jax.serve.planner_task import PlannerTask
 from acestep_jax.serve.store import SongRecord
 from acestep_jax.serve.submission import (
     MAX_SEED,
     Limits,
     Submission,
     check_values,
+    model_named,
     request_and_sampling,
     with_fields,
 )
-from acestep_jax.serve.thinking import Thought
 
 SOURCES = {"src_audio", "src_latents"}  # which say how long a song is
 
@@ -31,9 +32,7 @@ def check(submission: Submission, engine: Engine, limits: Limits) -> tuple[list[
     Raises:
         InputError: naming the field that cannot be used.
     """
-    model = submission.model or next(iter(engine.models))
-    if model not in engine.models:
-        raise InputError(f"model: expected one of {', '.join(engine.models)}, found {model!r:.80}")
+    model = model_named(engine.models, submission.model)
     if not 1 <= len(submission.songs) <= limits.variations:
         raise InputError(f"variations: expected 1 to {limits.variations}, found {len(submission.songs)}")
     sounds.check_format(submission.format)
@@ -51,12 +50,12 @@ def check(submission: Submission, engine: Engine, limits: Limits) -> tuple[list[
         if (values.get("retake_variance") or 0) and "retake_seed" not in values:
             values["retake_seed"] = secrets.randbelow(MAX_SEED)
         request, sampling = request_and_sampling(values, files)
-        thought = _thought(submission, request, sampling, i)
-        if thought is not None:
-            thought = thought.within(limits.duration)
+        task = _planner_task(submission, request, sampling, i)
+        if task is not None:
+            task = task.within(limits.duration)
         elif request.audio_duration is None and request.audio_codes is None and not files.keys() & SOURCES:
             _check_open(engine.models[model].seconds(sampling), limits)
-        work = Work(request, sampling, model, tuple(sorted(submission.adapters.items())), thought=thought)
+        work = Work(request, sampling, model, tuple(sorted(submission.adapters.items())), planner_task=task)
         work.lrc = submission.lrc
         if works and not _differ(values, submission.songs[0]):
             first = works[0]
@@ -68,21 +67,21 @@ def check(submission: Submission, engine: Engine, limits: Limits) -> tuple[list[
                 raise InputError(with_fields(message_of(error), files)) from None
         works.append(work)
         requested, _, sampled = split(values)
-        songs.append(SongRecord(requested, sampled, None if thought is None else thought.to_dict(), given_plan))
+        songs.append(SongRecord(requested, sampled, None if task is None else task.to_dict(), given_plan))
     return songs, works
 
 
-def _thought(submission: Submission, request: Request, sampling: Sampling, i: int) -> Thought | None:
+def _planner_task(submission: Submission, request: Request, sampling: Sampling, i: int) -> PlannerTask | None:
     """Return the planner's task for song i; None: no planning, such as for a cover."""
-    thought = submission.thought
-    if thought is None:
+    task = submission.planner_task
+    if task is None:
         return None
     if not can_be_planned(request):
         note = "thinking: the planner supports only text2music without a source; made without it"
-        if thought.required and note not in submission.notes:
+        if task.required and note not in submission.notes:
             submission.notes.append(note)
         return None
-    return thought.of_song(i) if thought.required or compat_of(sampling).thinking else None
+    return task.for_song(i) if task.required or compat_of(sampling).thinking else None
 
 
 def _check_open(seconds: float, limits: Limits) -> None:
@@ -94,10 +93,8 @@ def _check_open(seconds: float, limits: Limits) -> None:
 
 
 def _check_adapters(submission: Submission, engine: Engine) -> None:
+    check_adapters(submission.adapters, engine.adapters)
     for name, scale in submission.adapters.items():
-        if name not in engine.adapters:
-            known = ", ".join(engine.adapters) or "none, the server was started without --lora"
-            raise InputError(f"adapters: unknown adapter {str(name)[:80]!r}; expected one of {known}")
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
             raise InputError(f"adapters: expected a finite number as the scale of {name}, found {scale!r:.80}")
 

@@ -14,17 +14,19 @@ from starlette.concurrency import run_in_threadpool
 from acestep_jax.errors import InputError
 from acestep_jax.inputs.tasks import DEFAULT, TASKS
 from acestep_jax.planner.plan import Plan
-from acestep_jax.serve import asking, authors_lora, authors_request, sounds, uploads
 from acestep_jax.serve import authors_analysis as analysis
+from acestep_jax.serve import authors_lora, authors_request, planner_fields, sounds, uploads
+from acestep_jax.serve.authors_analysis import CODES
 from acestep_jax.serve.envelope import envelope
-from acestep_jax.serve.errands import Errand
 from acestep_jax.serve.lenient import Fields
 from acestep_jax.serve.native import ID, SONG, client_of, link_song
+from acestep_jax.serve.operations import Operation
+from acestep_jax.serve.planner_task import ANALYSIS_MODES
 from acestep_jax.serve.plans import finished
 from acestep_jax.serve.security import Keys
 from acestep_jax.serve.service import Service
 from acestep_jax.serve.store import Record
-from acestep_jax.serve.thinking import LISTENING
+from acestep_jax.serve.submission import naming
 
 LATE_KEYS = (
     "/release_task",
@@ -37,7 +39,6 @@ LATE_KEYS = (
 FILE = re.compile(r"(?P<id>[0-9a-f-]{36})/(?P<index>\d{1,4})(?P<suffix>\.[a-z0-9.]{2,8})")
 SUFFIXES = {form.suffix: name for name, form in sounds.FORMATS.items()}
 MOST_IDS = 1000  # in one poll
-CODES = {"queued": 0, "running": 0, "done": 1, "failed": 2, "cancelled": 2}
 
 
 class Authors:
@@ -81,7 +82,7 @@ class Authors:
             status=1,
             prompt=song.request.get("prompt", "") if plan is None else plan.caption,
             lyrics=song.request.get("lyrics", "") if plan is None else plan.lyrics,
-            metas=metas if plan is None else asking.in_metas(metas, plan),
+            metas=metas if plan is None else planner_fields.in_metas(metas, plan),
             generation_info="\n".join(about),
             seed_value=seeds,
             lm_model="" if plan is None else self.service.planner_of(record.model) or "",
@@ -108,32 +109,38 @@ class Authors:
                 return record, int(found["index"]), SUFFIXES[found["suffix"]]
         return None
 
-    def link_path(self, body: uploads.Body, field: str, path: str) -> None:
-        """Use a song of this server for a field if the server has returned this path; else raise InputError."""
+    def link_path(self, body: uploads.Body, field: str, name: str, path: str) -> None:
+        """Use a song of this server for a field if the server has returned this path; else raise InputError.
+
+        Args:
+            name: what the client calls the field.
+        """
         if field in body.files:
             return
+        body.names[field] = name
         query = parse_qs(path.partition("?")[2]).get("path", [""])[0] if "/v1/audio?" in path else ""
         found = self.find_file(query or unquote(path))
         if found is not None:
             path = f"/v1/songs/{found[0].id}/{found[1]}.flac"
         elif not SONG.fullmatch(path) and self.service.inputs is None:
             authors_request.check_path(path)
-        link_song(self.service, body, field, path)
+        with naming(body.names):
+            link_song(self.service, body, field, path)
 
-    def ask(self, mode: str, body: uploads.Body, client: str) -> Errand:
+    def submit_analysis(self, mode: str, body: uploads.Body, client: str) -> Operation:
         """Start an analysis, see `authors_analysis`."""
         try:
+            body.ignored(strict=self.service.strict)
             fields = Fields(body.values)
             for field, aliases in authors_request.PATHS.items():
                 names = ("audio_path", *aliases) if mode == "transcribe" else aliases
-                if mode in LISTENING and field == "src_audio" and (path := fields.text(*names)):
-                    body.names.setdefault(field, next(name for name in names if fields.text(name)))
-                    self.link_path(body, field, path)
+                if mode in ANALYSIS_MODES and field == "src_audio" and (path := fields.text(*names)):
+                    self.link_path(body, field, next(name for name in names if fields.text(name)), path)
             work = analysis.work(self.service, self.model, mode, fields, body)
         except BaseException:
             body.discard()
             raise
-        return self.service.ask([work], client, body.uploads, dict(mode=mode), body.names)
+        return self.service.submit(Operation([work], client, body.uploads, body.names, dict(mode=mode)))
 
     def check_token(self, request: Request, values: dict[str, Any]) -> None:
         """Raise HTTPException 401 unless the key is in the header, or in the body as in early versions."""
@@ -168,17 +175,19 @@ def router(service: Service, keys: Keys) -> APIRouter:
         body = await api.body(request, authors_request.UPLOADS)
         if mode := analysis.mode_of(Fields(body.values)):
             try:
-                errand = await run_in_threadpool(api.ask, mode, body, client_of(request))
+                operation = await run_in_threadpool(api.submit_analysis, mode, body, client_of(request))
             except HTTPException as error:
                 detail = str(error.detail)
                 return JSONResponse(envelope(None, error.status_code, detail) | dict(detail=detail), error.status_code)
-            return JSONResponse(envelope(dict(task_id=errand.id, status="queued", queue_position=1)))
+            place = max(1, service.position(operation))
+            return JSONResponse(envelope(dict(task_id=operation.id, status="queued", queue_position=place)))
         try:
             found, paths, ignored = authors_request.submission(
                 body.values, models=service.engine.models, default_model=api.model, strict=service.strict
             )
-            for field, path in paths.items():
-                await run_in_threadpool(api.link_path, body, field, path)
+            found.notes += body.ignored(strict=service.strict)
+            for field, (name, path) in paths.items():
+                await run_in_threadpool(api.link_path, body, field, name, path)
         except authors_request.Refused as error:
             body.discard()
             return JSONResponse(envelope(None, 501, str(error)) | dict(detail=str(error)), 501)
@@ -199,7 +208,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
         values = (await api.body(request)).values
         ids = values.get("task_id_list", [])
         if isinstance(ids, str):
-            ids = uploads.parse_json(ids) if ids.strip().startswith("[") else [ids]
+            ids = await uploads.load_json(ids) if ids.strip().startswith("[") else [ids]
         if not isinstance(ids, list) or len(ids) > MOST_IDS:
             raise InputError(f"task_id_list: expected an array of at most {MOST_IDS} ids")
         return JSONResponse(envelope([_task(api, str(task_id)) for task_id in ids]))
@@ -208,9 +217,9 @@ def router(service: Service, keys: Keys) -> APIRouter:
     async def cancel_task(request: Request) -> dict[str, Any]:
         task_id = str((await api.body(request)).values.get("task_id", ""))
         record = service.records.get(task_id)
-        if record is None and (errand := service.errands.all.get(task_id)) is not None:
-            service.errands.cancel(errand)
-            return envelope(dict(task_id=task_id, status=errand.status))
+        if record is None and (operation := service.operations.all.get(task_id)) is not None:
+            await run_in_threadpool(service.operations.cancel, operation)
+            return envelope(dict(task_id=task_id, status=operation.status))
         if record is None:
             raise HTTPException(404, "there is no task of that id")
         await run_in_threadpool(service.cancel, record)
@@ -296,24 +305,24 @@ def router(service: Service, keys: Keys) -> APIRouter:
         if service.planner_of(api.model) is None:
             return envelope(None, 501, "format_input needs the 5 Hz language model, which this server does not have")
         work = await run_in_threadpool(analysis.rewriting, service, api.model, Fields(values))
-        errand = await run_in_threadpool(service.ask, [work], client_of(request))
+        operation = await run_in_threadpool(service.submit, Operation([work], client_of(request)))
         try:
-            await finished(service, errand, request)
+            await finished(service, operation, request)
         except HTTPException as error:
             return envelope(None, error.status_code, str(error.detail))
-        plan = errand.plans[0]
+        plan = operation.plans[0]
         assert plan is not None
-        return envelope(asking.metadata(plan))
+        return envelope(planner_fields.metadata(plan))
 
     @routes.post("/v1/transcribe", summary="The lyrics of a song, and when they are sung")
     async def transcribe(request: Request) -> dict[str, Any]:
-        """Of a song of this server in `audio_path`, or of an upload. The planner writes what it hears, so the model
-        needs one; `language` is not told to it, and comes back as it hears it."""
+        """Transcribe a song of this server, given in `audio_path`, or an upload. This needs a model with a planner,
+        which detects the language itself: `language` is ignored."""
         service.check_room(client_of(request))
         body = await api.body(request, dict(audio="src_audio", src_audio="src_audio"))
-        errand = await run_in_threadpool(api.ask, "transcribe", body, client_of(request))
-        await finished(service, errand, request)
-        return envelope(analysis.transcription(errand))
+        operation = await run_in_threadpool(api.submit_analysis, "transcribe", body, client_of(request))
+        await finished(service, operation, request)
+        return envelope(analysis.transcription(operation))
 
     authors_lora.add(routes, api)
     return routes
@@ -323,8 +332,8 @@ def _task(api: Authors, task_id: str) -> dict[str, Any]:
     """Return the response to a poll. An unknown id is reported as waiting, as in the authors' server."""
     record = api.service.records.get(task_id)
     if record is None:
-        if (errand := api.service.errands.all.get(task_id)) is not None:
-            return analysis.task(api.service, errand)
+        if (operation := api.service.operations.all.get(task_id)) is not None:
+            return analysis.task(api.service, operation)
         if task_id in api.service.store.removed:
             gone = [dict(file="", wave="", status=2, progress=0.0, stage="failed", error="expired")]
             return dict(task_id=task_id, status=2, result=json.dumps(gone), progress_text="expired")

@@ -6,21 +6,22 @@ from typing import Any
 
 from acestep_jax.errors import InputError
 from acestep_jax.request import Request, Sampling
-from acestep_jax.serve import asking, uploads
+from acestep_jax.serve import planner_fields, uploads
+from acestep_jax.serve.authors_request import metadata
 from acestep_jax.serve.engine import Work
-from acestep_jax.serve.errands import Errand
 from acestep_jax.serve.lenient import NO_PROMPT, Fields
-from acestep_jax.serve.plans import listening, require_planner
+from acestep_jax.serve.operations import Operation
+from acestep_jax.serve.planner_task import ANALYSIS_MODES, PlannerTask
+from acestep_jax.serve.plans import analysis_work, require_planner
 from acestep_jax.serve.service import Service
 from acestep_jax.serve.submission import MAX_SEED, check_text_length
-from acestep_jax.serve.thinking import LISTENING, Thought
 
 MODES = {"extract_codes_only": "codes", "full_analysis_only": "describe", "analysis_only": "generate"}
 CODES = {"queued": 0, "running": 0, "done": 1, "failed": 2, "cancelled": 2}
 
 
 def mode_of(fields: Fields) -> str | None:
-    """Return the requested analysis, a mode of `thinking.Thought`; None: a song is requested."""
+    """Return the requested analysis, a mode of `planner_task.PlannerTask`; None: a song is requested."""
     return next((mode for name, mode in MODES.items() if fields.flag(name)), None)
 
 
@@ -35,24 +36,24 @@ def work(service: Service, default_model: str, mode: str, fields: Fields, body: 
     model = model if model in service.engine.models else default_model
     if mode != "codes":
         require_planner(service, model)
-    if mode in LISTENING:
+    if mode in ANALYSIS_MODES:
         codes = fields.text("audio_code_string", "audio_codes").strip()
         if body.uploads is not None and "src_audio" in body.files:
-            return listening(service, model, mode, src_audio=str(body.uploads / "src_audio"))
+            return analysis_work(service, model, mode, src_audio=str(body.uploads / "src_audio"))
         if not codes:
             raise InputError("src_audio: missing; upload the song as multipart/form-data")
-        return listening(service, model, mode, audio_codes=codes)
+        return analysis_work(service, model, mode, audio_codes=codes)
     found = rewriting(service, model, fields)
-    found.thought = Thought(planning=asking.planning(fields), codes=False, required=True)
+    found.planner_task = PlannerTask(planning=planner_fields.planning(fields), codes=False, required=True)
     return found
 
 
-def transcription(errand: Errand) -> dict[str, Any]:
-    """Return what /v1/transcribe tells: the lyrics that the planner hears, and when they are sung, where the model's
-    heads that follow lyrics are known; else the times are empty."""
-    plan, heard = errand.plans[0], errand.heard[0]
-    assert plan is not None and heard is not None
-    times = heard.timestamps
+def transcription(operation: Operation) -> dict[str, Any]:
+    """Return the response of /v1/transcribe: the transcribed lyrics and their timestamps, which are empty if the
+    model's alignment heads are not known."""
+    plan, found = operation.plans[0], operation.analyses[0]
+    assert plan is not None and found is not None
+    times = found.timestamps
     words = [] if times is None else [dict(word=word.text, start=word.start, end=word.end) for word in times.words]
     return dict(words=words, lrc_text="" if times is None else times.lrc(), lyrics_text=plan.lyrics)
 
@@ -68,34 +69,29 @@ def rewriting(service: Service, model: str, fields: Fields) -> Work:
     values: dict[str, Any] = dict(
         prompt=fields.text("prompt", "caption").strip() or NO_PROMPT,
         lyrics=fields.text("lyrics"),
-        keyscale=fields.text("key_scale", "keyscale", "key") or None,
-        timesignature=fields.text("time_signature", "timesignature") or None,
         vocal_language=fields.text("vocal_language", "language") or None,
         seed=secrets.randbelow(MAX_SEED),
+        **metadata(fields),
     )
-    if (bpm := fields.whole("bpm")) is not None and bpm > 0:
-        values["bpm"] = bpm
-    if (seconds := fields.number("audio_duration", "duration", "target_duration")) is not None and seconds > 0:
-        values["audio_duration"] = seconds
     for name, most in (("prompt", service.limits.prompt), ("lyrics", service.limits.lyrics)):
         check_text_length(name, values[name], most)
-    planning = asking.planning(fields)
+    planning = planner_fields.planning(fields)
     if (temperature := fields.number("temperature")) is not None:
-        planning = asking.planning(Fields(dict(fields.values) | dict(lm_temperature=temperature)))
-    thought = Thought("format", planning, codes=False, required=True)
-    return Work(Request(**values), Sampling(), model, thought=thought, is_song=False)
+        planning = planner_fields.planning(Fields(dict(fields.values) | dict(lm_temperature=temperature)))
+    planner_task = PlannerTask("format", planning, codes=False, required=True)
+    return Work(Request(**values), Sampling(), model, planner_task=planner_task, is_song=False)
 
 
-def task(service: Service, errand: Errand) -> dict[str, Any]:
+def task(service: Service, operation: Operation) -> dict[str, Any]:
     """Return the response to a poll."""
-    stage, step, steps = errand.progress()
-    common: dict[str, Any] = dict(file="", wave="", create_time=int(errand.created), env="development")
-    common |= dict(status=CODES[errand.status], progress=round(step / max(1, steps), 4), stage=stage)
-    plan = errand.plans[0]
-    if errand.final and (errand.status != "done" or plan is None):
-        common |= dict(progress=0.0, error=errand.error or errand.status)
+    stage, step, steps = operation.progress()
+    common: dict[str, Any] = dict(file="", wave="", create_time=int(operation.created), env="development")
+    common |= dict(status=CODES[operation.status], progress=round(step / max(1, steps), 4), stage=stage)
+    plan = operation.plans[0]
+    if operation.final and (operation.status != "done" or plan is None):
+        common |= dict(progress=0.0, error=operation.error or operation.status)
     elif plan is not None:
-        said = asking.metadata(plan)
+        said = planner_fields.metadata(plan)
         codes = "".join(f"<|audio_code_{code}|>" for code in plan.audio_codes)
         about = dict(bpm="N/A", duration="N/A", genres="N/A", keyscale="N/A", timesignature="N/A")
         common |= dict(
@@ -103,12 +99,12 @@ def task(service: Service, errand: Errand) -> dict[str, Any]:
             stage="succeeded",
             prompt=plan.caption,
             lyrics=plan.lyrics,
-            metas=asking.in_metas(about, plan) | dict(prompt=plan.caption, lyrics=plan.lyrics),
-            generation_info=codes if errand.extra.get("mode") == "codes" else json.dumps(said, ensure_ascii=False),
+            metas=planner_fields.in_metas(about, plan) | dict(prompt=plan.caption, lyrics=plan.lyrics),
+            generation_info=codes if operation.extra.get("mode") == "codes" else json.dumps(said, ensure_ascii=False),
             audio_codes=codes,
             seed_value="",
-            lm_model="" if errand.extra.get("mode") == "codes" else service.planner_of(errand.model) or "",
-            dit_model=errand.model,
+            lm_model="" if operation.extra.get("mode") == "codes" else service.planner_of(operation.model) or "",
+            dit_model=operation.model,
         )
     result = json.dumps([common], ensure_ascii=False)
-    return dict(task_id=errand.id, status=CODES[errand.status], result=result, progress_text=stage)
+    return dict(task_id=operation.id, status=CODES[operation.status], result=result, progress_text=stage)

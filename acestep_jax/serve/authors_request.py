@@ -7,7 +7,7 @@ from typing import Any
 
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
-from acestep_jax.serve import asking
+from acestep_jax.serve import planner_fields
 from acestep_jax.serve.lenient import NO_PROMPT, Fields, for_task, lyrics, put_tracks, seeds, times, tracks
 from acestep_jax.serve.models import Model
 from acestep_jax.serve.submission import MAX_SEED, Submission, variations
@@ -47,8 +47,9 @@ def submission(
     models: Mapping[str, Model],
     default_model: str,
     strict: bool,
-) -> tuple[Submission, dict[str, str], list[str]]:
-    """Return the submission for a body, the paths that it contains by field, and the names of ignored fields.
+) -> tuple[Submission, dict[str, tuple[str, str]], list[str]]:
+    """Return the submission for a body, the paths that it contains by field, each with the client's name of it, and the
+    names of ignored fields.
 
     Raises:
         InputError: if a value cannot be used, or `strict` is set and a field would be ignored.
@@ -77,13 +78,15 @@ def submission(
     if wish:
         prompt = query if query and has_planner else prompt or query or EXAMPLES[0]["caption"]
     song = _song(fields, prompt, words, turbo=models[model].turbo)
+    if models[model].takes_stems and (whole := fields.text("global_caption")):
+        song["global_caption"] = whole
     song = for_task(song)
     is_open = song["task_type"] == tasks.DEFAULT and not song.get("audio_codes")
-    thought = None
+    planner_task = None
     if has_planner and is_open:
-        thought = asking.thought(fields, wish=wish, words=lyrics(words) if words.strip() else "")
-    if thought is not None:
-        song = asking.prepared(song, thought, fields, words)
+        planner_task = planner_fields.planner_task(fields, wish=wish, words=lyrics(words) if words.strip() else "")
+    if planner_task is not None:
+        song = planner_fields.prepared(song, planner_task, fields, words)
     elif is_open:
         seconds = fields.number("audio_duration", "duration", "target_duration")
         if seconds is None or seconds <= 0:
@@ -107,9 +110,12 @@ def submission(
         format=FORMATS.get(form, "mp3"),
         notes=notes,
         extra=dict(asked=_asked(fields, prompt, words)),
-        thought=thought,
+        planner_task=planner_task,
     )
-    paths = {name: fields.text(*aliases) for name, aliases in PATHS.items() if fields.text(*aliases)}
+    paths = {}
+    for field, aliases in PATHS.items():
+        if given := [(name, fields.text(name)) for name in aliases if fields.text(name)]:
+            paths[field] = given[0]
     return found, paths, ignored
 
 
@@ -127,6 +133,19 @@ def songs(song: Mapping[str, Any], count: int, given: Sequence[int]) -> list[dic
     return variations(dict(song) | (dict(seed=given[0]) if given else {}), count)
 
 
+def metadata(fields: Fields) -> dict[str, Any]:
+    """Return the fields of `Request` that describe the music; None or nothing where the client gives none."""
+    found: dict[str, Any] = dict(
+        keyscale=fields.text("key_scale", "keyscale", "key") or None,
+        timesignature=fields.text("time_signature", "timesignature") or None,
+    )
+    if (bpm := fields.whole("bpm")) is not None and bpm > 0:
+        found["bpm"] = bpm
+    if (seconds := fields.number("audio_duration", "duration", "target_duration")) is not None and seconds > 0:
+        found["audio_duration"] = seconds
+    return found
+
+
 def _song(fields: Fields, prompt: str, words: str, *, turbo: bool) -> dict[str, Any]:
     """Return the fields of `Request` and `Sampling`."""
     task = fields.text("task_type", default=tasks.DEFAULT).strip() or tasks.DEFAULT
@@ -136,13 +155,8 @@ def _song(fields: Fields, prompt: str, words: str, *, turbo: bool) -> dict[str, 
         lyrics=lyrics(words),
         vocal_language=fields.text("vocal_language", "language", default="en") or "en",
         task_type=task,
-        keyscale=fields.text("key_scale", "keyscale", "key") or None,
-        timesignature=fields.text("time_signature", "timesignature") or None,
+        **metadata(fields),
     )
-    if (bpm := fields.whole("bpm")) is not None and bpm > 0:
-        song["bpm"] = bpm
-    if (seconds := fields.number("audio_duration", "duration", "target_duration")) is not None and seconds > 0:
-        song["audio_duration"] = seconds
     if instruction and instruction != tasks.TASKS[tasks.DEFAULT].instruction:
         song["instruction"] = instruction
     if turbo:

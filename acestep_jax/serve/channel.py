@@ -107,7 +107,7 @@ class Channel:
         return data
 
 
-class Listening:
+class LeaderSocket:
     """The leader's listening socket. Followers authenticate with a key that only the processes of this run know.
 
     Args:

@@ -3,7 +3,7 @@
 import base64
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,8 @@ from acestep_jax.serve.security import Keys
 from acestep_jax.serve.service import Service
 from acestep_jax.serve.store import Record, SongRecord
 from acestep_jax.serve.submission import Submission, values_of_plan, variations
-from acestep_jax.serve.waiting import RETRY_SECONDS, TIMEOUT, cancel_soon, changes, ended
+from acestep_jax.serve.waiting import BEAT, await_end, cancel_soon, changes
 
-BEAT = 2.0  # seconds between heartbeats of a stream
 PIECE = 64 * 2**10 // 4 * 3  # bytes of audio that are 64 kB in base64
 MAX_JSON = 64 * 2**20  # bytes of a body with base64 audio
 
@@ -37,7 +36,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
         return _models(service)
 
     @routes.get("/api/v1/models", include_in_schema=False)
-    async def models_alone() -> dict[str, Any]:
+    async def openrouter_models() -> dict[str, Any]:
         return _models(service)
 
     @routes.post("/v1/chat/completions", summary="Songs as a chat response")
@@ -59,12 +58,12 @@ def router(service: Service, keys: Keys) -> APIRouter:
         found.client = client_of(request)
         record = await run_in_threadpool(service.accept, found)
         headers = {"x-acestep-ignored": ", ".join(ignored)} if ignored else {}
-        shape = Answer(service, record, openai=_wants_openai(body.values))
+        shape = ChatResponse(service, record, openai=_wants_openai(body.values))
         if Fields(body.values).flag("stream"):
             headers |= {"cache-control": "no-cache", "x-accel-buffering": "no"}
             return StreamingResponse(shape.stream(), media_type="text/event-stream", headers=headers)
         await _finish(service, record, request)
-        return JSONResponse(await run_in_threadpool(shape.whole), headers=headers)
+        return JSONResponse(await run_in_threadpool(shape.completion), headers=headers)
 
     @routes.post("/v1/audio/music/generations", summary="Songs, in the style of OpenAI's images API")
     async def generations(request: Request) -> Response:
@@ -79,13 +78,12 @@ def router(service: Service, keys: Keys) -> APIRouter:
             form, response = response, "bytes"
         if response not in ("url", "b64_json", "bytes"):
             raise InputError(f"response_format: expected url, b64_json or a sound format, found {response!r:.80}")
-        record = await run_in_threadpool(service.accept, _music(service, fields, form, client_of(request)))
+        found = _music(service, fields, form, client_of(request))
+        found.notes += body.ignored(strict=service.strict)
+        record = await run_in_threadpool(service.accept, found)
         await _finish(service, record, request)
-        first = await run_in_threadpool(service.sound, record, 0, record.format)
         if response == "bytes" or request.headers.get("accept", "").startswith("audio/"):
-            if first is None:
-                raise HTTPException(500, record.error or "failed")
-            data = await run_in_threadpool(first.read_bytes)
+            data = await run_in_threadpool(lambda: _first(service, record).read_bytes())
             return Response(data, media_type=sounds.FORMATS[record.format].media_type)
         data = []
         for i, song in enumerate(record.songs):
@@ -103,7 +101,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
     return routes
 
 
-class Answer:
+class ChatResponse:
     """The response to a chat completion: whole, or as a stream.
 
     Args:
@@ -114,11 +112,11 @@ class Answer:
         self.service, self.record, self.openai = service, record, openai
         self.common = dict(id=f"chatcmpl-{record.id}", created=int(record.created), model=f"acestep/{record.model}")
 
-    def whole(self) -> dict[str, Any]:
+    def completion(self) -> dict[str, Any]:
         """Return the whole response."""
         message: dict[str, Any] = dict(role="assistant", content=self.content())
         if self.openai:
-            path = self._first()
+            path = _first(self.service, self.record)
             message["audio"] = dict(
                 id=f"audio-{self.record.id}",
                 data=_base64(path),
@@ -147,7 +145,7 @@ class Answer:
             else:
                 yield self._chunk(dict(content=self.content()))
                 if self.openai:
-                    data = await run_in_threadpool(self._first().read_bytes)
+                    data = await run_in_threadpool(lambda: _first(self.service, self.record).read_bytes())
                     for start in range(0, len(data), PIECE):
                         piece = base64.b64encode(data[start : start + PIECE]).decode()
                         yield self._chunk(dict(audio=dict(id=f"audio-{self.record.id}", data=piece)))
@@ -176,24 +174,29 @@ class Answer:
             lines += ["", "## Lyrics", words]
         return "\n".join([*lines, *(f"\n{note}" for note in self.record.notes)])
 
-    def _paths(self) -> list[Path]:
-        found = [self.service.sound(self.record, i, self.record.format) for i in range(len(self.record.songs))]
-        return [path for path in found if path is not None]
-
-    def _first(self) -> Path:
-        for path in self._paths():
-            return path
-        raise HTTPException(404, "the song has been deleted")
-
     def _audio(self) -> list[dict[str, Any]]:
         media = sounds.FORMATS[self.record.format].media_type
-        urls = (f"data:{media};base64,{_base64(path)}" for path in self._paths())
+        urls = (f"data:{media};base64,{_base64(path)}" for path in _paths(self.service, self.record))
         return [dict(type="audio_url", audio_url=dict(url=url)) for url in urls]
 
     def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> str:
         choice = dict(index=0, delta=delta, finish_reason=reason)
         values = dict(object="chat.completion.chunk", choices=[choice]) | self.common
         return f"data: {json.dumps(values, ensure_ascii=False)}\n\n"
+
+
+def _paths(service: Service, record: Record) -> Iterator[Path]:
+    """Yield the sound file of each song that was made."""
+    for i in range(len(record.songs)):
+        if (path := service.sound(record, i, record.format)) is not None:
+            yield path
+
+
+def _first(service: Service, record: Record) -> Path:
+    """Return the sound file of the first song that was made; raise HTTPException 404 if it has been deleted."""
+    for path in _paths(service, record):
+        return path
+    raise HTTPException(404, "the song has been deleted")
 
 
 def _made_of(song: SongRecord) -> dict[str, Any]:
@@ -209,21 +212,8 @@ def _stopping(record: Record) -> str:
 
 async def _finish(service: Service, record: Record, request: Request) -> None:
     """Wait for a record; raise HTTPException if it fails or takes too long. A disconnect cancels."""
-
-    async def connected() -> bool:
-        return not await request.is_disconnected()
-
-    try:
-        is_there = await ended(service, record, TIMEOUT, connected)
-    except BaseException:
-        if not service.closing:
-            cancel_soon(service, record)
-        raise
-    if not is_there and service.is_over(record):
-        raise HTTPException(503, _stopping(record), {"retry-after": str(RETRY_SECONDS)})
-    if not is_there:
-        await run_in_threadpool(service.cancel, record)
-        raise HTTPException(504, "the song was not finished in time; stream, or submit it with POST /v1/songs")
+    late = "the song was not finished in time; stream, or submit it with POST /v1/songs"
+    await await_end(service, record, request, stopping=_stopping(record), late=late)
     if record.status != "done":
         raise HTTPException(500, record.error or record.status)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
-from acestep_jax.serve import asking, uploads
+from acestep_jax.serve import planner_fields, uploads
 from acestep_jax.serve.authors_request import NO_LANGUAGE_MODEL, TURBO, Refused, songs
 from acestep_jax.serve.lenient import INSTRUMENTAL, NO_PROMPT, Fields, for_task, lyrics, seeds
 from acestep_jax.serve.models import Model
@@ -65,7 +65,7 @@ def looks_like_lyrics(text: str) -> bool:
 
 
 def put_audio(store: Store, body: uploads.Body, sounds: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> None:
-    """Store the audio parts of a message as uploads of the fields, in order.
+    """Store the audio parts of a message as uploads of the fields, in order; leave out those that have no field.
 
     Raises:
         InputError: if a part is not base64.
@@ -121,11 +121,14 @@ def submission(
     if wish and not has_planner:
         ignored.append("sample_query")
         notes.append("There is no language model here: the text was taken as the prompt of a song without lyrics.")
-    if strict and ignored:
-        raise InputError(f"{ignored[0]}: not supported, and the server was started with --strict")
     task = fields.text("task_type") or tasks.DEFAULT
     found = tasks.find(task)
     order = ("reference_audio",) if task == tasks.DEFAULT else ("src_audio", "reference_audio")
+    if len(sounds) > len(order):
+        ignored.append("input_audio")
+        notes.append(f"input_audio: {task} takes {len(order)}, found {len(sounds)}; the others were ignored")
+    if strict and ignored:
+        raise InputError(f"{ignored[0]}: not supported, and the server was started with --strict")
     put_audio(store, body, sounds, order)
     song: dict[str, Any] = dict(
         prompt=prompt.strip() or NO_PROMPT,
@@ -139,15 +142,15 @@ def submission(
     if (bpm := config.whole("bpm")) is not None and bpm > 0:
         song["bpm"] = bpm
     seconds = config.number("duration")
-    thought = None
+    planner_task = None
     if has_planner and task == tasks.DEFAULT:
         said = INSTRUMENTAL if instrumental and not words.strip() else words
-        thought = asking.thought(Fields(_named(values)), wish=wish, words=said)
-    if thought is not None:
-        song = asking.prepared(song, thought, Fields(dict(config.values) | dict(values)), words)
+        planner_task = planner_fields.planner_task(Fields(_named(values)), wish=wish, words=said)
+    if planner_task is not None:
+        song = planner_fields.prepared(song, planner_task, Fields(dict(config.values) | dict(values)), words)
     if seconds is not None and seconds > 0:
         song["audio_duration"] = seconds
-    elif task == tasks.DEFAULT and thought is None:
+    elif task == tasks.DEFAULT and planner_task is None:
         song["audio_duration"] = DEFAULT_SECONDS
     if models[model].turbo:
         song |= TURBO
@@ -170,7 +173,7 @@ def submission(
         notes=notes,
         uploads=body.uploads,
         files=body.files,
-        thought=thought,
+        planner_task=planner_task,
     )
     return made, ignored
 

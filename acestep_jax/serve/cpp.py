@@ -3,6 +3,7 @@ completes a request with its defaults, so that `/lm` and then `/synth` works."""
 
 import re
 import secrets
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from acestep_jax.serve.cpp_planner import BOUNDARY, STATES
 from acestep_jax.serve.engine import Work
 from acestep_jax.serve.lenient import INSTRUMENTAL, NO_PROMPT, Fields, for_task, lyrics, put_tracks, times, tracks
 from acestep_jax.serve.native import client_of
+from acestep_jax.serve.operations import Operation
 from acestep_jax.serve.records import short_id
 from acestep_jax.serve.service import Service
 from acestep_jax.serve.store import Record
@@ -75,7 +77,13 @@ class Cpp:
 
     def __init__(self, service: Service):
         self.service = service
-        self.completed: dict[str, list[dict[str, Any]]] = {}
+        self._completed: dict[str, list[dict[str, Any]]] = {}
+        self._lock = threading.Lock()  # of the above
+
+    def completed(self, job_id: str) -> list[dict[str, Any]] | None:
+        """Return the requests that a job has completed with defaults; None if it is no such job."""
+        with self._lock:
+            return self._completed.get(job_id)
 
     def record(self, job_id: str) -> Record | None:
         """Return the record of a job, whose id is a prefix of the record's id."""
@@ -94,21 +102,21 @@ class Cpp:
         for one in _requests(body):
             fields, full = Fields(one), DEFAULT | one
             count = min(MAX_BATCH, max(1, fields.whole("lm_batch_size") or 1))
-            asked = cpp_planner.thought(fields) if has_planner else None
-            found += [full if asked else full | dict(lyrics=one.get("lyrics") or INSTRUMENTAL)] * count
-            if asked is not None:
-                works += cpp_planner.works(self.service, model, fields, asked, count)
+            planner_task = cpp_planner.planner_task(fields) if has_planner else None
+            found += [full if planner_task else full | dict(lyrics=one.get("lyrics") or INSTRUMENTAL)] * count
+            if planner_task is not None:
+                works += cpp_planner.works(self.service, model, fields, planner_task, count)
         if len(found) > MAX_BATCH:
             raise InputError(f"lm_batch_size: expected at most {MAX_BATCH} songs in all, found {len(found)}")
         if works and len(works) == len(found):
-            errand = self.service.ask(works, client, extra=dict(requests=found))
-            return short_id(errand.id)
+            return short_id(self.service.submit(Operation(works, client, extra=dict(requests=found))).id)
         if works:
             raise InputError("request: expected codes, or a task without the planner, in all of an array or in none")
         job_id = secrets.token_hex(8)
-        self.completed[job_id] = found
-        while len(self.completed) > KEPT:
-            del self.completed[next(iter(self.completed))]
+        with self._lock:
+            self._completed[job_id] = found
+            while len(self._completed) > KEPT:
+                del self._completed[next(iter(self._completed))]
         return job_id
 
     def understand(self, body: uploads.Body, client: str) -> str:
@@ -118,10 +126,12 @@ class Cpp:
             InputError: if there is no song.
             HTTPException: 501 if there is no planner.
         """
+        cpp_latents.prefer_latents(self.service, body)
         fields = Fields(_own_request(body))
         cpp_latents.check_unused(self.service, body)
-        work = cpp_planner.listener(self.service, fields, body)
-        return short_id(self.service.ask([work], client, body.uploads, dict(requests=None), body.names).id)
+        work = cpp_planner.description_work(self.service, fields, body)
+        operation = Operation([work], client, body.uploads, body.names, dict(requests=None))
+        return short_id(self.service.submit(operation).id)
 
     def convert(self, body: uploads.Body, client: str) -> str:
         """Have sound encoded or latents decoded; return the id of the job.
@@ -131,7 +141,7 @@ class Cpp:
         """
         cpp_latents.check_unused(self.service, body)
         work, extra = cpp_latents.conversion(self.service, Fields(_own_request(body)), body)
-        return short_id(self.service.ask([work], client, body.uploads, extra, body.names).id)
+        return short_id(self.service.submit(Operation([work], client, body.uploads, body.names, extra)).id)
 
     def submission(self, body: uploads.Body, client: str) -> Submission:
         """Return the submission for a request to /synth.
@@ -139,6 +149,7 @@ class Cpp:
         Raises:
             InputError: if a value cannot be used.
         """
+        cpp_latents.prefer_latents(self.service, body)
         found = _requests(body)
         first = Fields(found[0])
         notes: list[str] = []
@@ -151,11 +162,7 @@ class Cpp:
         for name in ("vae", "lm_model"):
             if (text := first.text(name)) and text not in (*self.service.engine.models, self.service.planner_of()):
                 notes.append(f"{name}: {text[:80]} is unknown here; ignored")
-        model = first.text("synth_model") or next(iter(self.service.engine.models))
-        if model not in self.service.engine.models:
-            raise InputError(
-                f"synth_model: expected one of {', '.join(self.service.engine.models)}, found {model!r:.80}"
-            )
+        model = self.service.model_named(first.text("synth_model") or None, "synth_model")
         made: list[dict[str, Any]] = []
         for one in found:
             fields = Fields(one)
@@ -163,6 +170,7 @@ class Cpp:
             seed = fields.whole("seed")
             song = _song(fields, body, turbo=self.service.engine.models[model].turbo)
             made += songs(song, count, [seed] if seed is not None and seed >= 0 else [])
+        notes += body.ignored(strict=self.service.strict)
         if self.service.strict and notes:
             raise InputError(notes[0])
         form = cpp_latents.check_format(first)
@@ -213,8 +221,7 @@ def router(service: Service, version: str) -> APIRouter:
         service.check_room(client_of(request))
         body = await uploads.read(request, service.store, cpp_latents.UPLOADS)
         try:
-            cpp_latents.prefer_latents(service, body)
-            found = api.submission(body, client_of(request))
+            found = await run_in_threadpool(api.submission, body, client_of(request))
         except BaseException:
             body.discard()
             raise
@@ -230,7 +237,6 @@ def router(service: Service, version: str) -> APIRouter:
     async def understand(request: Request) -> dict[str, str]:
         body = await uploads.read(request, service.store, cpp_latents.UPLOADS)
         try:
-            cpp_latents.prefer_latents(service, body)
             return dict(id=await run_in_threadpool(api.understand, body, client_of(request)))
         except BaseException:
             body.discard()
@@ -248,16 +254,15 @@ def router(service: Service, version: str) -> APIRouter:
 
     @routes.get("/job", summary="Poll, or fetch with result=1")
     async def job(id: str = "", result: str = "0") -> Response:
-        if _flag("result", result) and id in api.completed:
-            return JSONResponse(api.completed[id])
-        if id in api.completed:
-            return JSONResponse(dict(status="done"))
+        wants_result = _flag("result", result)
+        if (completed := api.completed(id)) is not None:
+            return JSONResponse(completed if wants_result else dict(status="done"))
         record = api.record(_job_id(id))
-        if record is None and (errand := service.errands.find_short(id)) is not None:
-            return await run_in_threadpool(cpp_planner.answer, service.errands, errand, _flag("result", result))
+        if record is None and (operation := service.operations.find_short(id)) is not None:
+            return await run_in_threadpool(cpp_planner.answer, service.operations, operation, wants_result)
         if record is None:
             raise HTTPException(404, "Job not found")
-        if not _flag("result", result):
+        if not wants_result:
             return JSONResponse(state(record))
         if record.status == "failed":
             raise HTTPException(500, renamed(record.error or "failed", cpp_latents.NAMES))
@@ -267,13 +272,13 @@ def router(service: Service, version: str) -> APIRouter:
 
     @routes.post("/job", summary="Cancel with cancel=1")
     async def cancel(id: str = "", cancel: str = "0") -> dict[str, str]:
-        if id in api.completed:
+        if api.completed(id) is not None:
             return dict(status="done")
         wanted, record = _flag("cancel", cancel), api.record(_job_id(id))
-        if record is None and (errand := service.errands.find_short(id)) is not None:
+        if record is None and (operation := service.operations.find_short(id)) is not None:
             if wanted:
-                await run_in_threadpool(service.errands.cancel, errand)
-            return dict(status=STATES[errand.status])
+                await run_in_threadpool(service.operations.cancel, operation)
+            return dict(status=STATES[operation.status])
         if record is None:
             raise HTTPException(404, "Job not found")
         if wanted:
@@ -350,11 +355,6 @@ def _song(fields: Fields, body: uploads.Body, *, turbo: bool) -> dict[str, Any]:
         prompt=fields.text("caption").strip() or NO_PROMPT,
         lyrics=lyrics(fields.text("lyrics")),
         task_type=task,
-        vocal_language=fields.text("vocal_language") or None,
-        keyscale=fields.text("keyscale") or None,
-        timesignature=fields.text("timesignature") or None,
-        bpm=fields.whole("bpm") or None,
-        audio_duration=fields.number("duration") or None,
         num_inference_steps=fields.whole("inference_steps") or None,
         shift=fields.number("shift") or None,
         audio_cover_strength=fields.number("audio_cover_strength"),
@@ -362,6 +362,7 @@ def _song(fields: Fields, body: uploads.Body, *, turbo: bool) -> dict[str, Any]:
         timesteps=times(fields.text("custom_timesteps")),
         latent_shift=fields.number("latent_shift"),
         latent_rescale=fields.number("latent_rescale"),
+        **cpp_planner.metadata(fields),
     )
     if not turbo:
         song["guidance_scale"] = fields.number("guidance_scale") or None

@@ -12,10 +12,10 @@ from acestep_jax.errors import InputError
 from acestep_jax.request import Request, Sampling
 from acestep_jax.serve import sounds, uploads
 from acestep_jax.serve.engine import Work
-from acestep_jax.serve.errands import LATENTS_FILE, Errand, Errands
 from acestep_jax.serve.lenient import Fields
+from acestep_jax.serve.operations import LATENTS_FILE, Operation, Operations
+from acestep_jax.serve.planner_task import PlannerTask
 from acestep_jax.serve.service import Service
-from acestep_jax.serve.thinking import Thought
 
 UPLOADS = {
     "audio": "src_audio",
@@ -50,6 +50,7 @@ def prefer_latents(service: Service, body: uploads.Body) -> None:
 
 def check_unused(service: Service, body: uploads.Body) -> None:
     """Raise InputError, with --strict, for a file that is no source, where there is no song to make."""
+    body.ignored(strict=service.strict)
     unused = [name for name in body.files if name not in SOURCES]
     if service.strict and unused:
         raise InputError(
@@ -65,7 +66,7 @@ def source_of(body: uploads.Body) -> dict[str, Any]:
 
 
 def check_format(fields: Fields) -> str:
-    """Return the sound file that is asked for, a name of `sounds.FORMATS`.
+    """Return the format of the requested sound file, a name of `sounds.FORMATS`.
 
     Raises:
         InputError: if there is none of that name.
@@ -77,7 +78,7 @@ def check_format(fields: Fields) -> str:
 
 
 def conversion(service: Service, fields: Fields, body: uploads.Body) -> tuple[Work, dict[str, Any]]:
-    """Return what /vae asks of the engine, and the format of the answer.
+    """Return the work and the response format for /vae.
 
     Raises:
         InputError: unless there is either sound or latents.
@@ -91,32 +92,33 @@ def conversion(service: Service, fields: Fields, body: uploads.Body) -> tuple[Wo
     form = check_format(fields)
     prefer_latents(service, body)
     request = Request("", seed=0, **source_of(body))
-    thought = Thought("encode" if found == ["src_audio"] else "decode", required=True)
+    planner_task = PlannerTask("encode" if found == ["src_audio"] else "decode", required=True)
     model = next(iter(service.engine.models))
-    return Work(request, Sampling(), model, thought=thought, is_song=False), dict(form=form)
+    return Work(request, Sampling(), model, planner_task=planner_task, is_song=False), dict(form=form)
 
 
-def converted(errands: Errands, errand: Errand) -> Response:
-    """Return the latents or the sound that /vae gave; in another format than FLAC it is made now, and kept beside.
+def converted(operations: Operations, operation: Operation) -> Response:
+    """Return the latents or the sound that /vae gave; in another format than FLAC it is made now, and
+    cached next to it.
 
     Raises:
         HTTPException: 404 if newer results have taken its place meanwhile.
     """
-    assert errand.files is not None
-    latents = errand.files / LATENTS_FILE
+    assert operation.files is not None
+    latents = operation.files / LATENTS_FILE
     if latents.exists():
         return FileResponse(latents, media_type="application/octet-stream")
-    form = sounds.FORMATS[errand.extra["form"]]
+    form = sounds.FORMATS[operation.extra["form"]]
     try:
-        return FileResponse(errands.sound(errand, form), media_type=form.media_type)
+        return FileResponse(operations.sound(operation, form), media_type=form.media_type)
     except FileNotFoundError:
         raise HTTPException(404, "Job not found") from None
 
 
-def part(errand: Errand, boundary: str) -> bytes:
+def part(operation: Operation, boundary: str) -> bytes:
     """Return the part of a body of several that holds the latents of a song that was described; empty if there are
     none."""
-    if errand.files is None:
+    if operation.files is None:
         return b""
     head = 'Content-Type: application/octet-stream\r\nContent-Disposition: form-data; name="latent"'
-    return f"--{boundary}\r\n{head}\r\n\r\n".encode() + (errand.files / LATENTS_FILE).read_bytes() + b"\r\n"
+    return f"--{boundary}\r\n{head}\r\n\r\n".encode() + (operation.files / LATENTS_FILE).read_bytes() + b"\r\n"

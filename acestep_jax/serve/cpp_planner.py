@@ -13,22 +13,22 @@ from acestep_jax.inputs import tasks
 from acestep_jax.inputs.tasks import codes_to_text
 from acestep_jax.planner.plan import Plan
 from acestep_jax.request import Request, Sampling
-from acestep_jax.serve import asking, cpp_latents, uploads
+from acestep_jax.serve import cpp_latents, planner_fields, uploads
 from acestep_jax.serve.engine import Work
-from acestep_jax.serve.errands import Errand, Errands
 from acestep_jax.serve.lenient import NO_PROMPT, Fields
-from acestep_jax.serve.plans import listening, require_planner
+from acestep_jax.serve.operations import Operation, Operations
+from acestep_jax.serve.planner_task import PlannerTask
+from acestep_jax.serve.plans import analysis_work, require_planner
 from acestep_jax.serve.service import Service
 from acestep_jax.serve.submission import MAX_SEED, check_text_length
-from acestep_jax.serve.thinking import Thought
 
 BOUNDARY = "ace-batch-boundary"
 STATES = {"queued": "running", "running": "running", "done": "done", "failed": "failed", "cancelled": "cancelled"}
 MODES = ("generate", "inspire", "format")
-LISTENING = dict(lm_temperature=0.3, lm_top_p=1.0)  # the defaults of /understand
+UNDERSTAND_DEFAULTS = dict(lm_temperature=0.3, lm_top_p=1.0)  # the defaults of /understand
 
 
-def thought(fields: Fields) -> Thought | None:
+def planner_task(fields: Fields) -> PlannerTask | None:
     """Return the planner's task for a request; None: the request has audio codes, or a task that is not planned.
 
     Raises:
@@ -43,10 +43,21 @@ def thought(fields: Fields) -> Thought | None:
     codes = mode == "generate"
     if codes and not fields.text("lyrics").strip():
         mode = "inspire"
-    return Thought(mode, asking.planning(fields), codes=codes, required=True)
+    return PlannerTask(mode, planner_fields.planning(fields), codes=codes, required=True)
 
 
-def works(service: Service, model: str, fields: Fields, asked: Thought, count: int) -> list[Work]:
+def metadata(fields: Fields) -> dict[str, Any]:
+    """Return the fields of `Request` that describe the music; 0 and "" stand for None."""
+    return dict(
+        bpm=fields.whole("bpm") or None,
+        audio_duration=fields.number("duration") or None,
+        keyscale=fields.text("keyscale") or None,
+        timesignature=fields.text("timesignature") or None,
+        vocal_language=fields.text("vocal_language") or None,
+    )
+
+
+def works(service: Service, model: str, fields: Fields, planner_task: PlannerTask, count: int) -> list[Work]:
     """Return `count` works for a request, each with its own seed.
 
     Raises:
@@ -55,22 +66,18 @@ def works(service: Service, model: str, fields: Fields, asked: Thought, count: i
     values: dict[str, Any] = dict(
         prompt=fields.text("caption").strip() or NO_PROMPT,
         lyrics=fields.text("lyrics"),
-        bpm=fields.whole("bpm") or None,
-        audio_duration=fields.number("duration") or None,
-        keyscale=fields.text("keyscale") or None,
-        timesignature=fields.text("timesignature") or None,
-        vocal_language=fields.text("vocal_language") or None,
+        **metadata(fields),
     )
     for name, most in (("prompt", service.limits.prompt), ("lyrics", service.limits.lyrics)):
         check_text_length(name, values[name], most)
     seed = secrets.randbelow(MAX_SEED - count)
     return [
-        Work(Request(**values, seed=seed + i), Sampling(), model, thought=asked.of_song(i), is_song=False)
+        Work(Request(**values, seed=seed + i), Sampling(), model, planner_task=planner_task.for_song(i), is_song=False)
         for i in range(count)
     ]
 
 
-def listener(service: Service, fields: Fields, body: uploads.Body) -> Work:
+def description_work(service: Service, fields: Fields, body: uploads.Body) -> Work:
     """Return the work that describes a song.
 
     Raises:
@@ -80,14 +87,16 @@ def listener(service: Service, fields: Fields, body: uploads.Body) -> Work:
     model = next(iter(service.engine.models))
     codes = fields.text("audio_codes").strip()
     if source := cpp_latents.source_of(body):
-        work = listening(service, model, "understand", **source)
+        work = analysis_work(service, model, "understand", **source)
     elif codes:
-        work = listening(service, model, "understand", audio_codes=codes_of(codes))
+        work = analysis_work(service, model, "understand", audio_codes=codes_of(codes))
     else:
         require_planner(service, model)
         raise InputError("audio: missing; upload the song as multipart/form-data")
-    assert work.thought is not None
-    work.thought = dataclasses.replace(work.thought, planning=asking.planning(fields, **LISTENING))
+    assert work.planner_task is not None
+    work.planner_task = dataclasses.replace(
+        work.planner_task, planning=planner_fields.planning(fields, **UNDERSTAND_DEFAULTS)
+    )
     return work
 
 
@@ -99,24 +108,24 @@ def codes_of(text: str) -> str:
         raise InputError("audio_codes: expected numbers separated by commas") from None
 
 
-def answer(errands: Errands, errand: Errand, wants_result: bool) -> Response:
+def answer(operations: Operations, operation: Operation, wants_result: bool) -> Response:
     """Return the response of /job: the state, or the completed requests; for a described song a multipart body, with
     its latents; or the result of /vae."""
     if not wants_result:
-        return JSONResponse(dict(status=STATES[errand.status]))
-    if errand.status == "failed":
-        raise HTTPException(400 if errand.is_refused else 500, errand.error or "failed")
-    plans = [plan for plan in errand.plans if plan is not None]
-    if errand.status != "done":
+        return JSONResponse(dict(status=STATES[operation.status]))
+    if operation.status == "failed":
+        raise HTTPException(400 if operation.is_refused else 500, operation.error or "failed")
+    plans = [plan for plan in operation.plans if plan is not None]
+    if operation.status != "done":
         raise HTTPException(404, "Result not ready")
-    if "form" in errand.extra:
-        return cpp_latents.converted(errands, errand)
-    requests = errand.extra["requests"]
+    if "form" in operation.extra:
+        return cpp_latents.converted(operations, operation)
+    requests = operation.extra["requests"]
     if requests is not None:
         return JSONResponse([_completed(one, plan) for one, plan in zip(requests, plans, strict=True)])
     text = json.dumps([_completed({}, plans[0])], ensure_ascii=False)
     described = f"--{BOUNDARY}\r\nContent-Type: application/json\r\n\r\n{text}\r\n".encode()
-    body = described + cpp_latents.part(errand, BOUNDARY) + f"--{BOUNDARY}--\r\n".encode()
+    body = described + cpp_latents.part(operation, BOUNDARY) + f"--{BOUNDARY}--\r\n".encode()
     return Response(body, media_type=f"multipart/mixed; boundary={BOUNDARY}")
 
 

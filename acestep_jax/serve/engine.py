@@ -3,21 +3,19 @@ model each (`serve.replicas`), or on several hosts that share one (`serve.slices
 
 import dataclasses
 import logging
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
-
-import jax
 
 from acestep_jax.errors import InputError
 from acestep_jax.planner.plan import Plan
 from acestep_jax.request import Request, Sampling
 from acestep_jax.serve.batcher import Program, Shape
 from acestep_jax.serve.models import Model
-from acestep_jax.serve.thinking import Thought
+from acestep_jax.serve.planner_task import PlannerTask
 from acestep_jax.song import Song
 
 if TYPE_CHECKING:
-    from acestep_jax.serve.hearing import Heard
+    from acestep_jax.serve.analysis import AnalysisResult
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +30,10 @@ class Work:
         stage: "queued", "loading", "planning", "encoding", "denoising", "decoding" or "aligning".
         step, steps: progress of planning or denoising.
         cancelled: whether it was cancelled.
-        owner: id of the record or errand that it belongs to, for the log.
-        thought: the planner's task, which comes before the song; None: no planning, or done.
+        owner: id of the record or operation that it belongs to, for the log.
+        planner_task: the planner's task, which comes before the song; None: no planning, or done.
         plan: the finished plan.
-        heard: what was found about an existing song, besides the plan.
+        analysis: what was found about an existing song, besides the plan.
         is_song: whether to make a song; else only the plan is requested.
         losses: how often the process that was making it died, see `serve.replicas`.
         lrc: whether to compute the timestamps of the lyrics, see `Song.timestamps`.
@@ -54,9 +52,9 @@ class Work:
     steps: int = 0
     cancelled: bool = False
     owner: str = ""
-    thought: Thought | None = None
+    planner_task: PlannerTask | None = None
     plan: Plan | None = None
-    heard: "Heard | None" = None
+    analysis: "AnalysisResult | None" = None
     is_song: bool = True
     losses: int = 0
     lrc: bool = False
@@ -166,6 +164,14 @@ class Engine(Protocol):
         ...
 
 
+def check_adapters(names: Iterable[str], known: Collection[str]) -> None:
+    """Raise InputError if there is no adapter of one of the names."""
+    for name in names:
+        if name not in known:
+            expected = ", ".join(known) or "none, the server was started without --lora"
+            raise InputError(f"adapters: unknown adapter {str(name)[:80]!r}; expected one of {expected}")
+
+
 def refuse(works: Sequence[Work], error: Exception) -> None:
     """Set `is_refused` of failed works, by whether the request was at fault."""
     for work in works:
@@ -181,8 +187,3 @@ def message_of(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"a file of the server: {error.strerror or type(error).__name__}"
     return f"internal error ({type(error).__name__}); the server's log has the details"
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error means that the device is out of memory."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)

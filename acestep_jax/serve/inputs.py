@@ -8,7 +8,7 @@ from pathlib import Path
 from acestep_jax.errors import InputError
 
 
-class Inputs:
+class InputFolder:
     """A folder whose sound files clients may use by their paths.
 
     Raises:

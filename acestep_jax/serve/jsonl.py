@@ -37,7 +37,7 @@ PLANNING_SECONDS = 300.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class BatchItem:
     """One line of the file.
 
     Attributes:
@@ -60,7 +60,7 @@ class Line:
         return self.path.with_suffix(".json")
 
 
-def read(path: str | Path, out_dir: str | Path, defaults: dict[str, Any]) -> tuple[list[Line], list[str]]:
+def read(path: str | Path, out_dir: str | Path, defaults: dict[str, Any]) -> tuple[list[BatchItem], list[str]]:
     """Return the lines of a file with one JSON object per line, and the errors of invalid lines.
 
     Keys are the fields of `Request`, `Planning` and `Sampling`, and `name`, the name of the sound file in `out_dir`: by
@@ -96,7 +96,7 @@ def read(path: str | Path, out_dir: str | Path, defaults: dict[str, Any]) -> tup
     return songs, errors
 
 
-def _song(line: str, place: str, folder: Path, out_dir: Path, defaults: dict, number: int) -> Line:
+def _song(line: str, place: str, folder: Path, out_dir: Path, defaults: dict, number: int) -> BatchItem:
     try:
         own = json.loads(line)
     except json.JSONDecodeError as error:
@@ -126,7 +126,7 @@ def _song(line: str, place: str, folder: Path, out_dir: Path, defaults: dict, nu
     for source in (getattr(request, name) for name in FILES):
         if isinstance(source, str | Path) and identity(source) == identity(path):
             raise InputError(f"name: {path} is a source or reference of the song itself; give another")
-    return Line(place, path, values, request, planning, sampling)
+    return BatchItem(place, path, values, request, planning, sampling)
 
 
 def _check_name(name: str) -> None:
@@ -160,8 +160,13 @@ def _message(error: Exception) -> str:
 
 
 def generate(
-    pipe: AceStepPipeline, lines: Sequence[Line], batch_size: int, about: dict[str, Any], *, overwrite: bool = False
-) -> Iterator[tuple[Line, str | None]]:
+    pipe: AceStepPipeline,
+    lines: Sequence[BatchItem],
+    batch_size: int,
+    about: dict[str, Any],
+    *,
+    overwrite: bool = False,
+) -> Iterator[tuple[BatchItem, str | None]]:
     """Generate the songs that do not exist yet; yield each line with None, or with an error message.
 
     Songs with the same sampling and bucket of frames form a batch, which is made as soon as it is full. The audio is
@@ -186,12 +191,12 @@ def generate(
         if preemption.requested_at(next(numbers)) if joint else preemption.requested():
             raise Preempted
 
-    def make(members: list[tuple[Line, Job]]) -> Iterator[tuple[Line, str | None]]:
+    def make(members: list[tuple[BatchItem, Job]]) -> Iterator[tuple[BatchItem, str | None]]:
         check()
         return _make(pipe, members, about, overwrite, writes=not joint or jax.process_index() == 0)
 
     decisions = [_unfinished(line, about, overwrite) for line in lines]
-    groups: dict[tuple[Sampling, int, bool], list[tuple[Line, Job]]] = {}
+    groups: dict[tuple[Sampling, int, bool], list[tuple[BatchItem, Job]]] = {}
     unfinished = []
     for line, error in zip(lines, _agree(decisions) if joint else decisions, strict=True):
         if error is None:
@@ -214,8 +219,8 @@ def generate(
 
 
 def _prepared(
-    pipe: AceStepPipeline, lines: Sequence[Line], batch_size: int, check: Callable[[], None]
-) -> Iterator[tuple[Line, Job | str]]:
+    pipe: AceStepPipeline, lines: Sequence[BatchItem], batch_size: int, check: Callable[[], None]
+) -> Iterator[tuple[BatchItem, Job | str]]:
     """Yield each line with its job, or with an error message. Consecutive lines with the same `Planning` are planned as
     one batch. If memory holds either the planner or a song, but not both, many lines are planned before the first of
     them is yielded, so that the planner is loaded only once for them.
@@ -223,7 +228,7 @@ def _prepared(
     Args:
         check: called before each further batch is planned; it may raise.
     """
-    ahead: list[tuple[Line, Request]] = []  # planned, without jobs yet, since these may hold audio
+    ahead: list[tuple[BatchItem, Request]] = []  # planned, without jobs yet, since these may hold audio
     began = time.monotonic()
     for (planning, sampling), group in itertools.groupby(lines, key=lambda line: (line.planning, line.sampling)):
         waiting = list(group)
@@ -255,7 +260,9 @@ def _prepared(
         yield from _released(pipe, ahead)
 
 
-def _released(pipe: AceStepPipeline, ahead: Sequence[tuple[Line, Request]]) -> Iterator[tuple[Line, Job | str]]:
+def _released(
+    pipe: AceStepPipeline, ahead: Sequence[tuple[BatchItem, Request]]
+) -> Iterator[tuple[BatchItem, Job | str]]:
     """Free the planner's memory, and yield the planned lines with their jobs."""
     pipe.free_if_needed()
     for line, request in ahead:
@@ -266,8 +273,8 @@ def _released(pipe: AceStepPipeline, ahead: Sequence[tuple[Line, Request]]) -> I
 
 
 def _planned(
-    pipe: AceStepPipeline, members: list[tuple[Line, Job]], planning: Planning, sampling: Sampling
-) -> Iterator[tuple[Line, Job | str]]:
+    pipe: AceStepPipeline, members: list[tuple[BatchItem, Job]], planning: Planning, sampling: Sampling
+) -> Iterator[tuple[BatchItem, Job | str]]:
     """Plan lines as one batch, or individually if that fails; yield them with their jobs."""
     try:
         # Each line gets the same plan as by itself, whatever else is in the file.
@@ -294,7 +301,7 @@ def _bytes(job: Job) -> int:
     return sum(0 if one is None else one.nbytes for one in held)
 
 
-def _unfinished(song: Line, about: dict, overwrite: bool) -> str | None:
+def _unfinished(song: BatchItem, about: dict, overwrite: bool) -> str | None:
     """Return None for a song to make, "" for a finished one, or the reason why it cannot be written."""
     try:
         if not overwrite and _is_finished(song, about):
@@ -314,8 +321,8 @@ def _agree(decisions: list[str | None]) -> list[str | None]:
 
 
 def _make(
-    pipe: AceStepPipeline, members: list[tuple[Line, Job]], about: dict, overwrite: bool, *, writes: bool
-) -> Iterator[tuple[Line, str | None]]:
+    pipe: AceStepPipeline, members: list[tuple[BatchItem, Job]], about: dict, overwrite: bool, *, writes: bool
+) -> Iterator[tuple[BatchItem, str | None]]:
     """Make one batch; if it fails, make its songs individually, so that one does not stop the others."""
     try:
         songs = pipe.run([job for _, job in members], members[0][0].sampling)
@@ -336,7 +343,7 @@ def _make(
             yield line, None
 
 
-def _write(line: Line, song: Song, about: dict, overwrite: bool) -> None:
+def _write(line: BatchItem, song: Song, about: dict, overwrite: bool) -> None:
     """Write a song, settings first: if the audio exists too, the song is finished, even after an interruption. When
     replacing a song, write the audio first, so that the existing one is kept until there is a new one."""
     assert song.audio is not None
@@ -361,7 +368,7 @@ def _write(line: Line, song: Song, about: dict, overwrite: bool) -> None:
         write()
 
 
-def _is_finished(song: Line, about: dict) -> bool:
+def _is_finished(song: BatchItem, about: dict) -> bool:
     """Return whether the song exists; raise InputError if a file with its name was made with other settings."""
     found = {}
     if song.settings_path.exists():

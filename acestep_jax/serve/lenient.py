@@ -9,10 +9,10 @@ from typing import Any
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
 from acestep_jax.inputs.tasks import TRACKS
+from acestep_jax.planner.metadata import INSTRUMENTAL
 
 TRUE = ("1", "true", "yes", "y", "on")
 NESTED = ("metas", "meta", "metadata", "user_metadata", "userMetadata")
-INSTRUMENTAL = "[Instrumental]"
 NO_PROMPT = "music"  # used if a client gives only lyrics, because the library requires a description
 MAX_INT = 2**63
 

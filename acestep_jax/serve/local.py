@@ -4,21 +4,22 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from acestep_jax.errors import Cancelled, InputError
+from acestep_jax.placement import is_out_of_memory
 from acestep_jax.planner.plan import Plan
 from acestep_jax.planner.timestamps import check_alignment
 from acestep_jax.request import Request, Sampling
+from acestep_jax.serve.analysis import AnalysisResult, analyse
 from acestep_jax.serve.batcher import Program, Shape
-from acestep_jax.serve.engine import BatchReport, Listener, Work, is_out_of_memory, message_of, refuse
-from acestep_jax.serve.experience import Experience
-from acestep_jax.serve.hearing import Heard, hear
+from acestep_jax.serve.engine import BatchReport, Listener, Work, check_adapters, message_of, refuse
 from acestep_jax.serve.loading import Loading
 from acestep_jax.serve.models import Model
+from acestep_jax.serve.planner_task import ANALYSIS_MODES, run_planner
 from acestep_jax.serve.queue import QueueingEngine
-from acestep_jax.serve.thinking import LISTENING, think
+from acestep_jax.serve.timings import Timings
 from acestep_jax.song import Song
 
 logger = logging.getLogger(__name__)
@@ -39,10 +40,10 @@ class LocalEngine(QueueingEngine):
         warm: durations in seconds to compile, for batches of one and of `max_batch`, before `ready`.
 
     Attributes:
-        alone: whether no other process runs the same programs, so that this one may skip some.
+        is_single_process: whether no other process runs the same programs, so that this one may skip some.
     """
 
-    alone = True
+    is_single_process = True
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class LocalEngine(QueueingEngine):
         self.models = {model.name: model for model in models}
         self.adapters = dict(adapters or {})
         self.max_batch = max_batch
-        self.experience = Experience(max_batch)
+        self.timings = Timings(max_batch)
         self._warm = tuple(warm)
         self._warmed = not warm
         self._running: list[Work] = []
@@ -73,24 +74,17 @@ class LocalEngine(QueueingEngine):
         """See `Engine`."""
         return self._warmed and self._error is None and self._stopping is None and self._thread.is_alive()
 
-    @property
-    def compiled(self) -> Iterable[Program]:
-        """The programs that have run."""
-        return tuple(self.experience.compiled)
-
     def check(self, work: Work) -> None:
         """See `Engine`. The request's files are read but not kept, because a queue of sources would fill memory."""
-        model, thought = self.models[work.model], work.thought
-        for name, _ in work.adapters:
-            if name not in self.adapters:
-                raise InputError(f"adapters: unknown adapter {name!r}; expected one of {', '.join(self.adapters)}")
+        model, task = self.models[work.model], work.planner_task
+        check_adapters([name for name, _ in work.adapters], self.adapters)
         if work.is_song:
             job = model.prepare(work.request, work.sampling)
             work.steps = model.steps(job, work.sampling)
             if work.lrc and not model.has_alignment:
                 raise InputError(
-                    f"lrc: the heads of {model.name} that follow the lyrics are unknown (they are known for the 2B "
-                    "models); leave it out"
+                    f"lrc: the alignment heads of {model.name}, which follow the lyrics, are unknown (they are known "
+                    "for the 2B models); leave it out"
                 )
             if work.lrc:
                 check_alignment(model.configs["transformer"], job)
@@ -100,8 +94,8 @@ class LocalEngine(QueueingEngine):
             names = tuple(name for name, _ in work.adapters)
             work.kind = (work.model, names, work.sampling, job.task_type, rest)
             work.shape = Shape(key.frames, key.prompt_tokens, key.lyric_tokens)
-        if thought is not None:
-            work.group = work.kind = (work.model, thought.alike)
+        if task is not None:
+            work.group = work.kind = (work.model, task.batch_key)
             work.shape = Shape(max(1, work.shape.frames), 0, 0)
 
     def start(self, listener: Listener) -> None:
@@ -123,9 +117,9 @@ class LocalEngine(QueueingEngine):
         places = [i for i, work in enumerate(queue) if id(work) in own]
         if not places:
             return left if {id(work) for work in running} & own else 0.0
-        ends = self.experience.ends(queue, version)
+        ends = self.timings.ends(queue, version)
         seconds = [ends[id(queue[i])] for i in places]
-        known, songs = [one for one in seconds if one is not None], self.experience.after_plans(queue[: places[-1] + 1])
+        known, songs = [one for one in seconds if one is not None], self.timings.after_plans(queue[: places[-1] + 1])
         return left + max(known) + songs if songs is not None and len(known) == len(seconds) else None
 
     def stop(self, grace: float) -> None:
@@ -140,7 +134,7 @@ class LocalEngine(QueueingEngine):
         """Return the remaining seconds of the current batch, including the songs of its plans, estimated from its own
         steps or from earlier batches; None: unknown."""
         now, work = time.monotonic(), works[0]
-        whole, songs = self.experience.estimate(program, work.steps), self.experience.after_plans(works)
+        whole, songs = self.timings.estimate(program, work.steps), self.timings.after_plans(works)
         if songs is None or work.stage == "aligning":  # its duration is unknown, and the song is finished
             return songs
         if work.step >= 2 and work.steps > work.step:
@@ -183,7 +177,7 @@ class LocalEngine(QueueingEngine):
                 self._changed.wait()
             if self._stopping is not None:
                 return None
-            works, program = self.experience.next_batch(self._queue)
+            works, program = self.timings.next_batch(self._queue)
             self._take(works)
             self._running = works
             return works, program
@@ -191,13 +185,13 @@ class LocalEngine(QueueingEngine):
     def _make(self, works: list[Work], program: Program, *, quiet: bool = False) -> None:
         """Make one batch of songs or plans, and report each of its works."""
         began = time.monotonic()
-        first = program not in self.experience.compiled
+        first = program not in self.timings.compiled
         with self._changed:
             self._running, self._current, self._began, self._first_step = works, program, began, began
-        plans: list[Plan | Heard] = []
+        plans: list[Plan | AnalysisResult] = []
         songs: list[Song] = []
         try:
-            if works[0].thought is not None:
+            if works[0].planner_task is not None:
                 plans = self.plans(works, program)
             else:
                 songs = self.songs(works, program)
@@ -215,7 +209,7 @@ class LocalEngine(QueueingEngine):
         seconds = time.monotonic() - began
         steps = 0 if plans else works[0].step - 1
         # Songs with and without timestamps of their lyrics share a program.
-        self.experience.ran(program, seconds - self._aligning, steps, self._last_step - self._second_step)
+        self.timings.ran(program, seconds - self._aligning, steps, self._last_step - self._second_step)
         if quiet:
             return
         again = []
@@ -223,8 +217,8 @@ class LocalEngine(QueueingEngine):
             if work.cancelled:
                 self._listener.stopped(work)
             elif plans:
-                found, work.thought = plans[i], None
-                work.plan, work.heard = (found.plan, found) if isinstance(found, Heard) else (found, None)
+                found, work.planner_task = plans[i], None
+                work.plan, work.analysis = (found.plan, found) if isinstance(found, AnalysisResult) else (found, None)
                 again += self._with_plan(work)
             else:
                 if work.lrc and songs[i].timestamps is None:
@@ -252,7 +246,7 @@ class LocalEngine(QueueingEngine):
             return []
         return [work]
 
-    def plans(self, works: list[Work], program: Program) -> list[Plan | Heard]:
+    def plans(self, works: list[Work], program: Program) -> list[Plan | AnalysisResult]:
         """Return the plans of a batch, or what is found about existing songs; see `songs`."""
         model, self._aligning = self.models[works[0].model], 0.0
         self._tell(works, "planning" if self._loading.has(model) else "loading")
@@ -264,11 +258,13 @@ class LocalEngine(QueueingEngine):
                 work.step, work.steps = done, total
             self._tell(works, "planning")
 
-        listens = works[0].thought is not None and works[0].thought.mode in LISTENING
-        filled = works if listens else [*works, *[works[-1]] * (program.size - len(works))]
-        thoughts = [work.thought for work in filled if work.thought is not None]
+        is_analysis = works[0].planner_task is not None and works[0].planner_task.mode in ANALYSIS_MODES
+        filled = works if is_analysis else [*works, *[works[-1]] * (program.size - len(works))]
+        tasks = [work.planner_task for work in filled if work.planner_task is not None]
         requests, watched = [work.request for work in filled], dict(should_stop=lambda: self._is_over(works))
-        return list((hear if listens else think)(pipe, requests, thoughts, on_progress=on_progress, **watched))
+        return list(
+            (analyse if is_analysis else run_planner)(pipe, requests, tasks, on_progress=on_progress, **watched)
+        )
 
     def _is_over(self, works: Sequence[Work]) -> bool:
         """Return whether all works of a batch are cancelled, or the server's grace period has ended."""
@@ -322,16 +318,16 @@ class LocalEngine(QueueingEngine):
         Raises:
             Cancelled: see `songs`.
         """
-        if self.alone and self._is_over(works):
+        if self.is_single_process and self._is_over(works):
             raise Cancelled
-        if self.alone and work.cancelled:
+        if self.is_single_process and work.cancelled:
             return song
         try:
             return dataclasses.replace(song, timestamps=pipe.timestamps(song, work.request, work.sampling))
         except InputError as error:
             logger.warning("%s: no timestamps of its lyrics: %s", work.owner, error)
         except Exception:
-            if not self.alone:
+            if not self.is_single_process:
                 raise
             logger.exception("%s: no timestamps of its lyrics", work.owner)
         return song
@@ -355,7 +351,7 @@ class LocalEngine(QueueingEngine):
             return
         if memory and program.size > 1:
             half = program.size // 2
-            self.experience.does_not_fit(program, half)
+            self.timings.does_not_fit(program, half)
             logger.warning("out of memory with a batch of %d songs; from now on %d", program.size, half)
         elif len(works) == 1:
             self._without(works[0], OUT_OF_MEMORY if memory else message)
@@ -372,11 +368,11 @@ class LocalEngine(QueueingEngine):
 
     def _without(self, work: Work, message: str) -> None:
         """Report a failed work; if only its optional plan has failed, make the song without it."""
-        thought = work.thought
-        if thought is None or thought.required or not work.is_song:
+        task = work.planner_task
+        if task is None or task.required or not work.is_song:
             self._listener.failed(work, message)
             return
         self._listener.noted(work, f"thinking: made without the planner ({message})")
-        work.thought, seconds = None, self.models[work.model].seconds(work.sampling)
-        work.request = thought.forgone(work.request, seconds)
+        work.planner_task, seconds = None, self.models[work.model].seconds(work.sampling)
+        work.request = task.without_plan(work.request, seconds)
         self.put_first(self._checked(work))

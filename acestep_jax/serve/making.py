@@ -10,10 +10,10 @@ from acestep_jax.planner.plan import Plan
 from acestep_jax.planner.timestamps import write_lrc
 from acestep_jax.serve import sounds
 from acestep_jax.serve.engine import BatchReport, Engine, Work, message_of
-from acestep_jax.serve.errands import Errands
+from acestep_jax.serve.operations import Operations
 from acestep_jax.serve.records import Records
 from acestep_jax.serve.store import LRC, Record, now
-from acestep_jax.serve.submission import with_fields
+from acestep_jax.serve.submission import renamed, with_fields
 from acestep_jax.song import Song
 
 logger = logging.getLogger(__name__)
@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 UNWRITTEN = 8  # songs waiting to be written, above which the engine blocks
 
 
-class Making:
+class EngineListener:
     """The engine's listener, see `engine.Listener`, and the works of unfinished records.
 
     Args:
-        errands: the requests other than songs.
+        operations: the requests other than songs.
         on_end: called with each record that has ended, holding `Records.ending`.
         on_report: called with each batch's report, in the engine's thread.
         on_death: called when the engine has ended because of an error.
@@ -35,13 +35,13 @@ class Making:
         self,
         kept: Records,
         engine: Engine,
-        errands: Errands,
+        operations: Operations,
         *,
         on_end: Callable[[Record], object],
         on_report: Callable[[BatchReport], object],
         on_death: Callable[[], object],
     ):
-        self.kept, self.store, self.engine, self.errands = kept, kept.store, engine, errands
+        self.kept, self.store, self.engine, self.operations = kept, kept.store, engine, operations
         self._on_end, self._on_report, self._on_death = on_end, on_report, on_death
         self._lock = threading.RLock()
         self._works: dict[str, list[Work]] = {}
@@ -66,10 +66,9 @@ class Making:
         """Wait until all finished songs are written. The engine has ended."""
         self._writer.shutdown(wait=True)
 
-    def reserve(self, record: Record, works: Sequence[Work], client: str, check: Callable[[], object]) -> None:
-        """Count works as waiting before they are in the queue, unless `check` raises."""
+    def reserve(self, record: Record, works: Sequence[Work], client: str) -> None:
+        """Count works as waiting before they are in the queue."""
         with self._lock:
-            check()
             self._works[record.id], self._clients[record.id] = list(works), client
 
     def release(self, record: Record) -> None:
@@ -119,11 +118,11 @@ class Making:
         with self._lock:
             mine = [one for one in self._works if client is None or self._clients.get(one) == client]
             found = [work for one in mine for work in self._works[one] if work.stage == "queued"]
-        return found + self.errands.waiting(client)
+        return found + self.operations.waiting(client)
 
     def changed(self, work: Work) -> None:
         if not work.is_song:
-            self.errands.changed(work)
+            self.operations.changed(work)
             return
         with self._lock:
             if (place := self._places.get(id(work))) is None:
@@ -139,7 +138,7 @@ class Making:
 
     def planned(self, work: Work, plan: Plan) -> None:
         if not work.is_song:
-            self.errands.planned(work, plan)
+            self.operations.planned(work, plan)
             return
         with self._lock:
             if (place := self._places.get(id(work))) is None:
@@ -166,7 +165,7 @@ class Making:
         if work.is_song:
             self._finish(work, "failed", message)
         else:
-            self.errands.failed(work, message)
+            self.operations.failed(work, message)
 
     def stopped(self, work: Work) -> None:
         """Do nothing: `cancel` has ended the record."""
@@ -230,7 +229,8 @@ class Making:
                 song = record.songs[i]
                 if message is not None:
                     paths = {field: self.store.upload_path(record, field) for field in record.files}
-                    song.error = with_fields(message, paths).replace(str(self.store.folder), "the server's folder")
+                    message = renamed(with_fields(message, paths), record.extra.get("names", {}))
+                    song.error = message.replace(str(self.store.folder), "the server's folder")
                 song.status, song.seconds, song.lrc = status, seconds, lrc
                 self._works[record.id] = left = [one for one in self._works[record.id] if one is not work]
                 if not left:

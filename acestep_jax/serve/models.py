@@ -8,7 +8,7 @@ from typing import Any
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
 from acestep_jax.inputs.collate import check_sampling, sampling_schedule
-from acestep_jax.inputs.prepare import Job, prepare
+from acestep_jax.inputs.prepare import Job, is_for_stems, prepare
 from acestep_jax.inputs.prompt import prompt_text
 from acestep_jax.inputs.settings import defaults_of, settled
 from acestep_jax.io import checkpoint
@@ -60,6 +60,11 @@ class Model:
     def sample_rate(self) -> int:
         """Hz."""
         return self.configs["vae"].sampling_rate
+
+    @property
+    def takes_stems(self) -> bool:
+        """Whether it was fine-tuned on stems, so that it takes a `global_caption`."""
+        return is_for_stems(self.configs)
 
     @property
     def has_codes(self) -> bool:

@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from acestep_jax.errors import InputError
 from acestep_jax.request import FILES
 from acestep_jax.serve import schema, sounds, uploads
+from acestep_jax.serve.planner_task import PlannerTask
 from acestep_jax.serve.security import Keys
 from acestep_jax.serve.service import Service
 from acestep_jax.serve.store import LRC, Record
@@ -28,7 +29,6 @@ from acestep_jax.serve.submission import (
     values_of_plan,
     variations,
 )
-from acestep_jax.serve.thinking import Thought
 from acestep_jax.serve.waiting import changes
 
 ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -79,6 +79,7 @@ def submission_of(service: Service, body: uploads.Body, client: str) -> Submissi
     Raises:
         InputError: naming the field that cannot be used.
     """
+    body.check_known(("request", *FILES))
     values = body.raw
     if body.kind == "form":
         others = body.values.keys() - {"request"}
@@ -92,11 +93,9 @@ def submission_of(service: Service, body: uploads.Body, client: str) -> Submissi
     count, form, with_lrc = values.pop("variations", 1), values.pop("format", "flac"), values.pop("lrc", False)
     if not isinstance(with_lrc, bool):
         raise InputError(f"lrc: expected true or false, found {shown(with_lrc)}")
-    model, adapters = values.pop("model", None), values.pop("adapters", None) or {}
+    model, adapters = service.model_named(values.pop("model", None)), values.pop("adapters", None) or {}
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= service.limits.variations:
         raise InputError(f"variations: expected 1 to {service.limits.variations}, found {shown(count)}")
-    if model is not None and not isinstance(model, str):
-        raise InputError(f"model: expected text, found {shown(model)}")
     if not isinstance(adapters, dict):
         raise InputError(f"adapters: expected an object of scales by name, found {shown(adapters)}")
     for field in FILES:
@@ -114,12 +113,12 @@ def submission_of(service: Service, body: uploads.Body, client: str) -> Submissi
             n for n, v in said.items() if values.get(n) not in (None, "", v, plan.prompt if n == "prompt" else v)
         ]
         values |= said
-    thought, notes = thought_of(service, model, planning, is_planned=plan is not None)
+    planner_task, notes = planner_task_of(service, model, planning, is_planned=plan is not None)
     notes += [f"{name}: the plan's value was used" for name in replaced]
     return Submission(
         songs=variations(values, count),
         api="native",
-        thought=thought,
+        planner_task=planner_task,
         plan=plan,
         lrc=with_lrc,
         model=model,
@@ -132,9 +131,9 @@ def submission_of(service: Service, body: uploads.Body, client: str) -> Submissi
     )
 
 
-def thought_of(
+def planner_task_of(
     service: Service, model: str | None, planning: dict[str, Any], *, is_planned: bool
-) -> tuple[Thought | None, list[str]]:
+) -> tuple[PlannerTask | None, list[str]]:
     """Return the planner's task, and notes about ignored planning fields. As in the library, a song is planned if there
     is a planner, unless the song comes from a plan.
 
@@ -147,7 +146,7 @@ def thought_of(
         return None, no_planner([name for name, value in planning.items() if value is not False], strict=service.strict)
     if thinking is False or is_planned:
         return None, []
-    return Thought(planning=dataclasses.replace(checked, thinking=None), required=bool(thinking)), []
+    return PlannerTask(planning=dataclasses.replace(checked, thinking=None), required=bool(thinking)), []
 
 
 def view(service: Service, keys: Keys, record: Record) -> dict[str, Any]:
@@ -203,7 +202,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
         "/v1/songs", status_code=202, openapi_extra=dict(requestBody=schema.request_body()), summary="Request songs"
     )
     async def submit(request: Request, response: Response) -> dict[str, Any]:
-        """Submit songs. Fields are those of `Request` and `Sampling`; an unknown field is an error."""
+        """Submit songs. Fields are those of `Request`, `Planning` and `Sampling`; an unknown field is an error."""
         service.check_room(client_of(request))
         body = await uploads.read(request, service.store, UPLOADS)
         try:
@@ -297,7 +296,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
             media = sounds.FORMATS[suffix].media_type
         else:
             raise HTTPException(
-                404, f"unknown kind of file; expected one of {', '.join(sounds.FORMATS)}, latents, json, lrc"
+                404, f"unknown kind of file; expected one of {', '.join(sounds.FORMATS)}, latents, json, plan, lrc"
             )
         if found_path is None:
             raise HTTPException(404, "this song is not finished")

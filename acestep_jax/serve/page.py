@@ -142,9 +142,7 @@ def count_tokens(service: Service, values: Any) -> dict[str, int]:
     """
     if not isinstance(values, dict):
         raise InputError('expected a JSON object such as {"prompt": "lofi piano", "lyrics": ""}')
-    name = values.get("model") or next(iter(service.engine.models))
-    if not isinstance(name, str) or name not in service.engine.models:
-        raise InputError(f"model: expected one of {', '.join(service.engine.models)}, found {str(name)[:80]!r}")
+    name = service.model_named(values.get("model") or None)
     texts = {}
     for field in ("prompt", "lyrics"):
         text = values.get(field) or ""
@@ -159,8 +157,8 @@ def count_tokens(service: Service, values: Any) -> dict[str, int]:
 
 
 def _tokens_body() -> dict[str, Any]:
-    fields = schema.properties()
-    counted = {name: fields[name] for name in ("prompt", "lyrics", "vocal_language", "model")}
+    described = schema.properties()
+    counted = {name: described[name] for name in ("prompt", "lyrics", "vocal_language", "model")}
     return dict(content={"application/json": dict(schema=dict(type="object", properties=counted))})
 
 
@@ -178,7 +176,7 @@ def router(service: Service, folder: Path | None = FOLDER) -> APIRouter:
     async def tokens(request: Request) -> dict[str, Any]:
         """Take prompt, lyrics, vocal_language and model; return the token counts of both, and the model's limits."""
         body = await uploads.read_bytes(request, uploads.MAX_TEXT)
-        counted = await run_in_threadpool(count_tokens, service, uploads.parse_json(body))
+        counted = await run_in_threadpool(count_tokens, service, await uploads.load_json(body))
         limits = dict(prompt=MAX_PROMPT_TOKENS, lyrics=MAX_LYRIC_TOKENS)
         return {name: dict(tokens=count, limit=limits[name]) for name, count in counted.items()}
 

@@ -15,8 +15,9 @@ from acestep_jax.inputs import tasks
 from acestep_jax.request import FILES, Sampling
 from acestep_jax.serve import schema, uploads
 from acestep_jax.serve.engine import Work
-from acestep_jax.serve.errands import Errand
 from acestep_jax.serve.native import client_of
+from acestep_jax.serve.operations import Operation
+from acestep_jax.serve.planner_task import PlannerTask
 from acestep_jax.serve.service import Service
 from acestep_jax.serve.submission import (
     MAX_SEED,
@@ -28,10 +29,8 @@ from acestep_jax.serve.submission import (
     split_planning,
     values_of_plan,
 )
-from acestep_jax.serve.thinking import Thought
-from acestep_jax.serve.waiting import RETRY_SECONDS, TIMEOUT, changes, ended
+from acestep_jax.serve.waiting import BEAT, await_end, cancel_soon, changes
 
-BEAT = 2.0  # seconds between heartbeats of a stream
 OTHERS = (*FILES, "variations", "format", "adapters")  # fields of a song request that do not affect a plan
 FLAGS = ("instrumental", "codes", "rewrite")
 
@@ -45,9 +44,7 @@ def work_of(service: Service, values: dict[str, Any]) -> tuple[Work, dict[str, A
     """
     values, planning = split_planning(values)
     planning.pop("thinking", None)
-    model = values.pop("model", None)
-    if model is not None and not (isinstance(model, str) and model in service.engine.models):
-        raise InputError(f"model: expected one of {', '.join(service.engine.models)}, found {shown(model)}")
+    model = service.model_named(values.pop("model", None))
     require_planner(service, model)
     flags = {name: values.pop(name) for name in FLAGS if values.get(name) is not None}
     for name, value in flags.items():
@@ -80,14 +77,14 @@ def work_of(service: Service, values: dict[str, Any]) -> tuple[Work, dict[str, A
         request = requests.Request(**given)
     except (TypeError, OverflowError) as error:
         raise InputError(f"a value has the wrong type for its field ({error})") from None
-    thought = Thought(
+    planner_task = PlannerTask(
         mode=mode,
         planning=planning_of(planning, service.limits),
         codes=flags.get("codes", mode != "format") and mode != "format",
         instrumental=flags.get("instrumental", False),
         required=True,
     )
-    work = Work(request, Sampling(), model or next(iter(service.engine.models)), thought=thought, is_song=False)
+    work = Work(request, Sampling(), model, planner_task=planner_task, is_song=False)
     return work, {} if kept is None else dict(prompt=kept.prompt)
 
 
@@ -102,15 +99,16 @@ def router(service: Service) -> APIRouter:
         stream events queued, running, done, failed and cancelled. Closing the connection cancels."""
         service.check_room(client_of(request))
         body = await uploads.read(request, service.store)
+        body.check_known(())
         if not isinstance(body.raw, dict):
             raise InputError('expected a JSON object such as {"wish": "a sad song about the sea"}')
         work, kept = work_of(service, body.values)
-        errand = await run_in_threadpool(service.ask, [work], client_of(request), extra=kept)
+        operation = await run_in_threadpool(service.submit, Operation([work], client_of(request), extra=kept))
         if "text/event-stream" in request.headers.get("accept", ""):
             headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-            return StreamingResponse(_events(service, errand), media_type="text/event-stream", headers=headers)
-        await finished(service, errand, request)
-        return JSONResponse(_plan(errand))
+            return StreamingResponse(_events(service, operation), media_type="text/event-stream", headers=headers)
+        await finished(service, operation, request)
+        return JSONResponse(_plan(operation))
 
     @routes.post("/v1/codes", summary="The audio codes of a song", openapi_extra=dict(requestBody=schema.codes_body()))
     async def codes(request: Request) -> dict[str, Any]:
@@ -118,17 +116,18 @@ def router(service: Service) -> APIRouter:
         service.check_room(client_of(request))
         body = await uploads.read(request, service.store, {"audio": "audio"})
         try:
+            body.check_known(("audio", "model"))
             if "audio" not in body.files or (body.uploads is None):
                 raise InputError("audio: missing; upload a sound file as multipart/form-data")
-            model = body.values.get("model") or next(iter(service.engine.models))
-            found = listening(service, model, "codes", src_audio=str(body.uploads / "audio"))
+            model = body.values.get("model") or None
+            found = analysis_work(service, model, "codes", src_audio=str(body.uploads / "audio"))
         except BaseException:
             body.discard()
             raise
-        names = {"src_audio": "audio"}
-        errand = await run_in_threadpool(service.ask, [found], client_of(request), body.uploads, None, names)
-        await finished(service, errand, request)
-        return dict(audio_codes=_plan(errand)["audio_codes"])
+        operation = Operation([found], client_of(request), body.uploads, names={"src_audio": "audio"})
+        await run_in_threadpool(service.submit, operation)
+        await finished(service, operation, request)
+        return dict(audio_codes=_plan(operation)["audio_codes"])
 
     return routes
 
@@ -139,65 +138,54 @@ def require_planner(service: Service, model: str | None) -> None:
         raise HTTPException(501, NO_PLANNER)
 
 
-def listening(service: Service, model: str, mode: str, **source: Any) -> Work:
+def analysis_work(service: Service, model: str | None, mode: str, **source: Any) -> Work:
     """Return the work that analyses an existing song.
 
     Args:
-        mode: a mode of `thinking.LISTENING`.
+        model: its name; None: the first.
+        mode: a mode of `planner_task.ANALYSIS_MODES`.
         source: `src_audio` or `src_latents`, a file, or `audio_codes` as text.
 
     Raises:
         InputError: if there is no such model.
         HTTPException: 501 if it lacks the planner for a description, or an audio tokenizer.
     """
-    if model not in service.engine.models:
-        raise InputError(f"model: expected one of {', '.join(service.engine.models)}, found {shown(model)}")
+    model = service.model_named(model)
     if mode != "codes":
         require_planner(service, model)
     if "audio_codes" not in source and not service.engine.models[model].has_codes:
         raise HTTPException(501, f"{model} has no audio tokenizer")
     request = requests.Request("", seed=0, **source)
-    return Work(request, Sampling(), model, thought=Thought(mode=mode, required=True), is_song=False)
+    return Work(request, Sampling(), model, planner_task=PlannerTask(mode=mode, required=True), is_song=False)
 
 
-def _plan(errand: Errand) -> dict[str, Any]:
-    plan = errand.plans[0]
+def _plan(operation: Operation) -> dict[str, Any]:
+    plan = operation.plans[0]
     assert plan is not None
-    return plan.to_dict() | errand.extra
+    return plan.to_dict() | operation.extra
 
 
-async def _events(service: Service, errand: Errand) -> AsyncIterator[str]:
+async def _events(service: Service, operation: Operation) -> AsyncIterator[str]:
     try:
-        async for changed in changes(service, errand, BEAT):
-            stage, step, steps = errand.progress()
-            values: dict[str, Any] = dict(status=errand.status, stage=stage, step=step, steps=steps)
-            if errand.status == "done":
-                values["plan"] = _plan(errand)
-            if errand.error is not None:
-                values["error"] = errand.error
+        async for changed in changes(service, operation, BEAT):
+            stage, step, steps = operation.progress()
+            values: dict[str, Any] = dict(status=operation.status, stage=stage, step=step, steps=steps)
+            if operation.status == "done":
+                values["plan"] = _plan(operation)
+            if operation.error is not None:
+                values["error"] = operation.error
             text = json.dumps(values, ensure_ascii=False)
-            yield f"event: {errand.status}\ndata: {text}\n\n" if changed else ": waiting\n\n"
-        if not errand.final:
+            yield f"event: {operation.status}\ndata: {text}\n\n" if changed else ": waiting\n\n"
+        if not operation.final:
             yield ": closing\n\n"
     finally:
-        service.errands.cancel(errand)
+        if not operation.final:
+            cancel_soon(service, operation)
 
 
-async def finished(service: Service, errand: Errand, request: Request) -> None:
-    """Wait for an errand; raise HTTPException unless it succeeds. A disconnect cancels."""
-
-    async def connected() -> bool:
-        return not await request.is_disconnected()
-
-    try:
-        await ended(service, errand, TIMEOUT, connected)
-    finally:
-        over, is_waiting = service.is_over(errand), not errand.final
-        service.errands.cancel(errand)
-    if is_waiting and over:
-        raise HTTPException(503, "the server is stopping", {"retry-after": str(RETRY_SECONDS)})
-    if is_waiting:
-        raise HTTPException(504, "it was not finished in time")
-    if errand.status != "done":
-        status = 409 if errand.status != "failed" else 400 if errand.is_refused else 500
-        raise HTTPException(status, errand.error or errand.status)
+async def finished(service: Service, operation: Operation, request: Request) -> None:
+    """Wait for an operation; raise HTTPException unless it succeeds. A disconnect cancels."""
+    await await_end(service, operation, request, stopping="the server is stopping", late="it was not finished in time")
+    if operation.status != "done":
+        status = 409 if operation.status != "failed" else 400 if operation.is_refused else 500
+        raise HTTPException(status, operation.error or operation.status)

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from acestep_jax.serve.authors import MOST_IDS
 from acestep_jax.serve.envelope import envelope
-from acestep_jax.serve.http import Told
+from acestep_jax.serve.http import RawResponse
 from acestep_jax.serve.security import SAFE
 from acestep_jax.serve.service import Service
 from acestep_jax.serve.store import Record
@@ -41,23 +41,23 @@ OK, UNCHANGED = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 304 Not Modified\r\n"
 PRIVATE = (b"cache-control", b"private, no-cache")
 
 
-class Answer(NamedTuple):
+class CachedResponse(NamedTuple):
     """A cached response for a record, its expiry by the monotonic clock, and the version of the record.
 
     Attributes:
-        told, plain, unchanged: the responses of `Polls.quick`: with the ETag, without it, and 304.
+        response, plain, unchanged: the responses of `Polls.quick`: with the ETag, without it, and 304.
     """
 
     body: bytes
     etag: bytes
-    told: Told
-    plain: Told
-    unchanged: Told
+    response: RawResponse
+    plain: RawResponse
+    unchanged: RawResponse
     version: int
     until: float
 
 
-class Answers:
+class CachedResponses:
     """The cached responses for records in one protocol.
 
     Args:
@@ -66,10 +66,10 @@ class Answers:
 
     def __init__(self, build: Callable[[Record], Any]):
         self._build = build
-        self._kept: dict[str, Answer] = {}
+        self._kept: dict[str, CachedResponse] = {}
         self._lock = threading.Lock()
 
-    def of(self, record: Record) -> Answer:
+    def of(self, record: Record) -> CachedResponse:
         """Return the response for a record."""
         now, found = time.monotonic(), self._kept.get(record.id)
         if found is not None and found.version == record.version and now < found.until:
@@ -79,8 +79,10 @@ class Answers:
         body = encoded(self._build(record))
         etag = b'"' + hashlib.blake2b(body, digest_size=12).hexdigest().encode() + b'"'
         head, tags = _head(body), _tags(etag)
-        unchanged = Told(UNCHANGED + tags + SAFE, b"")
-        found = Answer(body, etag, Told(head + tags, body), Told(head, body), unchanged, version, until)
+        unchanged = RawResponse(UNCHANGED + tags + SAFE, b"")
+        found = CachedResponse(
+            body, etag, RawResponse(head + tags, body), RawResponse(head, body), unchanged, version, until
+        )
         with self._lock:
             self._kept.pop(record.id, None)  # the newest come last
             self._kept[record.id] = found
@@ -111,7 +113,7 @@ class Polls:
         jobs: Callable[[Record], Any],
     ):
         self.app, self.service = app, service
-        self._songs, self._tasks, self._jobs = Answers(songs), Answers(tasks), Answers(jobs)
+        self._songs, self._tasks, self._jobs = CachedResponses(songs), CachedResponses(tasks), CachedResponses(jobs)
         service.kept.on_remove += [answers.forget for answers in (self._songs, self._tasks, self._jobs)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -128,43 +130,45 @@ class Polls:
                     return
             elif method == "POST" and path == "/query_result" and _is_small_json(scope):
                 message = await _received(receive)
-                if (whole := _whole(message)) is not None and (body := self._results(whole)) is not None:
+                if (whole := _single_part(message)) is not None and (body := self._results(whole)) is not None:
                     await _send(send, body)
                     return
-                receive = _again(message, receive)
+                receive = _replayed(message, receive)
         await self.app(scope, receive, send)
 
-    def quick(self, scope: Scope, given: Mapping[bytes, str], body: bytes) -> Told | None:
-        """Return the answer to a poll that has come whole, as the middleware gives it; None for anything else.
+    def quick(self, scope: Scope, given: Mapping[bytes, str], body: bytes) -> RawResponse | None:
+        """Return the answer to a poll that is completely received, as the middleware gives it; None for anything else.
 
         Args:
             given: its headers.
         """
-        path, tell = scope["path"], None
+        path, respond = scope["path"], None
         if scope["method"] == "GET" and not body:
             if (record := self._by_path(path)) is not None:
-                tell = functools.partial(self._tell_song, record, given.get(b"if-none-match", "").encode("latin-1"))
+                respond = functools.partial(
+                    self._respond_song, record, given.get(b"if-none-match", "").encode("latin-1")
+                )
             elif (record := self._by_job(path, scope["query_string"])) is not None:
-                tell = functools.partial(self._tell_job, record)
+                respond = functools.partial(self._respond_job, record)
         elif scope["method"] == "POST" and path == "/query_result" and _is_small_json(scope):
-            tell = functools.partial(self._tell_results, body)
-        told = None if tell is None else tell()
-        return None if told is None else told._replace(again=tell)
+            respond = functools.partial(self._respond_results, body)
+        response = None if respond is None else respond()
+        return None if response is None else response._replace(repeat=respond)
 
-    def _tell_song(self, record: Record, etag: bytes) -> Told | None:
+    def _respond_song(self, record: Record, etag: bytes) -> RawResponse | None:
         """Return the answer to the path of a record, which may have been removed since it was found."""
         answer = self._built(self._songs, record) if self.service.records.get(record.id) is record else None
         if answer is None:
             return None
-        return answer.unchanged if etag == answer.etag else answer.told
+        return answer.unchanged if etag == answer.etag else answer.response
 
-    def _tell_job(self, record: Record) -> Told | None:
+    def _respond_job(self, record: Record) -> RawResponse | None:
         answer = self._built(self._jobs, record) if self.service.records.get(record.id) is record else None
         return None if answer is None else answer.plain
 
-    def _tell_results(self, body: bytes) -> Told | None:
+    def _respond_results(self, body: bytes) -> RawResponse | None:
         found = self._results(body)
-        return None if found is None else Told(_head(found), found)
+        return None if found is None else RawResponse(_head(found), found)
 
     def _by_path(self, path: str) -> Record | None:
         """Return the record of a path of `/v1/songs`; None if it is none of a record."""
@@ -176,7 +180,7 @@ class Polls:
         found = JOB_QUERY.fullmatch(query) if path == "/job" else None
         return self.service.kept.find_short(found[1].decode()) if found else None
 
-    def _built(self, answers: Answers, record: Record) -> Answer | None:
+    def _built(self, answers: CachedResponses, record: Record) -> CachedResponse | None:
         """Return the response for a record; log an error and return None if it cannot be built."""
         try:
             return answers.of(record)
@@ -237,27 +241,27 @@ async def _received(receive: Receive) -> Message | HTTPException:
         return error
 
 
-def _whole(message: Message | HTTPException) -> bytes | None:
+def _single_part(message: Message | HTTPException) -> bytes | None:
     """Return a body that has come in one piece; None for any other."""
     if isinstance(message, HTTPException) or message["type"] != "http.request" or message.get("more_body", False):
         return None
     return message.get("body", b"")
 
 
-def _again(first: Message | HTTPException, receive: Receive) -> Receive:
+def _replayed(first: Message | HTTPException, receive: Receive) -> Receive:
     """Return a receive function that replays a message or an error, and then returns the following messages."""
     waiting = [first]
 
-    async def again() -> Message:
+    async def replay() -> Message:
         message = waiting.pop() if waiting else await receive()
         if isinstance(message, HTTPException):
             raise message
         return message
 
-    return again
+    return replay
 
 
-async def _conditional(scope: Scope, send: Send, answer: Answer) -> None:
+async def _conditional(scope: Scope, send: Send, answer: CachedResponse) -> None:
     """Send a response, or 304 to a client that has it already."""
     headers = [(b"etag", answer.etag), PRIVATE]
     if any(name == b"if-none-match" and value == answer.etag for name, value in scope["headers"]):

@@ -10,9 +10,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from acestep_jax.errors import InputError
+from acestep_jax.serve.batch_message import BatchMessage, Outcome
 from acestep_jax.serve.engine import EngineLost
 from acestep_jax.serve.models import Model
-from acestep_jax.serve.parcel import Outcome, Parcel
 from acestep_jax.serve.replica import Offered, Progress, Replica
 from acestep_jax.serve.replicas import ReplicaEngine
 
@@ -45,7 +45,7 @@ class RayRemote:
             num_gpus=resources.get("GPU", 0),
             resources=others,
             max_concurrency=3,  # making a batch, reporting on it, and halting it
-            max_restarts=0,  # the lane starts a new actor, because it must know that nothing is compiled there
+            max_restarts=0,  # the dispatcher starts a new actor, because it must know that nothing is compiled there
         )
         self._actor: Any = ray.remote(Actor).options(**options).remote(offered)
         self._ready: Any = self._actor.pid.remote()
@@ -60,9 +60,9 @@ class RayRemote:
             return False
         return True
 
-    def begin(self, parcel: Parcel) -> None:
+    def begin(self, message: BatchMessage) -> None:
         """See `Remote`."""
-        self._batch = self._actor.make.remote(parcel)
+        self._batch = self._actor.make.remote(message)
 
     def look(self, seconds: float) -> Outcome | Progress:
         """See `Remote`."""

@@ -6,9 +6,12 @@ import logging
 import os
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
+
+import soundfile
 
 from acestep_jax.errors import InputError
 from acestep_jax.request import LATENTS
@@ -19,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Watched(Protocol):
-    """A record or an errand, whose changes can be watched."""
+    """A record or an operation, whose changes can be watched."""
 
     id: str
     version: int
@@ -41,6 +44,8 @@ class Records:
         self.on_remove: list[Callable[[Record], object]] = []
         self.ending = threading.RLock()
         self._lock = threading.RLock()
+        # Locks of the files that are being converted, while a thread holds or waits for them.
+        self._converting: weakref.WeakValueDictionary[Path, threading.Lock] = weakref.WeakValueDictionary()
         self._short: dict[str, str] = {}
         self._sizes: dict[str, int] = {}
         self._told_full = False  # whether the log already says that favourites alone exceed the limit
@@ -155,9 +160,18 @@ class Records:
         if not 0 <= index < len(record.songs) or record.songs[index].status != "done":
             return None, False
         path, original = self.store.song_path(record, index, form.suffix), self.store.song_path(record, index)
-        is_new = not path.exists() and original.exists()
+        with self._lock:
+            lock = self._converting.setdefault(path, threading.Lock())
+        with lock:
+            is_new = not path.exists() and original.exists()
+            if is_new:
+                try:
+                    sounds.convert(original, path, form)
+                except (OSError, soundfile.SoundFileError):
+                    if original.exists():
+                        raise
+                    return None, False  # removed meanwhile
         if is_new:
-            sounds.convert(original, path, form)
             self.measure(record)
         return path if path.is_file() and not path.is_symlink() else None, is_new
 

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from acestep_jax.serve.batch_message import BatchMessage, Outcome, decode_batch, made_by, outcome_of
 from acestep_jax.serve.local import LocalEngine
 from acestep_jax.serve.models import Model
-from acestep_jax.serve.parcel import Outcome, Parcel, made_by, outcome_of, unpack
 
 Offered = Callable[[], tuple[Sequence[Model], Mapping[str, str]]]  # models and adapters, by their names
 
@@ -38,10 +38,10 @@ class Replica(LocalEngine):
         models, adapters = offered()
         super().__init__(models, adapters=adapters)
 
-    def make(self, parcel: Parcel) -> Outcome:
+    def make(self, message: BatchMessage) -> Outcome:
         """Make a batch; return its outcome."""
         with tempfile.TemporaryDirectory(prefix="acestep-jax-") as folder:
-            works, program, names = unpack(parcel, folder)
+            works, program, names = decode_batch(message, folder)
             self._running = works
             try:
                 outcome = outcome_of(lambda: made_by(self, works, program), names)
@@ -71,7 +71,7 @@ class Remote(Protocol):
         """Wait at most `seconds` for it to start; return whether it has."""
         ...
 
-    def begin(self, parcel: Parcel) -> None:
+    def begin(self, message: BatchMessage) -> None:
         """Start making a batch."""
         ...
 

@@ -1,8 +1,8 @@
 """An engine of several processes, each with its own devices and model, that make the songs of one queue.
 
-However the processes are started (`serve.ray_engine`: by Ray), each has a thread here, called a lane. The lanes take
-batches from the queue like the single thread of `LocalEngine`, and pass them to their processes. If a process dies
-during a batch, a new one is started, and the songs are made again.
+However the processes are started (`serve.ray_engine`: by Ray), each has a thread here, called a dispatcher. The
+dispatchers take batches from the queue like the single thread of `LocalEngine`, and pass them to their processes. If a
+process dies during a batch, a new one is started, and the songs are made again.
 """
 
 import heapq
@@ -14,31 +14,31 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from acestep_jax.planner.plan import Plan
+from acestep_jax.serve.analysis import AnalysisResult
+from acestep_jax.serve.batch_message import Outcome, encode_batch
 from acestep_jax.serve.batcher import Program, batches, next_batch
 from acestep_jax.serve.engine import BatchReport, EngineLost, Listener, Work
-from acestep_jax.serve.experience import Experience
-from acestep_jax.serve.hearing import Heard
 from acestep_jax.serve.local import LocalEngine
 from acestep_jax.serve.models import Model
-from acestep_jax.serve.parcel import Outcome, pack
 from acestep_jax.serve.queue import QueueingEngine
 from acestep_jax.serve.replica import Progress, Remote
+from acestep_jax.serve.timings import Timings
 from acestep_jax.song import Song
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2  # between progress checks of a batch
-STARTS = 3  # attempts to start a process before its lane is given up
+STARTS = 3  # attempts to start a process before its dispatcher is given up
 START_PAUSE = 10.0  # seconds between these attempts
 PATIENCE = 30.0  # seconds of starting, after which a warning is logged
 LOST_TWICE = "the process that made this song died twice; the server's log has the details"
 
 
 class NotStarted(EngineLost):
-    """A process does not start, so its lane is given up; its songs are back in the queue."""
+    """A process does not start, so its dispatcher is given up; its songs are back in the queue."""
 
 
-class Lane(LocalEngine):
+class Dispatcher(LocalEngine):
     """A thread that passes batches from the shared queue to one replica."""
 
     def __init__(self, engine: "ReplicaEngine", index: int, warm: Sequence[float]):
@@ -55,7 +55,7 @@ class Lane(LocalEngine):
         """Whether it can still make songs."""
         return self._error is None
 
-    def under_way(self) -> tuple[list[Work], float | None]:
+    def current_batch(self) -> tuple[list[Work], float | None]:
         """Return the works of the current batch, and its remaining seconds, None if unknown."""
         with self._changed:
             running, current = list(self._running), self._current
@@ -66,15 +66,15 @@ class Lane(LocalEngine):
 
     def songs(self, works: list[Work], program: Program) -> list[Song]:
         """See `LocalEngine`."""
-        return self._far(works, program)
+        return self._run_remote(works, program)
 
-    def plans(self, works: list[Work], program: Program) -> list[Plan | Heard]:
+    def plans(self, works: list[Work], program: Program) -> list[Plan | AnalysisResult]:
         """See `LocalEngine`."""
-        return self._far(works, program)
+        return self._run_remote(works, program)
 
     def take(self, queue: Sequence[Work], most: int) -> tuple[list[Work], Program]:
         """Return the next batch of a queue, with at most `most` works; called with the queue's lock held."""
-        known = self.experience
+        known = self.timings
         works, program = next_batch(queue, known.compiled, min(most, self.max_batch), known.limits)
         with self._changed:
             self._running = works
@@ -86,11 +86,11 @@ class Lane(LocalEngine):
         if remote is not None:
             remote.close()
 
-    def _far(self, works: list[Work], program: Program) -> list[Any]:
+    def _run_remote(self, works: list[Work], program: Program) -> list[Any]:
         """Let the replica make a batch. If the batch is over, it is told so repeatedly, because the batch may not have
         started when it was told first."""
         assert self._remote is not None
-        self._remote.begin(pack(works, program))
+        self._remote.begin(encode_batch(works, program))
         told: Progress | None = None
         while not isinstance(found := self._remote.look(POLL_SECONDS), Outcome):
             if found.stage != "queued" and (told is None or found[:3] != told[:3]):
@@ -147,7 +147,7 @@ class Lane(LocalEngine):
             NotStarted: if it fails `STARTS` times, or the engine stops.
         """
         self.close()
-        self.experience.forget_compiled()
+        self.timings.forget_compiled()
         for start in range(1, STARTS + 1):
             try:
                 self._remote = self._engine.start_replica()
@@ -193,46 +193,46 @@ class ReplicaEngine(QueueingEngine):
         self.adapters: dict[str, str] = dict(adapters or {})
         self.max_batch = max_batch
         self.start_replica = start
-        self._idle = 0  # lanes that wait for songs
+        self._idle = 0  # dispatchers that wait for songs
         self._planned: tuple[int, list[tuple[set[int], float | None]]] = -1, []
         self._stopping = False
         self._died = False
-        self.lanes = [Lane(self, index, warm) for index in range(replicas)]
+        self.dispatchers = [Dispatcher(self, index, warm) for index in range(replicas)]
 
     # Called by the server, see `Engine`
 
     @property
     def ready(self) -> bool:
         """See `Engine`."""
-        living = [lane for lane in self.lanes if lane.living]
-        return not self._died and bool(living) and all(lane.ready for lane in living)
+        living = [dispatcher for dispatcher in self.dispatchers if dispatcher.living]
+        return not self._died and bool(living) and all(dispatcher.ready for dispatcher in living)
 
     def check(self, work: Work) -> None:
         """See `Engine`."""
-        self.lanes[0].check(work)
+        self.dispatchers[0].check(work)
 
     def start(self, listener: Listener) -> None:
         """See `Engine`."""
         self._listener = listener
-        for lane in self.lanes:
-            lane.start(self)
+        for dispatcher in self.dispatchers:
+            dispatcher.start(self)
 
     def remaining(self, works: Sequence[Work]) -> float | None:
-        """See `Engine`. Each batch of the queue is assigned to the lane that is free first."""
+        """See `Engine`. Each batch of the queue is assigned to the dispatcher that is free first."""
         own = set(map(id, works))
         with self._changed:
             queue, version = list(self._queue), self._version
         pending = {id(work) for work in queue} & own
         free: list[float] = []
         end = 0.0
-        for lane in self.lanes:
-            running, left = lane.under_way()
+        for dispatcher in self.dispatchers:
+            running, left = dispatcher.current_batch()
             mine = bool({id(work) for work in running} & own)
             if left is None and (mine or pending):
                 return None
             if mine:
                 end = max(end, left or 0.0)
-            if lane.living:
+            if dispatcher.living:
                 heapq.heappush(free, left or 0.0)
         if not pending:
             return end
@@ -253,10 +253,10 @@ class ReplicaEngine(QueueingEngine):
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        with ThreadPoolExecutor(len(self.lanes)) as pool:
-            list(pool.map(lambda lane: lane.stop(grace), self.lanes))
-        for lane in self.lanes:
-            lane.close()
+        with ThreadPoolExecutor(len(self.dispatchers)) as pool:
+            list(pool.map(lambda dispatcher: dispatcher.stop(grace), self.dispatchers))
+        for dispatcher in self.dispatchers:
+            dispatcher.close()
 
     def _batches(self, queue: Sequence[Work], version: int) -> list[tuple[set[int], float | None]]:
         """Return the works of each batch of a queue, by their `id`, and its seconds. This is called often, so the
@@ -266,8 +266,8 @@ class ReplicaEngine(QueueingEngine):
             return found
         compiled: set[Program] = set()
         limits: dict[Any, int] = {}
-        for lane in self.lanes:
-            programs, sizes = lane.experience.known()
+        for dispatcher in self.dispatchers:
+            programs, sizes = dispatcher.timings.known()
             compiled.update(programs)
             limits |= sizes
         found = []
@@ -279,17 +279,18 @@ class ReplicaEngine(QueueingEngine):
         self._planned = version, found
         return found
 
-    def _first_known(self, ask: Callable[[Experience], float | None]) -> float | None:
-        """Return the result of the first lane whose measurements give one; None: no lane has one."""
-        answers = (ask(lane.experience) for lane in self.lanes)
+    def _first_known(self, ask: Callable[[Timings], float | None]) -> float | None:
+        """Return the result of the first dispatcher whose measurements give one; None: no dispatcher has one."""
+        answers = (ask(dispatcher.timings) for dispatcher in self.dispatchers)
         return next((one for one in answers if one is not None), None)
 
-    # Called by the lanes
+    # Called by the dispatchers
 
-    def next_of(self, lane: Lane) -> tuple[list[Work], Program] | None:
-        """Wait for songs; take those of a lane's next batch from the queue and return them; None: the engine stops.
+    def next_of(self, dispatcher: Dispatcher) -> tuple[list[Work], Program] | None:
+        """Wait for songs; take those of a dispatcher's next batch from the queue and return them; None: the engine
+        stops.
 
-        If several lanes are idle, each takes a part of the waiting songs, instead of one taking all of them.
+        If several dispatchers are idle, each takes a part of the waiting songs, instead of one taking all of them.
         """
         with self._changed:
             self._idle += 1
@@ -298,7 +299,7 @@ class ReplicaEngine(QueueingEngine):
                     self._changed.wait()
                 if self._stopping:
                     return None
-                works, program = lane.take(self._queue, math.ceil(len(self._queue) / self._idle))
+                works, program = dispatcher.take(self._queue, math.ceil(len(self._queue) / self._idle))
                 self._take(works)
                 return works, program
             finally:
@@ -316,7 +317,7 @@ class ReplicaEngine(QueueingEngine):
         self.again(once_more)
 
     def again(self, works: Sequence[Work]) -> None:
-        """Return songs that a lane cannot make to the queue, except cancelled ones."""
+        """Return songs that a dispatcher cannot make to the queue, except cancelled ones."""
         waiting = []
         for work in works:
             if work.cancelled:
@@ -328,7 +329,7 @@ class ReplicaEngine(QueueingEngine):
         for work in waiting:
             self._listener.changed(work)
 
-    # Events from the lanes, see `Listener`
+    # Events from the dispatchers, see `Listener`
 
     def changed(self, work: Work) -> None:
         """See `Listener`."""
@@ -361,12 +362,12 @@ class ReplicaEngine(QueueingEngine):
         self._listener.reported(report)
 
     def died(self, error: BaseException) -> None:
-        """See `Listener`: a lane has ended. The others continue, unless it had its own error or was the last one."""
-        living = sum(lane.living for lane in self.lanes)
+        """See `Listener`: a dispatcher has ended. The others continue, unless it had its own error or was the last."""
+        living = sum(dispatcher.living for dispatcher in self.dispatchers)
         if self._stopping and isinstance(error, EngineLost):
             return
         if isinstance(error, EngineLost) and living:
-            logger.critical("%d of %d replicas are left", living, len(self.lanes))
+            logger.critical("%d of %d replicas are left", living, len(self.dispatchers))
             return
         self._died = True
         self._listener.died(error)

@@ -1,4 +1,5 @@
-"""The OpenAPI description of a request, derived from the fields of `Request` and `Sampling`."""
+"""The OpenAPI description of a request, derived from the fields of `Request`, `Planning` and
+`Sampling`."""
 
 import dataclasses
 from typing import Any

@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from acestep_jax.serve.errors import error_body
-from acestep_jax.serve.http import Asked, Told
+from acestep_jax.serve.http import RawRequest, RawResponse
 
 COOKIE = "acestep-session"
 LINK_SECONDS, LINK_STEP = 24 * 3600, 3600
@@ -122,7 +122,7 @@ class Guard:
         origins: Collection[str] = (),
         max_bytes: int,
         late_keys: Collection[str] = (),
-        polls: Callable[[Scope, Mapping[bytes, str], bytes], Told | None] | None = None,
+        polls: Callable[[Scope, Mapping[bytes, str], bytes], RawResponse | None] | None = None,
     ):
         self.app, self.keys, self.max_bytes = app, keys, max_bytes
         self._polls = polls
@@ -167,23 +167,24 @@ class Guard:
         finally:
             body.release()
 
-    def quick(self, asked: Asked) -> Told | None:
-        """Return the answer to a poll that passes here and needs no route; None: the application answers.
+    def quick(self, request: RawRequest) -> RawResponse | None:
+        """Return the answer to a poll that passes here and needs no route, see `serve.http`; None: the application
+        answers.
 
-        Pages of other origins are told more headers, so theirs is not answered here.
+        Pages of other origins get more headers, so theirs is not answered here.
         """
-        given = {name: value.decode("latin-1") for name, value in reversed(asked.headers)}
-        path, _, query = asked.target.partition(b"?")
+        given = {name: value.decode("latin-1") for name, value in reversed(request.headers)}
+        path, _, query = request.target.partition(b"?")
         if self._polls is None or b"origin" in given or b"%" in path or not path.isascii():
             return None
-        scope: Scope = dict(type="http", method=asked.method, path=path.decode(), raw_path=path, query_string=query)
-        scope["headers"], scope["state"] = asked.headers, {}
+        scope: Scope = dict(type="http", method=request.method, path=path.decode(), raw_path=path, query_string=query)
+        scope["headers"], scope["state"] = request.headers, {}
         if self._problem(scope, given, False) or not scope["state"].get("authorised", False):
             return None
-        found = self._polls(scope, given, asked.body)
+        found = self._polls(scope, given, request.body)
         # A cookie or a signed link ends some day, a key does not.
         lasts = found is None or self.keys.key is None or self.keys.accepts(given_key(given))
-        return found if found is None or lasts else found._replace(again=None)
+        return found if found is None or lasts else found._replace(repeat=None)
 
     def _problem(self, scope: Scope, given: Mapping[bytes, str], allowed: bool) -> tuple[int, str] | None:
         """Return the status and message if a request is rejected; None if it is allowed."""

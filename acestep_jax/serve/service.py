@@ -7,18 +7,18 @@ import logging
 import math
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from acestep_jax.errors import InputError
 from acestep_jax.planner.plan import Plan
 from acestep_jax.request import FILES
 from acestep_jax.serve import accepting, sounds
 from acestep_jax.serve.engine import BatchReport, Engine, Work, message_of
-from acestep_jax.serve.errands import Errand, Errands
-from acestep_jax.serve.inputs import Inputs
-from acestep_jax.serve.making import Making
+from acestep_jax.serve.inputs import InputFolder
+from acestep_jax.serve.making import EngineListener
+from acestep_jax.serve.operations import Operation, Operations
+from acestep_jax.serve.planner_task import PlannerTask
 from acestep_jax.serve.records import Records
 from acestep_jax.serve.store import LRC, Record, Store, now
 from acestep_jax.serve.submission import (
@@ -26,11 +26,11 @@ from acestep_jax.serve.submission import (
     Limits,
     Submission,
     check_values,
-    renamed,
+    model_named,
+    naming,
     request_and_sampling,
     with_fields,
 )
-from acestep_jax.serve.thinking import Thought
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Closing(Exception):
 
 
 class Service:
-    """The operations and queries of clients.
+    """Accepts the work that clients submit, and answers their queries.
 
     Args:
         strict: whether fields that would be ignored are an error.
@@ -71,7 +71,7 @@ class Service:
         limits: Limits = Limits(),  # noqa: B008  (frozen)
         *,
         strict: bool = False,
-        inputs: Inputs | None = None,
+        inputs: InputFolder | None = None,
         on_report: Callable[[BatchReport], None] | None = None,
         on_death: Callable[[], None] | None = None,
     ):
@@ -83,11 +83,12 @@ class Service:
         self.watched, self.history, self.counts = self.kept.watched, self.kept.history, self.kept.counts
         self.closing = self.is_stopped = False
         self.dead = False
-        self.errands = Errands(engine, self.kept)
-        self.making = Making(
-            self.kept, engine, self.errands, on_end=self._trim, on_report=self._reported, on_death=self._died
+        self.operations = Operations(engine, self.kept)
+        self.listener = EngineListener(
+            self.kept, engine, self.operations, on_end=self._trim, on_report=self._reported, on_death=self._died
         )
-        self.works, self.cancel = self.making.works, self.making.cancel
+        self.works, self.cancel = self.listener.works, self.listener.cancel
+        self._reserving = threading.Lock()  # between the check for room and the reservation of it
         self._reading = threading.Semaphore(2)  # sources decoded at once, each up to hundreds of MB
 
     def start(self) -> None:
@@ -95,20 +96,20 @@ class Service:
         for record in self.kept.load():
             self._resume(record)
         self._trim()
-        self.engine.start(self.making)
+        self.engine.start(self.listener)
 
     def close(self, grace: float) -> None:
         """Stop: reject new work, give songs in progress `grace` seconds, and leave waiting songs on the disk."""
         self.closing = True
         self.kept.wake()  # clients that wait for queued records need not wait any longer
         self.engine.stop(grace)
-        self.making.close()
+        self.listener.close()
         if not self.dead and not self.is_stopped:
-            self.making.forget_attempts()
+            self.listener.forget_attempts()
         self.is_stopped = True
         self.kept.wake()
 
-    # Operations
+    # Work
 
     def accept(self, submission: Submission) -> Record:
         """Check a submission, store it, and put its songs into the queue.
@@ -119,14 +120,15 @@ class Service:
             Closing: if the server is stopping.
         """
         try:
-            with _named(submission.names):
+            with naming(submission.names):
                 record, works = self._prepared(submission)
-            client = submission.client
-            self.making.reserve(record, works, client, lambda: self.check_room(client, len(works)))
+            with self._reserving:
+                self.check_room(submission.client, len(works))
+                self.listener.reserve(record, works, submission.client)
             try:
                 self.store.accept(record, submission.uploads)
             except BaseException:
-                self.making.release(record)
+                self.listener.release(record)
                 raise
         except BaseException:
             if submission.uploads is not None:
@@ -135,52 +137,47 @@ class Service:
         paths = {field: self.store.upload_path(record, field) for field in record.files}
         for work in works:
             work.request = dataclasses.replace(work.request, **{f: str(p) for f, p in paths.items()})
-        self.making.enter(record, works, range(len(works)))
+        self.listener.enter(record, works, range(len(works)))
         return record
 
-    def ask(
-        self,
-        works: Sequence[Work],
-        client: str,
-        uploads: Path | None = None,
-        extra: dict[str, Any] | None = None,
-        names: Mapping[str, str] | None = None,
-    ) -> Errand:
-        """Put works that are not songs into the queue, see `serve.errands`. Their sources, in `uploads`, are checked.
-
-        Args:
-            names: see `uploads.Body`.
+    def submit(self, operation: Operation) -> Operation:
+        """Check works that are not songs, with their sources, put them into the queue, and return them; see
+        `serve.operations`.
 
         Raises:
             InputError, Busy, Closing: see `accept`.
         """
         try:
-            self.check_room(client, len(works))
-            for work in works:
+            self.check_room(operation.client, len(operation.works))
+            for work in operation.works:
                 vae = self.engine.models[work.model].configs["vae"]
                 for name, path, config in (
                     ("src_audio", work.request.src_audio, None),
                     ("src_latents", work.request.src_latents, vae),
                 ):
                     if path is not None:
-                        with self._reading, _named(names or {}):
+                        with self._reading, naming(operation.names):
                             sounds.check_upload(Path(str(path)), name, self.limits.duration, config)
                 lengths = {name: getattr(work.request, name) for name in ("audio_duration", "audio_codes")}
                 check_values(lengths, self.limits)
-                if work.thought is not None:
-                    work.thought = work.thought.within(self.limits.duration)
+                if work.planner_task is not None:
+                    work.planner_task = work.planner_task.within(self.limits.duration)
                 self.engine.check(work)
+            with self._reserving:
+                self.check_room(operation.client, len(operation.works))
+                self.operations.reserve(operation)
         except BaseException:
-            if uploads is not None:
-                shutil.rmtree(uploads, ignore_errors=True)
+            if operation.uploads is not None:
+                shutil.rmtree(operation.uploads, ignore_errors=True)
             raise
-        return self.errands.begin(works, client, uploads, extra, names)
+        self.operations.begin(operation)
+        return operation
 
     def check_room(self, client: str, count: int = 1) -> None:
         """Raise Busy or Closing unless `count` more songs may wait."""
         if self.closing:
             raise Closing("the server is stopping")
-        waiting, own = self.making.waiting(), len(self.making.waiting(client))
+        waiting, own = self.listener.waiting(), len(self.listener.waiting(client))
         if len(waiting) + count > self.limits.queue:
             raise Busy("Server busy: queue is full", self._retry_after(waiting))
         if own + count > self.limits.per_client and not _is_local(client):
@@ -204,6 +201,10 @@ class Service:
 
     # Queries
 
+    def model_named(self, name: object, field: str = "model") -> str:
+        """Return the name of a model; see `submission.model_named`."""
+        return model_named(self.engine.models, name, field)
+
     def planner_of(self, model: str | None = None) -> str | None:
         """Return the name of a model's planner, by default the first model's; None if there is no such model or
         planner."""
@@ -211,11 +212,12 @@ class Service:
         found = next(iter(known.values())) if model is None else known.get(model)
         return None if found is None else found.planner
 
-    def position(self, record: Record) -> int:
+    def position(self, record: Record | Operation) -> int:
         """Return the place in the queue, from 1; 0 if the record is not waiting."""
         if record.status != "queued":
             return 0
-        return self.engine.ahead(self.works(record)) + 1
+        works = self.works(record) if isinstance(record, Record) else record.works
+        return self.engine.ahead(works) + 1
 
     def eta(self, record: Record) -> float | None:
         """Return the estimated seconds until a record ends; None if nothing comparable was measured yet, or its plan,
@@ -223,7 +225,7 @@ class Service:
         if record.final:
             return 0.0
         works = self.works(record)
-        return None if any(work.thought is not None for work in works) else self.engine.remaining(works)
+        return None if any(work.planner_task is not None for work in works) else self.engine.remaining(works)
 
     def progress(self, record: Record) -> tuple[float, str, int, int]:
         """Return the completed fraction, 0 to 1, and the stage, the steps made and the total steps of the song that is
@@ -241,9 +243,9 @@ class Service:
 
     def waiting(self) -> int:
         """Return the number of waiting songs."""
-        return len(self.making.waiting())
+        return len(self.listener.waiting())
 
-    def is_over(self, record: Record | Errand) -> bool:
+    def is_over(self, record: Record | Operation) -> bool:
         """Return whether a record will not change any more in this process: it has ended, or waits for a restart."""
         return record.final or self.is_stopped or self.closing and record.status == "queued"
 
@@ -254,6 +256,7 @@ class Service:
         self.check_room(submission.client, len(submission.songs))
         with self._reading if submission.files else contextlib.nullcontext():
             songs, works = accepting.check(submission, self.engine, self.limits)
+        names = {ours: name for ours, name in submission.names.items() if name != ours}
         record = Record(
             id=self.store.new_id(),
             created=now(),
@@ -263,7 +266,7 @@ class Service:
             songs=songs,
             format=submission.format,
             notes=list(submission.notes),
-            extra=submission.extra,
+            extra=submission.extra | (dict(names=names) if names else {}),
             files=list(submission.files),
             lrc=submission.lrc,
         )
@@ -290,12 +293,12 @@ class Service:
                 work = Work(request, sampling, record.model, tuple(sorted(record.adapters.items())), lrc=record.lrc)
                 if record.model not in self.engine.models:
                     raise InputError(f"model: the server was started without {record.model}")
-                if song.thought is not None and song.plan is not None:  # the plan was finished before
+                if song.planner_task is not None and song.plan is not None:  # the plan was finished before
                     work.plan = Plan.from_dict(song.plan)
                     work.request = work.plan.request(work.request)
-                elif song.thought is not None and self.planner_of(record.model) is not None:
-                    work.thought = Thought.from_dict(song.thought).within(self.limits.duration)
-                elif song.thought is not None and (note := f"thinking: {NO_PLANNER}; ignored") not in record.notes:
+                elif song.planner_task is not None and self.planner_of(record.model) is not None:
+                    work.planner_task = PlannerTask.from_dict(song.planner_task).within(self.limits.duration)
+                elif song.planner_task is not None and (note := f"thinking: {NO_PLANNER}; ignored") not in record.notes:
                     record.notes.append(note)
                 self.engine.check(work)
             except Exception as error:  # one bad record must not keep the server from starting
@@ -303,7 +306,7 @@ class Service:
                 continue
             works.append(work)
             places.append(i)
-        self.making.enter(record, works, places)
+        self.listener.enter(record, works, places)
 
     def _trim(self, newest: Record | None = None) -> None:
         """Remove the oldest records that exceed the limits, but not the one that has just ended."""
@@ -326,21 +329,10 @@ class Service:
         return min(600, max(1, math.ceil(seconds))) if seconds is not None else 10
 
 
-@contextlib.contextmanager
-def _named(names: Mapping[str, str]) -> Iterator[None]:
-    """Have errors of the input name uploads as the client does; see `uploads.Body`."""
-    try:
-        yield
-    except InputError as error:
-        if (message := renamed(str(error), names)) == str(error):
-            raise
-        raise InputError(message) from None
-
-
 def _part(work: Work) -> float:
     """Return the completed fraction of a song; its plan, if it has one, is the first third."""
     part = work.step / max(1, work.steps)
-    if work.thought is not None:
+    if work.planner_task is not None:
         return 0.3 * part
     return 0.3 + 0.65 * part if work.plan is not None else 0.95 * part
 

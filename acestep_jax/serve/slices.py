@@ -24,13 +24,21 @@ import jax
 from acestep_jax.distributed import exchange, leader_host
 from acestep_jax.errors import Cancelled, InputError
 from acestep_jax.planner.plan import Plan
+from acestep_jax.serve.analysis import AnalysisResult
+from acestep_jax.serve.batch_message import (
+    BatchMessage,
+    Outcome,
+    decode_batch,
+    encode_batch,
+    made_by,
+    outcome_of,
+    with_names,
+)
 from acestep_jax.serve.batcher import Program
-from acestep_jax.serve.channel import Channel, Listening, Message, connect
+from acestep_jax.serve.channel import Channel, LeaderSocket, Message, connect
 from acestep_jax.serve.engine import EngineLost, Listener, Work
-from acestep_jax.serve.hearing import Heard
 from acestep_jax.serve.local import LocalEngine
 from acestep_jax.serve.models import Model
-from acestep_jax.serve.parcel import Outcome, Parcel, made_by, outcome_of, pack, unpack, with_names
 from acestep_jax.song import Song
 
 logger = logging.getLogger(__name__)
@@ -40,15 +48,15 @@ LEAVE_SECONDS = 20.0  # for the HTTP server to shut down, once the slice is brok
 STATUS = 1  # exit status of all processes of a broken slice
 
 
-def lead(models: Sequence[Model], adapters: Mapping[str, str], **settings: Any) -> dict[int, Channel]:
-    """Connect to the other processes, in process 0; return the channels by process index. See `join`."""
-    listening = Listening(leader_host())
+def accept_followers(models: Sequence[Model], adapters: Mapping[str, str], **settings: Any) -> dict[int, Channel]:
+    """Connect to the other processes, in process 0; return the channels by process index. See `connect_to_leader`."""
+    listening = LeaderSocket(leader_host())
     found = _agree(models, adapters, settings, port=listening.port, key=listening.key)
     return listening.accept(len(found) - 1)
 
 
-def join(models: Sequence[Model], adapters: Mapping[str, str], **settings: Any) -> Channel:
-    """Connect to process 0, which calls `lead` at the same time; return the channel.
+def connect_to_leader(models: Sequence[Model], adapters: Mapping[str, str], **settings: Any) -> Channel:
+    """Connect to process 0, which calls `accept_followers` at the same time; return the channel.
 
     Args:
         settings: other settings that must be the same in all processes, as values that JSON can hold.
@@ -82,7 +90,7 @@ class LeaderEngine(LocalEngine):
         models, options: see `LocalEngine`.
     """
 
-    alone = False
+    is_single_process = False
 
     def __init__(self, models: Sequence[Model], channels: Mapping[int, Channel], **options: Any):
         super().__init__(models, **options)
@@ -92,7 +100,9 @@ class LeaderEngine(LocalEngine):
         self._leaving = False
         self._batch = 0
         for index, channel in channels.items():
-            threading.Thread(target=self._hear, args=(index, channel), name=f"follower {index}", daemon=True).start()
+            threading.Thread(
+                target=self._receive_loop, args=(index, channel), name=f"follower {index}", daemon=True
+            ).start()
 
     @property
     def broken(self) -> bool:
@@ -113,7 +123,7 @@ class LeaderEngine(LocalEngine):
         """
         return self._together(super().songs, works, program)
 
-    def plans(self, works: list[Work], program: Program) -> list[Plan | Heard]:
+    def plans(self, works: list[Work], program: Program) -> list[Plan | AnalysisResult]:
         """See `LocalEngine` and `songs`."""
         return self._together(super().plans, works, program)
 
@@ -131,15 +141,15 @@ class LeaderEngine(LocalEngine):
 
     def _together(self, make: Callable[[list[Work], Program], list[Any]], works: list[Work], program: Program) -> Any:
         self._batch += 1
-        parcel = pack(works, program)
+        message = encode_batch(works, program)
         failure: Exception | None = None
         made: list[Any] = []
         originals = [work.request for work in works]
         with tempfile.TemporaryDirectory(prefix="acestep-jax-", ignore_cleanup_errors=True) as folder:
             # Use copies of the files, like the followers: the files of a song may be deleted meanwhile, and an error in
             # only this process would leave the others waiting on their devices.
-            copies, _, names = unpack(parcel, folder)
-            self._tell_all("batch", *parcel)
+            copies, _, names = decode_batch(message, folder)
+            self._tell_all("batch", *message)
             try:
                 for work, copy in zip(works, copies, strict=True):
                     work.request = copy.request  # only this thread reads it while a batch is made
@@ -188,7 +198,7 @@ class LeaderEngine(LocalEngine):
                 self._break(f"a batch was {mine} here, but {outcome.kind} in process {index}: {outcome.message}")
                 raise EngineLost(self._broken)
 
-    def _hear(self, index: int, channel: Channel) -> None:
+    def _receive_loop(self, index: int, channel: Channel) -> None:
         """Receive a follower's outcomes, and notice if it is gone; runs in its own thread."""
         while True:
             try:
@@ -227,14 +237,14 @@ class LeaderEngine(LocalEngine):
 class FollowerEngine(LocalEngine):
     """The engine of another process, without a queue: it makes the leader's batches."""
 
-    alone = False
+    is_single_process = False
 
     def __init__(self, models: Sequence[Model], channel: Channel, **options: Any):
         super().__init__(models, **options)
         self._channel = channel
         self._messages: queue.Queue[Message] = queue.Queue()
 
-    def hear(self) -> None:
+    def receive_loop(self) -> None:
         """Pass on the leader's messages, and exit if the leader is gone; runs in its own thread."""
         while True:
             try:
@@ -252,7 +262,7 @@ class FollowerEngine(LocalEngine):
             if message.kind != "batch":  # belongs to a batch that ended here earlier than there
                 continue
             with tempfile.TemporaryDirectory(prefix="acestep-jax-") as folder:
-                works, program, names = unpack(Parcel(message.about, message.blobs), folder)
+                works, program, names = decode_batch(BatchMessage(message.about, message.blobs), folder)
                 outcome = outcome_of(lambda: made_by(self, works, program), names)  # noqa: B023  (called at once)
             self._channel.send("ended", dict(kind=outcome.kind, message=outcome.message))
 
@@ -271,7 +281,7 @@ def follow(models: Sequence[Model], channel: Channel, **options: Any) -> int:
     Schedulers send SIGTERM to all processes of a slice, but only the leader acts on it; a second one ends this process.
     """
     engine = FollowerEngine(models, channel, **options)
-    threading.Thread(target=engine.hear, name="leader", daemon=True).start()
+    threading.Thread(target=engine.receive_loop, name="leader", daemon=True).start()
 
     def receive(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)

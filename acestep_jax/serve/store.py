@@ -34,7 +34,10 @@ logger = logging.getLogger(__name__)
 
 MAX_REMOVED = 100_000  # maximum number of remembered ids of removed records
 PLAN, LRC, FAVOURITE = ".plan", ".lrc", ".favourite"  # suffixes
+SECRET_BYTES = 32
 FINAL = ("done", "failed", "cancelled")
+# Keys of a song in `request.json`, with its attributes.
+KEYS = {"request": "request", "sampling": "sampling", "thought": "planner_task", "plan": "plan"}
 ENDED = ("status", "error", "seconds", "lrc")  # fields of a song's outcome
 
 
@@ -43,7 +46,7 @@ class SongRecord:
     """One song of a record: the given fields of `Request` and `Sampling`, with its seed, and its state.
 
     Attributes:
-        thought: the planner's task, see `thinking.Thought.to_dict`; None: no planning.
+        planner_task: the planner's task, see `planner_task.PlannerTask.to_dict`; None: no planning.
         plan: the plan from the planner or the client, see `Plan.to_dict`.
         lrc: whether there is a file with timestamps of its lyrics.
         favourite: whether the user has marked it, so that it is not removed to make room.
@@ -51,7 +54,7 @@ class SongRecord:
 
     request: dict[str, Any]
     sampling: dict[str, Any]
-    thought: dict[str, Any] | None = None
+    planner_task: dict[str, Any] | None = None
     plan: dict[str, Any] | None = None
     status: str = "queued"
     error: str | None = None
@@ -74,7 +77,8 @@ class Record:
         api: the protocol of the request.
         format: the requested format of the sound file, see `serve.sounds`.
         notes: sentences about ignored or replaced parts of the request.
-        extra: data specific to its protocol.
+        extra: data specific to its protocol; `names`, if there are uploads that the client calls otherwise, see
+            `uploads.Body`.
         files: the fields that have an upload.
         lrc: see `Submission`.
         status: "queued", "running", "done", "failed" or "cancelled".
@@ -133,13 +137,21 @@ class Store:
         self._owner.release()
 
     def secret(self) -> bytes:
-        """Return the key for signing links. It is created once, in a file that only the owner can read."""
+        """Return the key for signing links and cookies, which is kept in a file that only the owner can read.
+
+        A damaged file is replaced, with a warning: all that is lost are links and sessions of at most a day.
+        """
         path = self.folder / "secret"
-        if not path.exists():
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "w") as file:
-                file.write(secrets.token_hex(32))
-        return bytes.fromhex(path.read_text().strip())
+        if path.exists():
+            with contextlib.suppress(ValueError):
+                found = bytes.fromhex(path.read_text(encoding="ascii").strip())
+                if len(found) >= SECRET_BYTES:
+                    return found
+            logger.warning("%s: damaged; it is replaced, so links and sessions from before are no longer valid", path)
+        made = secrets.token_bytes(SECRET_BYTES)
+        with publish_file(path, 0o600) as temporary:
+            temporary.write_text(made.hex(), encoding="ascii")
+        return made
 
     def new_folder(self) -> Path:
         """Return a new folder for the uploads of a request."""
@@ -167,9 +179,9 @@ class Store:
         values = dataclasses.asdict(record)
         for name in ("status", "started", "finished", "version"):
             values.pop(name)
-        names = ("request", "sampling", "thought", "plan")
         values["songs"] = [
-            {name: getattr(song, name) for name in names if getattr(song, name) is not None} for song in record.songs
+            {key: getattr(song, name) for key, name in KEYS.items() if getattr(song, name) is not None}
+            for song in record.songs
         ]
         _write_json(folder / "request.json", values)
         folder.chmod(0o755)
@@ -252,7 +264,7 @@ class Store:
 
     def _read(self, folder: Path) -> Record:
         values = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-        songs = [SongRecord(**song) for song in values.pop("songs")]
+        songs = [SongRecord(**{KEYS[key]: value for key, value in song.items()}) for song in values.pop("songs")]
         record = Record(songs=songs, **values)
         if record.id != folder.name:
             raise ValueError(f"it is called {record.id}")

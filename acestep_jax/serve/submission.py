@@ -1,11 +1,12 @@
 """Turns client requests into songs to make: the server's limits, seeds, and the fields of `Request` and `Sampling`,
 from which the protocols are derived."""
 
+import contextlib
 import dataclasses
 import math
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from acestep_jax.errors import InputError
 from acestep_jax.planner.metadata import count_codes
 from acestep_jax.planner.plan import VERSION, Plan
 from acestep_jax.request import Planning, Request, Sampling, split
-from acestep_jax.serve.thinking import Thought
+from acestep_jax.serve.planner_task import PlannerTask
 
 MAX_SEED = 2**32 - 1
 # Fields that clients cannot set: the server limits the lengths of texts, in characters.
@@ -67,7 +68,7 @@ class Submission:
         uploads: a folder from `Store.new_folder` with a file for each field of `files`.
         names: see `uploads.Body`.
         client: address of the client, for limits.
-        thought: the planner's task for each song that can be planned; None: no planning.
+        planner_task: the planner's task for each song that can be planned; None: no planning.
         plan: the plan from the client, whose values are already in `songs`.
         lrc: whether to write a file with timestamps of the lyrics for each song.
     """
@@ -83,9 +84,25 @@ class Submission:
     files: list[str] = dataclasses.field(default_factory=list)
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     client: str = "127.0.0.1"
-    thought: Thought | None = None
+    planner_task: PlannerTask | None = None
     plan: Plan | None = None
     lrc: bool = False
+
+
+def model_named(models: Mapping[str, Any], name: object, field: str = "model") -> str:
+    """Return the name of a model; None: the first.
+
+    Args:
+        field: the client's name of this value.
+
+    Raises:
+        InputError: if there is no such model.
+    """
+    if name is None:
+        return next(iter(models))
+    if not isinstance(name, str) or name not in models:
+        raise InputError(f"{field}: expected one of {', '.join(models)}, found {shown(name)}")
+    return name
 
 
 def variations(values: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
@@ -218,6 +235,17 @@ def renamed(message: str, names: Mapping[str, str]) -> str:
         return message
     ours = "|".join(map(re.escape, names))
     return re.sub(rf"(?<![\w/])({ours})(?![\w/])", lambda found: names[found[0]], message)
+
+
+@contextlib.contextmanager
+def naming(names: Mapping[str, str]) -> Iterator[None]:
+    """Have errors of the input name uploads as the client does; see `uploads.Body`."""
+    try:
+        yield
+    except InputError as error:
+        if (message := renamed(str(error), names)) == str(error):
+            raise
+        raise InputError(message) from None
 
 
 def field_of(message: str) -> str | None:

@@ -1,10 +1,9 @@
 """The bodies of requests: JSON, forms and uploads, read with limits. Names from clients are never used for files."""
 
-import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -14,11 +13,14 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from acestep_jax.arguments import unknown_name
 from acestep_jax.errors import InputError
 from acestep_jax.serve.store import Store
 
 MAX_FILES, MAX_FIELDS, MAX_TEXT = 4, 100, 2**20
 MAX_JSON = 4 * 2**20  # bytes; a JSON body contains only texts and audio codes
+MAX_NAME = 80  # characters of a name in messages
+PARSED_AT_ONCE = 2**16  # bytes of JSON, at most, that are parsed on the event loop
 BLOCK = 2**20
 
 
@@ -32,6 +34,7 @@ class Body:
         uploads: a folder of the store with a file for each of `files`; None if there are none.
         files: the fields of the form that have a file.
         names: what the client calls its files, by our names of them.
+        unknown: the fields of the form that have a file that is neither expected nor text.
         kind: "json" or "form".
     """
 
@@ -40,12 +43,28 @@ class Body:
     uploads: Path | None = None
     files: list[str] = dataclasses.field(default_factory=list)
     names: dict[str, str] = dataclasses.field(default_factory=dict)
+    unknown: list[str] = dataclasses.field(default_factory=list)
     kind: str = "json"
 
     def discard(self) -> None:
         """Remove the uploads."""
         if self.uploads is not None:
             shutil.rmtree(self.uploads, ignore_errors=True)
+
+    def check_known(self, names: Collection[str]) -> None:
+        """Raise InputError if the form has a file under another name than `names`."""
+        for name in self.unknown:
+            raise InputError(unknown_name(name[:MAX_NAME], names, "file"))
+
+    def ignored(self, *, strict: bool) -> list[str]:
+        """Return a note for each file of the form that no field takes.
+
+        Raises:
+            InputError: if `strict` is set and there is one.
+        """
+        if strict and self.unknown:
+            raise InputError(f"{self.unknown[0][:MAX_NAME]}: unknown file, and the server was started with --strict")
+        return [f"{name[:MAX_NAME]}: unknown file; ignored" for name in self.unknown]
 
 
 async def read(
@@ -66,13 +85,13 @@ async def read(
     data = await read_bytes(request, max_json)
     start = data.lstrip()[:1]
     if kind == "application/json" or kind.endswith("+json"):
-        return _json(data)
+        return await _json(data)
     if kind == "application/x-www-form-urlencoded":
         if start == b"{":  # JSON, as sent by curl -d
-            return _json(data)
+            return await _json(data)
         return _form(data)
     if start in (b"{", b"["):
-        return _json(data)
+        return await _json(data)
     if kind in ("", "text/plain", "application/octet-stream") and b"=" in data:
         return _form(data)
     raise HTTPException(415, "Unsupported Content-Type; use application/json or multipart/form-data")
@@ -90,6 +109,11 @@ def parse_json(text: str | bytes) -> Any:
         raise InputError(f"not JSON ({reason})") from None
 
 
+async def load_json(text: str | bytes) -> Any:
+    """Return parsed JSON, see `parse_json`; long texts are parsed in a thread, because the event loop would wait."""
+    return await run_in_threadpool(parse_json, text) if len(text) > PARSED_AT_ONCE else parse_json(text)
+
+
 async def read_bytes(request: Request, most: int) -> bytes:
     """Return the body of a request; raise HTTPException 413 as soon as it exceeds `most` bytes."""
     parts, size = [], 0
@@ -101,8 +125,8 @@ async def read_bytes(request: Request, most: int) -> bytes:
     return b"".join(parts)
 
 
-def _json(data: bytes) -> Body:
-    raw = parse_json(data)
+async def _json(data: bytes) -> Body:
+    raw = await load_json(data)
     return Body(raw if isinstance(raw, dict) else {}, raw)
 
 
@@ -135,9 +159,13 @@ async def _multipart(request: Request, store: Store, file_names: Mapping[str, st
                     raise InputError(f"{name}: given twice")
                 body.files.append(file_names[name])
                 body.names[file_names[name]] = name
-            elif value.size and value.size <= MAX_TEXT:  # text sent as a file
-                with contextlib.suppress(UnicodeDecodeError):
+            elif (value.size or 0) > MAX_TEXT:
+                body.unknown.append(name)
+            elif value.size or value.filename:  # not an empty file input of a browser
+                try:  # text may be sent as a file
                     body.values[name] = (await value.read()).decode()
+                except UnicodeDecodeError:
+                    body.unknown.append(name)
     except BaseException:
         body.discard()
         raise

@@ -4,15 +4,19 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 
-from acestep_jax.serve.errands import Errand
+from fastapi import HTTPException, Request
+from starlette.concurrency import run_in_threadpool
+
+from acestep_jax.serve.operations import Operation
 from acestep_jax.serve.service import Service
 from acestep_jax.serve.store import Record
 
+BEAT = 2.0  # seconds between heartbeats of a stream
 TIMEOUT = 600.0  # seconds that a client without streaming waits
 RETRY_SECONDS = 30  # after which a stopping server may be available again
 
 
-async def changes(service: Service, record: Record | Errand, pause: float) -> AsyncIterator[bool]:
+async def changes(service: Service, record: Record | Operation, pause: float) -> AsyncIterator[bool]:
     """Yield true at once and after each change of a record, and false after `pause` seconds without one.
 
     It ends after the last change: a stopping server still finishes the songs that it has started.
@@ -37,7 +41,7 @@ async def changes(service: Service, record: Record | Errand, pause: float) -> As
                 changed = False
 
 
-async def ended(service: Service, record: Record | Errand, seconds: float, connected=None) -> bool:
+async def ended(service: Service, record: Record | Operation, seconds: float, connected=None) -> bool:
     """Wait until a record has ended; return false if it has not within `seconds`, or the client has disconnected.
 
     Args:
@@ -52,6 +56,44 @@ async def ended(service: Service, record: Record | Errand, seconds: float, conne
     return record.final
 
 
-def cancel_soon(service: Service, record: Record) -> None:
+async def await_end(
+    service: Service, record: Record | Operation, request: Request, *, stopping: str, late: str
+) -> None:
+    """Wait for a record. A disconnect cancels it, and so does a stopping server if it would not survive that.
+
+    Args:
+        stopping, late: what the client is told if the server stops, or the record takes too long.
+
+    Raises:
+        HTTPException: 503 if the server stops first, 504 if the record takes too long.
+    """
+
+    async def connected() -> bool:
+        return not await request.is_disconnected()
+
+    is_kept = isinstance(record, Record)
+    try:
+        if await ended(service, record, TIMEOUT, connected):
+            return
+    except BaseException:
+        if not (is_kept and service.closing):
+            cancel_soon(service, record)
+        raise
+    is_over = service.is_over(record)
+    if not (is_kept and is_over):
+        await run_in_threadpool(_cancel, service, record)
+    if is_over:
+        raise HTTPException(503, stopping, {"retry-after": str(RETRY_SECONDS)})
+    raise HTTPException(504, late)
+
+
+def cancel_soon(service: Service, record: Record | Operation) -> None:
     """Cancel a record in a thread, because this writes to the disk and the calling coroutine may not wait."""
-    asyncio.get_running_loop().run_in_executor(None, service.cancel, record)
+    asyncio.get_running_loop().run_in_executor(None, _cancel, service, record)
+
+
+def _cancel(service: Service, record: Record | Operation) -> None:
+    if isinstance(record, Record):
+        service.cancel(record)
+    else:
+        service.operations.cancel(record)

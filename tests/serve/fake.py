@@ -11,7 +11,7 @@ from acestep_jax.errors import Cancelled, InputError
 from acestep_jax.inputs.latents import load_latents
 from acestep_jax.io import checkpoint
 from acestep_jax.planner.metadata import Metadata
-from acestep_jax.planner.timestamps import Line, Timestamps
+from acestep_jax.planner.timestamps import TimedText, Timestamps
 from acestep_jax.serve.engine import Work
 from acestep_jax.serve.models import Model
 from acestep_jax.song import Song
@@ -73,7 +73,7 @@ class FakePipeline:
     def timestamps(self, song, request, sampling=None):
         if self.unsung is not None and request.seed == self.unsung:
             raise InputError("song: not sung")
-        lines = [Line(float(i), i + 1.0, text) for i, text in enumerate(request.lyrics.splitlines())]
+        lines = [TimedText(float(i), i + 1.0, text) for i, text in enumerate(request.lyrics.splitlines())]
         return Timestamps(tuple(lines), 0.5, 0.5, tuple(lines))
 
     def run(self, jobs, sampling, *, should_stop):
@@ -165,8 +165,8 @@ class Waiting:
     kind: str = "k"
 
 
-class Told:
-    """A listener of the engine that remembers what it is told."""
+class RecordingListener:
+    """A listener of the engine that records events."""
 
     def __init__(self):
         self.plans, self.notes = {}, {}

@@ -12,8 +12,8 @@ from acestep_jax.request import Planning
 from acestep_jax.serve.batcher import Program
 from acestep_jax.serve.engine import Work
 from acestep_jax.serve.local import OUT_OF_MEMORY, LocalEngine
-from acestep_jax.serve.thinking import Thought
-from tests.serve.fake import FakePipeline, Told, model, sound, wait_until, works
+from acestep_jax.serve.planner_task import PlannerTask
+from tests.serve.fake import FakePipeline, RecordingListener, model, sound, wait_until, works
 
 pytestmark = pytest.mark.unit
 
@@ -24,7 +24,7 @@ def made():
     engines = []
 
     def make(pipe, **options):
-        told = Told()
+        told = RecordingListener()
         engine = LocalEngine([model(pipe)], **options)
         engines.append(engine)
         return engine, told
@@ -205,15 +205,15 @@ def test_songs_behind_their_plans_count_among_what_remains(made):
     engine, _ = made(pipe)
     planned = works(engine, 1, 2)
     for work in planned:
-        work.thought = Thought(planning=Planning(lm_seed=work.request.seed))
+        work.planner_task = PlannerTask(planning=Planning(lm_seed=work.request.seed))
         engine.check(work)
     engine.submit(planned)
     plans = Program(planned[0].kind, planned[0].shape, 2)
-    engine.experience.ran(plans, 9.0, 0, 0.0)
-    engine.experience.ran(plans, 2.0, 0, 0.0)  # the first run compiles
+    engine.timings.ran(plans, 9.0, 0, 0.0)
+    engine.timings.ran(plans, 2.0, 0, 0.0)  # the first run compiles
     assert engine.remaining(planned) is None
     (song,) = works(engine, 3)
-    engine.experience.ran(Program(song.kind, song.shape, 1), 9.0, song.steps - 1, 3.0 * (song.steps - 1))
+    engine.timings.ran(Program(song.kind, song.shape, 1), 9.0, song.steps - 1, 3.0 * (song.steps - 1))
     assert engine.remaining(planned) == pytest.approx(2.0 + 2 * 3.0 * song.steps)
     planned[1].is_song = False  # only its plan is wanted
     assert engine.remaining(planned) == pytest.approx(2.0 + 3.0 * song.steps)
@@ -226,7 +226,7 @@ def test_warm_compiles_before_ready(made):
     engine.start(told)
     wait_until(lambda: engine.ready)
     assert [len(seeds) for seeds, *_ in pipe.batches] == [1, 4] and not told.songs
-    assert {program.size for program in engine.compiled} == {1, 4}
+    assert {program.size for program in engine.timings.known()[0]} == {1, 4}
 
 
 def test_stop_gives_the_batch_its_grace_and_leaves_the_rest(made):

@@ -12,11 +12,11 @@ from acestep_jax.serve import slices
 from acestep_jax.serve.engine import Work
 from acestep_jax.serve.local import LocalEngine
 from acestep_jax.serve.models import Model
+from acestep_jax.serve.planner_task import PlannerTask
 from acestep_jax.serve.replica import Replica
 from acestep_jax.serve.replicas import ReplicaEngine
 from acestep_jax.serve.slices import LeaderEngine
-from acestep_jax.serve.thinking import Thought
-from tests.serve.fake import FakePipeline, Told, model, sound, wait_until
+from tests.serve.fake import FakePipeline, RecordingListener, model, sound, wait_until
 from tests.serve.test_http_native import wav
 from tests.serve.test_replicas import Near
 from tests.serve.test_slices import channels
@@ -45,7 +45,7 @@ def offered():
 
 def songs_of(engine):
     """Return the two songs of an engine, one of which is told with its times."""
-    told, works = Told(), []
+    told, works = RecordingListener(), []
     for seed in range(2):
         work = Work(Request("piano", LYRICS, audio_duration=10.0, seed=seed), Sampling(num_inference_steps=2), "small")
         work.lrc = seed == 1
@@ -102,12 +102,12 @@ def test_latents_and_sound_of_each_other(kind, monkeypatch, tmp_path):
         follower.start()
     else:
         engine = LocalEngine([model(FakePipeline())])
-    told, works = Told(), []
+    told, works = RecordingListener(), []
     for mode, source in (
         ("encode", dict(src_audio=str(tmp_path / "audio"))),
         ("decode", dict(src_latents=str(tmp_path / "a.latents"))),
     ):
-        work = Work(Request("", seed=0, **source), Sampling(), "small", thought=Thought(mode), is_song=False)
+        work = Work(Request("", seed=0, **source), Sampling(), "small", planner_task=PlannerTask(mode), is_song=False)
         engine.check(work)
         works.append(work)
     engine.start(told)
@@ -115,7 +115,7 @@ def test_latents_and_sound_of_each_other(kind, monkeypatch, tmp_path):
     wait_until(lambda: len(told.plans) == 2 or told.errors or told.death)
     engine.stop(1)
     assert not told.errors and not told.death
-    encoded, decoded = (work.heard for work in works)
+    encoded, decoded = (work.analysis for work in works)
     assert encoded.audio is None and np.unique(encoded.latents).tolist() == [0.5]
     assert (
         decoded.latents is None and np.array_equal(decoded.audio, sound(3, 50 * 1920)) and decoded.sample_rate == 48_000

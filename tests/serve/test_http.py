@@ -62,9 +62,9 @@ def server(http, monkeypatch):
         client = http(**options)
         record_id = client.post("/v1/songs", json=SONG).json()["id"]
         wait_until(lambda: client.service.records[record_id].final)
-        quick, counted = Polls._tell_song, []
+        quick, counted = Polls._respond_song, []
         monkeypatch.setattr(
-            Polls, "_tell_song", lambda self, record, etag: counted.append(record) or quick(self, record, etag)
+            Polls, "_respond_song", lambda self, record, etag: counted.append(record) or quick(self, record, etag)
         )
         connection = Connection(client)
         connection.client = client
@@ -182,7 +182,7 @@ def test_what_changes_is_told_at_once(server):
 def protocol_of(ask):
     """Return what reads the connection on which this was asked last."""
     kinds = [one for one in gc.get_objects() if type(one).__name__ == "Protocol"]
-    (found,) = (one for one in kinds if getattr(one, "_known", None) == ask)
+    (found,) = (one for one in kinds if hasattr(one, "_cache") and one._cache.data == ask)
     return found
 
 

@@ -1,12 +1,15 @@
 """The REST API of ACE-Step's application: the shapes that its documentation and its clients use, over real HTTP."""
 
+import dataclasses
 import io
 import json
 
 import pytest
 import soundfile
 
-from tests.serve.fake import FakePipeline, wait_until
+from acestep_jax.errors import InputError
+from acestep_jax.serve.local import LocalEngine
+from tests.serve.fake import FakePipeline, model, wait_until
 from tests.serve.test_http_native import wav
 
 
@@ -198,3 +201,57 @@ def test_models_and_adapters(http):
     assert [adapters for *_, adapters in client.service.pipe.batches] == [{"jazz": 0.5}, {}]
     listed = client.get("/v1/models").json()
     assert [model["id"] for model in listed["data"]] == ["acestep/small", "acestep/other"]
+
+
+@pytest.mark.parametrize("path", ["/release_task", "/v1/audio/music/generations", "/synth", "/vae", "/v1/transcribe"])
+def test_an_unknown_upload_is_noted_or_with_strict_an_error(http, path, tmp_path):
+    body = dict(prompt="a", audio_duration="10", request='{"caption": "a", "duration": 10}')
+    client = http(started=False)
+    strict = http(strict=True, started=False, folder=tmp_path / "strict")
+    files = dict(source_audio=("a.wav", wav()))
+    response = strict.post(path, data=body, files=files)
+    assert response.status_code == 400 and "source_audio: unknown file" in response.text
+    assert not list(strict.service.store.incoming.iterdir())
+    if path in ("/release_task", "/synth"):
+        assert client.post(path, data=body, files=files).status_code == 200
+        (record,) = client.service.records.values()
+        assert record.notes == ["source_audio: unknown file; ignored"]
+
+
+def test_the_caption_of_the_whole_song(http, tmp_path):
+    """For models fine-tuned on stems; elsewhere it is noted, because it would be an error of the library."""
+    stems = model(FakePipeline())
+    config = dataclasses.replace(stems.configs["transformer"], is_lego_sft=True)
+    stems.configs = {**stems.configs, "transformer": config}
+    found = {}
+    for name, options in dict(stems=dict(engine=LocalEngine([stems])), plain={}).items():
+        client = http(started=False, folder=tmp_path / name, **options)
+        response = submit(client, global_caption="a slow waltz")
+        (record,) = client.service.records.values()
+        noted = response.headers.get("x-acestep-ignored")
+        found[name] = record.songs[0].request.get("global_caption"), noted
+    assert found == dict(stems=("a slow waltz", None), plain=(None, "global_caption"))
+
+
+def test_errors_name_what_the_client_sent(http):
+    pipe = FakePipeline()
+
+    def failing(seeds):
+        raise InputError("src_audio: too quiet")
+
+    pipe.failing = failing
+    client = http(pipe=pipe)
+    sent = client.post("/release_task", data=dict(task_type="cover"), files=dict(ctx_audio=("a.wav", wav())))
+    status, result = poll(client, sent.json()["data"]["task_id"])
+    assert status == 2 and result[0]["error"] == "ctx_audio: too quiet"
+    path = "/v1/songs/01234567-0123-0123-0123-0123456789ab/0.flac"  # there is no such song
+    for name in ("src_audio_path", "source_audio_path", "ctx_audio_path"):
+        response = client.post("/release_task", json={"task_type": "cover", name: path})
+        assert response.status_code == 400 and response.json()["field"] == name, response.text
+
+
+def test_the_place_of_an_analysis_in_the_queue(http):
+    client = http(started=False, planner="acestep-5Hz-lm-tiny")
+    for _ in range(2):
+        submit(client, batch_size=2)
+    assert submit(client, analysis_only=True).json()["data"]["queue_position"] == 5

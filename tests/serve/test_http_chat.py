@@ -8,6 +8,7 @@ import threading
 import pytest
 import soundfile
 
+from acestep_jax.errors import InputError
 from tests.serve.fake import FakePipeline, wait_until
 from tests.serve.test_http_native import wav
 
@@ -106,8 +107,20 @@ def test_audio_parts(http):
     assert ask(client, [text, part, part], task_type="cover").status_code == 200
     files = [(record.songs[0].request["task_type"], record.files) for record in client.service.records.values()]
     assert files == [("text2music", ["reference_audio"]), ("cover", ["src_audio", "reference_audio"])]
+    more = ask(client, [text, part, part])
+    assert more.headers["x-acestep-ignored"] == "input_audio"
+    note = "input_audio: text2music takes 1, found 2; the others were ignored"
+    assert note in more.json()["choices"][0]["message"]["content"]
     bad = dict(part, input_audio=dict(data="%%%", format="wav"))
     assert "not base64" in ask(client, [text, bad]).json()["detail"]
+
+
+def test_with_strict_all_audio_parts_must_be_used(http):
+    client = http(strict=True, started=False)
+    part = dict(type="input_audio", input_audio=dict(data=base64.b64encode(wav()).decode(), format="wav"))
+    response = ask(client, [dict(type="text", text="<prompt>strings</prompt>"), part, part])
+    assert response.status_code == 400 and response.json()["detail"].startswith("input_audio: not supported")
+    assert not list(client.service.store.incoming.iterdir())
 
 
 def test_errors_are_read_by_both_kinds_of_client(http):
@@ -143,10 +156,10 @@ def test_a_client_that_goes_cancels_and_one_that_waits_too_long_is_told(http, mo
         next(response.iter_lines())
     records = client.service.records
     wait_until(lambda: [record.status for record in records.values()] == ["cancelled"])
-    monkeypatch.setattr("acestep_jax.serve.chat.TIMEOUT", 0.2)
+    monkeypatch.setattr("acestep_jax.serve.waiting.TIMEOUT", 0.2)
     response = ask(client, "<prompt>x</prompt>")
     assert response.status_code == 504 and list(records.values())[-1].status == "cancelled"
-    monkeypatch.setattr("acestep_jax.serve.chat.TIMEOUT", 60)
+    monkeypatch.setattr("acestep_jax.serve.waiting.TIMEOUT", 60)
 
     def give_up():
         try:
@@ -172,6 +185,20 @@ def test_music_generations(http):
         sound = client.post("/v1/audio/music/generations", json=body, headers=headers)
         assert sound.headers["content-type"] == "audio/mpeg" and soundfile.info(io.BytesIO(sound.content)).frames
     assert client.post("/v1/audio/music/generations", json={}).json()["error"]["code"] == 400
+
+
+def test_bytes_are_of_the_first_song_that_was_made(http):
+    pipe = FakePipeline()
+
+    def failing(seeds):
+        if 4 in seeds:
+            raise InputError("prompt: not this one")
+
+    pipe.failing = failing
+    asked = dict(prompt="lofi", duration=10, seed=4, n=2, response_format="wav")
+    sound = http(pipe=pipe).post("/v1/audio/music/generations", json=asked)
+    assert sound.status_code == 200, sound.text
+    assert soundfile.info(io.BytesIO(sound.content)).format == "WAV"
 
 
 def test_a_server_that_stops_does_not_cancel(http):

@@ -10,7 +10,7 @@ import soundfile
 from acestep_jax.errors import InputError
 from acestep_jax.io.checkpoint import SMALL_MODEL
 from acestep_jax.pipeline import AceStepPipeline
-from acestep_jax.serve import errands
+from acestep_jax.serve import operations
 from acestep_jax.serve.cpp_latents import MAX_FRAMES
 from acestep_jax.serve.local import LocalEngine
 from acestep_jax.serve.models import Model
@@ -56,12 +56,12 @@ def test_files_of_conversions_are_forgotten(http, monkeypatch):
     client = http()
     sent = dict(src_latents=("a.vae", latents().tobytes()))
     jobs = []
-    for most in (errands.KEPT_BYTES, 1, 1):
-        monkeypatch.setattr(errands, "KEPT_BYTES", most)
+    for most in (operations.KEPT_BYTES, 1, 1):
+        monkeypatch.setattr(operations, "KEPT_BYTES", most)
         jobs.append(client.post("/vae", files=sent).json()["id"])
         assert fetch(client, jobs[-1]).status_code == 200
     assert [client.get(f"/job?id={job}").status_code for job in jobs] == [404, 404, 200]
-    (left,) = [one for one in client.service.errands.all.values() if one.status == "done"]
+    (left,) = [one for one in client.service.operations.all.values() if one.status == "done"]
     assert left.size == sum(path.stat().st_size for path in left.files.iterdir()) and len([*left.files.iterdir()]) == 2
     cancelled = client.post("/vae", files=sent).json()["id"]
     client.post(f"/job?id={cancelled}&cancel=1")
@@ -75,7 +75,7 @@ def test_what_cannot_be_stored_fails_alone(http, monkeypatch, error):
     folder, sent = str(client.service.store.folder), dict(src_latents=("a.vae", latents().tobytes()))
     error.args = tuple(str(one).replace("{}", folder) for one in error.args)
     with monkeypatch.context() as patched:
-        patched.setattr(errands.audio, "write", lambda *_: (_ for _ in ()).throw(error))
+        patched.setattr(operations.audio, "write", lambda *_: (_ for _ in ()).throw(error))
         answer = fetch(client, client.post("/vae", files=sent).json()["id"])
     assert answer.status_code == 500 and "cannot be stored" in answer.text and folder not in answer.text
     assert fetch(client, client.post("/vae", files=sent).json()["id"]).status_code == 200

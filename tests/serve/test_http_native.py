@@ -191,6 +191,14 @@ def test_what_is_refused_is_named(http, body, field, message):
     assert client.service.records == {} and not list(client.service.store.incoming.iterdir())
 
 
+def test_an_unknown_model_is_named_before_what_it_would_do(http):
+    """With --strict, planning fields of a model without a planner are an error."""
+    client = http(strict=True, started=False)
+    response = client.post("/v1/songs", json=dict(prompt="x", model="gpt", lm_temperature=0.5))
+    assert response.status_code == 400
+    assert response.json()["detail"] == "model: expected one of small, other, found 'gpt'"
+
+
 def test_sound_that_cannot_be_read(http):
     client = http(started=False, limits=Limits(duration=30))
     request = json.dumps(dict(prompt="x", task_type="cover"))
@@ -286,3 +294,16 @@ def test_favourites_are_kept_and_not_removed_to_make_room(http, finished, tmp_pa
     for method, index in (("PUT", 2), ("DELETE", -1), ("PUT", 9999)):
         assert again.request(method, f"{path}/{index}/favourite").status_code == 404
     assert again.put(f"{path}/x/favourite").status_code == 422
+
+
+@pytest.mark.parametrize("seconds", [1.5, 8.0])  # not UTF-8; larger than a text
+def test_a_misspelt_upload_is_an_error(http, seconds):
+    """Otherwise the song would be made without its source."""
+    client = http(started=False)
+    request = dict(request=json.dumps(SONG))
+    response = client.post("/v1/songs", data=request, files=dict(source_audio=("a.wav", wav(seconds, 96_000))))
+    assert response.status_code == 400 and response.json()["field"] == "source_audio"
+    assert response.json()["detail"] == "source_audio: unknown file; did you mean src_audio?"
+    assert client.service.records == {} and not list(client.service.store.incoming.iterdir())
+    text = client.post("/v1/songs", files=dict(request=("request.json", json.dumps(SONG))))
+    assert text.status_code == 202, text.text

@@ -1,5 +1,6 @@
 """The planner in the server, over real HTTP: before songs, for itself, and in each protocol."""
 
+import asyncio
 import json
 import threading
 
@@ -117,8 +118,40 @@ def test_a_client_that_goes_cancels_its_plan(http):
     client = http(pipe=FakePipeline(delay=0.1), planner=PLANNER)
     with pytest.raises(httpx.ReadTimeout):
         client.post("/v1/plans", json=dict(wish="rain"), timeout=0.5)
-    wait_until(lambda: [one.status for one in client.service.errands.all.values()] == ["cancelled"])
+    wait_until(lambda: [one.status for one in client.service.operations.all.values()] == ["cancelled"])
     wait_until(lambda: not client.service.engine._running)
+
+
+def test_the_event_loop_neither_cancels_nor_parses_much(http, monkeypatch):
+    """Both take long: cancelling waits for a lock and removes files."""
+    import httpx
+
+    from acestep_jax.serve import uploads
+
+    def in_event_loop():
+        try:
+            return asyncio.get_running_loop() is not None
+        except RuntimeError:
+            return False
+
+    client = http(started=False, planner=PLANNER)
+    operations, cancelled, parsed = client.service.operations, [], []
+    cancel, parse = operations.cancel, uploads.parse_json
+    monkeypatch.setattr(operations, "cancel", lambda operation: (cancelled.append(in_event_loop()), cancel(operation)))
+    monkeypatch.setattr(uploads, "parse_json", lambda text: (parsed.append(in_event_loop()), parse(text))[1])
+    task = post(client, "/release_task", prompt="a", analysis_only=True)["data"]["task_id"]
+    assert post(client, "/cancel_task", task_id=task)["data"]["status"] == "cancelled"
+    for headers in ({}, {"accept": "text/event-stream"}):
+        with (
+            pytest.raises(httpx.ReadTimeout),
+            client.stream("POST", "/v1/plans", json=dict(wish="rain"), headers=headers, timeout=0.3) as response,
+        ):
+            response.read()
+    wait_until(lambda: len(cancelled) == 3)
+    assert not any(cancelled) and all(parsed)
+    parsed.clear()
+    assert client.post("/v1/chat/completions", json=dict(messages=3, text="a" * 10**6)).status_code == 400
+    assert parsed == [False]
 
 
 def test_a_planner_that_fails(http, finished):
@@ -234,13 +267,13 @@ def test_plans_without_a_planner_and_in_a_full_queue(http):
 
 
 def test_a_restart_plans_again_with_the_same_seed(service):
+    from acestep_jax.serve.planner_task import PlannerTask, Planning
     from acestep_jax.serve.submission import Submission, variations
-    from acestep_jax.serve.thinking import Planning, Thought
 
     first = service(started=False, planner=PLANNER)
-    thought = Thought(planning=Planning(lm_seed=8, lm_temperature=0.5), required=True)
+    planner_task = PlannerTask(planning=Planning(lm_seed=8, lm_temperature=0.5), required=True)
     songs = variations(dict(prompt="piano", seed=1, num_inference_steps=1), 2)
-    record = first.accept(Submission(songs=songs, api="native", thought=thought))
+    record = first.accept(Submission(songs=songs, api="native", planner_task=planner_task))
     first.store.close()
     again = service(planner=PLANNER)
     wait_until(lambda: again.records[record.id].final)
@@ -255,12 +288,12 @@ def test_a_restart_plans_again_with_the_same_seed(service):
 
 
 def test_a_plan_that_was_written_before_the_end_is_not_written_again(service):
+    from acestep_jax.serve.planner_task import PlannerTask
     from acestep_jax.serve.submission import Submission, variations
-    from acestep_jax.serve.thinking import Thought
 
     first = service(FakePipeline(delay=0.02), planner=PLANNER)
     songs = variations(dict(prompt="piano", seed=1), 1)
-    record = first.accept(Submission(songs=songs, api="native", thought=Thought(required=True)))
+    record = first.accept(Submission(songs=songs, api="native", planner_task=PlannerTask(required=True)))
     wait_until(lambda: record.songs[0].plan is not None)
     first.close(0)
     first.store.close()
@@ -272,12 +305,14 @@ def test_a_plan_that_was_written_before_the_end_is_not_written_again(service):
 
 
 def test_a_restart_without_the_planner(service):
+    from acestep_jax.serve.planner_task import PlannerTask
     from acestep_jax.serve.submission import Submission, variations
-    from acestep_jax.serve.thinking import Thought
 
     first = service(started=False, planner=PLANNER)
     songs = variations(dict(prompt="piano", seed=1, num_inference_steps=1, audio_duration=10.0), 2)
-    record = first.accept(Submission(songs=songs, api="native", thought=Thought(required=True)))
+    record = first.accept(Submission(songs=songs, api="native", planner_task=PlannerTask(required=True)))
+    kept = json.loads((first.store.folder_of(record) / "request.json").read_text())
+    assert kept["songs"][0].keys() == {"request", "sampling", "thought"}  # the keys of earlier versions
     first.store.close()
     again = service()
     wait_until(lambda: again.records[record.id].final)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from acestep_jax.serve.inputs import Inputs
+from acestep_jax.serve.inputs import InputFolder
 from acestep_jax.serve.submission import Limits
 from tests.serve.conftest import KEY
 from tests.serve.test_http_native import SONG, wav
@@ -351,7 +351,7 @@ def test_files_of_a_folder_may_be_named_and_no_others(http, finished, tmp_path):
     (folder / "out").symlink_to(tmp_path)
     (folder / "inside.wav").symlink_to(folder / "sub" / "a.wav")
     os.mkfifo(folder / "pipe")
-    client = http(inputs=Inputs(folder))
+    client = http(inputs=InputFolder(folder))
     asked = dict(prompt="x", task_type="repaint", repainting_start=1.0, repainting_end=2.0, num_inference_steps=1)
     bad = [
         "../secret.wav",

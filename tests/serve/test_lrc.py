@@ -9,7 +9,7 @@ from acestep_jax import Request, Sampling
 from acestep_jax.serve import sounds
 from acestep_jax.serve.engine import Work
 from acestep_jax.serve.local import LocalEngine
-from tests.serve.fake import FakePipeline, Told, model, sung, wait_until
+from tests.serve.fake import FakePipeline, RecordingListener, model, sung, wait_until
 from tests.serve.test_http_native import SONG
 
 LYRICS = "[Verse]\nla la\nlu lu"
@@ -55,7 +55,7 @@ def test_without_lrc_nothing_is_timed(server, finished):
 @pytest.mark.parametrize(
     "given, field, message",
     [
-        (dict(lyrics=LYRICS), "lrc", "the heads of small that follow the lyrics are unknown"),
+        (dict(lyrics=LYRICS), "lrc", "the alignment heads of small, which follow the lyrics, are unknown"),
         (dict(lyrics="[Verse]", model="sung"), "lyrics", "this song has no lyrics"),
         (dict(lyrics=LYRICS, model="sung", lrc="yes"), "lrc", "expected true or false, found 'yes'"),
     ],
@@ -79,7 +79,7 @@ def sung_songs(engine, *seeds):
 @pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 5 GB"), MemoryError(), KeyError(1)])
 def test_songs_are_there_though_their_times_cannot_be_found(error, monkeypatch, caplog):
     """Whatever the reason: no song is made twice, and the size of batches stays."""
-    pipe, told = FakePipeline(), Told()
+    pipe, told = FakePipeline(), RecordingListener()
     engine = LocalEngine([sung(pipe)])
     whole, measured = pipe.timestamps, []
 
@@ -90,13 +90,13 @@ def test_songs_are_there_though_their_times_cannot_be_found(error, monkeypatch, 
         return whole(song, request, sampling)
 
     monkeypatch.setattr(pipe, "timestamps", timestamps)
-    monkeypatch.setattr(engine.experience, "ran", lambda program, seconds, *_: measured.append(seconds))
+    monkeypatch.setattr(engine.timings, "ran", lambda program, seconds, *_: measured.append(seconds))
     songs = sung_songs(engine, 0, 1)
     engine.submit(songs)
     engine.start(told)
     wait_until(lambda: told.reports)
     engine.stop(0)
-    assert [seeds for seeds, *_ in pipe.batches] == [[0, 1]] and not engine.experience.limits and not told.errors
+    assert [seeds for seeds, *_ in pipe.batches] == [[0, 1]] and not engine.timings.limits and not told.errors
     assert told.songs[songs[0]].timestamps is not None and told.songs[songs[1]].timestamps is None
     assert told.notes == {songs[1]: "lrc: the timestamps of its lyrics could not be computed"}
     assert type(error).__name__ in caplog.text  # the traceback
@@ -121,7 +121,7 @@ def test_what_is_cancelled_while_it_is_written_has_no_times(server, monkeypatch)
 
 @pytest.mark.unit
 def test_songs_that_nobody_wants_any_more_are_not_timed(monkeypatch):
-    pipe, told, timed = FakePipeline(), Told(), []
+    pipe, told, timed = FakePipeline(), RecordingListener(), []
     engine = LocalEngine([sung(pipe)])
     songs = sung_songs(engine, 0, 1, 2, 3)
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from acestep_jax.serve.authors import MOST_IDS
-from acestep_jax.serve.polls import FRESH_SECONDS, KEPT, Answers
+from acestep_jax.serve.polls import FRESH_SECONDS, KEPT, CachedResponses
 from acestep_jax.serve.store import Record, SongRecord
 from tests.serve.conftest import KEY
 from tests.serve.fake import FakePipeline, wait_until
@@ -21,7 +21,7 @@ def record(record_id="a", status="running"):
 @pytest.mark.unit
 def test_an_answer_is_built_once_until_its_record_changes(monkeypatch):
     built = []
-    answers = Answers(lambda one: built.append(one.version) or dict(version=one.version))
+    answers = CachedResponses(lambda one: built.append(one.version) or dict(version=one.version))
     one, now = record(), [100.0]
     monkeypatch.setattr("acestep_jax.serve.polls.time.monotonic", lambda: now[0])
     first = answers.of(one)
@@ -42,14 +42,14 @@ def test_what_changes_while_an_answer_is_built_is_told_again():
         found.version = 2
         return told
 
-    answers = Answers(build)
+    answers = CachedResponses(build)
     assert json.loads(answers.of(one).body) == dict(version=1)
     assert json.loads(answers.of(one).body) == dict(version=2)
 
 
 @pytest.mark.unit
 def test_the_answers_of_few_records_are_kept():
-    answers = Answers(lambda one: one.id)
+    answers = CachedResponses(lambda one: one.id)
     for i in range(KEPT + 5):
         answers.of(record(str(i), "done"))
     assert len(answers._kept) == KEPT and "4" not in answers._kept and "5" in answers._kept
@@ -115,7 +115,7 @@ def test_an_error_of_a_poll_has_the_shape_of_its_protocol(http, finished, monkey
     client = http()
     record_id = client.post("/v1/songs", json=SONG).json()["id"]
     finished(client, record_id)
-    monkeypatch.setattr(Answers, "of", lambda self, record: 1 / 0)
+    monkeypatch.setattr(CachedResponses, "of", lambda self, record: 1 / 0)
     path, ids = f"/v1/songs/{record_id}", dict(task_id_list=[record_id])
     job = record_id.replace("-", "")[:16]
     answers = [client.get(path), client.post("/query_result", json=ids), client.get(f"/job?id={job}")]

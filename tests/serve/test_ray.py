@@ -15,7 +15,7 @@ from acestep_jax.serve.engine import EngineLost, Work
 from acestep_jax.serve.local import LocalEngine
 from acestep_jax.serve.models import Model
 from tests.processes import cache, ends, free_port, start
-from tests.serve.fake import Told, wait_until
+from tests.serve.fake import RecordingListener, wait_until
 
 ray = pytest.importorskip("ray", reason="needs pip install 'acestep-jax[ray]'")
 
@@ -52,7 +52,7 @@ def engine(cluster):
     def make(*given, replicas=2, **options):
         one = RayEngine(models(), offered(*given), replicas, **options)
         made.append(one)
-        told = Told()
+        told = RecordingListener()
         one.start(told)
         return one, told
 
@@ -81,7 +81,7 @@ def local():
 
     def make(count, steps=STEPS):
         if (count, steps) not in made:
-            engine, told = LocalEngine(models(), max_batch=2 if steps > STEPS else 4), Told()
+            engine, told = LocalEngine(models(), max_batch=2 if steps > STEPS else 4), RecordingListener()
             songs = works(engine, count, steps)
             engine.submit(songs)
             engine.start(told)
@@ -109,7 +109,7 @@ def test_eight_songs_of_two_actors_are_those_of_one_process(engine, local):
     one.submit(songs)
     wait_until(lambda: len(told.songs) == 8 or told.errors, 300)
     print(f"\neight songs by two actors: {time.monotonic() - began:.1f} s, compilation and loading included")
-    assert all(lane.compiled for lane in one.lanes)  # both worked
+    assert all(dispatcher.timings.known()[0] for dispatcher in one.dispatchers)  # both worked
     assert all(work.step > 0 for work in songs)  # and told how far they were
     difference = worst(told, songs, local(8))
     print(f"largest difference {difference:.1e}")
@@ -121,15 +121,19 @@ def test_songs_of_an_actor_that_is_killed_are_made_once_more(engine, local):
     wait_until(lambda: one.ready and one._idle == 2, 120)
     songs = works(one, 4, steps=30)
     one.submit(songs)
-    wait_until(lambda: any(lane._running and lane._running[0].step > 2 for lane in one.lanes), 300)
-    lane = next(lane for lane in one.lanes if lane._running and lane._running[0].step > 2)
-    lost, pid = list(lane._running), lane._remote.pid
+    wait_until(
+        lambda: any(dispatcher._running and dispatcher._running[0].step > 2 for dispatcher in one.dispatchers), 300
+    )
+    dispatcher = next(
+        dispatcher for dispatcher in one.dispatchers if dispatcher._running and dispatcher._running[0].step > 2
+    )
+    lost, pid = list(dispatcher._running), dispatcher._remote.pid
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: len(told.songs) == 4 or told.errors, 300)
     assert [work.losses for work in songs] == [int(work in lost) for work in songs] and lost
     assert not told.errors and told.death is None
     assert worst(told, songs, local(4, 30)) < 1e-5
-    wait_until(lambda: one.ready and lane._remote.pid not in (None, pid), 120)
+    wait_until(lambda: one.ready and dispatcher._remote.pid not in (None, pid), 120)
 
 
 def test_cancelled_songs_end_between_steps(engine):

@@ -1,9 +1,11 @@
 """What is kept of records: favourites, and what is removed to make room."""
 
 import threading
+import time
 
 import pytest
 
+from acestep_jax.serve import sounds
 from acestep_jax.serve.submission import Limits
 from tests.serve.fake import wait_until
 from tests.serve.test_service import ended, submit
@@ -70,3 +72,59 @@ def test_a_favourite_that_cannot_be_written_is_none(service, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         made.kept.set_favourite(record, 0, True)
     assert not record.songs[0].favourite and record.version == before
+
+
+def test_simultaneous_requests_for_a_format_convert_once(service, monkeypatch):
+    made = service()
+    record = submit(made, seed=0)
+    ended(record)
+    count, convert, both = [], sounds.convert, threading.Barrier(2)
+
+    def slow(*args):
+        count.append(args)
+        time.sleep(0.2)
+        convert(*args)
+
+    def ask():
+        both.wait(10)
+        found.append(made.sound(record, 0, "wav"))
+
+    monkeypatch.setattr(sounds, "convert", slow)
+    found, threads = [], [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert found == [made.store.song_path(record, 0, ".wav")] * 2 and len(count) == 1
+    assert not made.kept._converting
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_song_that_is_deleted_while_it_is_converted_is_gone(service, monkeypatch, moment):
+    made = service()
+    record = submit(made, seed=0)
+    ended(record)
+    convert = sounds.convert
+
+    def deleting(*args):
+        if moment == "after":
+            convert(*args)
+        made.delete(record)
+        if moment == "before":
+            convert(*args)
+
+    monkeypatch.setattr(sounds, "convert", deleting)
+    assert made.sound(record, 0, "wav") is None
+
+
+def test_a_conversion_that_fails_otherwise_is_an_error(service, monkeypatch):
+    made = service()
+    record = submit(made, seed=0)
+    ended(record)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sounds, "convert", full)
+    with pytest.raises(OSError, match="No space left"):
+        made.sound(record, 0, "wav")

@@ -11,16 +11,16 @@ from acestep_jax import Request, Sampling
 from acestep_jax.errors import Cancelled, InputError
 from acestep_jax.request import Planning
 from acestep_jax.serve import replicas
+from acestep_jax.serve.batch_message import BatchMessage, Outcome, decode_batch, encode_batch, outcome_of
 from acestep_jax.serve.batcher import Program, Shape
 from acestep_jax.serve.engine import EngineLost, ServerError, Work
-from acestep_jax.serve.experience import Newest
 from acestep_jax.serve.local import OUT_OF_MEMORY
-from acestep_jax.serve.parcel import Outcome, Parcel, outcome_of, pack, unpack
+from acestep_jax.serve.planner_task import PlannerTask
 from acestep_jax.serve.replica import Replica
 from acestep_jax.serve.replicas import LOST_TWICE, ReplicaEngine
-from acestep_jax.serve.thinking import Thought
+from acestep_jax.serve.timings import Newest
 from acestep_jax.song import Song
-from tests.serve.fake import FakePipeline, Told, model, sound, wait_until, works
+from tests.serve.fake import FakePipeline, RecordingListener, model, sound, wait_until, works
 
 pytestmark = pytest.mark.unit
 
@@ -42,12 +42,12 @@ class Near:
         self.ended.wait(0.01 if self.late else 0)
         return not self.late
 
-    def begin(self, parcel):
+    def begin(self, message):
         self.alive()
         self.ended.clear()
 
         def make():
-            self.outcome = self.replica.make(parcel)
+            self.outcome = self.replica.make(message)
             self.ended.set()
 
         threading.Thread(target=make, daemon=True).start()
@@ -81,7 +81,7 @@ def made(monkeypatch):
 
         engine = ReplicaEngine([model(None)], start, count, adapters={"jazz": "/nowhere"}, **options)
         engines.append(engine)
-        return engine, Told(), started
+        return engine, RecordingListener(), started
 
     yield make
     for engine in engines:
@@ -91,7 +91,7 @@ def made(monkeypatch):
 def plans(engine, *seeds, required=False, is_song=True):
     found = works(engine, *seeds)
     for work in found:
-        work.thought, work.is_song = Thought(required=required), is_song
+        work.planner_task, work.is_song = PlannerTask(required=required), is_song
         engine.check(work)
     return found
 
@@ -135,8 +135,8 @@ def test_steps_are_told_and_time_is_estimated(made):
     assert ("denoising", True) in seen
     waiting = works(engine, *range(4, 12))
     engine.stop(0)  # so that they wait
-    for lane in engine.lanes:
-        lane.experience._seconds |= {Program(waiting[0].kind, waiting[0].shape, size): 10.0 for size in (1, 2, 4)}
+    for dispatcher in engine.dispatchers:
+        dispatcher.timings._seconds |= {Program(waiting[0].kind, waiting[0].shape, size): 10.0 for size in (1, 2, 4)}
     engine.submit(waiting)
     assert engine.remaining(waiting[:4]) == engine.remaining(waiting) == 10.0  # two batches of four, at once
     assert engine.ahead(waiting[3:]) == 3
@@ -161,7 +161,7 @@ def test_the_times_of_lyrics_do_not_count_as_steps(made):
         engine.submit(songs)
         wait_until(lambda: len(told.reports) == seed + 1)  # noqa: B023  (called at once)
     assert stages[-1] == "aligning" and left[-1] == 0.0
-    (seconds,) = engine.lanes[0].experience._seconds.values()
+    (seconds,) = engine.dispatchers[0].timings._seconds.values()
     assert seconds + 0.2 <= told.reports[1].seconds
 
 
@@ -240,7 +240,7 @@ def test_songs_of_a_batch_in_parts_wait_again_when_its_replica_is_given_up(made,
 
 def test_what_a_lane_knows_is_read_with_its_lock(made):
     engine, told, started = made(count=1)
-    known = engine.lanes[0].experience
+    known = engine.dispatchers[0].timings
 
     class Locked(Newest):
         """Memory that may only be read as a whole while nobody adds to it."""
@@ -362,13 +362,13 @@ def test_a_model_that_a_replica_cannot_load_is_no_error_of_the_request(made):
 
 
 def test_songs_behind_their_plans_count_among_what_remains(made):
-    """Two plans of one lane, and then their songs; as in `test_engine`."""
+    """Two plans of one dispatcher, and then their songs; as in `test_engine`."""
     engine, _, _ = made(count=2)
     planned = plans(engine, 1, 2)
     (song,) = works(engine, 3)
-    engine.lanes[0]._error = EngineLost("gone")  # the other lane makes all of them
+    engine.dispatchers[0]._error = EngineLost("gone")  # the other dispatcher makes all of them
     engine.submit(planned)
-    known = engine.lanes[1].experience
+    known = engine.dispatchers[1].timings
     program = Program(planned[0].kind, planned[0].shape, 2)
     known.ran(program, 9.0, 0, 0.0)
     known.ran(program, 2.0, 0, 0.0)  # the first run compiles
@@ -436,19 +436,19 @@ def test_a_batch_survives_its_way(tmp_path):
     source.write_bytes(b"sound")
     request = Request("piano", task_type="repaint", src_audio=str(source), repainting_start=(1.0, 3.5), bpm=90, seed=7)
     sampling = Sampling(timesteps=(1.0, 0.3), guidance_scale=3.1)
-    thought = Thought(planning=Planning(lm_seed=5, lm_temperature=0.3), codes=False)
-    work = Work(request, sampling, "small", (("jazz", 0.1), ("rock", 1.0)), thought=thought, lrc=True)
-    about, files = pack([work, work], Program("kind", Shape(1, 2, 3), 4))
+    planner_task = PlannerTask(planning=Planning(lm_seed=5, lm_temperature=0.3), codes=False)
+    work = Work(request, sampling, "small", (("jazz", 0.1), ("rock", 1.0)), planner_task=planner_task, lrc=True)
+    about, files = encode_batch([work, work], Program("kind", Shape(1, 2, 3), 4))
     import json
 
-    found, program, names = unpack(Parcel(json.loads(json.dumps(about)), files), tmp_path)
+    found, program, names = decode_batch(BatchMessage(json.loads(json.dumps(about)), files), tmp_path)
     assert program.size == 4 and len(found) == 2
     for i, other in enumerate(found):
         path = str(tmp_path / f"{i}-src_audio")
         assert names[path] == str(source) and (tmp_path / f"{i}-src_audio").read_bytes() == b"sound"
         assert other.request == Request(**{**vars(request), "src_audio": path})
         assert (other.sampling, other.adapters, other.model) == (sampling, work.adapters, "small")
-        assert other.thought == thought and other.lrc
+        assert other.planner_task == planner_task and other.lrc
 
 
 def test_how_a_batch_ends_is_told_and_raised_again():

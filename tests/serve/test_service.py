@@ -13,7 +13,11 @@ import pytest
 import soundfile
 
 from acestep_jax.errors import InputError
+from acestep_jax.request import Request, Sampling
+from acestep_jax.serve.engine import Work
 from acestep_jax.serve.local import LocalEngine
+from acestep_jax.serve.operations import Operation
+from acestep_jax.serve.planner_task import PlannerTask
 from acestep_jax.serve.service import Busy, Closing
 from acestep_jax.serve.store import Store
 from acestep_jax.serve.submission import Limits, Submission, variations
@@ -208,7 +212,7 @@ def test_a_queue_that_is_full(service):
     submit(made, count=2)
     with pytest.raises(Busy, match="queue is full"):
         submit(made, client="10.0.0.2")
-    made.engine.start(made.making)
+    made.engine.start(made.listener)
     wait_until(lambda: made.waiting() == 0)
     assert ended(submit(made, client="10.0.0.1")) == "done"
 
@@ -402,3 +406,64 @@ def test_an_engine_may_be_another(service):
 
     needed = {name for name in vars(Engine) if not name.startswith("_")}
     assert needed <= set(dir(LocalEngine([model(FakePipeline())])))
+
+
+@pytest.mark.parametrize("limits", [Limits(queue=3), Limits(per_client=3)])
+def test_simultaneous_plans_and_songs_do_not_exceed_the_queue(service, limits, monkeypatch):
+    made, all_checked = service(started=False, limits=limits), threading.Barrier(12)
+    check = made.engine.check
+
+    def checked(work):
+        check(work)
+        all_checked.wait(10)  # all have passed the first check for room
+
+    monkeypatch.setattr(made.engine, "check", checked)
+    outcomes = []
+
+    def plan():
+        planner_task = PlannerTask(required=True)
+        work = Work(Request("piano", seed=0), Sampling(), "small", planner_task=planner_task, is_song=False)
+        return made.submit(Operation([work], "192.0.2.1", made.store.new_folder()))
+
+    def run(request):
+        try:
+            outcomes.append(request())
+        except Busy as busy:
+            outcomes.append(busy)
+
+    asked = [plan] * 8 + [lambda: submit(made, client="192.0.2.1")] * 4
+    threads = [threading.Thread(target=run, args=(one,)) for one in asked]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert sum(isinstance(one, Busy) for one in outcomes) == 9 and len(outcomes) == 12 and made.waiting() == 3
+    accepted = sum(isinstance(one, Operation) for one in outcomes)
+    assert len(list(made.store.incoming.iterdir())) == accepted  # the uploads of refused ones are removed
+
+
+@pytest.mark.parametrize("damaged", ["", "ab" * 31, "no key", "\xff"])
+def test_a_damaged_secret_is_replaced(tmp_path, caplog, damaged):
+    store = Store(tmp_path)
+    secret, path = store.secret(), tmp_path / "secret"
+    assert len(secret) == 32 and store.secret() == secret and path.stat().st_mode & 0o777 == 0o600
+    assert caplog.text == ""
+    path.write_text(damaged, encoding="latin-1")
+    replaced = store.secret()
+    assert len(replaced) == 32 and replaced not in (secret, b"") and store.secret() == replaced
+    assert path.stat().st_mode & 0o777 == 0o600 and "damaged; it is replaced" in caplog.text
+    store.close()
+
+
+def test_a_secret_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            store.secret()
+    assert not (tmp_path / "secret").exists() and len(store.secret()) == 32
+    store.close()

@@ -13,11 +13,11 @@ import pytest
 from acestep_jax import Request, Sampling
 from acestep_jax.errors import InputError
 from acestep_jax.serve import slices
-from acestep_jax.serve.channel import Channel, Listening, connect
+from acestep_jax.serve.channel import Channel, LeaderSocket, connect
 from acestep_jax.serve.engine import EngineLost, Work
+from acestep_jax.serve.planner_task import PlannerTask
 from acestep_jax.serve.slices import LeaderEngine
-from acestep_jax.serve.thinking import Thought
-from tests.serve.fake import FakePipeline, Told, model, sound, wait_until, works
+from tests.serve.fake import FakePipeline, RecordingListener, model, sound, wait_until, works
 from tests.serve.test_http_native import wav
 
 pytestmark = pytest.mark.unit
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.unit
 
 def channels(count=1):
     """Return the channels of a leader by index, and those of its followers."""
-    listening = Listening("localhost")
+    listening = LeaderSocket("localhost")
     theirs = [connect("localhost", listening.port, listening.key, i + 1) for i in range(count)]
     return listening.accept(count), theirs
 
@@ -42,7 +42,7 @@ class Slice:
         self.pipes = [pipe, *followers]
         self.left, self.status = left, {}
         self.engine = LeaderEngine([model(pipe)], mine, adapters={"jazz": "/nowhere"}, **options)
-        self.told = Told()
+        self.told = RecordingListener()
         self.threads = [threading.Thread(target=self.follow, args=(i,), daemon=True) for i in range(len(followers))]
         for thread in self.threads:
             thread.start()
@@ -116,7 +116,7 @@ def test_followers_write_the_plans_of_the_leader(made):
     one = made(*pipes, started=False)
     songs = works(one.engine, 4, 5)
     for work in songs:
-        work.thought = Thought()
+        work.planner_task = PlannerTask()
         one.engine.check(work)
     one.engine.submit(songs)
     one.engine.start(one.told)
@@ -151,15 +151,15 @@ def repainting(one, path, seed=0, seconds=1.0):
     return work
 
 
-@pytest.mark.parametrize("thought", [None, Thought("codes")])
-def test_a_source_that_is_removed_while_the_model_loads_is_not_read_again(made, tmp_path, thought):
+@pytest.mark.parametrize("planner_task", [None, PlannerTask("codes")])
+def test_a_source_that_is_removed_while_the_model_loads_is_not_read_again(made, tmp_path, planner_task):
     """As the upload of a song is that was deleted: the followers, which have it, would wait for the leader."""
     pipes = [FakePipeline(), FakePipeline()]
     one = made(*pipes, started=False)
     work = repainting(one, tmp_path / "audio")
     request = work.request
-    if thought is not None:
-        work.thought, work.is_song = thought, False
+    if planner_task is not None:
+        work.planner_task, work.is_song = planner_task, False
         one.engine.check(work)
     heard = []
     for pipe in pipes:
@@ -171,7 +171,7 @@ def test_a_source_that_is_removed_while_the_model_loads_is_not_read_again(made, 
     wait_until(lambda: one.told.songs or one.told.plans or one.told.errors)
     assert not one.told.errors and not (tmp_path / "audio").exists()
     assert work.request is request and not one.engine.broken
-    if thought is None:
+    if planner_task is None:
         wait_until(lambda: pipes[1].batches == pipes[0].batches)
         assert len(pipes[0].batches) == 1
     else:
@@ -256,7 +256,7 @@ def test_followers_leave_when_the_leader_has_gone(made):
 
 
 def test_only_those_who_know_the_key_are_followers():
-    listening = Listening("localhost")
+    listening = LeaderSocket("localhost")
     port = listening.port
     strangers = [socket.create_connection(("localhost", listening.port)) for _ in range(3)]
     strangers[0].close()
@@ -285,7 +285,7 @@ def test_only_those_who_know_the_key_are_followers():
     ],
 )
 def test_what_a_stranger_sends_is_not_believed(text):
-    listening = Listening("localhost")
+    listening = LeaderSocket("localhost")
     with socket.create_connection(("localhost", listening.port)) as stranger:
         stranger.sendall(struct.pack(">Q", len(text)) + text.encode())
         right = connect("localhost", listening.port, listening.key, 1)
@@ -296,7 +296,7 @@ def test_what_a_stranger_sends_is_not_believed(text):
 def test_a_stranger_who_is_long_in_telling_is_not_heard_to_the_end(monkeypatch):
     """A byte now and then does not keep the others waiting."""
     monkeypatch.setattr("acestep_jax.serve.channel.HELLO_SECONDS", 0.3)
-    listening = Listening("localhost")
+    listening = LeaderSocket("localhost")
     ended = threading.Event()
     with socket.create_connection(("localhost", listening.port)) as stranger:
 
@@ -328,7 +328,7 @@ def test_a_machine_that_does_not_answer_is_lost_within_a_minute():
 
 
 def test_a_follower_that_does_not_come_is_named():
-    listening = Listening("localhost")
+    listening = LeaderSocket("localhost")
     connect("localhost", listening.port, listening.key, 2)
     with pytest.raises(InputError, match="process 1 has not connected within 0.2 s"):
         listening.accept(2, 0.2)
@@ -355,7 +355,7 @@ def test_processes_that_were_started_differently_are_named(monkeypatch):
     monkeypatch.setattr(slices, "exchange", exchange)
     monkeypatch.setattr(slices, "leader_host", lambda: "localhost")
     with pytest.raises(InputError, match="distributed: dtype of process 1 differs; start all of them the same way"):
-        slices.lead([pipe], {}, dtype="float32", mesh="data=2")
+        slices.accept_followers([pipe], {}, dtype="float32", mesh="data=2")
     assert '"key"' in told[0]
 
 

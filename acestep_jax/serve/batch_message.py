@@ -10,16 +10,17 @@ from typing import Any, NamedTuple
 import jax
 
 from acestep_jax.errors import Cancelled, InputError
+from acestep_jax.placement import is_out_of_memory
 from acestep_jax.request import FILES, Request, Sampling
 from acestep_jax.serve.batcher import Program, Shape
-from acestep_jax.serve.engine import ServerError, Work, is_out_of_memory
+from acestep_jax.serve.engine import ServerError, Work
 from acestep_jax.serve.local import LocalEngine
-from acestep_jax.serve.thinking import Thought
+from acestep_jax.serve.planner_task import PlannerTask
 
 logger = logging.getLogger(__name__)
 
 
-class Parcel(NamedTuple):
+class BatchMessage(NamedTuple):
     """A batch without paths, ready to be sent.
 
     Attributes:
@@ -31,7 +32,7 @@ class Parcel(NamedTuple):
     files: list[bytes]
 
 
-class Unpacked(NamedTuple):
+class ReceivedBatch(NamedTuple):
     """A received batch.
 
     Attributes:
@@ -44,7 +45,7 @@ class Unpacked(NamedTuple):
     names: dict[str, str]
 
 
-def pack(works: Sequence[Work], program: Program) -> Parcel:
+def encode_batch(works: Sequence[Work], program: Program) -> BatchMessage:
     """Pack a batch for sending.
 
     Raises:
@@ -54,8 +55,8 @@ def pack(works: Sequence[Work], program: Program) -> Parcel:
     for work in works:
         values = {field.name: getattr(work.request, field.name) for field in dataclasses.fields(work.request)}
         named = {name: str(values.pop(name)) for name in FILES if values[name] is not None}
-        thought = None if work.thought is None else work.thought.to_dict()
-        songs.append(dict(request=values, files=named, thought=thought, lrc=work.lrc))
+        planner_task = None if work.planner_task is None else work.planner_task.to_dict()
+        songs.append(dict(request=values, files=named, thought=planner_task, lrc=work.lrc))
         files += [Path(path).read_bytes() for path in named.values()]
     first = works[0]
     about = dict(
@@ -65,16 +66,16 @@ def pack(works: Sequence[Work], program: Program) -> Parcel:
         size=program.size,
         songs=songs,
     )
-    return Parcel(about, files)
+    return BatchMessage(about, files)
 
 
-def unpack(parcel: Parcel, folder: str | Path) -> Unpacked:
+def decode_batch(message: BatchMessage, folder: str | Path) -> ReceivedBatch:
     """Unpack a received batch, and write its files to a folder.
 
     Raises:
         OSError: if a file cannot be written.
     """
-    about, waiting = parcel.about, iter(parcel.files)
+    about, waiting = message.about, iter(message.files)
     sampling = Sampling(**about["sampling"])
     adapters = tuple((name, scale) for name, scale in about["adapters"])
     works, names = [], {}
@@ -84,10 +85,10 @@ def unpack(parcel: Parcel, folder: str | Path) -> Unpacked:
             path = Path(folder) / f"{i}-{name}"
             path.write_bytes(next(waiting))
             paths[name], names[str(path)] = str(path), original
-        thought = None if song["thought"] is None else Thought.from_dict(song["thought"])
+        planner_task = None if song["thought"] is None else PlannerTask.from_dict(song["thought"])
         request = Request(**song["request"], **paths)
-        works.append(Work(request, sampling, about["model"], adapters, thought=thought, lrc=song["lrc"]))
-    return Unpacked(works, Program(None, Shape(0, 0, 0), about["size"]), names)
+        works.append(Work(request, sampling, about["model"], adapters, planner_task=planner_task, lrc=song["lrc"]))
+    return ReceivedBatch(works, Program(None, Shape(0, 0, 0), about["size"]), names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Outcome:
 
 
 def outcome_of(make: Callable[[], Sequence[Any]], names: Mapping[str, str]) -> Outcome:
-    """Make a batch; return its outcome, with the file names from `unpack`."""
+    """Make a batch; return its outcome, with the file names from `decode_batch`."""
     try:
         return Outcome("done", made=list(make()))
     except Cancelled:
@@ -140,7 +141,7 @@ def outcome_of(make: Callable[[], Sequence[Any]], names: Mapping[str, str]) -> O
 
 
 def with_names(error: Exception, names: Mapping[str, str]) -> str:
-    """Return the message of an error, with the file names from `unpack`."""
+    """Return the message of an error, with the file names from `decode_batch`."""
     message = str(error)
     for path, original in names.items():
         message = message.replace(path, original)
@@ -149,4 +150,4 @@ def with_names(error: Exception, names: Mapping[str, str]) -> str:
 
 def made_by(engine: LocalEngine, works: list[Work], program: Program) -> Sequence[Any]:
     """Return the songs of a batch, or its plans if these are requested."""
-    return engine.songs(works, program) if works[0].thought is None else engine.plans(works, program)
+    return engine.songs(works, program) if works[0].planner_task is None else engine.plans(works, program)

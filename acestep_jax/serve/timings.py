@@ -7,8 +7,8 @@ from typing import Any, Protocol, TypeVar
 
 from acestep_jax.serve.batcher import Program, Shape, Waiting, batches, next_batch
 
-MOST = 256  # maximum number of programs, and of kinds of songs, that are remembered
-RECENT = 0.3  # weight of the newest measurement in a moving average
+MAX_ENTRIES = 256  # maximum number of programs, and of kinds of songs, that are remembered
+EMA_WEIGHT = 0.3  # weight of the newest measurement in a moving average
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -25,16 +25,16 @@ S = TypeVar("S", bound=Song)
 
 
 class Newest(OrderedDict[K, V]):
-    """A dictionary that keeps the `MOST` newest entries, because keys chosen by clients must not fill memory."""
+    """A dictionary that keeps the `MAX_ENTRIES` newest entries, because keys chosen by clients must not fill memory."""
 
     def __setitem__(self, key: K, value: V) -> None:
         super().__setitem__(key, value)
         self.move_to_end(key)
-        while len(self) > MOST:
+        while len(self) > MAX_ENTRIES:
             self.popitem(last=False)
 
 
-class Experience:
+class Timings:
     """The measurements. The engine's thread adds to them, other threads call the methods.
 
     Attributes:
@@ -104,7 +104,7 @@ class Experience:
 
     def after_plans(self, works: Iterable[Any]) -> float | None:
         """Return the seconds of the songs that follow the plans of works, each made individually; None: unknown."""
-        songs = [work for work in works if work.thought is not None and work.is_song]
+        songs = [work for work in works if work.planner_task is not None and work.is_song]
         found = [self.estimate(Program(None, song.shape, 1), song.steps) for song in songs]
         known = [one for one in found if one is not None]
         return sum(known) if len(known) == len(found) else None
@@ -129,4 +129,4 @@ class Experience:
 
 
 def _mean(mean: float | None, new: float) -> float:
-    return new if mean is None else (1 - RECENT) * mean + RECENT * new
+    return new if mean is None else (1 - EMA_WEIGHT) * mean + EMA_WEIGHT * new

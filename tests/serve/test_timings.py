@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from acestep_jax.serve.batcher import Program, Shape
-from acestep_jax.serve.experience import MOST, Experience
+from acestep_jax.serve.timings import MAX_ENTRIES, Timings
 
 pytestmark = pytest.mark.unit
 
@@ -23,7 +23,7 @@ def program(kind="k", frames=100, size=1):
 
 
 def test_the_first_run_of_a_program_is_no_measure_but_its_steps_are():
-    known = Experience(4)
+    known = Timings(4)
     assert known.estimate(program(), 10) is None
     known.ran(program(), 60.0, steps=0, stepping=0.0)
     assert known.estimate(program(), 10) is None and program() in known.compiled
@@ -36,7 +36,7 @@ def test_the_first_run_of_a_program_is_no_measure_but_its_steps_are():
 
 
 def test_an_odd_song_does_not_hide_how_long_the_queue_is():
-    known = Experience(1)
+    known = Timings(1)
     known.ran(program(), 60.0, steps=8, stepping=0.8)
     songs = [Waiting(), Waiting("odd", "odd", Shape(200, 1, 1)), Waiting()]
     ends = known.ends(songs, 1)
@@ -44,8 +44,8 @@ def test_an_odd_song_does_not_hide_how_long_the_queue_is():
 
 
 def test_the_plan_of_a_queue_is_made_once_for_each_version(monkeypatch):
-    known, songs, calls = Experience(2), [Waiting(), Waiting()], []
-    import acestep_jax.serve.experience as module
+    known, songs, calls = Timings(2), [Waiting(), Waiting()], []
+    import acestep_jax.serve.timings as module
 
     batches = module.batches
     monkeypatch.setattr(module, "batches", lambda *args: calls.append(1) or batches(*args))
@@ -58,9 +58,9 @@ def test_the_plan_of_a_queue_is_made_once_for_each_version(monkeypatch):
 
 
 def test_what_is_remembered_is_bounded():
-    known = Experience(2)
-    for i in range(3 * MOST):
+    known = Timings(2)
+    for i in range(3 * MAX_ENTRIES):
         known.ran(program(f"k{i}"), 1.0, 8, 0.8)
         known.does_not_fit(program(f"k{i}"), 1)
-    assert len(known.compiled) == len(known.limits) == MOST
-    assert program(f"k{3 * MOST - 1}") in known.compiled and program("k0") not in known.compiled
+    assert len(known.compiled) == len(known.limits) == MAX_ENTRIES
+    assert program(f"k{3 * MAX_ENTRIES - 1}") in known.compiled and program("k0") not in known.compiled

@@ -7,21 +7,21 @@ from typing import Any, Self
 from acestep_jax.inputs.prepare import codebook_size
 from acestep_jax.planner.plan import Plan
 from acestep_jax.planner.plans import write_plans
-from acestep_jax.planner.writer import Progress
+from acestep_jax.planner.writer import ProgressCallback
 from acestep_jax.request import MAX_DURATION, MIN_DURATION, Planning, Request
 
 WRITING = ("generate", "inspire", "format")  # see `planner.plans.write_plans`
 # About an existing song: its caption, lyrics and metadata; these with its latents; these with timestamps of the lyrics;
-# only its audio codes; only its latents; the sound of its latents. See `serve.hearing`.
-LISTENING = ("describe", "understand", "transcribe", "codes", "encode", "decode")
+# only its audio codes; only its latents; the sound of its latents. See `serve.analysis`.
+ANALYSIS_MODES = ("describe", "understand", "transcribe", "codes", "encode", "decode")
 
 
 @dataclasses.dataclass(frozen=True)
-class Thought:
+class PlannerTask:
     """The planner's task for one song.
 
     Attributes:
-        mode: one of `WRITING`, or one of `LISTENING`, for which the request has a source, latents or audio codes.
+        mode: one of `WRITING`, or one of `ANALYSIS_MODES`, for which the request has a source, latents or audio codes.
         planning: sampling settings of the planner.
         codes: whether to write audio codes, too.
         instrumental: whether the song has no vocals, for a wish.
@@ -44,19 +44,19 @@ class Thought:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the thought in a dictionary; raise InputError or TypeError if it has another version's format."""
+        """Return the task in a dictionary; raise InputError or TypeError if it has another version's format."""
         return cls(**{**values, "planning": Planning(**values["planning"])})
 
     @property
-    def alike(self) -> "Thought":
-        """The thought without its seed, which must be equal for songs that are planned together."""
+    def batch_key(self) -> "PlannerTask":
+        """The task without its seed, which must be equal for songs that are planned together."""
         return dataclasses.replace(self, planning=dataclasses.replace(self.planning, lm_seed=None))
 
-    def within(self, seconds: float) -> "Thought":
-        """Return the thought limited to songs of at most `seconds`."""
+    def within(self, seconds: float) -> "PlannerTask":
+        """Return the task limited to songs of at most `seconds`."""
         return dataclasses.replace(self, longest=min(MAX_DURATION, max(MIN_DURATION, seconds)))
 
-    def forgone(self, request: Request, seconds: float) -> Request:
+    def without_plan(self, request: Request, seconds: float) -> Request:
         """Return the request of a song that is made without a plan.
 
         Args:
@@ -65,8 +65,8 @@ class Thought:
         is_open = request.audio_duration is None and seconds > self.longest
         return dataclasses.replace(request, audio_duration=self.longest) if is_open else request
 
-    def of_song(self, i: int) -> "Thought":
-        """Return the thought for song i of a request, with its own seed."""
+    def for_song(self, i: int) -> "PlannerTask":
+        """Return the task for song i of a request, with its own seed."""
         seed = self.planning.lm_seed
         if seed is None:
             return self
@@ -79,15 +79,15 @@ class Thought:
         return seed
 
 
-def think(
+def run_planner(
     pipe: Any,
     requests: Sequence[Request],
-    thoughts: Sequence[Thought],
+    tasks: Sequence[PlannerTask],
     *,
-    on_progress: Progress,
+    on_progress: ProgressCallback,
     should_stop: Callable[[], bool],
 ) -> list[Plan]:
-    """Return a plan for each request. Their thoughts must be `alike`.
+    """Return a plan for each request. Their tasks must have the same `batch_key`.
 
     Args:
         pipe: an `AceStepPipeline`.
@@ -98,7 +98,7 @@ def think(
         InputError: if there is no planner, or a text is too long.
         Cancelled: if `should_stop` returned true.
     """
-    first = thoughts[0].alike
+    first = tasks[0].batch_key
     watched: dict[str, Any] = dict(on_progress=on_progress, should_stop=should_stop)
     has_codes = first.codes and codebook_size(pipe.configs) is not None
     planning = first.planning if has_codes else dataclasses.replace(first.planning, best_of=1)
@@ -111,7 +111,7 @@ def think(
             instrumental=first.instrumental,
             codes=has_codes,
             longest=first.longest,
-            seeds=[thought.seed(request) for thought, request in zip(thoughts, requests, strict=True)],
+            seeds=[task.seed(request) for task, request in zip(tasks, requests, strict=True)],
             **watched,
         )
     pipe.free_if_needed()

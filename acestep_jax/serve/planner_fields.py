@@ -4,14 +4,14 @@ cannot be parsed become the default."""
 from typing import Any
 
 from acestep_jax.planner.plan import Plan
+from acestep_jax.planner.prompts import NOTHING
 from acestep_jax.request import Planning
 from acestep_jax.serve.lenient import INSTRUMENTAL, Fields
-from acestep_jax.serve.thinking import Thought
+from acestep_jax.serve.planner_task import PlannerTask
 
 RANGES = dict(
     lm_temperature=(0.0, 10.0), lm_cfg_scale=(1.0, 100.0), lm_top_p=(1e-3, 1.0), lm_repetition_penalty=(1.0, 10.0)
 )
-NOTHING = "NO USER INPUT"  # placeholder for no negative prompt
 CFG_SCALE = 2.5  # default of the authors' protocol
 CAPTION = ("use_cot_caption", "cot_caption", "cot-caption")
 LANGUAGE = ("use_cot_language", "cot_language", "cot-language")
@@ -37,7 +37,7 @@ def planning(fields: Fields, **defaults: float) -> Planning:
     return Planning(**values, use_cot_caption=fields.flag(*CAPTION, default=True))
 
 
-def thought(fields: Fields, *, wish: bool, words: str) -> Thought | None:
+def planner_task(fields: Fields, *, wish: bool, words: str) -> PlannerTask | None:
     """Return the planner's task for a song: text and codes with `thinking`; otherwise only text, or nothing if
     use_cot_caption and use_cot_language are off.
 
@@ -50,7 +50,7 @@ def thought(fields: Fields, *, wish: bool, words: str) -> Thought | None:
     required = thinking or rewrite or wish
     if not required and not writes:
         return None
-    return Thought(
+    return PlannerTask(
         mode="inspire" if wish else "format" if rewrite else "generate",
         planning=planning(fields, lm_cfg_scale=CFG_SCALE),
         codes=thinking,
@@ -59,7 +59,7 @@ def thought(fields: Fields, *, wish: bool, words: str) -> Thought | None:
     )
 
 
-def prepared(song: dict[str, Any], asked: Thought, fields: Fields, words: str) -> dict[str, Any]:
+def prepared(song: dict[str, Any], requested: PlannerTask, fields: Fields, words: str) -> dict[str, Any]:
     """Return a song to plan without the protocol's defaults for fields that the client left out, which the planner may
     choose.
 
@@ -69,8 +69,8 @@ def prepared(song: dict[str, Any], asked: Thought, fields: Fields, words: str) -
     left = dict(song)
     if fields.flag(*LANGUAGE, default=True) and not fields.text("vocal_language", "language"):
         left.pop("vocal_language", None)
-    if asked.mode == "inspire" and (asked.instrumental or not words.strip()):
-        left["lyrics"] = INSTRUMENTAL if asked.instrumental else ""
+    if requested.mode == "inspire" and (requested.instrumental or not words.strip()):
+        left["lyrics"] = INSTRUMENTAL if requested.instrumental else ""
     return left
 
 
@@ -87,8 +87,8 @@ def metadata(plan: Plan) -> dict[str, Any]:
     )
 
 
-def in_metas(asked: dict[str, Any], plan: Plan) -> dict[str, Any]:
+def in_metas(requested: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """Return the `metas` of a response, with the planner's values in place of "N/A"."""
     written = dict(bpm=plan.bpm, duration=plan.audio_duration, keyscale=plan.keyscale, timesignature=plan.timesignature)
     known = {name: value for name, value in written.items() if value is not None}
-    return {name: known.get(name, value) if value == "N/A" else value for name, value in asked.items()}
+    return {name: known.get(name, value) if value == "N/A" else value for name, value in requested.items()}

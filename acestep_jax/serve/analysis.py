@@ -1,4 +1,4 @@
-"""What the server finds of a song that exists: what it is, its audio codes, and its sound or latents from the other."""
+"""Analysis of existing songs: their description, audio codes, latents or timestamps, and the sound of latents."""
 
 import dataclasses
 import logging
@@ -13,17 +13,17 @@ from acestep_jax.planner.metadata import CODEBOOK_SIZE
 from acestep_jax.planner.plan import Plan
 from acestep_jax.planner.plans import describe_codes
 from acestep_jax.planner.timestamps import Timestamps
-from acestep_jax.planner.writer import Progress
+from acestep_jax.planner.writer import ProgressCallback
 from acestep_jax.request import Request
-from acestep_jax.serve.thinking import Thought
+from acestep_jax.serve.planner_task import PlannerTask
 from acestep_jax.song import Song
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Heard:
-    """What was found; as much of it as was asked for.
+class AnalysisResult:
+    """What was found; as much of it as was requested.
 
     Attributes:
         plan: with caption, lyrics and metadata, or empty but for audio codes.
@@ -39,50 +39,50 @@ class Heard:
     timestamps: Timestamps | None = None
 
 
-def hear(
+def analyse(
     pipe: Any,
     requests: Sequence[Request],
-    thoughts: Sequence[Thought],
+    tasks: Sequence[PlannerTask],
     *,
-    on_progress: Progress,
+    on_progress: ProgressCallback,
     should_stop: Callable[[], bool],
-) -> list[Heard]:
-    """Return what is found of the source of each request; see `thinking.think`."""
+) -> list[AnalysisResult]:
+    """Return what is found of the source of each request; see `planner_task.run_planner`."""
     found = []
-    for request, thought in zip(requests, thoughts, strict=True):
+    for request, task in zip(requests, tasks, strict=True):
         if should_stop():
             raise Cancelled
-        found.append(_heard(pipe, request, thought, on_progress=on_progress, should_stop=should_stop))
+        found.append(_analyse_one(pipe, request, task, on_progress=on_progress, should_stop=should_stop))
     return found
 
 
-def _heard(pipe: Any, request: Request, thought: Thought, **watched: Any) -> Heard:
-    if thought.mode == "decode":
+def _analyse_one(pipe: Any, request: Request, task: PlannerTask, **watched: Any) -> AnalysisResult:
+    if task.mode == "decode":
         made = pipe.latents_to_song(request.src_latents)
-        return Heard(Plan(caption=""), audio=made, sample_rate=pipe.sample_rate)
-    if thought.mode == "encode":
-        return Heard(Plan(caption=""), latents=pipe.song_to_latents(request.src_audio))
+        return AnalysisResult(Plan(caption=""), audio=made, sample_rate=pipe.sample_rate)
+    if task.mode == "encode":
+        return AnalysisResult(Plan(caption=""), latents=pipe.song_to_latents(request.src_audio))
     latents = None
     if request.audio_codes is not None:
         codes = codes_from_text(request.audio_codes, CODEBOOK_SIZE)
-    elif thought.mode == "codes":
+    elif task.mode == "codes":
         codes = pipe.song_to_codes(request.src_audio)
     else:
         latents = request.src_latents if request.src_audio is None else pipe.song_to_latents(request.src_audio)
         codes = pipe.latents_to_codes(latents)
     codes = [int(code) for code in codes]
-    if thought.mode == "codes":
-        return Heard(Plan(caption="", audio_codes=codes))
-    planning = dataclasses.replace(thought.planning, lm_seed=thought.seed(request))
+    if task.mode == "codes":
+        return AnalysisResult(Plan(caption="", audio_codes=codes))
+    planning = dataclasses.replace(task.planning, lm_seed=task.seed(request))
     with pipe.on_mesh():
         plan = describe_codes(pipe.planner, codes, planning, **watched)
     pipe.free_if_needed()
     if not isinstance(latents, np.ndarray):  # what was sent is not sent back
-        return Heard(plan)
-    return Heard(
+        return AnalysisResult(plan)
+    return AnalysisResult(
         plan,
-        latents=latents if thought.mode == "understand" else None,
-        timestamps=_timestamps(pipe, latents, plan) if thought.mode == "transcribe" else None,
+        latents=latents if task.mode == "understand" else None,
+        timestamps=_timestamps(pipe, latents, plan) if task.mode == "transcribe" else None,
     )
 
 
