@@ -50,7 +50,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) 
     """Return a mesh over all devices.
 
     Args:
-        data: number of copies of the model, each with a part of the batch.
+        data: number of copies of the model, each with a part of the batch; full fine-tuning splits weights and moments
+            over it as well.
         fsdp: number of parts of the weights, gathered layer by layer; also splits the batch.
         tensor: number of parts of heads and mlp.
         sequence: number of parts of the time axis; tokens are replicated if it does not divide their number.
@@ -119,8 +120,8 @@ def batch_shards(size: int) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return 1
-    axes = partition_spec(("batch",), (size,), mesh)[0]
-    return math.prod(mesh.shape[axis] for axis in axes or ())
+    axes = partition_spec(("batch",), (size,), mesh)[0] or ()
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))  # "data": only one
 
 
 def variable_sharding(variable: nnx.Variable, mesh: Mesh | None):
@@ -129,6 +130,27 @@ def variable_sharding(variable: nnx.Variable, mesh: Mesh | None):
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     names = variable.get_metadata("out_sharding", None) or (None,) * len(variable.shape)
     return NamedSharding(mesh, partition_spec(tuple(names), variable.shape, mesh))
+
+
+def state_sharding(sharding: Any, shape: tuple[int, ...]) -> Any:
+    """Return the sharding of a trained weight and its moments, given the sharding that the network reads it with.
+
+    What is split over `fsdp` is split over `data` as well; if its size does not divide, it stays replicated, with a
+    warning. A step then gathers the parts of a weight over `data`.
+    """
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.shape["data"] == 1:
+        return sharding
+    parts = sharding.mesh.shape["fsdp"] * sharding.mesh.shape["data"]
+    spec: list[Any] = list(sharding.spec)
+    for i, (axes, size) in enumerate(zip(sharding.spec, shape, strict=True)):
+        if axes not in ("fsdp", ("fsdp",)):
+            continue
+        if size % parts == 0:
+            spec[i] = ("fsdp", "data")
+        else:
+            kept = "its weights and their moments are split over fsdp only"
+            log_once(f"an axis of {size} does not divide by fsdp times data, {parts}: {kept}")
+    return NamedSharding(sharding.mesh, P(*spec))
 
 
 def parse_mesh(text: str | None) -> Mesh | None:
@@ -181,7 +203,7 @@ def on_host(x: jax.Array) -> np.ndarray:
     return np.asarray(x) if x.is_fully_addressable else np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-_ALONE = """
+_SUBPROCESS = """
 import os, pickle, sys
 answer = os.fdopen(os.dup(1), "wb")
 os.dup2(2, 1)  # output of libraries must not mix with the answer
@@ -195,7 +217,7 @@ with answer:
 """
 
 
-def alone(function: Callable[..., R], *arguments: Any) -> R:
+def run_in_subprocess(function: Callable[..., R], *arguments: Any) -> R:
     """Call a function in a separate process, which is not part of the cluster and computes on the CPU; return its
     result. This is for libraries that wait for all processes of a cluster, in work that only one of them does.
 
@@ -204,7 +226,7 @@ def alone(function: Callable[..., R], *arguments: Any) -> R:
     """
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", _ALONE],
+        [sys.executable, "-c", _SUBPROCESS],
         input=pickle.dumps((function, arguments)),
         stdout=subprocess.PIPE,
         env=environment,

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from acestep_jax import AceStepTransformer1DModel, InputError, TransformerConfig, make_mesh
-from acestep_jax.distributed import log_once, partition_spec, shard, variable_sharding
+from acestep_jax.distributed import batch_shards, log_once, partition_spec, shard, state_sharding, variable_sharding
 from acestep_jax.io import checkpoint
 from acestep_jax.models.attention import attention
 from tests.parity import assert_close, normal
@@ -36,6 +36,31 @@ CASES = [
 def test_partition_spec(names, shape, axes, expected):
     """What does not divide is split as far as it does, or replicated."""
     assert partition_spec(names, shape, make_mesh(**axes)) == expected
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    "axes, spec, size, expected",
+    [
+        (dict(data=2, fsdp=4), P(None, ("fsdp",), ("tensor",)), 16, P(None, ("fsdp", "data"), ("tensor",))),
+        (dict(data=2, fsdp=4), P(None, ("fsdp",), None), 12, P(None, ("fsdp",), None)),  # not a multiple of eight
+        (dict(data=2, tensor=4), P(None, None, ("tensor",)), 16, P(None, None, ("tensor",))),
+        (dict(fsdp=8), P(None, ("fsdp",), None), 16, P(None, ("fsdp",), None)),
+    ],
+)
+def test_a_state_is_split_over_data_as_well(axes, spec, size, expected):
+    mesh = make_mesh(**axes)
+    assert state_sharding(NamedSharding(mesh, spec), (2, size, 4)).spec == expected
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    "axes, size, expected", [(dict(data=8), 8, 8), (dict(data=2, fsdp=4), 2, 2), (dict(tensor=8), 8, 1)]
+)
+def test_parts_of_a_batch(axes, size, expected):
+    assert batch_shards(size) == 1
+    with jax.set_mesh(make_mesh(**axes)):
+        assert batch_shards(size) == expected
 
 
 @pytest.mark.unit

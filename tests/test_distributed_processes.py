@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from acestep_jax import InputError, cli
 from acestep_jax.cli import runtime
-from acestep_jax.distributed import alone, join_processes
+from acestep_jax.distributed import join_processes, run_in_subprocess
 from acestep_jax.errors import check_text
 from tests.processes import free_port, together
 
@@ -72,9 +72,9 @@ def test_a_conversion_that_fails_ends_all_processes(tiny, tmp_path):
 
 
 def test_a_function_in_a_process_of_its_own():
-    assert alone(math.hypot, 3.0, 4.0) == 5.0
+    assert run_in_subprocess(math.hypot, 3.0, 4.0) == 5.0
     with pytest.raises(InputError, match="name: expected text, found 5"):
-        alone(check_text, "name", 5)
+        run_in_subprocess(check_text, "name", 5)
 
 
 @pytest.mark.unit

@@ -20,7 +20,7 @@ from acestep_jax.train.config import (
     ReportConfig,
     TrainConfig,
 )
-from acestep_jax.train.data_folder import Index, Song, crop_durations, text_key
+from acestep_jax.train.data_folder import Index, IndexEntry, crop_durations, text_key
 from acestep_jax.train.objective import Batch
 from tests.parity import normal
 
@@ -54,7 +54,7 @@ def write_songs(folder, native, seconds=(12, 9, 15, 7, 11), crop_seconds=(8.0, 1
         mean, std = normal(frames, CHANNELS, seed=i), np.abs(normal(frames, CHANNELS, seed=i + 50)) / 4
         lyric_ids = np.arange(20 + 3 * i, dtype=np.int32)
         records.append(data_folder.encode_record(dict(mean=mean, std=std, lyric_ids=lyric_ids) | texts))
-        song = Song(
+        song = IndexEntry(
             source=f"song-{i}.wav",
             sha256=f"{i:064x}",
             size=1,

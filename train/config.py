@@ -6,9 +6,10 @@
 
 import dataclasses
 import math
-from typing import Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
-from acestep_jax.errors import InputError
+from acestep_jax.errors import InputError, nearest
 from acestep_jax.inputs import tasks
 from acestep_jax.models.config import AutoencoderConfig, LoRAConfig
 from acestep_jax.request import MAX_DURATION, MIN_DURATION
@@ -19,7 +20,33 @@ TASKS = tuple(name for name, task in tasks.TASKS.items() if task.trained)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class Settings:
+    """Settings whose `Literal` fields are checked when they are made, from the command line, a file or Python.
+
+    Raises:
+        InputError: if a value is none of a field's choices.
+    """
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            choices, value = _choices(field.type), getattr(self, field.name)
+            if choices and value not in choices:
+                names = [choice for choice in choices if choice is not None]
+                raise InputError(f"{field.name}: {value!r} is unknown; {nearest(str(value).lower(), names)}")
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """Return the values that a `Literal` allows, and None if it is optional; () for any other type."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    if get_origin(kind) not in (Union, UnionType):
+        return ()
+    found = tuple(choice for member in get_args(kind) for choice in _choices(member))
+    return (*found, None) if found and NoneType in get_args(kind) else found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(Settings):
     """How examples are sampled.
 
     Args:
@@ -54,7 +81,7 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Settings):
     """The training objective.
 
     Args:
@@ -73,7 +100,7 @@ class ObjectiveConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdamConfig:
+class AdamConfig(Settings):
     """AdamW with linear warm-up, then cosine decay to 1% of the learning rate.
 
     Args:
@@ -120,7 +147,7 @@ class OptimizerConfig(AdamConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportConfig:
+class ReportConfig(Settings):
     """Metrics, validation and samples.
 
     Args:
@@ -139,7 +166,7 @@ class ReportConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Fine-tune the transformer of a checkpoint.
 
     Args:
@@ -187,6 +214,7 @@ class TrainConfig:
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
 
     def __post_init__(self):
+        super().__post_init__()
         objective, examples, report = self.objective, self.examples, self.report
         _at_least(
             ("steps", self.steps, 1),
@@ -216,7 +244,7 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OobleckConfig:
+class OobleckConfig(Settings):
     """Architecture of an autoencoder trained from scratch, for 48 kHz stereo.
 
     Args:
@@ -251,7 +279,7 @@ class OobleckConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReconstructionConfig:
+class ReconstructionConfig(Settings):
     """The loss of an autoencoder, see `train.reconstruction`.
 
     Args:
@@ -271,7 +299,7 @@ class ReconstructionConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AutoencoderTrainConfig:
+class AutoencoderTrainConfig(Settings):
     """Train an autoencoder from scratch.
 
     Args:
@@ -307,6 +335,7 @@ class AutoencoderTrainConfig:
     optimizer: AdamConfig = dataclasses.field(default_factory=AdamConfig)
 
     def __post_init__(self):
+        super().__post_init__()
         names = ("steps", "batch_size", "save_every", "log_every", "keep", "max_bad_steps")
         _at_least(*((name, getattr(self, name), 1) for name in names))
         weights = ("spectrum", "spectrum_warmup", "waveform", "kl")

@@ -11,9 +11,9 @@ from acestep_jax.errors import InputError
 from acestep_jax.io import audio
 from acestep_jax.io.files import as_path
 from acestep_jax.models.config import AutoencoderConfig
+from acestep_jax.train.audio_files import find_audio
 from acestep_jax.train.config import AutoencoderTrainConfig
 from acestep_jax.train.data_folder import file_sha256, text_sha256
-from acestep_jax.train.preprocess import find_audio
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ VALIDATION_BATCHES = 8
 MIN_POWER = 1e-6  # least power of a validation crop: SI-SDR is undefined for silence
 
 
-class Songs:
+class CropSource:
     """Audio held in memory as float16, whose error is 70 dB below the signal, and crops of it.
 
     Args:
@@ -45,19 +45,19 @@ class Songs:
         if len(self.sounds) < len(files):
             logger.warning("%d file(s) are shorter than a crop and ignored", len(files) - len(self.sounds))
         starts = np.array([sound.shape[1] - samples + 1 for sound in self.sounds], np.float64)
-        self._share = starts / starts.sum()
+        self._probabilities = starts / starts.sum()
 
     def draw(self, size: int, *seed: int) -> np.ndarray:
         """Draw crops [size, channels, samples] float16 uniformly from all audio; the same seed gives the same crops."""
         random = np.random.default_rng(seed)
         crops = []
-        for i in random.choice(len(self.sounds), size, p=self._share):
+        for i in random.choice(len(self.sounds), size, p=self._probabilities):
             start = random.integers(self.sounds[i].shape[1] - self.samples + 1)
             crops.append(self.sounds[i][:, start : start + self.samples])
         return np.stack(crops)
 
 
-def read_songs(config: AutoencoderTrainConfig) -> tuple[Songs, Songs | None, dict[str, str]]:
+def read_songs(config: AutoencoderTrainConfig) -> tuple[CropSource, CropSource | None, dict[str, str]]:
     """Return the songs to train on, the held-out songs, and a hash of all of them.
 
     The held-out songs are chosen by the bytes of the files, not by their names.
@@ -72,11 +72,13 @@ def read_songs(config: AutoencoderTrainConfig) -> tuple[Songs, Songs | None, dic
         )
     sides = []
     for side in (names[count:], names[:count]):
-        sides.append(Songs([files[name] for name in side], config.crop_samples, config.model.network) if side else None)
+        sides.append(
+            CropSource([files[name] for name in side], config.crop_samples, config.model.network) if side else None
+        )
     return *sides, {"data": text_sha256(names)}
 
 
-def validation_crops(songs: Songs, size: int) -> list[np.ndarray]:
+def validation_crops(songs: CropSource, size: int) -> list[np.ndarray]:
     """Return batches of crops, the same for every run on these songs; none is silent."""
     crops, seed = [], 0
     while len(crops) < VALIDATION_BATCHES * size and seed < 100:

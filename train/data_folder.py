@@ -41,7 +41,7 @@ _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": bfloat16, "I32": np.int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Song:
+class IndexEntry:
     """One entry of the index.
 
     source: path of the audio file relative to its folder, with "/" as separator.
@@ -90,7 +90,7 @@ class Index:
     latents_per_second: float
     latent_channels: int
     crop_seconds: tuple[float, ...]
-    songs: tuple[Song, ...] = ()
+    songs: tuple[IndexEntry, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
     complete: bool = False
     schema_version: int = SCHEMA_VERSION
@@ -137,7 +137,7 @@ def read_index(folder: str | Path, *, unfinished: bool = False) -> Index:
             f"update the package, or {again} with another DATA_DIR"
         )
     try:
-        songs = tuple(Song(**song) for song in values.pop("songs"))
+        songs = tuple(IndexEntry(**song) for song in values.pop("songs"))
         skipped = tuple((str(source), str(reason)) for source, reason in values.pop("skipped"))
         crops = tuple(float(crop) for crop in values.pop("crop_seconds"))
         index = Index(**values, songs=songs, skipped=skipped, crop_seconds=crops)

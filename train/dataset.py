@@ -17,7 +17,7 @@ from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
 from acestep_jax.io.files import local_copy
 from acestep_jax.train.config import TASKS, DataConfig
-from acestep_jax.train.data_folder import Index, Song, crop_durations, decode_record, text_key
+from acestep_jax.train.data_folder import Index, IndexEntry, crop_durations, decode_record, text_key
 from acestep_jax.train.objective import Batch
 
 TEXT_MULTIPLE = 32  # tokens; similar data then share programs, which may be compiled already
@@ -30,7 +30,7 @@ _SHUFFLE, _EXAMPLE, _CROP = range(3)
 class Records:
     """Random access to the records of some songs: item i is song i with its arrays."""
 
-    def __init__(self, folder: Path, songs: Sequence[Song]):
+    def __init__(self, folder: Path, songs: Sequence[IndexEntry]):
         self.songs = songs
         shards = sorted({song.shard for song in songs})
         sources = {shard: ArrayRecordDataSource(str(local_copy(folder / shard))) for shard in shards}
@@ -39,12 +39,12 @@ class Records:
     def __len__(self) -> int:
         return len(self.songs)
 
-    def __getitem__(self, i: int) -> tuple[Song, dict[str, np.ndarray]]:
+    def __getitem__(self, i: int) -> tuple[IndexEntry, dict[str, np.ndarray]]:
         source, row = self._rows[i]
         return self.songs[i], decode_record(source[row])
 
 
-def split(index: Index, fraction: float) -> tuple[list[Song], list[Song]]:
+def split(index: Index, fraction: float) -> tuple[list[IndexEntry], list[IndexEntry]]:
     """Return the songs to train on and the held-out songs.
 
     The songs whose files have the smallest hashes are held out, so copies and repeats of a song are never on both sides
@@ -67,7 +67,9 @@ def split(index: Index, fraction: float) -> tuple[list[Song], list[Song]]:
 class Examples:
     """Makes examples whose shapes differ only in time, so a step compiles once for each crop length."""
 
-    def __init__(self, folder: Path, index: Index, songs: Sequence[Song], config: DataConfig, silence: np.ndarray):
+    def __init__(
+        self, folder: Path, index: Index, songs: Sequence[IndexEntry], config: DataConfig, silence: np.ndarray
+    ):
         """
         Args:
             silence: latents of silence, [frames, 64], at least as many frames as the longest crop.

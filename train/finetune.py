@@ -205,7 +205,8 @@ class FineTuning(Trainer):
                 mesh=self.mesh,
                 **networks,
             )
-        self._pipeline.transformer = self.model.merge(self.state.params, self.model.frozen)
+        weights = jax.jit(self.model.gathered)(self.state.params)
+        self._pipeline.transformer = self.model.merge(weights, self.model.frozen)
         for i, prompt in enumerate(config.report.sample_prompts):
             song = self._pipeline(prompt, "[Instrumental]", config.report.sample_seconds, seed=i)
             assert song.audios is not None

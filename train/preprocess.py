@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +31,6 @@ from acestep_jax.io.files import (
     as_path,
     check_parent,
     check_writable,
-    files_below,
     is_remote,
     remove_tree,
     size_and_time,
@@ -44,13 +43,12 @@ from acestep_jax.models.runtime import check_dtype
 from acestep_jax.request import MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS, Sampling
 from acestep_jax.settings import with_own_settings
 from acestep_jax.train import data_folder
+from acestep_jax.train.audio_files import find_files
 from acestep_jax.train.config import TASKS
-from acestep_jax.train.data_folder import Index
-from acestep_jax.train.records import PART, Old, Writer, remove_leftovers
+from acestep_jax.train.data_folder import Index, IndexEntry
+from acestep_jax.train.records import PART, ExistingRecords, ShardWriter, remove_leftovers
 from acestep_jax.train.sidecars import INSTRUMENTAL, Sidecars, Texts
 
-# Includes formats that libsndfile cannot read, so that such files are reported.
-SUFFIXES = frozenset(".wav .flac .mp3 .ogg .opus .aif .aiff .m4a .aac .mp4 .wma".split())
 MIN_SECONDS, MIN_PEAK = 1.0, 1e-4
 MAX_CROP_SECONDS = 600.0
 MOST_LINES = 20  # length of a list in the summary
@@ -109,18 +107,18 @@ def preprocess(
     )
     encoder = _Encoder(checkpoint, dtype, vae)
     with all_succeed():
-        old = Old(data_dir, index)
+        old = ExistingRecords(data_dir, index)
     process, processes = jax.process_index(), jax.process_count()
     if processes > 1:
         with all_succeed():
             part = f"{PART}{process}"
             data_dir.mkdir(parents=is_remote(data_dir), exist_ok=True)
-            writer = Writer(data_dir / part, index, old.parts.get(part, index).songs)
+            writer = ShardWriter(data_dir / part, index, old.parts.get(part, index).songs)
             _encode(audio_dir, data_dir, sources[process::processes], old, sidecars, encoder, writer, of_part=True)
     with all_succeed():
         if process == 0:
-            old = Old(data_dir, index) if processes > 1 else old
-            writer = Writer(data_dir, index, old.songs)
+            old = ExistingRecords(data_dir, index) if processes > 1 else old
+            writer = ShardWriter(data_dir, index, old.songs)
             done = _encode(audio_dir, data_dir, sources, old, sidecars, encoder, writer)
             if not writer.songs:
                 reasons = "".join(f"\n  {source}: {reason}" for source, reason in done.skipped)
@@ -153,78 +151,140 @@ def _encode(
     audio_dir: Path,
     data_dir: Path,
     sources: Sequence[str],
-    old: Old,
+    old: ExistingRecords,
     sidecars: Sidecars,
     encoder: "_Encoder",
-    writer: Writer,
+    writer: ShardWriter,
     *,
     of_part: bool = False,
 ) -> _Done:
-    """Encode the songs that `old` lacks or that have changed, and pass all songs to the writer.
+    """Pass all songs to the writer, and encode what `old` lacks.
+
+    | record in `old`        | its texts | what is done                  | counted as                          |
+    |------------------------|-----------|-------------------------------|-------------------------------------|
+    | none                   |           | audio and texts are encoded   | encoded                             |
+    | any                    | others    | texts are encoded again       | with new texts                      |
+    | of the data folder     | the same  | it stays in its shard         | as before                           |
+    | of a process's folder  | the same  | it is copied to a new shard   | with new texts, if there is another |
+    |                        |           |                               | in the data folder, or else encoded |
 
     Args:
-        of_part: write only the songs that `old` lacks; the others are taken from it later.
+        of_part: write only what is encoded here; records with the same texts are taken from `old` later.
     """
     done = _Done(Counter(), [], [])
     with writer:
         for source in tqdm(sources, unit="song", disable=jax.process_index() > 0):
             preemption.check()
-            file, sound = audio_dir / source, np.empty((0, 0))
-            shown = source.encode(errors="backslashreplace").decode()
+            file, shown = audio_dir / source, source.encode(errors="backslashreplace").decode()
             try:
                 if shown != source:
                     raise InputError("its name is not UTF-8; rename it")
-                texts = sidecars.read(source)
-                size, mtime_ns = size_and_time(file)
-                sha256 = old.sha256(source, file, size, mtime_ns)
-                known = old.find(sha256, source)
-                if known is None:
-                    sound = encoder.read(file)
-                seconds = sound.shape[1] / encoder.sample_rate if known is None else known.seconds
-                prompts = _prompts(texts, seconds, writer.index.crop_seconds)
-                words = lyric_text(texts.lyrics, texts.language)
+                song = _inspect(file, source, old, sidecars, encoder, writer.index.crop_seconds)
             except MemoryError:
                 raise
             except Exception as error:  # one bad song does not stop the others
                 kind = "" if isinstance(error, InputError | OSError) else f"{type(error).__name__}: "
                 done.skipped.append((shown, kind + str(error).removeprefix(f"{file}: ")))
                 continue
-            values = dataclasses.asdict(texts)
-            if values.pop("fallback"):
+            if song.has_default_texts:
                 done.fallbacks.append(source)
-            values |= dict(source=source, sha256=sha256, size=size, mtime_ns=mtime_ns, seconds=seconds)
-            # The rule matters only if a prompt is truncated; without it, records from before the rule stay valid.
-            rule = [CUT_RULE] if encoder.cuts(prompts) else []
-            values |= dict(text_sha256=data_folder.text_sha256([prompts, words, *rule]))
-            known = old.find(sha256, source, values["text_sha256"])
-            if known is not None and known.text_sha256 == values["text_sha256"]:
-                if of_part:
-                    continue
-                if not old.is_of_part(known):
-                    done.counts["as before"] += 1
-                    writer.keep(dataclasses.replace(known, **values))
-                    continue
-                done.counts["with new texts" if old.has(sha256) else "encoded"] += 1
-                (record,) = data_folder.read_records(data_dir / known.shard, [known.row])
-                values |= {name: getattr(known, name) for name in ("frames", "lyric_tokens", "prompt_tokens")}
-            else:
-                if known is not None:
-                    (record,) = data_folder.read_records(data_dir / known.shard, [known.row])
-                try:
-                    if known is not None:
-                        mean, std = record["mean"], record["std"]
-                    else:
-                        mean, std = encoder.posterior(sound)
-                        audio.check_finite(np.stack([mean, std]), source, "of the latents, after encoding,")
-                    record = dict(mean=mean, std=std, **encoder.texts(source, prompts, words))
-                except InputError as error:
-                    done.skipped.append((shown, str(error).removeprefix(f"{source}: ")))
-                    continue
-                done.counts["encoded" if known is None else "with new texts"] += 1
-                values |= dict(frames=len(mean), lyric_tokens=len(record["lyric_ids"]))
-                values |= dict(prompt_tokens=max(len(record[key]) for key in prompts))
+            known = song.known
+            if known is not None and known.text_sha256 == song.values["text_sha256"]:
+                if not of_part:
+                    done.counts[_reuse(song.values, known, old, data_dir, writer)] += 1
+                continue
+            before = None if known is None else _read_record(data_dir, known)
+            try:
+                values, record = _make_record(song, before, encoder)
+            except InputError as error:
+                done.skipped.append((shown, str(error).removeprefix(f"{source}: ")))
+                continue
+            done.counts["encoded" if known is None else "with new texts"] += 1
             writer.add(values, data_folder.encode_record(record))
     return done
+
+
+class _Inspected(NamedTuple):
+    """A song before anything of it is encoded.
+
+    values: the fields of its `IndexEntry` that its files determine.
+    prompts: prompts by the names of their arrays, see `data_folder.text_key`.
+    words: the lyrics as the text encoder reads them.
+    has_default_texts: whether there were no texts for it.
+    known: the best record of its bytes, see `ExistingRecords.find`.
+    sound: [channels, samples]; empty if there is such a record.
+    """
+
+    values: dict[str, Any]
+    prompts: dict[str, str]
+    words: str
+    has_default_texts: bool
+    known: IndexEntry | None
+    sound: np.ndarray
+
+
+def _inspect(
+    file: Path,
+    source: str,
+    old: ExistingRecords,
+    sidecars: Sidecars,
+    encoder: "_Encoder",
+    crop_seconds: Sequence[float],
+) -> _Inspected:
+    """Read the texts of a song, and its audio unless `old` has a record of the same bytes."""
+    texts = sidecars.read(source)
+    size, mtime_ns = size_and_time(file)
+    sha256 = old.sha256(source, file, size, mtime_ns)
+    known = old.find(sha256, source)
+    sound = np.empty((0, 0)) if known is not None else encoder.read(file)
+    seconds = sound.shape[1] / encoder.sample_rate if known is None else known.seconds
+    prompts = _prompts(texts, seconds, crop_seconds)
+    words = lyric_text(texts.lyrics, texts.language)
+    # The rule matters only if a prompt is truncated; without it, records from before the rule stay valid.
+    rule = [CUT_RULE] if encoder.cuts(prompts) else []
+    text_sha256 = data_folder.text_sha256([prompts, words, *rule])
+    values = dataclasses.asdict(texts)
+    has_default_texts = values.pop("fallback")
+    values |= dict(source=source, sha256=sha256, size=size, mtime_ns=mtime_ns, seconds=seconds, text_sha256=text_sha256)
+    return _Inspected(values, prompts, words, has_default_texts, old.find(sha256, source, text_sha256), sound)
+
+
+def _reuse(values: dict[str, Any], known: IndexEntry, old: ExistingRecords, data_dir: Path, writer: ShardWriter) -> str:
+    """Pass a record whose texts did not change to the writer, and return what it counts as."""
+    if not old.is_of_part(known):
+        writer.keep(dataclasses.replace(known, **values))
+        return "as before"
+    counts = {name: getattr(known, name) for name in ("frames", "lyric_tokens", "prompt_tokens")}
+    writer.add(values | counts, data_folder.encode_record(_read_record(data_dir, known)))
+    return "with new texts" if old.has(known.sha256) else "encoded"
+
+
+def _read_record(data_dir: Path, known: IndexEntry) -> dict[str, np.ndarray]:
+    (record,) = data_folder.read_records(data_dir / known.shard, [known.row])
+    return record
+
+
+def _make_record(
+    song: _Inspected, before: dict[str, np.ndarray] | None, encoder: "_Encoder"
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the values and the record of a song, with encoded texts.
+
+    Args:
+        before: a record of the same audio, whose posterior is taken; None: the audio is encoded.
+
+    Raises:
+        InputError: if a network gives non-finite values.
+    """
+    source = song.values["source"]
+    if before is not None:
+        mean, std = before["mean"], before["std"]
+    else:
+        mean, std = encoder.posterior(song.sound)
+        audio.check_finite(np.stack([mean, std]), source, "of the latents, after encoding,")
+    record = dict(mean=mean, std=std, **encoder.texts(source, song.prompts, song.words))
+    tokens = max(len(record[key]) for key in song.prompts)
+    counts = dict(frames=len(mean), lyric_tokens=len(record["lyric_ids"]), prompt_tokens=tokens)
+    return song.values | counts, record
 
 
 def _load(path: str | Path, dtype: str | None, name: str) -> Any:
@@ -278,58 +338,6 @@ def _posterior(vae: AutoencoderOobleck, sound: jax.Array, lengths: jax.Array) ->
 @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 def _hidden_states(text_encoder: Qwen3Model, ids: jax.Array) -> jax.Array:
     return text_encoder(ids)
-
-
-def find_audio(audio_dir: Path) -> list[str]:
-    """Return the audio files below a folder, see `find_files`."""
-    return find_files(audio_dir)[0]
-
-
-def find_files(audio_dir: Path) -> tuple[list[str], list[str]]:
-    """Return the audio files below a folder and all other files, as sorted relative paths, without hidden files.
-
-    Links to folders are followed. A folder that can be reached in several ways is searched once, so loops end.
-
-    Raises:
-        InputError: if there are no audio files.
-    """
-    if not audio_dir.is_dir():
-        raise InputError(f"{audio_dir}: no such folder; expected one with songs")
-    every = files_below(audio_dir) if is_remote(audio_dir) else _files_below(audio_dir)
-    audio_files, others = [], []
-    for name in every:
-        file = PurePosixPath(name)
-        if file.name[0] != ".":
-            sound = file.suffix.lower() in SUFFIXES and (is_remote(audio_dir) or (audio_dir / name).is_file())
-            (audio_files if sound else others).append(name)
-    if not audio_files:
-        raise InputError(f"{audio_dir}: no audio files here or below; expected {', '.join(sorted(SUFFIXES))}")
-    return sorted(audio_files), sorted(others)
-
-
-def _files_below(top: Path) -> list[str]:
-    """Return all files in a local folder and its subfolders, see `find_files`."""
-    found, seen, folders = [], set(), [top]
-    links: list[Path] = []
-    while folders or links:
-        # Links come last, so that a folder inside `top` is found under its own name.
-        folder = folders.pop() if folders else links.pop(0)
-        if (real := folder.resolve()) in seen:
-            continue
-        seen.add(real)
-        try:
-            entries = sorted(folder.iterdir())
-        except OSError:
-            if folder == top:
-                raise
-            found.append(f"{folder.relative_to(top).as_posix()}/")  # reported among the files that were not used
-            continue
-        for entry in entries:
-            if not entry.is_dir():
-                found.append(entry.relative_to(top).as_posix())
-            elif not entry.name.startswith("."):
-                (links if entry.is_symlink() else folders).append(entry)
-    return found
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -10,13 +10,13 @@ import jax
 from acestep_jax.errors import InputError
 from acestep_jax.io.files import TEMPORARY, is_remote
 from acestep_jax.train import data_folder
-from acestep_jax.train.data_folder import Index, Song
+from acestep_jax.train.data_folder import Index, IndexEntry
 
 SHARD_SONGS, SHARD_BYTES = 32, 128 * 2**20  # a shard ends at whichever comes first
 PART = "part-"  # prefix of the folders that processes create in the data folder
 
 
-class Old:
+class ExistingRecords:
     """The songs that earlier runs, and the processes of this one, have encoded.
 
     index: index of the data folder, or the given one if there is none.
@@ -44,10 +44,10 @@ class Old:
                 return song.sha256
         return data_folder.file_sha256(file)
 
-    def find(self, sha256: str, source: str, text_sha256: str | None = None) -> Song | None:
+    def find(self, sha256: str, source: str, text_sha256: str | None = None) -> IndexEntry | None:
         """Return a song with these bytes, preferring one with this source, then these texts, then one in the index."""
 
-        def differs(song: Song) -> tuple[bool, bool, bool]:
+        def differs(song: IndexEntry) -> tuple[bool, bool, bool]:
             return song.source != source, song.text_sha256 != text_sha256, self.is_of_part(song)
 
         return min(self._by_content.get(sha256, ()), key=differs, default=None)
@@ -57,12 +57,12 @@ class Old:
         return any(not self.is_of_part(song) for song in self._by_content.get(sha256, ()))
 
     @staticmethod
-    def is_of_part(song: Song) -> bool:
+    def is_of_part(song: IndexEntry) -> bool:
         """Return whether the record of a song is in the folder of one process."""
         return song.shard.startswith(PART)
 
 
-class Writer:
+class ShardWriter:
     """Collects records into shards. After each shard, the index lists the finished songs and the songs of the old index
     that were not checked yet, since an interrupted run may need them.
 
@@ -73,13 +73,13 @@ class Writer:
         old: songs of the index before this run.
     """
 
-    def __init__(self, folder: Path, index: Index, old: Sequence[Song]):
+    def __init__(self, folder: Path, index: Index, old: Sequence[IndexEntry]):
         self._folder, self.index, self._old = folder, index, old
-        self.songs: dict[str, Song | None] = {}
+        self.songs: dict[str, IndexEntry | None] = {}
         self._pending: list[tuple[dict, bytes]] = []
         self._next = 1 + max((int(shard[6:11]) for shard in _shards(folder)), default=-1)
 
-    def keep(self, song: Song) -> None:
+    def keep(self, song: IndexEntry) -> None:
         """Add a song whose record exists already."""
         self.songs[song.source] = song
 
@@ -90,7 +90,7 @@ class Writer:
         if len(self._pending) >= SHARD_SONGS or sum(len(record) for _, record in self._pending) >= SHARD_BYTES:
             self.flush()
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
@@ -106,7 +106,7 @@ class Writer:
         shard = f"songs-{self._next:05d}.array_record"
         data_folder.write_shard(self._folder / shard, [record for _, record in self._pending])
         for row, (values, _) in enumerate(self._pending):
-            self.songs[values["source"]] = Song(**values, shard=shard, row=row)
+            self.songs[values["source"]] = IndexEntry(**values, shard=shard, row=row)
         self._pending, self._next = [], self._next + 1
         rest = [song for song in self._old if song.source not in self.songs]
         data_folder.write_index(

@@ -33,8 +33,8 @@ CHANGEABLE = (
     "mesh",
     "remat",
     "examples.workers",
+    "report.",  # all of these
 )
-CHANGEABLE += ("report.",)
 
 
 class DivergedError(InputError):
@@ -58,7 +58,7 @@ def check_folder(folder: Path, config: Config) -> None:
     if type(before) is not type(config):
         raise InputError(f"{folder}: holds a run of another kind of training; choose another --out")
     found = config_file.differences(before, config)
-    if changed := {k: v for k, v in found.items() if not k.startswith(CHANGEABLE)}:
+    if changed := {k: v for k, v in found.items() if not _is_changeable(k)}:
         listing = ", ".join(f"{name} was {before!r}, now {now!r}" for name, (before, now) in changed.items())
         raise InputError(f"{folder}: holds a run with other settings ({listing}); use those, or another --out")
     if max(made) > config.steps:
@@ -66,6 +66,11 @@ def check_folder(folder: Path, config: Config) -> None:
             f"{folder}: has made {max(made)} steps already, more than steps ({config.steps}); `acestep-jax train "
             "export` writes the result of an earlier step"
         )
+
+
+def _is_changeable(name: str) -> bool:
+    """Return whether a resumed run may change a setting, given by its dotted name."""
+    return any(name.startswith(known) if known.endswith(".") else name == known for known in CHANGEABLE)
 
 
 @contextlib.contextmanager

@@ -28,8 +28,8 @@ from typing import Any
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import fields
 from acestep_jax.io.files import as_path, read_text
+from acestep_jax.planner.metadata import INSTRUMENTAL
 
-INSTRUMENTAL = "[Instrumental]"
 LANGUAGE = "en"
 
 # The accepted keys for each value.
@@ -142,12 +142,12 @@ class Sidecars:
         """Return the values in the song's own files, in order of precedence."""
         found = []
         for field, endings in _OWN_TEXTS.items():
-            if file := self._beside(path, *endings):
+            if file := self._sidecar(path, *endings):
                 text = _read_text(file).strip()
                 found.append((file, {field: text if field == "lyrics" else " ".join(text.split())}))
-        if file := self._beside(path, ".txt"):
+        if file := self._sidecar(path, ".txt"):
             found.append((file, self._clean(file, _parse_text(file, _read_text(file)))))
-        if file := self._beside(path, ".json"):
+        if file := self._sidecar(path, ".json"):
             values = _read_json(file)
             if not isinstance(values, dict):
                 raise InputError(f"{file}: expected a JSON object with keys such as caption and lyrics")
@@ -155,7 +155,7 @@ class Sidecars:
                 found.append((file, self._clean(file, values, quiet=True)))
         return [(file, {k: v for k, v in entry.items() if v != ""}) for file, entry in found]
 
-    def _beside(self, path: Path, *endings: str) -> Path | None:
+    def _sidecar(self, path: Path, *endings: str) -> Path | None:
         """Return the file next to a song with the song's name and the first of these endings that exists, ignoring case
         unless that is ambiguous."""
         names = self._names_in(path.parent)
@@ -255,7 +255,7 @@ class Sidecars:
                 if "is_instrumental" not in cleaned and "all_instrumental" in metadata:
                     cleaned["is_instrumental"] = str(metadata["all_instrumental"])
                 names = [str(entry[key]) for key in ("audio_path", "filename") if entry.get(key)]
-                self._share(file, names, cleaned)
+                self._attach(file, names, cleaned)
 
     def _read_tables(self) -> None:
         for file in self._in_top_folder(".csv"):
@@ -269,7 +269,7 @@ class Sidecars:
             for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter):
                 values = {str(key).strip().lower(): value for key, value in row.items() if isinstance(value, str)}
                 if name := values.pop("file", "").strip():
-                    self._share(file, [name], self._clean(file, values, quiet=True))
+                    self._attach(file, [name], self._clean(file, values, quiet=True))
                 elif any(value.strip() for value in values.values()):
                     self.warnings.append(f"{file}: a row without a name in the column `file`; it is ignored")
 
@@ -277,7 +277,7 @@ class Sidecars:
         """Return the files with a suffix, in upper or lower case, in the top folder."""
         return sorted(file for file in self.folder.iterdir() if file.suffix.lower() == suffix and file.is_file())
 
-    def _share(self, file: Path, names: list[str], values: dict[str, Any]) -> None:
+    def _attach(self, file: Path, names: list[str], values: dict[str, Any]) -> None:
         """Add values for the one song that matches one of the names, which are paths on this or another machine."""
         for name in names:
             parts = PurePosixPath(name.replace("\\", "/")).parts

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from acestep_jax.diffusion import noise
-from acestep_jax.distributed import variable_sharding
+from acestep_jax.distributed import state_sharding, variable_sharding
 from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS, training_options
 from acestep_jax.models.lora import DropoutKey, without_dropout
 from acestep_jax.train.adamw import AdamW, Optimizer, Params, apply
@@ -53,25 +53,47 @@ class Model:
 
     graphdef: nnx.GraphDef
     paths: dict[str, tuple]
-    shardings: dict[str, Any]  # shardings of the trainable parameters
+    shardings: dict[str, Any]  # of the trainable parameters, as a state has them
+    used: dict[str, Any]  # the same, as the network reads them; they differ if whole weights are trained on a mesh
+    dtype: jnp.dtype  # of the computation
     keys: nnx.State
     frozen: nnx.State
     evaluation: nnx.GraphDef  # without dropout
 
     @classmethod
-    def split(cls, network: nnx.Module, kind: type[nnx.Variable], mesh: Mesh | None) -> tuple["Model", Params]:
+    def split(cls, network: Any, kind: type[nnx.Variable], mesh: Mesh | None) -> tuple["Model", Params]:
         """Split a network; `kind` is the type of its trainable variables, nnx.LoRAParam or nnx.Param."""
         graphdef, params, keys, frozen = nnx.split(network, kind, DropoutKey, ...)
         named = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(params)}
+        used = {name: variable_sharding(variable, mesh) for name, (_, variable) in named.items()}
+        shardings = used  # adapters are small
+        if kind is nnx.Param:
+            shardings = {name: state_sharding(used[name], variable.shape) for name, (_, variable) in named.items()}
         model = cls(
             graphdef,
             {name: path for name, (path, _) in named.items()},
-            {name: variable_sharding(variable, mesh) for name, (_, variable) in named.items()},
+            shardings,
+            used,
+            jnp.dtype(network.runtime.dtype),
             keys,
             frozen,
             nnx.split(without_dropout(network))[0],
         )
         return model, {name: variable.get_value() for name, (_, variable) in named.items()}
+
+    def gathered(self, params: Params) -> Params:
+        """Return the weights of a state, split only as the network reads them.
+
+        Those for which that is an exchange are sent in the dtype of the computation, to which each layer casts them
+        anyway. Their gradients then have this dtype, too, in which products have computed them.
+        """
+
+        def gather(name: str, x: jax.Array) -> jax.Array:
+            if self.used[name] == self.shardings[name]:
+                return x
+            return jax.lax.with_sharding_constraint(x.astype(self.dtype), self.used[name])
+
+        return {name: gather(name, x) for name, x in params.items()}
 
     def merge(self, params: Params, frozen: nnx.State, key: jax.Array | None = None) -> Any:
         """Return the network with these weights; with dropout from `key`, or without dropout."""
@@ -100,6 +122,11 @@ def initial_state(params: Params, optimizer: Optimizer, config: AdamConfig, shar
     given: dict[str, Any] = params
     if jax.process_count() > 1:  # parameters initialised here, not loaded, are equal in every process
         given = {k: v if isinstance(v.sharding, NamedSharding) else np.asarray(v) for k, v in params.items()}
+    # Only a buffer with the state's sharding can be taken over.
+    given = {
+        k: jax.device_put(v, shardings.params[k]) if isinstance(getattr(v, "sharding", None), NamedSharding) else v
+        for k, v in given.items()
+    }
     return jax.jit(init, out_shardings=shardings, donate_argnums=0)(given)
 
 
@@ -213,14 +240,18 @@ def make_step(model: Model, optimizer: Optimizer, config: TrainConfig, shardings
         def differentiate(xs):
             i, part = xs
             key = jax.random.fold_in(dropout_key, state.step * config.optimizer.accumulation + i)
-            new, sums = jax.grad(squared_error, has_aux=True)(state.params, part, key)
-            # Without this, the partitioner may keep whole gradients on every device.
+            new, sums = jax.grad(squared_error, has_aux=True)(params, part, key)
+            # Without this, the partitioner may keep whole gradients on every device. In two steps, it first sums over
+            # fsdp, and sums over data only the parts that are left.
+            new = jax.lax.with_sharding_constraint(new, model.used)
+            new = jax.tree.map(lambda g, w: g.astype(w.dtype), new, state.params)
             return jax.lax.with_sharding_constraint(new, shardings.params), sums
 
         def accumulate(gradients: Params, xs):
             new, sums = differentiate(xs)
             return jax.tree.map(jnp.add, gradients, new), sums
 
+        params = model.gathered(state.params)
         parts = jnp.arange(config.optimizer.accumulation), batch
         if config.optimizer.accumulation == 1:  # avoids adding the gradients to zeros
             gradients, sums = differentiate(jax.tree.map(lambda leaf: leaf[0], parts))
@@ -255,7 +286,7 @@ def make_evaluation(
     times = jnp.asarray(validation_times(config))
 
     def evaluate(params: Params, frozen_transformer: nnx.State, frozen: Frozen, batch: Batch[jax.Array]):
-        transformer = model.merge(params, frozen_transformer)
+        transformer = model.merge(model.gathered(params), frozen_transformer)
 
         def at(xs):
             i, t = xs

@@ -12,7 +12,7 @@ import pytest
 from acestep_jax import InputError
 from acestep_jax.train.data_folder import (
     Index,
-    Song,
+    IndexEntry,
     crop_durations,
     decode_record,
     encode_record,
@@ -35,7 +35,7 @@ SHARD = "songs-00000.array_record"
 
 
 def song(row):
-    return Song(
+    return IndexEntry(
         source=f"a/{row}.wav",
         sha256="0" * 64,
         size=1,

@@ -11,15 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from acestep_jax.distributed import make_mesh
 from acestep_jax.inputs import tasks
 from acestep_jax.io import checkpoint
-from acestep_jax.train import objective
 from acestep_jax.train.config import TASKS, ObjectiveConfig
-from acestep_jax.train.objective import (
-    context_latents,
-    encode_condition,
-    freeze,
-    sample_times,
-    velocity_losses,
-)
+from acestep_jax.train.objective import context_latents, freeze, sample_times, velocity_losses
+from tests.objective_programs import draw, encode
 from tests.parity import assert_close, normal
 from tests.training import random_batch
 
@@ -42,7 +36,10 @@ def frozen(tiny):
     return freeze(networks, embedding, 750)
 
 
-draw = jax.jit(objective.draw, static_argnums=(2, 3))
+@jax.jit
+def through_the_codes(frozen, x):
+    quantized, _ = frozen.audio_tokenizer.tokenize(x, frozen.condition_encoder.silence_latent[...])
+    return frozen.audio_token_detokenizer(quantized)
 
 
 def times(kind, step_size=8, count=MANY):
@@ -101,25 +98,25 @@ def test_condition_dropout_has_its_rate(configs):
 
 def test_draws_belong_to_the_example_not_to_its_row(configs):
     """The same numbers in another order and batch."""
-    batch = random_batch(configs, frames=9, lengths=(9, 9, 9), tasks=(0, 0, 0))
+    batch = random_batch(configs, lengths=(61, 61, 61), tasks=(0, 0, 0))
     config = ObjectiveConfig()
-    whole = draw(batch, jax.random.key(1), 3, config)
-    part = draw(jax.tree.map(lambda x: x[[2, 0]], batch), jax.random.key(1), 3, config)
+    whole = draw(batch, jax.random.key(1), 4, config)
+    part = draw(jax.tree.map(lambda x: x[[2, 0]], batch), jax.random.key(1), 4, config)
     for ours, theirs in zip(part, whole, strict=True):
         np.testing.assert_array_equal(ours, theirs[np.array([2, 0])])
-    other = draw(batch, jax.random.key(2), 3, config)
+    other = draw(batch, jax.random.key(2), 4, config)
     assert not np.array_equal(other.noise, whole.noise) and not np.array_equal(other.t, whole.t)
 
 
 def test_loss_is_the_mean_over_valid_frames(configs, frozen):
     """A network that says nothing, so that the loss is known: the mean square of the target where there is music."""
-    batch = random_batch(configs, frames=40, lengths=(40, 25, 0), tasks=(0, 0, 0))
-    draws = draw(batch, jax.random.key(0), 3, ObjectiveConfig())
+    batch = random_batch(configs, lengths=(61, 25, 0), tasks=(0, 0, 0))
+    draws = draw(batch, jax.random.key(0), 4, ObjectiveConfig())
     nothing = lambda x, *_, **__: jnp.zeros_like(x)  # noqa: E731
     losses = jax.jit(lambda *arguments: velocity_losses(nothing, *arguments))
     errors, elements = losses(frozen, batch, draws)
     channels = batch.mean.shape[-1]
-    np.testing.assert_array_equal(elements, np.array([40, 25, 0]) * channels)
+    np.testing.assert_array_equal(elements, np.array([61, 25, 0]) * channels)
     target = np.asarray(draws.noise, np.float64) - np.asarray(draws.x0, np.float64)
     expected = [np.square(target[i, :n]).sum() for i, n in enumerate(batch.lengths)]
     np.testing.assert_allclose(errors, expected, rtol=1e-6)
@@ -127,8 +124,8 @@ def test_loss_is_the_mean_over_valid_frames(configs, frozen):
 
 
 def test_the_network_sees_x_t_and_r_equals_t(configs, frozen):
-    batch = random_batch(configs, frames=12, lengths=(12, 9))
-    draws = draw(batch, jax.random.key(5), 2, ObjectiveConfig())
+    batch = random_batch(configs)
+    draws = draw(batch, jax.random.key(5), 4, ObjectiveConfig())
 
     @jax.jit
     def run(frozen, batch, draws):
@@ -155,7 +152,6 @@ def test_condition_is_that_of_the_pipeline(configs, frozen):
     """With padding in both texts; where it is dropped, every token is the null embedding."""
     batch = random_batch(configs)
     batch = batch._replace(text_lengths=np.array([7, 4], np.int32), lyric_lengths=np.array([6, 11], np.int32))
-    encode = jax.jit(encode_condition)
     condition, lengths = encode(frozen, batch, jnp.array([False, False]))
     encoder = frozen.condition_encoder
     reference = jnp.broadcast_to(encoder.silence(750), (2, 750, batch.mean.shape[-1]))
@@ -189,12 +185,6 @@ def test_context_of_each_task(configs, frozen):
     window = (np.arange(frames) >= 5) & (np.arange(frames) < 20)
     np.testing.assert_array_equal(source[1], np.where(window[:, None], silence, x0[1]))
     np.testing.assert_array_equal(mask[1], np.broadcast_to(window[:, None], mask[1].shape))
-
-    @jax.jit
-    def through_the_codes(frozen, x):
-        quantized, _ = frozen.audio_tokenizer.tokenize(x, frozen.condition_encoder.silence_latent[...])
-        return frozen.audio_token_detokenizer(quantized)
-
     assert_close(source[2], through_the_codes(frozen, x0[2:])[0, :frames])
     np.testing.assert_array_equal(mask[2], 1)
     assert np.abs(source[2] - silence).max() > 0.1
@@ -206,12 +196,6 @@ def test_covers_are_tokenized_in_groups(configs, frozen, axes):
     kinds = (TEXT2MUSIC, COVER, COVER, REPAINT, COVER, COVER, TEXT2MUSIC, COVER)
     batch = random_batch(configs, frames=10, lengths=(10,) * 8, tasks=kinds)
     x0 = jnp.asarray(normal(*batch.mean.shape, seed=4))
-
-    @jax.jit
-    def through_the_codes(frozen, x):
-        quantized, _ = frozen.audio_tokenizer.tokenize(x, frozen.condition_encoder.silence_latent[...])
-        return frozen.audio_token_detokenizer(quantized)
-
     expected = np.asarray(through_the_codes(frozen, x0))
     mesh = make_mesh(**axes) if axes else None
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():

@@ -135,6 +135,7 @@ def test_texts_are_those_of_the_pipeline(tiny, tmp_path):
     assert (song.caption, song.lyrics, song.language, song.repeat) == ("zxq, slow piano", lyrics, "de", 2)
     assert {name: getattr(song, name) for name in known} == known
     text_encoder, tokenizer = load(tiny[1], None, "text_encoder"), checkpoint.load_tokenizer(tiny[1])
+    encode = jax.jit(lambda network, ids: network(ids))
     texts, seen = {}, {}
     for task in TASKS:
         for seconds in (2, 3):
@@ -148,7 +149,7 @@ def test_texts_are_those_of_the_pipeline(tiny, tmp_path):
     record = record_of(folder, song)
     for (task, duration), text in texts.items():
         tokens = pad_tokens(tokenize(tokenizer, [text], max_length=256, what="prompt"), 64, 0)
-        hidden = np.asarray(jax.jit(lambda network, ids: network(ids))(text_encoder, tokens.ids))
+        hidden = np.asarray(encode(text_encoder, tokens.ids))
         seen[text_key(task, duration)] = hidden[0][tokens.mask[0]]
     assert record.keys() == {"mean", "std", "lyric_ids", *seen}
     for key, hidden in seen.items():

@@ -1,11 +1,13 @@
 """The folder of a run: what may be resumed, the lock, results in place of earlier ones, divergence."""
 
+import re
+
 import pytest
 
 from acestep_jax import InputError
 from acestep_jax.io.files import as_path, files_below
 from acestep_jax.train import config_file, run
-from acestep_jax.train.config import AutoencoderTrainConfig
+from acestep_jax.train.config import AutoencoderTrainConfig, ObjectiveConfig
 from acestep_jax.train.finetune import FineTuning
 from acestep_jax.train.report import Report, read_metrics
 from tests import cloud
@@ -142,3 +144,27 @@ def test_a_run_in_cloud_storage(monkeypatch):
     (folder / run.CHECKPOINTS / "4" / "x").write_text("")
     with pytest.raises(InputError, match="gs://music/runs/one: holds a run with other settings"):
         run.check_folder(folder, settings("data", "checkpoint", folder, seed=1))
+
+
+@pytest.mark.parametrize("name", ["steps_of_warmup", "mesh_rules", "checkpoint_every", "examples.workers_more"])
+def test_a_name_that_only_begins_like_one_may_not_change(name):
+    assert not run._is_changeable(name)
+    assert run._is_changeable("report.log_every") and run._is_changeable("steps")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: settings("d", "c", "o", method="LoRA"), "method: 'LoRA' is unknown; did you mean lora?"),
+        (lambda: settings("d", "c", "o", dtype="float16"), "dtype: 'float16' is unknown; did you mean bfloat16?"),
+        (lambda: settings("d", "c", "o", remat="some"), "remat: 'some' is unknown; expected one of none, dots, full"),
+        (
+            lambda: ObjectiveConfig(timesteps="logit-normal"),
+            "timesteps: 'logit-normal' is unknown; did you mean logit_",
+        ),  # type: ignore[arg-type]
+    ],
+)
+def test_unknown_choices_are_refused_from_python_too(make, message):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        make()
+    assert settings("d", "c", "o", dtype=None).dtype is None

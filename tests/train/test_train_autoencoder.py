@@ -22,7 +22,7 @@ from acestep_jax.models.config import AutoencoderConfig
 from acestep_jax.train import autoencoder, config_file, reconstruction
 from acestep_jax.train.checkpoints import Checkpoints
 from acestep_jax.train.config import AdamConfig, AutoencoderTrainConfig, OobleckConfig, ReconstructionConfig
-from acestep_jax.train.crops import Songs, read_songs
+from acestep_jax.train.crops import CropSource, read_songs
 from acestep_jax.train.run import DivergedError
 from tests.parity import assert_close, normal
 from tests.training import TINY_AUTOENCODER as MODEL
@@ -267,9 +267,9 @@ def test_a_run_of_other_settings_or_songs_is_not_resumed(run, songs, tmp_path):
 
 
 def test_a_non_finite_loss_stops_the_run(songs, tmp_path, monkeypatch):
-    draw = Songs.draw
+    draw = CropSource.draw
     monkeypatch.setattr(
-        Songs, "draw", lambda *args: draw(*args) if len(args) < 4 else np.full_like(draw(*args), np.nan)
+        CropSource, "draw", lambda *args: draw(*args) if len(args) < 4 else np.full_like(draw(*args), np.nan)
     )
     with pytest.raises(DivergedError, match="non-finite since step 1, 5 consecutive steps"):
         autoencoder.fit(run_settings(songs, tmp_path / "run"))

@@ -22,8 +22,9 @@ from acestep_jax.models.lora import add_lora
 from acestep_jax.models.transformer import AceStepTransformer1DModel
 from acestep_jax.train import adamw
 from acestep_jax.train import step as steps
-from acestep_jax.train.objective import context_latents, draw, encode_condition, freeze
-from tests.parity import as_torch, assert_close, relative_error
+from acestep_jax.train.objective import freeze
+from tests import objective_programs as programs
+from tests.parity import as_torch, assert_close, normal, relative_error
 from tests.training import random_batch, settings
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "gate_proj", "up_proj", "down_proj"]
@@ -85,15 +86,11 @@ def torch_loss(theirs, frozen, batch, config):
     """The loss of a step with our noise, times and conditions, each song alone and without padding."""
     example_key, _ = jax.random.split(jax.random.key(config.seed))
     step_size = config.examples.batch_size * config.optimizer.accumulation
-
-    @jax.jit
-    def prepare(frozen, part):
-        draws = draw(part, example_key, step_size, config.objective)
-        return draws, encode_condition(frozen, part, draws.dropped), context_latents(frozen, part, draws.x0)
-
     total, elements = 0.0, 0
     for part in (type(batch)(*leaves) for leaves in zip(*batch, strict=True)):
-        draws, (condition, condition_lengths), context = prepare(frozen, part)
+        draws = programs.draw(part, example_key, step_size, config.objective)
+        condition, condition_lengths = programs.encode(frozen, part, draws.dropped)
+        context = programs.context(frozen, part, draws.x0)
         for j, length in enumerate(part.lengths):
             t = draws.t[j : j + 1]
             noise, x0 = draws.noise[j : j + 1, :length], draws.x0[j : j + 1, :length]
@@ -305,7 +302,8 @@ def test_meshes_train_as_one_device(tiny, configs, frozen, without_covers, metho
             arrays = [state.params, state.ema, *(m for m in moments if isinstance(m, dict) and leaf in m)]
             assert len(arrays) == 4
             for tree in arrays:
-                assert tree[leaf].sharding.shard_shape(tree[leaf].shape)[1] == tree[leaf].shape[1] // axes["fsdp"]
+                parts = axes["fsdp"] * (axes["data"] if method == "full" else 1)
+                assert tree[leaf].sharding.shard_shape(tree[leaf].shape)[1] == tree[leaf].shape[1] // parts
 
 
 def test_dropout_differs_by_step_and_layer_and_not_in_evaluation(tiny):
@@ -383,6 +381,31 @@ def test_half_precision_base_keeps_float32_trainables(tiny, configs, compiled):
         assert np.isfinite(metrics.loss)
         assert all(np.abs(state.params[k] - v).max() > 0 for k, v in before.items() if k.endswith("lora_b"))
     assert {v.dtype.name for _, v in nnx.to_flat_state(model.frozen) if v.ndim > 1} == {"bfloat16"}
+
+
+@pytest.mark.slow
+def test_gathered_weights_are_only_read_in_half_precision(tiny):
+    """So that a mesh may send them rounded: forward and gradient are the same, bit for bit."""
+    options: dict = dict(dtype="bfloat16", param_dtype="float32", names=["transformer"])
+    (transformer,) = checkpoint.load(tiny[1], **options).values()
+    model, params = steps.Model.split(transformer, nnx.Param, make_mesh(data=2, fsdp=2, tensor=2))
+    sent = [name for name in params if model.used[name] != model.shardings[name]]
+    assert {"layers.mlp.up_proj.kernel", "time_embed.time_proj.kernel", "proj_out_conv.kernel"} <= set(sent)
+    config, t = transformer.config, jnp.full(2, 0.5)
+    channels = config.audio_acoustic_hidden_dim
+    x, context = normal(2, 6, channels, seed=1), normal(2, 6, config.in_channels - channels, seed=2)
+    condition = normal(2, 5, config.encoder_hidden_size or config.hidden_size, seed=3)
+
+    def squares(params):
+        return jnp.square(model.merge(params, model.frozen)(x, t, t, condition, context).astype(jnp.float32)).sum()
+
+    # Otherwise XLA for CPUs would leave out the rounding where it computes in float32.
+    run = jax.jit(jax.value_and_grad(squares), compiler_options={"xla_allow_excess_precision": False})
+    value, slopes = run(params)
+    other, others = run({name: x.astype(jnp.bfloat16) if name in sent else x for name, x in params.items()})
+    assert value == other
+    for name, slope in slopes.items():
+        np.testing.assert_array_equal(slope, others[name].astype(jnp.float32), err_msg=name)
 
 
 @pytest.mark.parametrize("warmup, steps_", [(100, 2000), (0, 10), (None, 50)])
