@@ -33,6 +33,16 @@ def test_a_product_is_that_of_its_rounded_operands(favours, rows):
     assert widened == (not favours and rows > products.FEW)
 
 
+def test_the_gradient_of_a_matrix_needs_no_transposed_copy():
+    """It is one product of both arrays as they are."""
+    x, w, slope = normal(1, 24, 96), normal(96, 40, seed=1), normal(1, 24, 40, seed=2)
+    multiply = lambda w: products.dot_general(x, w, (((2,), (0,)), ((), ())))  # noqa: E731
+    program = jax.jit(lambda w, slope: jax.vjp(multiply, w)[1](slope)[0]).lower(w, slope).compile()
+    assert "transpose(%" not in program.as_text() and "copy(%" not in program.as_text()
+    expected = x[0].astype(np.float64).T @ slope[0]
+    assert np.abs(np.asarray(program(w, slope)) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("window", [None, 16])
 def test_attention_of_either_form_is_that_of_float32(favours, window):
