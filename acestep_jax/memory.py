@@ -45,12 +45,10 @@ LONGEST = SECONDS[-1]
 # precision; compiled for A100, T4 and v5e, with 512 condition tokens.
 WORKING: Mapping[tuple[str, str], Mapping[str, tuple[float, ...]]] = MappingProxyType(
     {
-        # 60 s on one chip; 600 s as one of eight songs on a v5e 2x4 (docs/performance.md); 240 s interpolated linearly.
-        # For decoding, the temporary memory for 600 s plus the result of each duration.
         ("tpu", "bfloat16"): {
-            "2B": (0.724, 0.816, 1.000),
-            "XL": (1.848, 2.042, 2.430),
-            "decode": (0.331, 0.401, 0.543),
+            "2B": (0.082, 0.262, 0.466),
+            "XL": (0.310, 0.449, 0.788),
+            "decode": (0.327, 0.399, 0.543),
         },
         ("gpu", "bfloat16"): {
             "2B": (0.278, 0.353, 0.598),

@@ -177,13 +177,13 @@ class Module:
                     arrays = arrays[len(arrays) // 2 :]
                 size = sum(arrays)
                 group = _group_size(instruction.rest, devices)
-                share = (group - 1) / group
+                fraction = (group - 1) / group
                 if kind == "all-reduce":
-                    size *= 2 * share
+                    size *= 2 * fraction
                 elif kind == "reduce-scatter" and instruction.opcode == kind:
                     size *= group - 1  # `size` is the result's
                 elif kind != "collective-permute":
-                    size *= share
+                    size *= fraction
                 seconds += runs * size / link
         return seconds
 

@@ -11,7 +11,7 @@ import soxr
 
 RATE = 22050  # Hz
 TEMPO_TOLERANCE = 0.04
-KEY_SHARE = 0.7
+MIN_IN_KEY = 0.7
 # Threshold for the percussive fraction of the energy above 3 kHz. Among 60 songs by the composer (seeds from 500000,
 # 10 s), it was at most 0.24 without drums and at least 0.74 with drums; through the small model's autoencoder, 0.30 and
 # 0.48.
@@ -40,7 +40,7 @@ class Heard:
         """Return whether the tempo is within 4 % of `bpm`, its double or its half."""
         return any(abs(self.tempo / (bpm * factor) - 1) <= TEMPO_TOLERANCE for factor in (0.5, 1, 2))
 
-    def share(self, pitch_classes: tuple[int, ...]) -> float:
+    def in_key_fraction(self, pitch_classes: tuple[int, ...]) -> float:
         """Return the fraction of the harmonic energy in these pitch classes, 0 for C to 11 for B."""
         return float(self.pitch_classes[list(pitch_classes)].sum())
 
@@ -50,12 +50,12 @@ class Heard:
         Seven random pitch classes have 58 %, and a scale that shares five or six with the true one often passes, so
         compare with chance; see `has_best_key`.
         """
-        return self.share(pitch_classes) >= KEY_SHARE
+        return self.in_key_fraction(pitch_classes) >= MIN_IN_KEY
 
     def has_best_key(self, pitch_classes: tuple[int, ...]) -> bool:
         """Return whether this scale has the most energy of the twelve major scales (each with its relative minor)."""
         scales = [{(root + step) % 12 for step in MAJOR_SCALE} for root in range(12)]
-        return max(scales, key=lambda scale: self.share(tuple(scale))) == set(pitch_classes)
+        return max(scales, key=lambda scale: self.in_key_fraction(tuple(scale))) == set(pitch_classes)
 
     @property
     def has_drums(self) -> bool:

@@ -28,6 +28,8 @@ SIZES = PLANNER_SIZES | {
     "tiny": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=16)
 }
 READ_BYTES = 1 << 29  # size of the array that is summed to measure the bandwidth
+# Of transformers: a cache that grows, a static one, and a static one with torch.compile.
+FORMS = ("eager", "static", "compile")
 COLUMNS = ("what", "side", "cold", "seconds", "tokens/s", "steps/s", "GB a step", "time / floor", "torch / ours")
 
 
@@ -41,7 +43,7 @@ def main() -> None:
     add("--prompt", type=int, default=256, help="tokens of a prompt [256]")
     add("--steps", type=int, default=16, help="tokens decoded per call [16]")
     add("--window", type=int, default=512, help="slots of the cache to attend to [512]")
-    add("--torch", nargs="*", choices=("eager", "static"), default=["eager", "static"], help="caches of transformers")
+    add("--torch", nargs="*", choices=FORMS, default=list(FORMS), help="forms of transformers [all]")
     add("--runs", type=int, default=3, help="calls of each side after the first [3]")
     options = parser.parse_args()
 
@@ -117,11 +119,13 @@ def sides(config: PlannerConfig, options: argparse.Namespace) -> tuple[dict, dic
 def _torch_calls(theirs: TorchQwen3, form: str, prompts: np.ndarray, slots: int, steps: int):
     ids = torch.from_numpy(prompts)
     first, count = 151669, 64000
+    model = theirs.model
+    step = torch.compile(model) if form == "compile" else model
 
     @torch.inference_mode()
     def read():
-        cache = StaticCache(config=theirs.config, max_cache_len=slots) if form == "static" else None
-        out = theirs.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache = StaticCache(config=theirs.config, max_cache_len=slots) if form != "eager" else None
+        out = model(input_ids=ids, past_key_values=cache, use_cache=True)
         return out.last_hidden_state[:, -1], out.past_key_values
 
     @torch.inference_mode()
@@ -130,7 +134,7 @@ def _torch_calls(theirs: TorchQwen3, form: str, prompts: np.ndarray, slots: int,
         for _ in range(steps):
             token = (hidden @ theirs.lm_head.weight[first : first + count].T).argmax(-1) + first
             at = cache.get_seq_length()
-            out = theirs.model(
+            out = step(
                 input_ids=token[:, None], past_key_values=cache, use_cache=True, cache_position=torch.tensor([at])
             )
             hidden = out.last_hidden_state[:, -1]

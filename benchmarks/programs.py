@@ -31,7 +31,9 @@ from acestep_jax.models.config import (
 )
 from acestep_jax.models.kernels.platform import platform
 from acestep_jax.models.kernels.unstacked import unstacking_pays
+from acestep_jax.models.kv_cache import KVCache
 from acestep_jax.models.lora import add_lora
+from acestep_jax.models.qwen3 import Qwen3ForCausalLM
 from acestep_jax.models.registry import FAMILY
 from acestep_jax.models.runtime import Runtime
 from acestep_jax.models.scan import period
@@ -147,6 +149,9 @@ def plan_program(mesh: Mesh, size: str, seconds: float, batch: int, runtime: Run
     prompt, rows = PROMPT_BUCKETS[0], 2 * batch
     slots = prompt + written
     model = abstract("planner", config, mesh, runtime=runtime)
+    if mesh.size == 1:
+        with jax.set_mesh(mesh):
+            model = jax.eval_shape(Qwen3ForCausalLM.split, model)
     drawing = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, Drawing.of(LanguageSampling(), batch)))
     counts = sharded((batch,), jnp.int32, ("batch",), mesh)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
@@ -161,8 +166,10 @@ def plan_program(mesh: Mesh, size: str, seconds: float, batch: int, runtime: Run
     )
     with jax.set_mesh(mesh):
         state = jax.eval_shape(lambda m, i: planner.begin(m, i, slots=slots), model, inputs)
-    axes = "layers", "batch", "heads", None, None
-    state = state._replace(cache=jax.tree.map(lambda x: sharded(x.shape, x.dtype, axes, mesh), state.cache))
+        state = state._replace(cache=jax.eval_shape(lambda m, c: m.grow(c, slots), model, state.cache))
+    if isinstance(state.cache, KVCache):
+        axes = "layers", "batch", "heads", None, None
+        state = state._replace(cache=jax.tree.map(lambda x: sharded(x.shape, x.dtype, axes, mesh), state.cache))
     until = jax.ShapeDtypeStruct((), jnp.int32)
     width = jnp.dtype(runtime.param_dtype).itemsize
     read = planner_step_bytes(config, rows, prompt + written // 2, width)

@@ -131,10 +131,10 @@ def score(check: Check, heard: Sequence[Heard], requests: Sequence[Request]) -> 
 
 def line(heard: Heard, asked: Request) -> str:
     """Return a line with a song's request and its analysis."""
-    share = heard.share(parse_key(asked.keyscale).pitch_classes)
+    in_key = heard.in_key_fraction(parse_key(asked.keyscale).pitch_classes)
     failed = [name.partition(" ")[0].strip(":") for name, check in CHECKS.items() if not check(heard, asked)]
     return (
-        f"{asked.bpm:4} bpm: {heard.tempo:5.1f}   {asked.keyscale:8}: {share:.2f}   "
+        f"{asked.bpm:4} bpm: {heard.tempo:5.1f}   {asked.keyscale:8}: {in_key:.2f}   "
         f"{'drums' if asked.has_drums else 'none':5}: {heard.percussive:.2f}   "
         f"{asked.caption[:60]:60} {'not ' + ', '.join(failed) if failed else ''}"
     )

@@ -18,7 +18,7 @@ from acestep_jax.errors import InputError
 from acestep_jax.io import audio, checkpoint
 from acestep_jax.models.autoencoder import AutoencoderOobleck
 from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS
-from acestep_jax.train.preprocess import find_audio
+from acestep_jax.train.audio_files import find_audio
 from acestep_jax.train.reconstruction import si_sdr, spectral_distance
 from benchmarks import measure
 

@@ -73,7 +73,7 @@ def load_planner(
     )
     network = loaded[PLANNER]
     assert isinstance(network, Qwen3ForCausalLM)
-    return LoadedPlanner(network if mesh is not None else network.split(), folder)
+    return LoadedPlanner(network.split() if mesh is None else network, folder)
 
 
 def planner_folder(
@@ -120,7 +120,7 @@ def _locate(source: str | Path, size: str | None, *, revision: str | None, **opt
             raise InputError(
                 f"revision: {revision!r} is of a repository of the hub, but {source} is here; leave it out"
             )
-        return Located(beside(path, size))
+        return Located(find_local_planner(path, size))
     text = str(source)
     if path.is_absolute() or text.startswith((".", "~")) or not text.strip():
         raise InputError(
@@ -131,7 +131,7 @@ def _locate(source: str | Path, size: str | None, *, revision: str | None, **opt
     return locate_planner(text, size, revision=revision, **options)
 
 
-def beside(path: Path, size: str | None) -> Path:
+def find_local_planner(path: Path, size: str | None) -> Path:
     """Return the folder of the planner that `path` is, contains, or is next to.
 
     Raises:

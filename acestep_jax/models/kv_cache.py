@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from acestep_jax.distributed import shard
 from acestep_jax.models.attention import KeysValues
 from acestep_jax.models.config import AttentionConfig
-from acestep_jax.models.kernels.stack import restored, storage_dtype, stored
+from acestep_jax.models.kernels.stack import read_dtype, restored, row_major, storage_dtype, stored
 
 
 class KVCache(NamedTuple):
@@ -35,7 +35,7 @@ class KVCache(NamedTuple):
         keys, values = stored(new.keys).transpose(0, 2, 3, 1)[None], stored(new.values).transpose(0, 2, 1, 3)[None]
         return KVCache(
             _place(jax.lax.dynamic_update_slice(self.keys, keys, (layer, 0, 0, 0, slot))),
-            _place(jax.lax.dynamic_update_slice(self.values, values, (layer, 0, 0, slot, 0))),
+            _place(row_major(jax.lax.dynamic_update_slice(self.values, values, (layer, 0, 0, slot, 0)))),
         )
 
     def read(self, layer: jax.Array, window: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -84,18 +84,18 @@ class KVCache(NamedTuple):
         return self
 
     def split(self, dtype: jnp.dtype) -> "SplitCache":
-        """Return the cache with arrays of its own for each layer. dtype: of the values."""
-        parts = ((restored(x[i], dtype).astype(jnp.float32) for i in range(x.shape[0])) for x in self)
+        """Return the cache with separate arrays for each layer. dtype: of the values."""
+        parts = ((restored(x[i], dtype).astype(read_dtype(dtype)) for i in range(x.shape[0])) for x in self)
         return SplitCache(*(tuple(part) for part in parts))
 
 
 class SplitCache(NamedTuple):
-    """Keys [B, K, H, S] and values [B, K, S, H] of each layer as arrays of their own, in float32: the form in which a
-    CPU reads them where they lie, with the interface of `KVCache`.
+    """Keys [B, K, H, S] and values [B, K, S, H] of each layer as separate arrays, on a CPU in float32: the form in
+    which a CPU or GPU reads them in place, with the interface of `KVCache`.
 
-    Out of the stack of all layers, XLA for CPUs copies a layer before it multiplies by it. It also copies an array that
-    is read after it was written in the same step, or of which fewer slots are read than there are, or that holds half
-    precision as bits. So a step only reads the layers, each in a branch of its own, attends to the new token apart, and
+    Out of the stack of all layers, XLA for CPUs and GPUs copies a layer before it multiplies by it. On a CPU, it also
+    copies an array that is read after it was written in the same step, or of which fewer slots are read than there are,
+    or that holds half precision as bits. So a step only reads the layers, attends to the new token separately, and
     writes what is new at its end; and the cache has as many slots as the window, with which it grows.
     """
 
@@ -105,7 +105,7 @@ class SplitCache(NamedTuple):
     def carried(self) -> KeysValues:
         """Return where a loop over layers gathers the new keys and values, [L, B, K, H] each."""
         b, k, h, _ = self.keys[0].shape
-        empty = jnp.zeros((len(self.keys), b, k, h), jnp.float32)
+        empty = jnp.zeros((len(self.keys), b, k, h), self.keys[0].dtype)
         return KeysValues(empty, empty)
 
     def attend(
@@ -119,19 +119,20 @@ class SplitCache(NamedTuple):
         window: int,
     ) -> tuple[jax.Array, KeysValues]:
         """Compute what `KVCache.attend` does. window: all slots."""
-        (b, n, h), size = q.shape, self.keys[0].shape[-1]
+        (b, n, h), size, kind = q.shape, self.keys[0].shape[-1], self.keys[0].dtype
         if window != size:
             raise ValueError(f"a split cache of {size} slots is read as a whole, not {window} of them")
-        key, value = (x[:, 0].astype(jnp.float32) for x in new)  # [B, K, H]
+        key, value = (x[:, 0].astype(kind) for x in new)  # [B, K, H]
         carried = KeysValues(*(_put(whole, x, layer) for whole, x in zip(carried, (key, value), strict=True)))
         slots = jnp.arange(size)
         is_new = slots == position
         hidden = (slots < first[:, None]) | (slots > position)  # [B, S]
-        q32 = q.astype(jnp.float32).reshape(b, key.shape[1], -1, h) * h**-0.5
-        scores = _by_layer("bkgh,bkhs->bkgs", q32, self.keys, layer)
-        scores = jnp.where(is_new, (q32 * key[:, :, None]).sum(-1, keepdims=True), scores)
+        heads = q.astype(kind).reshape(b, key.shape[1], -1, h)
+        scores = _by_layer("bkgh,bkhs->bkgs", heads, self.keys, layer)
+        own = (heads.astype(jnp.float32) * key[:, :, None]).sum(-1, keepdims=True)
+        scores = jnp.where(is_new, own, scores) * h**-0.5
         weights = jax.nn.softmax(jnp.where(hidden[:, None, None], jnp.finfo(jnp.float32).min, scores), axis=-1)
-        y = _by_layer("bkgs,bksh->bkgh", jnp.where(is_new, 0, weights), self.values, layer)
+        y = _by_layer("bkgs,bksh->bkgh", jnp.where(is_new, 0, weights).astype(kind), self.values, layer)
         y += jnp.where(is_new, weights, 0).sum(-1, keepdims=True) * value[:, :, None]
         return y.astype(q.dtype).reshape(b, n, h), carried
 
@@ -195,6 +196,8 @@ def _put(stack: jax.Array, x: jax.Array, layer: jax.Array) -> jax.Array:
 
 
 def _by_layer(equation: str, x: jax.Array, layers: tuple[jax.Array, ...], layer: jax.Array) -> jax.Array:
-    """Return the product, float32, of x and the array of a layer."""
-    branches = [functools.partial(lambda array, x: jnp.einsum(equation, x, array), array) for array in layers]
-    return jax.lax.switch(layer, branches, x)
+    """Return the product, float32, of x and the array of a layer, a counter of `kernels.stack.loop`."""
+    product = lambda array, x: jnp.einsum(equation, x, array, preferred_element_type=jnp.float32)  # noqa: E731
+    if isinstance(layer, int):
+        return product(layers[layer], x)
+    return jax.lax.switch(layer, [functools.partial(product, array) for array in layers], x)

@@ -15,7 +15,7 @@ from acestep_jax.distributed import shard
 from acestep_jax.models.attention import KeysValues, attention
 from acestep_jax.models.config import PlannerConfig, TextEncoderConfig
 from acestep_jax.models.encoder import Encoder, EncoderLayer
-from acestep_jax.models.kernels.stack import is_split, multiply_rows, pick, restored, split, stored
+from acestep_jax.models.kernels.stack import is_split, loop, multiply_rows, pick, restored, split, stored
 from acestep_jax.models.kernels.unstacked import SHARED_INPUT
 from acestep_jax.models.kv_cache import KVCache, SplitCache, empty_cache
 from acestep_jax.models.layers import apply_rotary, rotary_embedding, rotary_frequencies
@@ -237,11 +237,11 @@ class Qwen3ForCausalLM(Qwen3Model):
 
         def body(index, carry):
             x, cache = carry
-            layer = pick(self.layers, index)
+            layer: EncoderLayer = pick(self.layers, index)
             x, cache = block(x, layer, cache, index)
             return x + layer.mlp(layer.post_attention_layernorm(x)), cache
 
-        return jax.lax.fori_loop(0, self.planner.num_hidden_layers, body, (x, cache))
+        return loop(self.planner.num_hidden_layers, body, (x, cache), self.layers)
 
 
 def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -44,7 +44,7 @@ class TextInputs(NamedTuple, Generic[A]):
 
     prompts: Prompts[A]
     tables: grammar.Tables[A]
-    songs: grammar.Songs[A]
+    fixed: grammar.FixedFields[A]
     first: A  # int32, the first state
     targets: A  # [B] int32, maximum number of steps; 0 for a padding row of the batch
     keys: jax.Array  # [B]
@@ -126,12 +126,12 @@ def advance(
     """Write up to `until` tokens, until all songs are done or the window is full."""
     prompt = inputs.prompts.tokens.shape[1]
     head = model.text_head() if isinstance(inputs, TextInputs) else model.code_head()
-    most = jnp.minimum(until, window - prompt)
+    limit = jnp.minimum(until, window - prompt)
 
     def unfinished(state: State) -> jax.Array:
-        return (state.step < most) & ~state.done.all()
+        return (state.step < limit) & ~state.done.all()
 
-    def one(state: State) -> State:
+    def body(state: State) -> State:
         if isinstance(inputs, TextInputs):
             token, place = _next_text(inputs, state, model.text_logits(state.hidden, head))
             fed = token
@@ -154,7 +154,7 @@ def advance(
         seen = state.seen.at[rows, token].set(True)
         return State(state.step + 1, hidden, cache, tokens, lengths, done, seen, place, repeats)
 
-    return jax.lax.while_loop(unfinished, one, state._replace(cache=model.grow(state.cache, window)))
+    return jax.lax.while_loop(unfinished, body, state._replace(cache=model.grow(state.cache, window)))
 
 
 def _next_text(inputs: TextInputs, state: State, logits: jax.Array) -> tuple[jax.Array, grammar.State]:
@@ -166,7 +166,7 @@ def _next_text(inputs: TextInputs, state: State, logits: jax.Array) -> tuple[jax
     def choose(scores: jax.Array, greedy: jax.Array) -> jax.Array:
         return draw(scores, keys, inputs.drawing, greedy)
 
-    return grammar.step(inputs.tables, inputs.songs, state.place, logits, choose)
+    return grammar.step(inputs.tables, inputs.fixed, state.place, logits, choose)
 
 
 def _next_code(inputs: CodeInputs, state: State, logits: jax.Array) -> jax.Array:
@@ -210,18 +210,18 @@ def write_in_pieces(
     Raises:
         Cancelled: if `should_stop` returned true.
     """
-    prompt, most = inputs.prompts.tokens.shape[1], int(np.max(inputs.targets))
+    prompt, limit = inputs.prompts.tokens.shape[1], int(np.max(inputs.targets))
     state = begin_program(model, inputs, slots=slots)
-    made = 0
-    while made < most and not on_host(state.done).all():
+    step = 0
+    while step < limit and not on_host(state.done).all():
         if should_stop is not None and should_stop():
-            raise Cancelled(f"stopped before step {made} of {most}")
-        window = next(size for size in windows(prompt, slots) if size > prompt + made)
-        made = min(made + PIECE, most)
+            raise Cancelled(f"stopped before step {step} of {limit}")
+        window = next(size for size in windows(prompt, slots) if size > prompt + step)
+        step = min(step + PIECE, limit)
         # Not in the program: it is donated its state, of which a cache that grows is no part.
         state = state._replace(cache=model.grow(state.cache, window))
-        state = advance_program(model, inputs, state, np.int32(made), window=window)
-        made = int(state.step)
+        state = advance_program(model, inputs, state, np.int32(step), window=window)
+        step = int(state.step)
         if on_progress is not None:
-            on_progress(made, most)
+            on_progress(step, limit)
     return state.tokens, state.lengths

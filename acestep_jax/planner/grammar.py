@@ -19,7 +19,7 @@ the next field.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ FIELDS = tuple(VALUES)
 CAPTION_TOKENS, GENRES_TOKENS, LYRICS_TOKENS = 512, 64, 2048  # maximum lengths
 CHAIN = 64  # maximum number of tokens in all values that the user gave
 
+PADDING = -1  # no token, where a list of candidates or a chain is shorter than its row
 # Kinds of states. Those of free text are states themselves; lists of candidates come after them.
 DONE, CAPTION_START, CAPTION, CAPTION_LINE, GENRES_START, GENRES, LYRICS, LIST = range(8)
 
@@ -69,11 +70,24 @@ _LEGAL = np.array(
 )
 
 
+def place(g: Any) -> Any:
+    """Return the state that stands for place g of a song, see `FixedFields`, or the place that a state stands for.
+
+    g: an int or an int32 array.
+    """
+    return -1 - g
+
+
+def is_place(state: jax.Array) -> jax.Array:
+    """Return whether states stand for a place of the song, so that the song's own state comes instead."""
+    return state < 0
+
+
 class Tables(NamedTuple, Generic[A]):
     """The automaton of a tokenizer, S states and lists of at most C candidates.
 
-    candidates: [S, C] int32 tokens, padded with -1.
-    following: [S, C] int32, the state after each candidate; -1 - g stands for place g of a song, see `Songs`.
+    candidates: [S, C] int32 tokens, padded with `PADDING`.
+    following: [S, C] int32, the state after each candidate; `place(g)` stands for place g of a song, see `FixedFields`.
     greedy: [S] bool, whether the likeliest candidate is taken.
     contents: [V] int32, the properties of each text token.
     newline, end_of_turn: int32, token ids.
@@ -87,11 +101,19 @@ class Tables(NamedTuple, Generic[A]):
     end_of_turn: A
 
 
-class Songs(NamedTuple, Generic[A]):
-    """The fixed values of each of B songs.
+class FixedFields(NamedTuple, Generic[A]):
+    """The values that the user fixed for each of B songs.
 
-    places: [B, 2 F + 1] int32: for each of F fields, the state in which it begins, or else the next field that is
-        written; the state after the last field; and for each field, the state in which its value begins.
+    The states after a name and after a value are the same for all songs only up to a number g, the place; what state
+    the place is depends on the song. With F fields:
+
+        g = 0 .. F - 1        the name of field g, or of the next one that is written
+        g = F                 what follows the last field
+        g = F + 1 .. 2 F      the value of field g - F - 1: one of its legal values, or the user's in `chain`
+
+        place(0)     name 0 -> place(F + 1)     value 0 -> place(1)     name 1 -> place(F + 2)     ...     place(F)
+
+    places: [B, 2 F + 1] int32, the state of each place.
     chain: [B, R] int32, tokens of the values that the user gave; state S + r belongs to token r.
     after: [B, R] int32, the state after each token, as in `Tables.following`.
     lyrics: [B] int32, maximum number of tokens of lyrics.
@@ -127,19 +149,19 @@ class Grammar:
         self._lists: list[dict[int, int]] = [{} for _ in range(LIST)]
         self._greedy: set[int] = set()
         self._names, self._values = [], []
-        for place, (name, values) in enumerate(VALUES.items()):
+        for field, (name, values) in enumerate(VALUES.items()):
             if values is None:
                 begin = CAPTION_START if name == "caption" else GENRES_START
             else:
-                begin = self._trie([_value_ids(tokenizer, name, value) for value in values], -1 - (place + 1))
+                begin = self._trie([_value_ids(tokenizer, name, value) for value in values], place(field + 1))
             if name == "language":
                 self._greedy.add(begin)
             self._values.append(begin)
-            self._names.append(self._trie([_name_ids(tokenizer, name)], -1 - (len(FIELDS) + 1 + place)))
+            self._names.append(self._trie([_name_ids(tokenizer, name)], place(_value_place(field))))
         self._closing = self._trie([[tokenizer.mark(Mark.END_OF_THINK)]], LYRICS)
-        self.start = self._trie([[tokenizer.mark(Mark.THINK), newline]], -1)
+        self.start = self._trie([[tokenizer.mark(Mark.THINK), newline]], place(0))
         width = max(map(len, self._lists))
-        candidates = np.full((len(self._lists), width), -1, np.int32)
+        candidates = np.full((len(self._lists), width), PADDING, np.int32)
         following = np.zeros_like(candidates)
         for state, edges in enumerate(self._lists):
             candidates[state, : len(edges)], following[state, : len(edges)] = list(edges), list(edges.values())
@@ -167,9 +189,9 @@ class Grammar:
             self._lists[state][sequence[-1]] = end
         return root
 
-    def songs(
+    def fixed_fields(
         self, known: Sequence[Known], *, caption: bool, genres: bool, lyrics: bool, lyrics_tokens: int = LYRICS_TOKENS
-    ) -> Songs[np.ndarray]:
+    ) -> FixedFields[np.ndarray]:
         """Return the fixed values of songs, given by the user.
 
         Args:
@@ -177,26 +199,26 @@ class Grammar:
             lyrics: whether `</think>` and lyrics follow; else the song is done after the last field.
             lyrics_tokens: maximum number of tokens of lyrics.
         """
-        count, size = len(FIELDS), len(self._lists)
+        size = len(self._lists)
         written = [{"caption": caption, "genres": genres}.get(name, True) for name in FIELDS]
         begins = [self._closing if lyrics else DONE]
         for name, is_written in zip(reversed(self._names), reversed(written), strict=True):
             begins.insert(0, name if is_written else begins[0])
         places = np.array([begins + self._values] * len(known), np.int32)
-        chain = np.full((len(known), CHAIN), -1, np.int32)
+        chain = np.full((len(known), CHAIN), PADDING, np.int32)
         after = np.zeros_like(chain)
         for i, song in enumerate(known):
             used = 0
-            for place, name in enumerate(FIELDS):
+            for field, name in enumerate(FIELDS):
                 value = None if VALUES[name] is None else getattr(song, name)
                 if value is None:
                     continue
                 ids = _value_ids(self.tokenizer, name, str(int(value) if name == "duration" else value))
-                places[i, count + 1 + place] = size + used
+                places[i, _value_place(field)] = size + used
                 chain[i, used : used + len(ids)] = ids
-                after[i, used : used + len(ids)] = [*range(size + used + 1, size + used + len(ids)), -1 - (place + 1)]
+                after[i, used : used + len(ids)] = [*range(size + used + 1, size + used + len(ids)), place(field + 1)]
                 used += len(ids)
-        return Songs(places, chain, after, np.full(len(known), lyrics_tokens, np.int32))
+        return FixedFields(places, chain, after, np.full(len(known), lyrics_tokens, np.int32))
 
     def longest(self, *, caption: bool, genres: bool, lyrics: bool, lyrics_tokens: int = LYRICS_TOKENS) -> int:
         """Return the maximum number of tokens of a song."""
@@ -211,7 +233,7 @@ class Grammar:
 
 def step(
     tables: Tables[jax.Array],
-    songs: Songs[jax.Array],
+    fixed: FixedFields[jax.Array],
     now: State,
     logits: jax.Array,
     draw: Callable[[jax.Array, jax.Array], jax.Array],
@@ -235,18 +257,18 @@ def step(
     listed = jnp.where(in_chain, 0, state)
     only = jnp.arange(tables.candidates.shape[1]) == 0
     candidates = tables.candidates[listed]  # [B, C]
-    candidates = jnp.where(in_chain[:, None], jnp.where(only, songs.chain[rows, link][:, None], -1), candidates)
-    scores = jnp.where(candidates >= 0, logits[rows[:, None], candidates], -jnp.inf)
+    candidates = jnp.where(in_chain[:, None], jnp.where(only, fixed.chain[rows, link][:, None], PADDING), candidates)
+    scores = jnp.where(candidates != PADDING, logits[rows[:, None], candidates], -jnp.inf)
     choice = draw(scores, tables.greedy[listed] & ~in_chain)
     of_list = candidates[rows, choice]
-    after_list = jnp.where(in_chain, songs.after[rows, link], tables.following[listed, choice])
+    after_list = jnp.where(in_chain, fixed.after[rows, link], tables.following[listed, choice])
 
     # Free text.
-    next_name = songs.places[rows, FIELDS.index("caption") + 1]  # the field after the caption is always written
+    next_name = fixed.places[rows, FIELDS.index("caption") + 1]  # the field after the caption is always written
     name, after_name = tables.candidates[next_name, 0], tables.following[next_name, 0]
 
     def free() -> jax.Array:
-        legal = legal_tokens(tables, songs, now, name)
+        legal = legal_tokens(tables, fixed, now, name)
         return draw(jnp.where(legal, logits, -jnp.inf), jnp.zeros(state.shape, bool))
 
     is_free = (kind != LIST) & (kind != DONE)
@@ -265,19 +287,19 @@ def step(
             jnp.where(ends_line, CAPTION_LINE, CAPTION),
             jnp.where(of_text == name, after_name, CAPTION),
             jnp.full_like(state, GENRES),
-            jnp.where(ends_line, -1 - (FIELDS.index("genres") + 1), GENRES),
+            jnp.where(ends_line, place(FIELDS.index("genres") + 1), GENRES),
         ],
         jnp.where(of_text == tables.end_of_turn, DONE, LYRICS),
     )
 
     token = jnp.where(kind == LIST, of_list, jnp.where(kind == DONE, tables.end_of_turn, of_text))
     following = jnp.where(kind == LIST, after_list, jnp.where(kind == DONE, DONE, after_text))
-    following = jnp.where(following < 0, songs.places[rows, jnp.maximum(-1 - following, 0)], following)
+    following = jnp.where(is_place(following), fixed.places[rows, jnp.maximum(place(following), 0)], following)
     begins = (following == CAPTION_START) | (following == GENRES_START) | ((following == LYRICS) & (kind == LIST))
     return token, State(following, jnp.where(begins, 0, count + 1))
 
 
-def legal_tokens(tables: Tables[jax.Array], songs: Songs[jax.Array], now: State, name: jax.Array) -> jax.Array:
+def legal_tokens(tables: Tables[jax.Array], fixed: FixedFields[jax.Array], now: State, name: jax.Array) -> jax.Array:
     """Return the mask of legal next tokens in free text, [B, V] bool.
 
     Args:
@@ -291,11 +313,15 @@ def legal_tokens(tables: Tables[jax.Array], songs: Songs[jax.Array], now: State,
     in_line = (kind == CAPTION) | (kind == GENRES)
     refused |= in_line & (contents & (UNFIT | MARK) != 0)
     legal = (contents & must == must) & ~refused
-    limit = jnp.where(kind == GENRES, GENRES_TOKENS, jnp.where(kind == LYRICS, songs.lyrics[:, None], CAPTION_TOKENS))
+    limit = jnp.where(kind == GENRES, GENRES_TOKENS, jnp.where(kind == LYRICS, fixed.lyrics[:, None], CAPTION_TOKENS))
     legal &= count[:, None] < limit
     last = jnp.where(in_line, tables.newline, jnp.where(kind == LYRICS, tables.end_of_turn, name[:, None]))
     ends = in_line & (count[:, None] >= limit) | (kind == LYRICS) | (kind == CAPTION_LINE)
     return legal | (ends & (tokens == last))
+
+
+def _value_place(field: int) -> int:
+    return len(FIELDS) + 1 + field
 
 
 def contents(tokenizer: PlannerTokenizer) -> np.ndarray:
@@ -325,10 +351,10 @@ def _name_ids(tokenizer: PlannerTokenizer, name: str) -> list[int]:
 
 def _value_ids(tokenizer: PlannerTokenizer, name: str, value: str) -> list[int]:
     """Return the tokens of " {value}\\n" that follow the name's."""
-    before, whole = _name_ids(tokenizer, name), tokenizer.encode(f"{name}: {value}\n")
-    if whole[: len(before)] != before or whole[-1:] != tokenizer.encode("\n"):
+    before, ids = _name_ids(tokenizer, name), tokenizer.encode(f"{name}: {value}\n")
+    if ids[: len(before)] != before or ids[-1:] != tokenizer.encode("\n"):
         raise InputError(
             f"tokenizer: expected {name}: {value} to be the tokens of the name, the value and a line end, found "
-            f"{whole}; it is not a planner's"
+            f"{ids}; it is not a planner's"
         )
-    return whole[len(before) :]
+    return ids[len(before) :]

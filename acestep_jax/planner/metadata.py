@@ -95,7 +95,7 @@ def check_duration(duration: float) -> None:
 def check_codes(codes: Sequence[int], name: str = "codes") -> tuple[int, ...]:
     """Return audio codes as a tuple; raise InputError, naming `name`, unless they are integers in the codebook."""
     for code in codes:
-        check_number(name, code, whole=True)
+        check_number(name, code, integer=True)
         if not 0 <= code < CODEBOOK_SIZE:
             raise InputError(
                 f"{name}: expected whole numbers from 0 to {CODEBOOK_SIZE - 1}, the size of the codebook, found {code}"

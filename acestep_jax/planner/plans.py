@@ -15,7 +15,7 @@ from acestep_jax.planner.metadata import CODES_PER_SECOND, Known, Metadata
 from acestep_jax.planner.plan import Plan
 from acestep_jax.planner.sampling import LanguageSampling
 from acestep_jax.planner.scores import pmi_score
-from acestep_jax.planner.writer import Planner, Progress
+from acestep_jax.planner.writer import Planner, ProgressCallback
 from acestep_jax.request import MAX_DURATION, MIN_DURATION, Planning, Request
 
 STRIDE = 0x9E3779B1  # between the seeds of candidates, so that they differ from those of other songs in a batch
@@ -76,7 +76,7 @@ def write_plans(
     seeds: Sequence[int] | None = None,
     joint: bool = False,
     longest: float | None = None,
-    on_progress: Progress | None = None,
+    on_progress: ProgressCallback | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> list[Plan]:
     """Return a plan for each request. Values of a request are kept; the planner writes the rest to match.
@@ -164,7 +164,7 @@ def describe_codes(
     codes: Sequence[int] | np.ndarray,
     planning: Planning,
     *,
-    on_progress: Progress | None = None,
+    on_progress: ProgressCallback | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Plan:
     """Return the planner's description of audio codes: caption, lyrics and metadata.

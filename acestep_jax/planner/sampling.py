@@ -50,7 +50,7 @@ class LanguageSampling:
 
     def __post_init__(self):
         check_text("negative_prompt", self.negative_prompt)
-        check_number("top_k", self.top_k, whole=True)
+        check_number("top_k", self.top_k, integer=True)
         for name in ("temperature", "cfg_scale", "top_p", "repetition_penalty"):
             check_number(name, value := getattr(self, name))
             if not math.isfinite(value):

@@ -35,8 +35,8 @@ SLACK = 9  # tolerance of the line order, in frames
 HEADER = "# Lyric\n"  # precedes the lyrics in the tokenised text
 
 
-class Line(NamedTuple):
-    """A line of the lyrics with its start and end, in seconds."""
+class TimedText(NamedTuple):
+    """A line or a word of the lyrics with its start and end, in seconds."""
 
     start: float
     end: float
@@ -54,10 +54,10 @@ class Timestamps:
         codes_score: the same for the condition alone, without the song.
     """
 
-    lines: tuple[Line, ...]
+    lines: tuple[TimedText, ...]
     score: float
     codes_score: float
-    words: tuple[Line, ...] = ()
+    words: tuple[TimedText, ...] = ()
 
     def lrc(self) -> str:
         """Return the lines as LRC, `[mm:ss.xx]text` each."""
@@ -164,15 +164,15 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, end: int 
     """
     ids = [int(i) for i in ids]
     stop = ids.index(end) if end in ids else len(ids)
-    texts, said, first = [], "", 0
+    texts, prefix, first = [], "", 0
     for i in range(stop):
-        whole = tokenizer.decode(ids[: i + 1], skip_special_tokens=False)
-        if HEADER not in said:
-            said, first = whole, i + 1
+        text = tokenizer.decode(ids[: i + 1], skip_special_tokens=False)
+        if HEADER not in prefix:
+            prefix, first = text, i + 1
             continue
-        whole = said if whole.endswith("�") and i + 1 < stop else whole
-        texts.append(whole[len(said) :])
-        said = whole
+        text = prefix if text.endswith("�") and i + 1 < stop else text
+        texts.append(text[len(prefix) :])
+        prefix = text
     return first, texts
 
 
@@ -245,7 +245,7 @@ def warp(cost: np.ndarray) -> np.ndarray:
     return np.array(path[::-1])
 
 
-def lines_of(texts: Sequence[str], times: np.ndarray) -> list[Line]:
+def lines_of(texts: Sequence[str], times: np.ndarray) -> list[TimedText]:
     """Join tokens to lines, each up to and including a token with a line end; return them without blank lines."""
     lines, begin = [], 0
     for i, text in enumerate(texts):
@@ -253,25 +253,25 @@ def lines_of(texts: Sequence[str], times: np.ndarray) -> list[Line]:
             continue
         words = "".join(texts[begin : i + 1]).strip()
         if words:
-            lines.append(Line(round(float(times[begin, 0]), 3), round(float(times[i, 1]), 3), words))
+            lines.append(TimedText(round(float(times[begin, 0]), 3), round(float(times[i, 1]), 3), words))
         begin = i + 1
     return lines
 
 
-def words_of(texts: Sequence[str], times: np.ndarray, sung: np.ndarray) -> list[Line]:
+def words_of(texts: Sequence[str], times: np.ndarray, sung: np.ndarray) -> list[TimedText]:
     """Return the words that tokens make: one begins with a space, or after a line end. Tags are left out.
 
     Args:
         sung: [N] bool, which tokens belong to no tag.
     """
-    words: list[Line] = []
+    words: list[TimedText] = []
     begins = True
     for text, (start, end), is_sung in zip(texts, times, sung, strict=True):
         own = text.strip()
         if own and is_sung:
             start, end = round(float(start), 3), round(float(end), 3)
             if begins or text[0].isspace():
-                words.append(Line(start, end, own))
+                words.append(TimedText(start, end, own))
             else:
                 words[-1] = words[-1]._replace(end=end, text=words[-1].text + own)
         begins = not is_sung or not own or text[-1:].isspace()

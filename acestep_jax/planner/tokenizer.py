@@ -85,7 +85,7 @@ class PlannerTokenizer:
             InputError: if there is no tokenizer, or it has another vocabulary.
         """
         path = Path(path)
-        vocabulary_file, merges_file, whole = path / "vocab.json", path / "merges.txt", path / "tokenizer.json"
+        vocabulary_file, merges_file, file = path / "vocab.json", path / "merges.txt", path / "tokenizer.json"
         added: dict[str, int] = {}
         try:
             if vocabulary_file.is_file() and merges_file.is_file():
@@ -95,9 +95,9 @@ class PlannerTokenizer:
                 merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
                 if (path / "added_tokens.json").is_file():
                     added = json.loads((path / "added_tokens.json").read_text(encoding="utf-8"))
-            elif whole.is_file():
-                source = whole
-                content = json.loads(whole.read_text(encoding="utf-8"))
+            elif file.is_file():
+                source = file
+                content = json.loads(file.read_text(encoding="utf-8"))
                 vocabulary = dict(content["model"]["vocab"])
                 merges = [m.split(" ") if isinstance(m, str) else m for m in content["model"]["merges"]]
                 added = {token["content"]: token["id"] for token in content.get("added_tokens", ())}
@@ -165,14 +165,3 @@ class PlannerTokenizer:
         for token, i in self._vocabulary.items():
             found[i] = token.translate(table).encode("latin-1")
         return found
-
-
-def render(pieces: Pieces) -> str:
-    """Return a prompt as text."""
-    shown = []
-    for piece in pieces:
-        if isinstance(piece, tuple):
-            shown += [_CODE.format(code) for code in piece]
-        else:
-            shown.append(piece.value if isinstance(piece, Mark) else piece)
-    return "".join(shown)

@@ -24,7 +24,7 @@ from acestep_jax.settings import with_own_settings
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], object]  # (steps so far, maximum number of steps)
+ProgressCallback = Callable[[int, int], object]  # (steps so far, maximum number of steps)
 
 PROMPT_BUCKETS = (256, 512, 1024, 2048, 3072)  # tokens
 TEXT_BUCKETS = (768, 1024, 2048, 3072)  # tokens to write
@@ -72,7 +72,7 @@ class Planner:
         seeds: Sequence[int],
         sampling: LanguageSampling | None = None,
         rewrite_caption: bool = True,
-        on_progress: Progress | None = None,
+        on_progress: ProgressCallback | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[Metadata]:
         """Return the metadata of songs. Given values of bpm, keyscale, timesignature, duration and language are kept,
@@ -93,27 +93,26 @@ class Planner:
             Cancelled: if `should_stop` returned true.
         """
         _check_count(known, seeds, "seeds")
-        asked = [prompts.metadata_prompt(mode, song) for song in known]
+        pieces = [prompts.metadata_prompt(mode, song) for song in known]
         caption = mode != "generate" or rewrite_caption
         found = [_given(song) for song in known]
         rows = [i for i, song in enumerate(known) if caption or not _is_complete(song)]
         if not rows:
             return found
         kinds = dict(caption=caption, genres=mode != "generate", lyrics=mode != "generate")
-        most, slots = self.grammar.longest(**kinds), [self._read(asked[i], "caption, lyrics") for i in rows]
+        limit, token_ids = self.grammar.longest(**kinds), [self._read(pieces[i], "caption, lyrics") for i in rows]
         count = self._padded(len(rows))
-        prompt = _bucket(max(map(len, slots)), PROMPT_BUCKETS)
-        songs = self.grammar.songs([known[rows[min(i, len(rows) - 1)]] for i in range(count)], **kinds)
+        prompt = _bucket(max(map(len, token_ids)), PROMPT_BUCKETS)
         inputs = generate.TextInputs(
-            prompts=_prompts(slots, count, prompt),
+            prompts=_prompts(token_ids, count, prompt),
             tables=self.grammar.tables,
-            songs=songs,
+            fixed=self.grammar.fixed_fields([known[rows[min(i, len(rows) - 1)]] for i in range(count)], **kinds),
             first=np.array(self.grammar.start, np.int32),
-            targets=np.array([most if i < len(rows) else 0 for i in range(count)], np.int32),
+            targets=np.array([limit if i < len(rows) else 0 for i in range(count)], np.int32),
             keys=_keys([seeds[i] for i in rows], count, _TEXT),
             drawing=Drawing.of(sampling or LanguageSampling(), count),
         )
-        texts = self._write(inputs, prompt + _bucket(most, TEXT_BUCKETS), on_progress, should_stop)
+        texts = self._write(inputs, prompt + _bucket(limit, TEXT_BUCKETS), on_progress, should_stop)
         for i, ids in zip(rows, texts, strict=False):
             found[i] = _joined(known[i], parsing.parse(self.tokenizer, ids.tolist()), mode, caption)
         return found
@@ -127,7 +126,7 @@ class Planner:
         seeds: Sequence[int],
         sampling: LanguageSampling | None = None,
         attempts: int = 1,
-        on_progress: Progress | None = None,
+        on_progress: ProgressCallback | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[np.ndarray]:
         """Return the audio codes of songs, [ceil(5 * duration)] int32 each; warn of songs whose codes loop.
@@ -149,33 +148,52 @@ class Planner:
         _check_count(known, metadata, "metadata")
         if attempts < 1:
             raise InputError(f"attempts: expected at least 1, found {attempts}")
-        sampling = sampling or LanguageSampling()
-        targets = []
-        for song in metadata:
-            if song.duration is None:
-                raise InputError("duration: unknown, but the number of audio codes depends on it; give a duration")
-            targets.append(count_codes(song.duration))
-        if not targets:
+        if not known:
             return []
-        asked = [
-            self._read(prompts.codes_prompt(song, wanted), "caption, lyrics")
-            for song, wanted in zip(known, metadata, strict=True)
-        ]
+        sampling = sampling or LanguageSampling()
+        lengths = [_count_codes(song) for song in metadata]
+        padded = self._code_prompts(known, metadata, sampling)
+        return self._sample_until_no_loop(padded, lengths, seeds, sampling, attempts, on_progress, should_stop)
+
+    def _code_prompts(
+        self, known: Sequence[Known], metadata: Sequence[Metadata], sampling: LanguageSampling
+    ) -> generate.Prompts[np.ndarray]:
+        """Return the prompts for audio codes, padded for their bucket and the mesh. With guidance, as many
+        unconditional prompts follow them."""
         count = self._padded(len(known))
-        is_guided = sampling.cfg_scale != 1
-        against = prompts.unconditional_codes_prompt(sampling.negative_prompt)
-        rows = [self._read(against, "negative_prompt")] if is_guided else []
-        prompt = _bucket(max(map(len, [*asked, *rows])), PROMPT_BUCKETS)
-        read = [_prompts(part, count, prompt) for part in (asked, rows) if part]
-        slots = prompt + _bucket(max(targets), CODE_BUCKETS)
-        found: list[np.ndarray] = [np.zeros(0, np.int32)] * len(known)
-        pending = list(range(len(known)))
+        conditional = [
+            self._read(prompts.codes_prompt(song, its), "caption, lyrics")
+            for song, its in zip(known, metadata, strict=True)
+        ]
+        unconditional = []
+        if sampling.cfg_scale != 1:
+            pieces = prompts.unconditional_codes_prompt(sampling.negative_prompt)
+            unconditional.append(self._read(pieces, "negative_prompt"))
+        size = _bucket(max(map(len, [*conditional, *unconditional])), PROMPT_BUCKETS)
+        padded = [_prompts(part, count, size) for part in (conditional, unconditional) if part]
+        return generate.Prompts(*(np.concatenate(arrays) for arrays in zip(*padded, strict=True)))
+
+    def _sample_until_no_loop(
+        self,
+        padded: generate.Prompts[np.ndarray],
+        lengths: Sequence[int],
+        seeds: Sequence[int],
+        sampling: LanguageSampling,
+        attempts: int,
+        on_progress: ProgressCallback | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> list[np.ndarray]:
+        """Return the codes of each song, [lengths[i]] int32; sample those that loop again, up to `attempts` times."""
+        count = self._padded(len(lengths))
+        slots = padded.tokens.shape[1] + _bucket(max(lengths), CODE_BUCKETS)
+        found: list[np.ndarray] = [np.zeros(0, np.int32)] * len(lengths)
+        pending = list(range(len(lengths)))
         for attempt in range(attempts):
-            wanted = np.zeros(count, np.int32)
-            wanted[pending] = [targets[i] for i in pending]
+            targets = np.zeros(count, np.int32)
+            targets[pending] = [lengths[i] for i in pending]
             inputs = generate.CodeInputs(
-                prompts=generate.Prompts(*(np.concatenate(arrays) for arrays in zip(*read, strict=True))),
-                targets=wanted,
+                prompts=padded,
+                targets=targets,
                 keys=_keys(seeds, count, _CODES, attempt),
                 drawing=Drawing.of(sampling, count),
                 ends_in_loop=np.array(attempt + 1 < attempts),
@@ -185,7 +203,7 @@ class Planner:
                 found[i] = written[i]
             loops = {i: loop for i in pending if (loop := find_loop(found[i]))}
             pending = list(loops)
-            _warn_of_loops(loops, len(known), attempt, attempts)
+            _warn_of_loops(loops, len(lengths), attempt, attempts)
             if not pending:
                 break
         return found
@@ -216,7 +234,7 @@ class Planner:
         self,
         inputs: generate.TextInputs | generate.CodeInputs,
         slots: int,
-        on_progress: Progress | None,
+        on_progress: ProgressCallback | None,
         should_stop: Callable[[], bool] | None,
     ) -> list[np.ndarray]:
         """Return the tokens of each row of the batch, [n] int32 each."""
@@ -234,6 +252,12 @@ class Planner:
 def _check_count(known: Sequence[Known], others: Sequence, name: str) -> None:
     if len(others) != len(known):
         raise InputError(f"{name}: expected {len(known)}, one for each song, found {len(others)}")
+
+
+def _count_codes(song: Metadata) -> int:
+    if song.duration is None:
+        raise InputError("duration: unknown, but the number of audio codes depends on it; give a duration")
+    return count_codes(song.duration)
 
 
 def _bucket(size: int, buckets: Sequence[int]) -> int:

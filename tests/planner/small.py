@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from acestep_jax.inputs.fields import LANGUAGES
 from acestep_jax.planner.grammar import Grammar
-from acestep_jax.planner.tokenizer import Mark, PlannerTokenizer
+from acestep_jax.planner.tokenizer import Mark, Pieces, PlannerTokenizer
 from tests.qwen import SPLIT
 
 CODES = 40  # in the codebook of the models
@@ -157,7 +157,8 @@ class Scripted(_Model):
     def of(cls, texts):
         """Write these pieces, one list for each song."""
         rows = [tokenizer().encode_pieces([*pieces, Mark.END_OF_TURN]) for pieces in texts]
-        script = np.full((len(rows), max(map(len, rows)) + 1), tokenizer().mark(Mark.END_OF_TURN), np.int32)
+        width = -(-(max(map(len, rows)) + 1) // 128) * 128  # of few sizes, so that scripts share programs
+        script = np.full((len(rows), width), tokenizer().mark(Mark.END_OF_TURN), np.int32)
         for row, ids in zip(script, rows, strict=True):
             row[: len(ids)] = ids
         return cls(script)
@@ -180,3 +181,14 @@ class Scripted(_Model):
     def code_logits(self, hidden, head):
         wanted = 1 + jnp.zeros(hidden.shape[0], jnp.int32)
         return 30.0 * jax.nn.one_hot(wanted, CODES + 8)
+
+
+def render(pieces: Pieces) -> str:
+    """Return a prompt as text."""
+    shown = []
+    for piece in pieces:
+        if isinstance(piece, tuple):
+            shown += [f"<|audio_code_{code}|>" for code in piece]
+        else:
+            shown.append(piece.value if isinstance(piece, Mark) else piece)
+    return "".join(shown)

@@ -8,6 +8,7 @@ import pytest
 from acestep_jax import AceStepPipeline, InputError, Request, Sampling
 from acestep_jax.inputs.prompt import lyric_text
 from acestep_jax.planner.timestamps import align, token_texts
+from acestep_jax.song import Song
 from tests.parity import normal
 
 LYRICS = "[Verse]\nDer Regen fällt 雨\n\nla la"
@@ -60,3 +61,26 @@ def test_what_cannot_be_aligned_is_refused(pipe, with_heads):
 def test_other_models_are_refused(pipe):
     with pytest.raises(InputError, match="lyric_alignment_layers_config"):
         aligned(pipe)
+
+
+@pytest.mark.parametrize(
+    "variant, sampling, steps",
+    [
+        ("turbo", {}, 8),
+        ("base", {}, 32),
+        ("base", dict(compat="diffusers"), 8),
+        ("sft", dict(compat="diffusers"), 8),
+        ("base", dict(timesteps=[1.0, 0.6, 0.2]), 3),
+        ("base", dict(num_inference_steps=5, cover_noise_strength=0.9), 5),
+    ],
+)
+def test_noise_is_that_of_the_last_step(pipe, monkeypatch, variant, sampling, steps):
+    """As many steps as `run` makes from pure noise."""
+    config = dataclasses.replace(pipe.transformer.config, is_turbo=variant == "turbo", model_version=variant)
+    monkeypatch.setattr(pipe.transformer, "config", config)
+    found = []
+    monkeypatch.setattr("acestep_jax.planner.timestamps.align", lambda *_, steps: found.append(steps))
+    task = dict(task_type="cover", audio_codes="<|audio_code_1|>" * 50) if "cover_noise_strength" in sampling else {}
+    request = Request("rain", lyrics=LYRICS, **task)
+    pipe.timestamps(Song(np.zeros((2, 480000), np.float32), normal(250, 8), 48000, 1), request, Sampling(**sampling))
+    assert found == [steps]

@@ -108,7 +108,7 @@ def step(tables, songs, now, logits):
 def walk(kinds, logits_of, steps):
     """Walk both grammars, taking the likeliest legal token; return what each song wrote."""
     found = small.grammar()
-    tables, songs = jax.device_put((found.tables, found.songs(SONGS, **kinds)))
+    tables, songs = jax.device_put((found.tables, found.fixed_fields(SONGS, **kinds)))
     now = grammar.State(jnp.full(len(SONGS), found.start, jnp.int32), jnp.zeros(len(SONGS), jnp.int32))
     slow = [slow_grammar(song, **kinds) for song in SONGS]
     legal = [next(one) for one in slow]
@@ -193,7 +193,7 @@ def test_every_value_can_be_written():
     for place, (name, values) in enumerate(grammar.VALUES.items()):
         before = ours.encode(f"{name}:")
         for value in values or ():
-            state = found.songs([Known()], caption=True, genres=True, lyrics=False).places[0, 8 + place]
+            state = found.fixed_fields([Known()], caption=True, genres=True, lyrics=False).places[0, 8 + place]
             for token in ours.encode(f"{name}: {value}\n")[len(before) :]:
                 (choice,) = np.flatnonzero(found.tables.candidates[state] == token)
                 state = found.tables.following[state, choice]
@@ -205,7 +205,7 @@ def test_every_value_can_be_written():
 def test_values_are_drawn_as_the_model_has_them():
     """The first token of a key: frequencies are those of the logits among the legal ones."""
     rows, found = 20_000, small.grammar()
-    songs = found.songs([Known()] * rows, caption=True, genres=False, lyrics=False)
+    songs = found.fixed_fields([Known()] * rows, caption=True, genres=False, lyrics=False)
     place = len(grammar.FIELDS) + 1 + grammar.FIELDS.index("keyscale")
     now = grammar.State(jnp.asarray(songs.places[:, place]), jnp.zeros(rows, jnp.int32))
     logits = np.random.default_rng(0).standard_normal(VOCABULARY, dtype=np.float32)

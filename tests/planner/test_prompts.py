@@ -7,8 +7,8 @@ import pytest
 from acestep_jax import InputError
 from acestep_jax.planner import prompts
 from acestep_jax.planner.metadata import Known, Metadata
-from acestep_jax.planner.tokenizer import render
 from tests.planner import small
+from tests.planner.small import render
 
 pytestmark = pytest.mark.unit
 

@@ -5,7 +5,7 @@ import pytest
 
 from acestep_jax.errors import InputError
 from acestep_jax.planner import timestamps
-from acestep_jax.planner.timestamps import Line, Timestamps, lines_of, lyric_score, tag_mask, token_times, warp
+from acestep_jax.planner.timestamps import TimedText, Timestamps, lines_of, lyric_score, tag_mask, token_times, warp
 from tests.parity import normal
 
 pytestmark = pytest.mark.unit
@@ -92,14 +92,18 @@ def test_lines():
     texts = ["[", "Verse", "]\n", "We", " sing", ".\n", "\n", " Oh"]
     times = np.stack([np.arange(8) * 10.12345, np.arange(8) * 10.12345 + 5], 1)
     found = lines_of(texts, times)
-    assert found == [Line(0.0, 25.247, "[Verse]"), Line(30.37, 55.617, "We sing."), Line(70.864, 75.864, "Oh")]
+    assert found == [
+        TimedText(0.0, 25.247, "[Verse]"),
+        TimedText(30.37, 55.617, "We sing."),
+        TimedText(70.864, 75.864, "Oh"),
+    ]
     assert tag_mask(texts).tolist() == [True, True, True, False, False, False, False, False]
     assert Timestamps(tuple(found), 0.5, 0.5).lrc() == "[00:00.00][Verse]\n[00:30.37]We sing.\n[01:10.86]Oh\n"
 
 
 def test_lrc_file(tmp_path):
     file = tmp_path / "song.lrc"
-    made = Timestamps((Line(61.5, 62.0, "Ô mer"),), 0.5, 0.5)
+    made = Timestamps((TimedText(61.5, 62.0, "Ô mer"),), 0.5, 0.5)
     assert timestamps.write_lrc(file, made) == file
     assert file.read_text(encoding="utf-8") == "[01:01.50]Ô mer\n"
     with pytest.raises(InputError, match="song.lrc"):

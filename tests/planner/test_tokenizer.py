@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from acestep_jax import InputError
-from acestep_jax.planner.tokenizer import Mark, PlannerTokenizer, render
+from acestep_jax.planner.tokenizer import Mark, PlannerTokenizer
 from tests.planner import small
+from tests.planner.small import render
 from tests.qwen import real_vocabulary
 
 pytestmark = pytest.mark.unit
@@ -139,7 +140,7 @@ def test_real_vocabulary_has_the_grammar(qwen):
     found = Grammar(qwen[0])
     print(f"{time.process_time() - start:.2f} s of CPU, tables {found.tables.candidates.shape}")
     known = Known(bpm=300, keyscale="Bb minor", timesignature="6", duration=600, language="yue")
-    songs = found.songs([known], caption=True, genres=True, lyrics=True)
+    songs = found.fixed_fields([known], caption=True, genres=True, lyrics=True)
     chain = songs.chain[0][songs.chain[0] >= 0]
     assert qwen[0].decode(chain) == " 300\n 600\n Bb minor\n yue\n 6\n" and len(chain) < CHAIN
     assert found.longest(caption=True, genres=False, lyrics=False) < 768

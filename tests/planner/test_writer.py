@@ -94,12 +94,10 @@ def test_a_song_does_not_depend_on_its_batch(planner):
     known = [metadata_of(song) for song in SONGS]
     codes = planner.write_codes(SONGS, known, seeds=seeds, sampling=SAMPLING)
     assert [len(one) for one in codes] == [52, 60, 60]
-    for i in (0, 2):
-        assert (
-            planner.write_metadata(SONGS[i : i + 1], seeds=seeds[i : i + 1], sampling=SAMPLING) == together[i : i + 1]
-        )
-    (alone,) = planner.write_codes(SONGS[:1], known[:1], seeds=seeds[:1], sampling=SAMPLING)
-    np.testing.assert_array_equal(alone, codes[0])
+    # The second: not the first row, and padded, as its prompt fits a smaller bucket.
+    assert planner.write_metadata(SONGS[1:2], seeds=seeds[1:2], sampling=SAMPLING) == together[1:2]
+    (alone,) = planner.write_codes(SONGS[1:2], known[1:2], seeds=seeds[1:2], sampling=SAMPLING)
+    np.testing.assert_array_equal(alone, codes[1])
     assert len(set(together)) == 3 and together[1].bpm == 128 and together[1].language == "de"
 
 
@@ -189,15 +187,15 @@ def test_another_attempt_draws_other_codes(planner, monkeypatch):
 
 
 def test_pieces_write_what_one_call_does(planner):
-    """Across the edges of windows, with reports of progress."""
-    song = dataclasses.replace(WRITTEN, duration=80)
+    """With reports of progress. Across the edges of windows, `test_generate.py` has it."""
+    song = dataclasses.replace(WRITTEN, duration=12)
     reports = []
     (whole,) = planner.write_codes([WISH], [song], seeds=[7], sampling=SAMPLING)
     (pieces,) = planner.write_codes(
         [WISH], [song], seeds=[7], sampling=SAMPLING, on_progress=lambda made, most: reports.append((made, most))
     )
     np.testing.assert_array_equal(pieces, whole)
-    assert reports == [(made, 400) for made in [*range(32, 400, 32), 400]]
+    assert reports == [(32, 60), (60, 60)]
     ended = []
     text = planner.write_metadata([WISH], seeds=[7], sampling=SAMPLING)
     assert (

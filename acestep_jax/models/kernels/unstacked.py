@@ -1,5 +1,6 @@
 """Layers in the form that a GPU runs fastest: each layer has its own arrays, and linear layers with the same input are
-fused. The planner on a CPU fuses them, too.
+fused. On a GPU, the planner is split into such layers when it is loaded; on a CPU, its linear layers with the same
+input are fused, see `kernels.stack`.
 
 A network is loaded, trained and saved with stacks of weights [L, in, out], and loops over them. On GPUs, XLA's matrix
 products do not read a slice of a stack in place: the loop first copies the weights of each layer, in every denoising
@@ -47,25 +48,31 @@ def unstacking_pays(needed: int, limit: int | None) -> bool:
     return platform() == "gpu" and limit is not None and needed <= 0.75 * limit
 
 
-def unstack(layers: nnx.Module, groups: Sequence[tuple[str, ...]] = ()) -> nnx.List:
+def unstack(layers: nnx.Module, groups: Sequence[tuple[str, ...]] = (), *, consume: bool = False) -> nnx.List:
     """Return the layers of a stack as separate modules with their own arrays, for inference only.
 
     Args:
         layers: leaves [L, ...].
         groups: dotted names of linear layers with the same input. The layers of a group are fused, unless one of them
             has an adapter, or only some are quantised.
+        consume: whether to drop each stack as soon as its rows exist, which leaves `layers` unusable.
     """
     graph, state = nnx.split(layers)
-    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+    paths, variables = zip(*nnx.to_flat_state(state), strict=True)
 
     def row(variable: nnx.Variable, i: int) -> nnx.Variable:
         axes = variable.get_metadata("out_sharding", None)
         return variable.replace(variable[...][i], out_sharding=axes and axes[1:])
 
-    count = jax.tree.leaves(state)[0].shape[0]
+    columns = []
+    for variable in variables:
+        columns.append([row(variable, i) for i in range(variable.shape[0])])
+        if consume:
+            variable.set_value(columns[-1][0][...])
     rows = nnx.List()
-    for i in range(count):
-        layer = nnx.merge(graph, jax.tree.map(lambda v, i=i: row(v, i), state, is_leaf=is_variable))
+    for _ in range(len(columns[0])):
+        variables = [column.pop(0) for column in columns]  # so that what is fused is dropped layer by layer
+        layer = nnx.merge(graph, nnx.from_flat_state(zip(paths, variables, strict=True)))
         for names in groups:
             fuse(layer, names)
         rows.append(layer)
