@@ -1,6 +1,7 @@
 """The metadata of an argument, and the checks, help texts and messages derived from it.
 
-An argument is a field of `request.Request` or `request.Sampling`; its `Argument` is the field's metadata.
+An argument is a field of `request.Request`, `request.Planning` or `request.Sampling`; its `Argument` is the field's
+metadata.
 """
 
 import dataclasses
@@ -145,7 +146,7 @@ def _check_value(name: str, value: Any, kinds: set[Any], about: Argument) -> Non
         if about.choices and value not in about.choices:
             raise InputError(f"{name}: expected one of {', '.join(about.choices)}, found {value!r}")
         return
-    check_number(name, value, whole=float not in kinds)
+    check_number(name, value, integer=float not in kinds)
     number: Any = value
     low, high = about.minimum, about.maximum
     if not (-math.inf if low is None else low) <= number <= (math.inf if high is None else high) or (

@@ -1,6 +1,4 @@
-"""Sound, latents and audio codes, each made of the others by the networks of a loaded model, without a song being made
-of them.
-"""
+"""Conversion between audio, latents and audio codes by the networks of a loaded model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +16,8 @@ from acestep_jax.loaded import LoadedModel
 from acestep_jax.request import Audio
 
 
-class ConvertingModel(LoadedModel):
-    """A loaded model that converts between sound, latents and audio codes."""
+class CodecModel(LoadedModel):
+    """A loaded model that converts between audio, latents and audio codes."""
 
     def song_to_codes(self, song: Audio) -> np.ndarray:
         """Return the audio codes of a song, [n] int32, 5 for each second.
@@ -117,4 +115,5 @@ class ConvertingModel(LoadedModel):
         size = codebook_size(self.configs)
         if size is None:
             raise InputError("the checkpoint has no audio tokenizer and detokenizer; convert one that has them")
+        self.need("condition_encoder")  # its silence fills up the last code
         return size

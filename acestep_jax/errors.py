@@ -13,10 +13,10 @@ class InputError(ValueError):
     """
 
 
-def check_number(name: str, value: Any, *, whole: bool = False) -> None:
-    """Raise InputError unless the value is a number; with `whole`, a whole number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
-        raise InputError(f"{name}: expected a {'whole ' if whole else ''}number, found {value!r}")
+def check_number(name: str, value: Any, *, integer: bool = False) -> None:
+    """Raise InputError unless the value is a number; with `integer`, a whole number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if integer else numbers.Real):
+        raise InputError(f"{name}: expected a {'whole ' if integer else ''}number, found {value!r}")
 
 
 def check_text(name: str, value: Any) -> None:

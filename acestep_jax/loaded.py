@@ -232,9 +232,10 @@ class LoadedModel:
             name: one for each adapter; None: the name of its folder, followed by -2, -3, ... if that name is taken.
 
         Raises:
-            InputError: if there is no adapter, it is damaged or for another model, a scale is not a finite number, or a
-                name is taken.
+            InputError: if there is no adapter, it is damaged or for another model, a scale is not a finite number, a
+                name is taken, or the model was loaded without a transformer.
         """
+        self.need("transformer")
         with self.on_mesh():
             self._loaded = self._loaded.load(adapters, scale, name)
 

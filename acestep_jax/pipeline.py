@@ -6,7 +6,7 @@ The keyword names are those of diffusers' `AceStepPipeline`.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -19,6 +19,8 @@ from acestep_jax.distributed import on_host, spans_processes
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import ineffective, programs, sources
 from acestep_jax.inputs.collate import (
+    Batch,
+    Schedule,
     check_sampling,
     collate,
     draw_retake_seeds,
@@ -33,6 +35,7 @@ from acestep_jax.inputs.prepare import Job, prepare
 from acestep_jax.inputs.prompt import PAD
 from acestep_jax.inputs.settings import compat_of, defaults_of, settled
 from acestep_jax.inputs.torch_arguments import from_torch
+from acestep_jax.models.config import TransformerConfig
 from acestep_jax.planner import timestamps
 from acestep_jax.planner.plan import Plan
 from acestep_jax.planner.plans import describe_codes
@@ -41,6 +44,17 @@ from acestep_jax.planning import PlanningModel, split_planning
 from acestep_jax.request import MAX_DURATION, MIN_DURATION, Arguments, Audio, Request, Sampling
 from acestep_jax.settings import with_own_settings
 from acestep_jax.song import AudioPipelineOutput, Song
+
+NETWORKS = ("transformer", "condition_encoder", "text_encoder", "vae")  # what every song needs
+
+
+class _Drawn(NamedTuple):
+    """What is random in a padded batch of B songs."""
+
+    seeds: list[int | None]
+    retake_seeds: list[int | None]
+    keys: jax.Array  # [B]
+    noise: np.ndarray  # [B, frames, C] float32
 
 
 class AceStepPipeline(PlanningModel):
@@ -109,6 +123,7 @@ class AceStepPipeline(PlanningModel):
             InputError: if the request cannot be fulfilled.
             OSError: if a sound file cannot be read.
         """
+        self.need("vae")
         return prepare(request, self.configs, self.need("tokenizer"), sampling, self.sampling_defaults)
 
     @with_own_settings
@@ -141,89 +156,119 @@ class AceStepPipeline(PlanningModel):
         if not jobs:
             return []
         check_sampling(jobs, sampling)
-        transformer = self.need("transformer")
-        config = transformer.config
-        given, sampling = sampling, settled(sampling, config, defaults_of(sampling, config, self.sampling_defaults))
-        ineffective.warn_of_sampling(ineffective.Batch(jobs, given, sampling, config.turbo))
-        schedule = sampling_schedule(sampling, turbo=config.turbo)
-        times, _, scale = schedule
-        steps, count, joint = len(times) - 1, len(jobs), spans_processes(self.mesh)
-        # One song is replicated over the mesh; a batch is padded with copies of its last song.
-        multiple = 1 if self.mesh is None or count == 1 else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        retake_seeds, copies = draw_retake_seeds(jobs, joint=joint), -count % multiple
-        jobs = [*jobs, *[jobs[-1]] * copies]
-        pad = None
-        if sampling.attend_to_padding:
-            pad = self.need("tokenizer").token_to_id(PAD) or 0
-            warn_of_padding(jobs, self.need("condition_encoder").config.sliding_window)
-        batch = collate(jobs, pad=pad)
-        edited, sampled = jobs[0].edited, sampling.posterior == "sample"
-        draws_noise = sampling.solver in STOCHASTIC or edited or sampled
-        seeds, keys = draw_seeds(jobs, needed=draws_noise, joint=joint)
-        dtype = transformer.runtime.dtype
-        drawn = initial_noise(
-            jobs,
-            seeds,
-            keys,
-            sampling.noise,
-            frames=batch.frames,
-            channels=config.audio_acoustic_hidden_dim,
-            dtype=dtype,
-            retake_seeds=[*retake_seeds, *[retake_seeds[-1]] * copies],
-        )
-        method = denoise.Method(
-            solver=sampling.solver,
-            guidance=sampling.guidance if scale > 1 else None,
-            blend=batch.plain is not None and sampling.cover_mode == "blend",
-            euler_end=config.turbo and compat_of(sampling).turbo_ends_with_euler,
-            wavelet=sampling.dcw_wavelet,
-            edit_draws=sampling.flow_edit_n_avg if edited else 0,
-        )
-        with self.on_mesh(), _progress_bar(steps + 2) as bar:
+        transformer, *_ = map(self.need, NETWORKS)
+        given, sampling = sampling, self._settled(sampling)
+        ineffective.warn_of_sampling(ineffective.Batch(jobs, given, sampling, transformer.config.turbo))
+        schedule = sampling_schedule(sampling, turbo=transformer.config.turbo)
+        padded = self._pad(jobs)
+        batch = self._collate(padded, sampling)
+        method = _method(jobs[0], batch, sampling, schedule, transformer.config)
+        drawn = self._draw(jobs, padded, batch.frames, sampling)
+        with self.on_mesh(), _progress_bar(len(schedule.times) + 1) as bar:
             bar.set_description("encoding")
-            sample_keys = keys if sampled else None
-            with self.placement.stage(self.networks) as networks:
-                clean_and_source = sources.source_latents(networks, jobs, batch.frames, drawn.shape[2], sample_keys)
-                conditions = sources.conditions(
-                    networks,
-                    batch,
-                    sources.references(networks, jobs, sample_keys),
-                    self._silent_timbre(jobs, networks),
-                    attend_to_padding=bool(sampling.attend_to_padding),
-                )
-                jax.block_until_ready(conditions)
-            inputs = loop_inputs(jobs, batch, sampling, schedule, drawn, clean_and_source, conditions, keys, method)
+            inputs, clean = self._encode(padded, batch, sampling, schedule, method, drawn)
             bar.update()
             bar.set_description("denoising")
             x = self._denoise(inputs, method, bar, on_step, should_stop)
             if sampling.latent_rescale != 1 or sampling.latent_shift != 0:
                 x = x * np.float32(sampling.latent_rescale) + np.float32(sampling.latent_shift)
-            audios = originals = None
-            latents = [row[: job.frames] for row, job in zip(np.asarray(on_host(x)), jobs, strict=True)]
-            sources.check_songs(jobs[:count], seeds, latents, "of the latents, after denoising,")
+            latents = [row[: job.frames] for row, job in zip(np.asarray(on_host(x)), jobs, strict=False)]
+            sources.check_songs(jobs, drawn.seeds, latents, "of the latents, after denoising,")
+            audios: list[np.ndarray | None] = [None] * len(jobs)
             if output_type == "np":
                 bar.set_description("decoding")
-                with self.placement.stage(self.networks) as networks:
-                    audios = on_host(programs.decode(networks["vae"], x, batch.lengths, ~batch.keeps_source))
-                    originals = sources.decoded_sources(networks, jobs, clean_and_source[0], batch.lengths)
-                audios = [row[:, : job.samples] for row, job in zip(audios, jobs, strict=True)]
-                sources.check_songs(jobs[:count], seeds, audios, "of the audio, after decoding,")
+                audios = [*self._decode(jobs, batch, x, clean, drawn.seeds)]
             bar.update()
             bar.set_description("done")
         return [
             Song(
-                audio=None
-                if audios is None
-                else sources.finished(
-                    job, audios[i], self.need("vae").config, None if originals is None else originals[i]
-                ),
-                latents=latents[i].copy(),
+                audio=audio,
+                latents=its_latents.copy(),
                 sample_rate=self.sample_rate,
-                seed=seeds[i],
-                retake_seed=retake_seeds[i],
+                seed=seed,
+                retake_seed=retake_seed,
             )
-            for i, job in enumerate(jobs[:count])
+            for audio, its_latents, seed, retake_seed in zip(
+                audios, latents, drawn.seeds, drawn.retake_seeds, strict=False
+            )
         ]
+
+    def _pad(self, jobs: Sequence[Job]) -> list[Job]:
+        """Return a batch padded for the mesh with copies of its last song. One song is replicated over the mesh."""
+        multiple = 1 if self.mesh is None or len(jobs) == 1 else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return [*jobs, *[jobs[-1]] * (-len(jobs) % multiple)]
+
+    def _collate(self, padded: Sequence[Job], sampling: Sampling) -> Batch:
+        """Return the arrays of a batch; warn of padding that diffusers would attend to in another way."""
+        if not sampling.attend_to_padding:
+            return collate(padded)
+        warn_of_padding(padded, self.need("condition_encoder").config.sliding_window)
+        return collate(padded, pad=self.need("tokenizer").token_to_id(PAD) or 0)
+
+    def _draw(self, jobs: Sequence[Job], padded: Sequence[Job], frames: int, sampling: Sampling) -> _Drawn:
+        """Draw the seeds that were not given, and the initial noise."""
+        joint = spans_processes(self.mesh)
+        retake_seeds = draw_retake_seeds(jobs, joint=joint)
+        retake_seeds += [retake_seeds[-1]] * (len(padded) - len(jobs))
+        needed = sampling.solver in STOCHASTIC or padded[0].edited or sampling.posterior == "sample"
+        seeds, keys = draw_seeds(padded, needed=needed, joint=joint)
+        transformer = self.need("transformer")
+        noise = initial_noise(
+            padded,
+            seeds,
+            keys,
+            sampling.noise,
+            frames=frames,
+            channels=transformer.config.audio_acoustic_hidden_dim,
+            dtype=transformer.runtime.dtype,
+            retake_seeds=retake_seeds,
+        )
+        return _Drawn(seeds, retake_seeds, keys, noise)
+
+    def _encode(
+        self,
+        padded: Sequence[Job],
+        batch: Batch,
+        sampling: Sampling,
+        schedule: Schedule,
+        method: denoise.Method,
+        drawn: _Drawn,
+    ) -> tuple[denoise.Inputs, np.ndarray]:
+        """Encode texts, references and sources; return the inputs of the loop, and the latents of the sources
+        [B, frames, C] float32."""
+        sample_keys = drawn.keys if sampling.posterior == "sample" else None
+        with self.placement.stage(self.networks) as networks:
+            latents = sources.source_latents(networks, padded, batch.frames, drawn.noise.shape[2], sample_keys)
+            conditions = sources.conditions(
+                networks,
+                batch,
+                sources.references(networks, padded, sample_keys),
+                self._silent_timbre(padded, networks),
+                attend_to_padding=bool(sampling.attend_to_padding),
+            )
+            jax.block_until_ready(conditions)
+        inputs = loop_inputs(padded, batch, sampling, schedule, drawn.noise, latents, conditions, drawn.keys, method)
+        return inputs, latents[0]
+
+    def _decode(
+        self, jobs: Sequence[Job], batch: Batch, x: jax.Array, clean: np.ndarray, seeds: Sequence[int | None]
+    ) -> list[np.ndarray]:
+        """Return the audio of each song, [channels, samples] float32; outside of its regions, that of its source."""
+        with self.placement.stage(self.networks) as networks:
+            made = on_host(programs.decode(networks["vae"], x, batch.lengths, ~batch.keeps_source))
+            originals = sources.decoded_sources(networks, jobs, clean, batch.lengths)
+        audios = [row[:, : job.samples] for row, job in zip(made, jobs, strict=False)]
+        sources.check_songs(jobs, seeds, audios, "of the audio, after decoding,")
+        config = self.need("vae").config
+        return [
+            sources.finished(job, audio, config, None if originals is None else originals[i])
+            for i, (job, audio) in enumerate(zip(jobs, audios, strict=True))
+        ]
+
+    def _settled(self, sampling: Sampling) -> Sampling:
+        """Return the sampling with the defaults of its `compat`, the variant and the checkpoint in place of None."""
+        config = self.need("transformer").config
+        return settled(sampling, config, defaults_of(sampling, config, self.sampling_defaults))
 
     def _silent_timbre(self, jobs: Sequence[Job], placed: Mapping[str, Any]) -> jax.Array | None:
         """Return the timbre of songs without a reference; None if each song has one."""
@@ -284,13 +329,16 @@ class AceStepPipeline(PlanningModel):
             sampling: how the song was sampled.
 
         Raises:
-            InputError: if the request has no lyrics, the song has another length, or the attention heads of this model
-                that follow the lyrics are unknown, as for XL models.
+            InputError: if the request has no lyrics, the song has another length, or the alignment heads of this model
+                are unknown, as for XL models.
             OSError: if there is no such file.
         """
+        for name in NETWORKS:
+            self.need(name)
         request = request.request() if isinstance(request, Plan) else request
-        steps = settled(sampling, None, self.defaults).num_inference_steps
-        assert steps is not None
+        # A cover that starts late leaves steps out, but does not make the others longer.
+        complete = dataclasses.replace(self._settled(sampling), cover_noise_strength=0.0, guidance_scale=1.0)
+        times = sampling_schedule(complete, turbo=self.need("transformer").config.turbo).times
         with self.on_mesh(), self.placement.stage(self.networks) as networks:
             if isinstance(song, Song):
                 latents = song.latents
@@ -308,7 +356,21 @@ class AceStepPipeline(PlanningModel):
                 request = dataclasses.replace(request, audio_duration=seconds)
             job = self.prepare(request, sampling)
             silent = self._silent_timbre([job], networks)
-            return timestamps.align(networks, self.need("tokenizer"), job, latents, silent, steps=steps)
+            return timestamps.align(networks, self.need("tokenizer"), job, latents, silent, steps=len(times) - 1)
+
+
+def _method(
+    first: Job, batch: Batch, sampling: Sampling, schedule: Schedule, config: TransformerConfig
+) -> denoise.Method:
+    """Return the static choices of the denoising loop. `first`: the first job; FlowEdit applies to all or none."""
+    return denoise.Method(
+        solver=sampling.solver,
+        guidance=sampling.guidance if schedule.scale > 1 else None,
+        blend=batch.plain is not None and sampling.cover_mode == "blend",
+        euler_end=config.turbo and compat_of(sampling).turbo_ends_with_euler,
+        wavelet=sampling.dcw_wavelet,
+        edit_draws=sampling.flow_edit_n_avg if first.edited else 0,
+    )
 
 
 def _progress_bar(total: int) -> tqdm:

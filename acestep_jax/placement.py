@@ -92,7 +92,7 @@ class Placement:
         try:
             made = jax.block_until_ready(_unstack(transformer))
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             logger.warning(
                 "no memory for a second copy of the transformer's layers, %.1f GB: denoising copies the weights of "
@@ -199,3 +199,8 @@ def first_device() -> Any:
 def memory_limit(device: Any) -> int | None:
     """Return the number of bytes that JAX may use on a device; None if it is not known, as on a CPU."""
     return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error means that the device is out of memory."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)

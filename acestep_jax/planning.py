@@ -9,7 +9,7 @@ from typing import Any, overload
 import jax
 from tqdm import tqdm
 
-from acestep_jax.converting import ConvertingModel
+from acestep_jax.converting import CodecModel
 from acestep_jax.distributed import spans_processes
 from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
@@ -22,7 +22,7 @@ from acestep_jax.placement import first_device, memory_limit
 from acestep_jax.planner.plan import Plan
 from acestep_jax.planner.plans import seeds_of, write_plans
 from acestep_jax.planner.tokenizer import PlannerTokenizer
-from acestep_jax.planner.writer import Planner, Progress
+from acestep_jax.planner.writer import Planner, ProgressCallback
 from acestep_jax.request import Planning, Request, Sampling, split
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 Wish = str | Request | Plan
 
 
-class PlanningModel(ConvertingModel):
+class PlanningModel(CodecModel):
     """A loaded model whose planner, if it has one, is loaded on first use."""
 
     _planner: Planner | None = None
@@ -91,11 +91,12 @@ class PlanningModel(ConvertingModel):
         if limit is None or self._planner is None or self._is_given:
             return False
         network = self._planner.model
-        mine = sum(leaf.nbytes for leaf in jax.tree.leaves(network))
+        planner_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(network))
         kind = self.transformer.runtime.quantization if self.transformer is not None else None
         needed = needed_bytes(self.configs, network.runtime.param_dtype, jax.default_backend(), quantization=kind)
         needed += self.placement.second_copy
-        return self.placement.offloads or mine + needed > limit * (self.mesh.size if self.mesh is not None else 1)
+        devices = 1 if self.mesh is None else self.mesh.size
+        return self.placement.offloads or planner_bytes + needed > limit * devices
 
     @overload
     def plan(self, wish: Wish, **keywords: Any) -> Plan: ...
@@ -107,7 +108,7 @@ class PlanningModel(ConvertingModel):
         *,
         instrumental: bool = False,
         codes: bool = True,
-        on_progress: Progress | None = None,
+        on_progress: ProgressCallback | None = None,
         should_stop: Callable[[], bool] | None = None,
         **keywords: Any,
     ) -> Plan | list[Plan]:
@@ -182,7 +183,7 @@ class PlanningModel(ConvertingModel):
         finished: Collection[int] = (),
         seeds: Sequence[int] | None = None,
         keep: bool = False,
-        on_progress: Progress | None = None,
+        on_progress: ProgressCallback | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[tuple[Request, Plan | None]]:
         """Return each request together with its plan, or unchanged if it is not planned, see `Planning.thinking`.
@@ -219,17 +220,18 @@ class PlanningModel(ConvertingModel):
             )
         if not (codes := codebook_size(self.configs) is not None):
             logger.warning("thinking: this model has no audio tokenizer, so the planner writes only text, no codes")
-        mine, joint = [requests[i] for i in chosen], spans_processes(self.mesh)
-        if any(request.seed is None for request in mine):  # the plan and the noise of a song share one seed
-            fresh = seeds_of(mine, Planning(), joint=joint)
-            mine = [
-                r if r.seed is not None else dataclasses.replace(r, seed=s) for r, s in zip(mine, fresh, strict=True)
+        planned_requests, joint = [requests[i] for i in chosen], spans_processes(self.mesh)
+        if any(request.seed is None for request in planned_requests):  # the plan and the noise of a song share one seed
+            fresh = seeds_of(planned_requests, Planning(), joint=joint)
+            planned_requests = [
+                r if r.seed is not None else dataclasses.replace(r, seed=s)
+                for r, s in zip(planned_requests, fresh, strict=True)
             ]
         try:
             with self.on_mesh(), _watched(on_progress) as progress:
                 plans = write_plans(
                     self.planner,
-                    mine,
+                    planned_requests,
                     planning if codes else dataclasses.replace(planning, best_of=1),
                     codes=codes,
                     seeds=None if seeds is None else [seeds[i] for i in chosen],
@@ -244,13 +246,13 @@ class PlanningModel(ConvertingModel):
             return made
         if not keep:
             self.free_if_needed()
-        for i, request, plan in zip(chosen, mine, plans, strict=True):
+        for i, request, plan in zip(chosen, planned_requests, plans, strict=True):
             made[i] = plan.request(request), plan
         return made
 
 
 @contextlib.contextmanager
-def _watched(on_progress: Progress | None) -> Iterator[Progress | None]:
+def _watched(on_progress: ProgressCallback | None) -> Iterator[ProgressCallback | None]:
     """Yield a progress callback: `on_progress`, or one that updates a progress bar. Several processes must run the same
     programs, and only one would have a bar, so they have none."""
     if on_progress is not None or jax.process_count() > 1:

@@ -11,6 +11,7 @@ import jax
 from acestep_jax.cli import codes, convert, generate, info, plan, serve, train, warm
 from acestep_jax.cli.parser import Parser
 from acestep_jax.errors import InputError, Preempted
+from acestep_jax.placement import is_out_of_memory
 from acestep_jax.preemption import EXIT_CODE
 
 MODULES = (generate, plan, codes, serve, convert, train, warm, info)  # each adds its commands to the parser
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         package = f"acestep-jax[{extra}]" if extra else "acestep-jax"
         message = f"{error.name} is not installed; run pip install '{package}'"
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         message = OUT_OF_MEMORY
     except KeyboardInterrupt:

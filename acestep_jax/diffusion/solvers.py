@@ -176,12 +176,3 @@ def advance(
         return State(made, momentum, (v, past[0])), None
 
     return jax.lax.scan(step, state, i + jnp.arange(n))[0]
-
-
-def integrate(velocity: Velocity, x: jax.Array, times: jax.Array, *, momentum: Any = None, **options: Any) -> jax.Array:
-    """Integrate dx/dt = v from times[0] to times[-1]; return x there, [B, T, C].
-
-    Args:
-        options: see `advance`.
-    """
-    return advance(velocity, start(x, momentum), times, 0, times.shape[0] - 1, **options).x

@@ -56,6 +56,14 @@ class Batch(NamedTuple):
         return self.mask.shape[1]
 
 
+class Schedule(NamedTuple):
+    """The steps of the loop, see `sampling_schedule`."""
+
+    times: np.ndarray  # [N + 1] float32, decreasing to 0
+    guided: np.ndarray  # [N + 1] bool, whether guidance applies
+    scale: float  # of guidance; 1 for none
+
+
 def collate(jobs: Sequence[Job], *, pad: int | None = None) -> Batch:
     """Return the arrays of a batch.
 
@@ -139,8 +147,8 @@ def warn_of_padding(jobs: Sequence[Job], window: int) -> None:
         )
 
 
-def sampling_schedule(sampling: Sampling, *, turbo: bool) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return the times [N + 1] float32, whether guidance applies at each [N + 1] bool, and the guidance scale.
+def sampling_schedule(sampling: Sampling, *, turbo: bool) -> Schedule:
+    """Return the times of the steps, where guidance applies, and its scale.
 
     Args:
         sampling: settled, see `inputs.settings`.
@@ -168,7 +176,7 @@ def sampling_schedule(sampling: Sampling, *, turbo: bool) -> tuple[np.ndarray, n
     if turbo and scale > 1:
         logger.warning("guidance_scale %s is ignored: guidance is distilled into turbo models", scale)
         scale = 1.0
-    return times, guided, float(scale)
+    return Schedule(times, guided, float(scale))
 
 
 def blend_weights(jobs: Sequence[Job], frames: int, width: int) -> np.ndarray:

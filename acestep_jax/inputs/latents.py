@@ -1,4 +1,4 @@
-"""Latents that a request brings along in place of sound: read, checked, and laid out as sound would be.
+"""Latents given instead of audio: read, checked, and laid out as audio would be.
 
 A file holds [frames, channels] float32, little-endian, without a header: what the server gives as `I.latents`, and
 acestep.cpp as `.vae`.

@@ -8,7 +8,7 @@ import numpy as np
 from acestep_jax.diffusion import dcw, flow_edit
 from acestep_jax.diffusion.denoise import Condition, Inputs, Method
 from acestep_jax.diffusion.solvers import STOCHASTIC
-from acestep_jax.inputs.collate import Batch, blend_weights
+from acestep_jax.inputs.collate import Batch, Schedule, blend_weights
 from acestep_jax.inputs.prepare import Job
 from acestep_jax.request import Sampling
 
@@ -19,7 +19,7 @@ def loop_inputs(
     jobs: Sequence[Job],
     batch: Batch,
     sampling: Sampling,
-    schedule: tuple[np.ndarray, np.ndarray, float],
+    schedule: Schedule,
     noise: np.ndarray,
     latents: tuple[np.ndarray, np.ndarray],
     conditions: tuple[Condition, Condition | None, Condition | None],
@@ -30,7 +30,6 @@ def loop_inputs(
 
     Args:
         sampling: settled, see `inputs.settings`.
-        schedule: as `sampling_schedule` returns it.
         noise: [B, T, C] float32.
         latents: as `source_latents` returns them.
         conditions: as `sources.conditions` returns them.

@@ -206,7 +206,7 @@ def prepare(
     tracks = request.track_name or request.complete_track_classes
     instruction = tasks.instruction(task_type, [tracks] if isinstance(tracks, str) else tracks)
     instruction, caption = request.instruction or instruction, request.prompt
-    if _stems(configs):
+    if is_for_stems(configs):
         caption = stems_caption(
             caption, request.global_caption, instruction, explicit=sampling.chunk_mask_mode == "explicit"
         )
@@ -291,11 +291,11 @@ def _check_edit(request: Request, configs: Mapping[str, Any]) -> None:
         raise InputError(
             "audio_cover_strength: expected 1 with flow_edit_morph, which has no text2music part; leave it out"
         )
-    if request.global_caption and not _stems(configs):
+    if request.global_caption and not is_for_stems(configs):
         raise InputError("global_caption: only for models fine-tuned on stems; leave it out, or say it in the prompt")
 
 
-def _stems(configs: Mapping[str, Any]) -> bool:
+def is_for_stems(configs: Mapping[str, Any]) -> bool:
     """Return whether the model was fine-tuned on stems."""
     return "transformer" in configs and configs["transformer"].is_lego_sft
 

@@ -211,7 +211,7 @@ def decoded_sources(networks: Networks, jobs: Sequence[Job], clean: np.ndarray, 
     keeps such a source. `clean`: see `source_latents`."""
     if not any(job.keeps_source and job.source_latents is not None for job in jobs):
         return None
-    return on_host(programs.decode(networks["vae"], clean, lengths, np.zeros(len(jobs), bool)))
+    return on_host(programs.decode(networks["vae"], clean, lengths, np.zeros(len(lengths), bool)))
 
 
 def finished(job: Job, made: np.ndarray, vae: AutoencoderConfig, source: np.ndarray | None = None) -> np.ndarray:

@@ -228,7 +228,7 @@ def _read_lokr(raw: str, parts: dict[str, _Tensor], source: _Source) -> _Module:
     for name in ("w1", "w2"):
         if name in parts:
             _need(raw, parts, {name: f"lokr_{name}"}, source)
-            whole = parts[name].read()
+            matrix = parts[name].read()
         else:
             low = [f"{name}_a", f"{name}_b"]
             _need(raw, parts, {part: f"lokr_{part} (or lokr_{name})" for part in low}, source)
@@ -236,8 +236,8 @@ def _read_lokr(raw: str, parts: dict[str, _Tensor], source: _Source) -> _Module:
             if rank != rows or not rank:
                 raise InputError(f"{source.file}: lokr_{name} of {raw} has ranks {rank} and {rows}, expected one rank")
             a, b = (parts[part].read().astype(np.float64) for part in low)
-            whole = (a @ b).astype(np.float32)
-        found[f"lokr_{name}"] = whole.T
+            matrix = (a @ b).astype(np.float32)
+        found[f"lokr_{name}"] = matrix.T
     return _Module("lokr", found, rank or 1, *_scaling(raw, rank, parts.get("alpha"), source))
 
 

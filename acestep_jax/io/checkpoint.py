@@ -49,7 +49,7 @@ TOKENIZER, WEIGHTS = "tokenizer.json", "weights"
 SMALL_MODEL = Path(__file__).parents[1] / "small_model"  # the checkpoint that comes with the package
 
 BATCH_BYTES = 256 * 2**20  # bytes that `save` writes at once
-ALONE_BYTES = 2**25  # arrays of this size or more get a file of their own, which aligns them, see `io.mapped`
+SEPARATE_BYTES = 2**25  # arrays of this size or more get a file of their own, which aligns them, see `io.mapped`
 
 # Orbax logs every file that it touches, and errors that it also raises.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
@@ -349,16 +349,16 @@ def host_sharding() -> jax.sharding.SingleDeviceSharding:
     return jax.sharding.SingleDeviceSharding(device)
 
 
-def batches(arrays: Iterable[tuple[str, Any]], alone: float = math.inf) -> Iterator[dict[str, Any]]:
+def batches(arrays: Iterable[tuple[str, Any]], separate_from: float = math.inf) -> Iterator[dict[str, Any]]:
     """Group arrays, or their shapes, into batches of `BATCH_BYTES`, because every call of Orbax has a fixed cost.
 
     Args:
-        alone: size in bytes from which an array is a batch by itself.
+        separate_from: size in bytes from which an array is a batch by itself.
     """
     batch, size = {}, 0
     for name, value in arrays:
         own = byte_size(value)
-        if own >= alone:
+        if own >= separate_from:
             single = {name: value}
             del value
             yield single

@@ -15,7 +15,7 @@ import numpy as np
 
 from acestep_jax.errors import InputError
 from acestep_jax.io.checkpoint import (
-    ALONE_BYTES,
+    SEPARATE_BYTES,
     TOKENIZER,
     WEIGHTS,
     batches,
@@ -85,7 +85,7 @@ def save(
         weights = absolute(folder / WEIGHTS)
         context = ocp.Context()
         context.array.saving.use_compression = compress
-        for batch in batches(arrays, ALONE_BYTES):
+        for batch in batches(arrays, SEPARATE_BYTES):
             wanted -= batch.keys()
             with context:
                 ocp.partial.save(weights, nest(batch))  # pyright: ignore[reportArgumentType]

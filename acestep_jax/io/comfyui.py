@@ -67,8 +67,8 @@ def find_variant(name: str, given: str | None) -> str:
     stem = (given or name).lower()
     found = set(_VARIANT.findall(stem))
     if len(found) != 1:
-        said = f"variant: expected turbo, base or sft, found {given!r}" if given else f"{name}: of which variant?"
-        raise InputError(f"{said}; give variant (--variant) turbo, base or sft, which the weights do not tell")
+        problem = f"variant: expected turbo, base or sft, found {given!r}" if given else f"{name}: of which variant?"
+        raise InputError(f"{problem}; give variant (--variant) turbo, base or sft, which the weights do not tell")
     return found.pop()
 
 

@@ -122,12 +122,18 @@ def transport_errors() -> tuple[type[Exception], ...]:
     return (http.TransportError,)
 
 
-def download(wanted: Sequence[tuple[Snapshot, Sequence[str]]], cache: Path, token: str | bool | None) -> None:
+def download(
+    wanted: Sequence[tuple[Snapshot, Sequence[str]]],
+    cache: Path,
+    token: str | bool | None,
+    errors: Callable[[Snapshot], contextlib.AbstractContextManager[None]],
+) -> None:
     """Download the files that are not in the cache, with one progress bar over all of their bytes.
 
     Args:
         wanted: snapshots, each with the paths of the files that are needed.
         token: access token of the hub; None: the stored one, or HF_TOKEN.
+        errors: context in which files of a snapshot are downloaded, which may turn errors into others that name it.
 
     Raises:
         InputError: if the disk is full, before or during the download, or a hash does not match.
@@ -149,7 +155,12 @@ def download(wanted: Sequence[tuple[Snapshot, Sequence[str]]], cache: Path, toke
     ):
         largest_first = sorted(missing, key=lambda item: -item[0].files[item[1]].size)
         transfer = _Transfer(cache, headers, bar.update, stop)
-        jobs = [pool.submit(_fetch, *item, transfer) for item in largest_first]
+
+        def fetch(snapshot: Snapshot, path: str) -> None:
+            with errors(snapshot):
+                _fetch(snapshot, path, transfer)
+
+        jobs = [pool.submit(fetch, *item) for item in largest_first]
         try:
             for job in concurrent.futures.as_completed(jobs):
                 job.result()

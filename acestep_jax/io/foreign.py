@@ -25,7 +25,7 @@ def _describe_file(file: Path) -> str | None:
         return f"a GGUF file, quantised for acestep.cpp and its kind, which is not read; {_SAFETENSORS}"
     if file.suffix in _PICKLES or first.startswith((b"PK\x03\x04", b"\x80")):
         return (
-            f"a pickle of torch, which can hold code and is not read; {_SAFETENSORS}, or load it in torch and save it "
+            f"a PyTorch pickle, which can hold code and is not read; {_SAFETENSORS}, or load it in torch and save it "
             "with safetensors"
         )
     if file.suffix != ".safetensors":

@@ -68,8 +68,7 @@ def locate(
         with hub.one_line_errors(REPOSITORY, None), incomplete_without_network(rest := hub.snapshot(REPOSITORY, None)):
             needed = [path for folder in absent for path in network_files(rest, f"{folder}/")]
             wanted.append((rest, needed))
-    with hub.one_line_errors(id, revision):
-        hub.fetch(wanted)
+    hub.fetch(wanted)
     for fetched, wish in ((snapshot, revision), *([(rest, None)] if rest else [])):
         hub.remember(fetched, wish)
     folders = {

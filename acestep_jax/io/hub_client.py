@@ -75,7 +75,8 @@ class Hub:
         return snapshot
 
     def fetch(self, wanted: Sequence[tuple[Snapshot, Sequence[str]]]) -> None:
-        download(wanted, self.cache, self.token)
+        """Download needed files of one or several snapshots; an error names the repository that it is of."""
+        download(wanted, self.cache, self.token, lambda snapshot: self.one_line_errors(snapshot.id, snapshot.commit))
 
     def remember(self, snapshot: Snapshot, revision: str | None) -> None:
         """Store the commit of a branch or tag, for use without network."""
@@ -119,7 +120,7 @@ class Hub:
                 else f"the cache {self.cache} holds no model"
             )
             raise InputError(
-                f"{id}: not whole in the cache, and {hub} cannot be reached ({error}); {held}. What was downloaded is "
+                f"{id}: incomplete in the cache, and {hub} cannot be reached ({error}); {held}. What was downloaded is "
                 "kept, the same call resumes"
             ) from None
 

@@ -51,8 +51,7 @@ def locate_planner(
             f"{PREFIX}{size or DEFAULT_SIZE}", token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
     folder, needed = found
-    with hub.one_line_errors(id, revision):
-        hub.fetch([(snapshot, needed)])
+    hub.fetch([(snapshot, needed)])
     hub.remember(snapshot, revision)
     name = folder or id.partition("/")[2]
     return Located(

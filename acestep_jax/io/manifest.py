@@ -76,7 +76,7 @@ def read_manifest(path: str | Path, required: Iterable[str] | None = None) -> Ma
     path = as_path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; expected an acestep-jax checkpoint")
-    convert = f"if this is a PyTorch checkpoint, convert it: python -m convert from-torch {path} DST"
+    convert = f"if this is a PyTorch checkpoint, convert it: acestep-jax convert from-torch {path} DST"
     try:
         values = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from acestep_jax.distributed import alone
+from acestep_jax.distributed import run_in_subprocess
 from acestep_jax.errors import InputError
 from acestep_jax.io import cache, conversion, original
 from acestep_jax.io.companions import fetch_companion
@@ -123,7 +123,7 @@ def converted(
 
     def convert(folder: Path, extra: dict[str, Any]) -> None:
         if jax.process_count() > 1:  # Orbax writes with all processes, or in one that is not part of the cluster
-            alone(_convert, open_source, folder, extra)
+            run_in_subprocess(_convert, open_source, folder, extra)
         else:
             conversion.convert(opened or open_source(), folder, extra)
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from acestep_jax.errors import InputError
 from acestep_jax.io import cache
 from acestep_jax.io.files import as_path, is_remote
-from acestep_jax.io.planner import LoadedPlanner, beside, load_planner
+from acestep_jax.io.planner import LoadedPlanner, find_local_planner, load_planner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class PlannerSource:
         if self.named or not is_remote(path) and not path.exists():
             return True
         try:
-            beside(path, None)
+            find_local_planner(path, None)
         except InputError:
             return False
         return True

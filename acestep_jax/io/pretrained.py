@@ -9,7 +9,6 @@ between two tensors.
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from acestep_jax.errors import InputError
 from acestep_jax.io import comfyui, original
+from acestep_jax.io.adapter_names import some
 from acestep_jax.io.checkpoint import load_tokenizer
 from acestep_jax.io.companions import SILENCE, TOKENIZER, Fetch, find_companion
 from acestep_jax.io.foreign import describe
@@ -243,7 +243,7 @@ def _open_file(
         if part in found and path is None:
             raw, where = found[part], file
         else:
-            where = Path(path) if path is not None else _beside(file, part)
+            where = Path(path) if path is not None else _find_part(file, part)
             if where.is_dir():
                 places.append(where)
                 files.append(where / "config.json")
@@ -265,7 +265,7 @@ def _open_file(
     return _Parts(configs, tensors, find_companion(TOKENIZER, places, fetch).parent, files)
 
 
-def _beside(file: Path, part: str) -> Path:
+def _find_part(file: Path, part: str) -> Path:
     """Return the file or folder of a part for the diffusion model `file`, in ComfyUI's folders or next to it."""
     name = comfyui.FILES[part]
     folder = {comfyui.VAE: original.VAE, comfyui.TEXT_ENCODER: original.TEXT_ENCODER}[part]
@@ -318,7 +318,7 @@ def file_tensors(folder: Path, dtype: np.dtype | None) -> dict[str, Tensor]:
     for shard, names in sorted(shards.items()):
         found = read_header(folder / shard, dtype)
         if missing := sorted(names - found.keys()):
-            raise InputError(f"{folder / shard}: {index.name} promises {_some(missing)}, which is not in it")
+            raise InputError(f"{folder / shard}: {index.name} promises {some(missing)}, which is not in it")
         tensors |= found
     return tensors
 
@@ -391,8 +391,3 @@ def fold_weight_norm(tensors: dict[str, Tensor], dtype: np.dtype | None) -> dict
         elif f"{name.removesuffix('_g')}_v" not in tensors:
             raise InputError(f"vae: {name} has no matching weight_v; the checkpoint is incomplete")
     return folded
-
-
-def _some(names: Iterable[str], most: int = 5) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

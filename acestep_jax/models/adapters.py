@@ -28,9 +28,9 @@ from acestep_jax.models.lora import (
     column_norm,
     linear_layers,
     lora_parameter,
+    low_rank_product,
     merge_into,
     parts_of,
-    product,
     replace_layer,
 )
 from acestep_jax.models.quantization import QuantizedLinear, dequantize
@@ -252,13 +252,13 @@ def dora_gain(
     """Return m / |W + s A B|, [..., out] float32. `scale`: scales of a quantised kernel."""
     if kernel.ndim == 3:  # one layer at a time: in float32 a stack takes gigabytes
 
-        def one(layer: tuple) -> jax.Array:
+        def one_layer(layer: tuple) -> jax.Array:
             kernel, a, b, magnitude, scale = layer
             return dora_gain(kernel, a, b, magnitude, scaling, scale)
 
-        return jax.lax.map(one, (kernel, a, b, magnitude, scale))
+        return jax.lax.map(one_layer, (kernel, a, b, magnitude, scale))
     weight = kernel.astype(jnp.float32) if scale is None else dequantize(kernel, scale)
-    return magnitude / column_norm(weight + product(a, b, scaling))
+    return magnitude / column_norm(weight + low_rank_product(a, b, scaling))
 
 
 def _accumulate(x: jax.Array, w: jax.Array, product: Callable = accumulated) -> jax.Array:

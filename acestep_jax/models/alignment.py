@@ -21,7 +21,8 @@ HEADS_2B: Heads = {2: (6,), 3: (10, 11), 4: (3,), 5: (8, 9), 6: (8,)}
 
 
 def alignment_heads(config: TransformerConfig) -> Heads:
-    """Return the heads that follow the singing: the ones in the config, or the known ones of the 2B models.
+    """Return the alignment heads, whose attention follows the singing: those of the config, or the known ones of the 2B
+    models.
 
     Raises:
         InputError: if the config names none and the model has another size, or it names heads that do not exist.
@@ -32,8 +33,8 @@ def alignment_heads(config: TransformerConfig) -> Heads:
         sizes = ("hidden_size", "num_attention_heads", "num_hidden_layers", "encoder_hidden_size")
         if any(getattr(config, name) != getattr(published, name) for name in sizes):
             raise InputError(
-                "timestamps: this transformer's config has no lyric_alignment_layers_config, and the heads that follow "
-                "the lyrics are known only for the 2B models; use one of these, or add the key to config.json"
+                "timestamps: this transformer's config has no lyric_alignment_layers_config, and the alignment heads "
+                "are known only for the 2B models; use one of these, or add the key to config.json"
             )
         return HEADS_2B
     for layer, heads in found.items():

@@ -238,18 +238,20 @@ def parts_of(parameters: Parameters, name: str) -> dict[str, Any]:
     return {part: parameters[leaf] for part in every if (leaf := f"{name}.{part}") in parameters}
 
 
-def product(a: jax.Array, b: jax.Array, scaling: float) -> jax.Array:
+def low_rank_product(a: jax.Array, b: jax.Array, scaling: float) -> jax.Array:
+    """Return s A B in float32 precision, [..., in, out], from A [..., in, r], B [..., r, out] and the scaling s."""
     # The default precision of an accelerator would round the factors to bfloat16.
     return scaling * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def change_of(parts: Mapping[str, jax.Array], scaling: float) -> jax.Array:
+def weight_delta(parts: Mapping[str, jax.Array], scaling: float) -> jax.Array:
     """Return the change of W by an adapter's arrays for one layer, before the magnitude of DoRA."""
     if "lora_a" in parts:
-        return product(parts["lora_a"], parts["lora_b"], scaling)
+        return low_rank_product(parts["lora_a"], parts["lora_b"], scaling)
     if "lokr_w1" in parts:
         return scaling * jnp.kron(parts["lokr_w1"], parts["lokr_w2"])
-    return product(parts["loha_a1"], parts["loha_b1"], scaling) * product(parts["loha_a2"], parts["loha_b2"], 1.0)
+    first = low_rank_product(parts["loha_a1"], parts["loha_b1"], scaling)
+    return first * low_rank_product(parts["loha_a2"], parts["loha_b2"], 1.0)
 
 
 def _merge(kernel: jax.Array, factors: list[dict], scales: list[tuple[float, float]]) -> jax.Array:
@@ -258,7 +260,7 @@ def _merge(kernel: jax.Array, factors: list[dict], scales: list[tuple[float, flo
         return jax.lax.map(lambda layer: _merge(*layer, scales=scales), (kernel, factors))
     base = weight = kernel.astype(jnp.float32)
     for parts, (scaling, scale) in zip(factors, scales, strict=True):
-        change = change_of(parts, scaling)
+        change = weight_delta(parts, scaling)
         if (magnitude := parts.get("lora_magnitude")) is not None:
             adapted = base + change
             change = adapted * (magnitude / column_norm(adapted)) - base

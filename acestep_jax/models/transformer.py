@@ -138,35 +138,39 @@ class AceStepTransformer1DModel(nnx.Module):
         """Predict the velocity at `hidden_states`.
 
         Args:
-            hidden_states: [B, T, 64], the noisy latents x_t.
+            hidden_states: [B, F, 64], the noisy latents x_t.
             timestep: [B], t in [0, 1]; or the result of `embed_time` for both timesteps.
             timestep_r: [B], r, equal to t at inference; None if `timestep` is a result of `embed_time`.
             encoder_hidden_states: [B, S, E], the condition tokens; or the result of `embed_condition`.
-            context_latents: [B, T, 128], source latents and chunk mask.
+            context_latents: [B, F, 128], source latents and chunk mask.
             lengths: [B] int32, number of frames of each item; later frames are padding, and zero in the result.
-                None: T.
+                None: F.
             encoder_lengths: [B] int32, number of valid condition tokens of each item; None: all of them, as in the
                 torch model.
             dropout_key: random key of the attention dropout; None: no dropout.
 
         Returns:
-            [B, T, 64] in the runtime's dtype.
+            [B, F, 64] in the runtime's dtype.
+
+        Raises:
+            ValueError: if a timestep is missing.
         """
         config, frames = self.config, hidden_states.shape[1]
-        if timestep_r is None:
+        if isinstance(timestep, TimeEmbedding):
             temb, modulation = timestep
+        elif timestep_r is None:
+            raise ValueError("timestep_r: expected an array; it may be None only if timestep is a result of embed_time")
         else:
-            assert not isinstance(timestep, TimeEmbedding)
             temb, modulation = self.embed_time(timestep, timestep_r)
         if isinstance(encoder_hidden_states, KeysValues):
             condition, keys_values = None, encoder_hidden_states
         else:
             condition, keys_values = self._embed(encoder_hidden_states), None  # [B, S, D]
 
-        x = jnp.concatenate([context_latents, hidden_states], axis=-1).astype(self.runtime.dtype)  # [B, frames, 192]
+        x = jnp.concatenate([context_latents, hidden_states], axis=-1).astype(self.runtime.dtype)  # [B, F, 192]
         token_lengths = valid = None
         if lengths is not None:
-            valid = (jnp.arange(frames) < lengths[:, None])[:, :, None]  # [B, frames, 1]
+            valid = (jnp.arange(frames) < lengths[:, None])[:, :, None]  # [B, F, 1]
             # For an odd number of frames, half of the last token is then zeros, as without padding.
             x = jnp.where(valid, x, 0)
             token_lengths = (lengths + config.patch_size - 1) // config.patch_size
@@ -194,7 +198,7 @@ class AceStepTransformer1DModel(nnx.Module):
 
         table = self.scale_shift_table[...].astype(x.dtype) + temb[:, None].astype(x.dtype)  # [B, 2, D]
         shift, scale = jnp.split(table, 2, axis=1)  # [B, 1, D] each
-        velocity = self.proj_out_conv(self.norm_out(x) * (1 + scale) + shift)[:, :frames]  # [B, frames, 64]
+        velocity = self.proj_out_conv(self.norm_out(x) * (1 + scale) + shift)[:, :frames]  # [B, F, 64]
         return velocity if valid is None else jnp.where(valid, velocity, 0)
 
     def embed_time(self, timestep: jax.Array, timestep_r: jax.Array) -> TimeEmbedding:
@@ -222,7 +226,7 @@ class AceStepTransformer1DModel(nnx.Module):
 
 
 class Patchify(nnx.Module):
-    """[B, frames, C] -> [B, ceil(frames / P), D]: a convolution with kernel size and stride P, as a matrix product.
+    """[B, F, C] -> [B, ceil(F / P), D]: a convolution with kernel size and stride P, as a matrix product.
 
     The last patch is padded with zeros. kernel: [P, C, D].
     """
