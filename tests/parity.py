@@ -3,9 +3,13 @@
 PyTorch is imported where it is needed, so that unit tests take `normal` and `assert_close` from here without it.
 """
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from acestep_jax.io import checkpoint
 from acestep_jax.models.runtime import Runtime
 
 DIFFUSERS = dict(compat="diffusers")  # what every comparison of songs with diffusers' needs
@@ -48,8 +52,35 @@ def as_torch(value):
 
 
 def run_jax(network, *inputs, method="__call__", **static):
-    """Call a method of one of our networks, compiled as a program of weights and inputs."""
-    return jax.jit(lambda network, inputs: getattr(network, method)(*inputs, **static))(network, inputs)
+    """Call a method of one of our networks, compiled as a program of weights and inputs, once for all tests."""
+    return _compiled(method, tuple(static.items()))(network, inputs)
+
+
+@functools.cache
+def _compiled(method, static):
+    return jax.jit(lambda network, inputs: getattr(network, method)(*inputs, **dict(static)))
+
+
+def random_network(name, config, runtime=None, seed=0):
+    """Return our network called `name` with random weights drawn by NumPy: compiling its own initialisers takes as long
+    as compiling its forward pass. Activations stay near one, and no norm is one and no bias zero.
+    """
+    network = checkpoint.abstract(name, config, runtime or Runtime())
+
+    def drawn(i, leaf, variable):
+        value = normal(*variable.shape, seed=1000 * seed + i)
+        kind = leaf.rpartition(".")[2]
+        if kind == "kernel":
+            value /= np.sqrt(np.prod(variable.shape[leaf.startswith("layers.") : -1]))
+        elif kind in ("scale", "bias"):
+            value = (kind == "scale") + 0.1 * value
+        else:
+            value /= np.sqrt(variable.shape[-1])
+        return jnp.asarray(value, variable.dtype)
+
+    return checkpoint.assemble(
+        network, {leaf: drawn(i, leaf, v) for i, (leaf, v) in enumerate(checkpoint.leaves(network).items())}
+    )
 
 
 def relative_error(ours, reference):

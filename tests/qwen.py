@@ -22,10 +22,11 @@ def real_vocabulary():
     text = (Path(*spec.submodule_search_locations) / "resources/qwen.tiktoken").read_text()
     ranks = [base64.b64decode(line.split()[0]) for line in text.splitlines() if line]
     alphabet = _byte_symbols()
-    symbols = ["".join(alphabet[byte] for byte in token) for token in ranks]
+    symbol = lambda token: token.decode("latin-1").translate(alphabet)  # noqa: E731
     rank = {token: i for i, token in enumerate(ranks)}
-    merges = [pair for token in ranks if len(token) > 1 and (pair := _merge(token, rank, alphabet))]
-    return {symbol: i for i, symbol in enumerate(symbols)}, merges
+    pairs = (_merge(token, rank) for token in ranks if len(token) > 1)
+    merges = [(symbol(first), symbol(second)) for first, second in filter(None, pairs)]
+    return {symbol(token): i for token, i in rank.items()}, merges
 
 
 def _byte_symbols():
@@ -35,13 +36,19 @@ def _byte_symbols():
     return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def _merge(token, rank, alphabet):
+def _merge(token, rank):
     """The pair of parts that byte-pair encoding joins last to make `token`."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        ranks = [rank.get(parts[i] + parts[i + 1], 10**9) for i in range(len(parts) - 1)]
-        i = min(range(len(ranks)), key=ranks.__getitem__)
-        if ranks[i] >= rank[token]:
+    parts = [token[i : i + 1] for i in range(len(token))]
+    ranks = [rank.get(token[i : i + 2], 10**9) for i in range(len(token) - 1)]
+    own = rank[token]
+    while len(ranks) > 1:
+        lowest = min(ranks)
+        if lowest >= own:
             return None
+        i = ranks.index(lowest)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return tuple("".join(alphabet[byte] for byte in part) for part in parts)
+        del ranks[i]
+        for j in (i - 1, i):
+            if 0 <= j < len(ranks):
+                ranks[j] = rank.get(parts[j] + parts[j + 1], 10**9)
+    return parts

@@ -187,7 +187,7 @@ def test_steps_are_reported(pipe):
 
 
 def test_a_song_can_be_stopped(pipe):
-    """What a callback raises at step 3 of 20 ends the run before the next step, and so does a flag."""
+    """What a callback raises at step 3 of 8 ends the run before the next step, and so does a flag."""
     steps = []
 
     def fail(i, t, latents):
@@ -196,7 +196,7 @@ def test_a_song_can_be_stopped(pipe):
             raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough"):
-        pipe("piano", seed=0, num_inference_steps=20, callback_on_step_end=fail, **SONG)
+        pipe("piano", seed=0, callback_on_step_end=fail, **SONG)
     assert steps == [0, 1, 2, 3]
     job, asked = pipe.prepare(Request("piano", seed=0, **SONG)), []
 
@@ -204,8 +204,8 @@ def test_a_song_can_be_stopped(pipe):
         asked.append(True)
         return len(asked) == 3
 
-    with pytest.raises(Cancelled, match="stopped before step 2 of 20"):
-        pipe.run([job], Sampling(num_inference_steps=20), should_stop=should_stop)
+    with pytest.raises(Cancelled, match="stopped before step 2 of 8"):
+        pipe.run([job], Sampling(), should_stop=should_stop)
     (song,) = pipe.run([job], Sampling(), should_stop=lambda: False)
     np.testing.assert_array_equal(song.audio, pipe("piano", seed=0, **SONG).audio)
 
@@ -308,7 +308,7 @@ BAD = {
     "audio_duration: expected 10 to 600 s, found nan": dict(audio_duration=float("nan")),
     "num_inference_steps: expected at least 1, found 0": dict(num_inference_steps=0),
     "shift: expected a number above 0, found 0": dict(shift=0),
-    "shift: expected at least 0, found -1": dict(shift=-1),
+    "shift: expected a number above 0, found -1": dict(shift=-1),
     "guidance_scale: expected at least 0, found -0.1": dict(guidance_scale=-0.1),
     "guidance_scale: expected at least 0, found inf": dict(guidance_scale=float("inf")),
     "seed: expected whole numbers": dict(seed=1.5),
@@ -424,3 +424,19 @@ def test_a_damaged_weight_gives_no_song(tiny, tmp_path, network, stage):
     if network == "vae":
         with pytest.raises(InputError, match="audio_codes: .*after decoding, are NaN"):
             broken.codes_to_song("<|audio_code_1|>" * 5)
+
+
+def test_what_needs_a_network_that_was_not_loaded_says_so(tiny, tmp_path):
+    song = np.zeros((2, 480000), np.float32)
+    pipe = AceStepPipeline.from_checkpoint(tiny[1], networks=["text_encoder", "audio_tokenizer"])
+    for needs, call in (
+        ("transformer", lambda: pipe.load_lora(tmp_path)),
+        ("transformer", lambda: pipe.timestamps(song, Request("a", "la"))),
+        ("vae", lambda: pipe.prepare(Request("a"))),
+        ("vae", lambda: pipe.song_to_latents(song)),
+    ):
+        with pytest.raises(InputError, match=f"loaded without {needs}; load it with this network"):
+            call()
+    pipe = AceStepPipeline.from_checkpoint(tiny[1], networks=["vae", "audio_tokenizer", "audio_token_detokenizer"])
+    with pytest.raises(InputError, match="loaded without condition_encoder; load it with this network"):
+        pipe.song_to_codes(song)

@@ -333,7 +333,7 @@ def planner_folder(tmp_path_factory):
         vocab_size=ours.first_code + small.CODES,
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,

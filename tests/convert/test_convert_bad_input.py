@@ -183,7 +183,7 @@ COMMANDS = {
         "--layout: expected diffusers or original, found 'foo'",
     ),
     "source": (["from-torch", "{tmp}/absent", "{made}"], "absent: no such folder"),
-    "hub": (["from-torch", "no-such/repository", "{made}"], "no-such/repository: not whole in the cache, and"),
+    "hub": (["from-torch", "no-such/repository", "{made}"], "no-such/repository: incomplete in the cache, and"),
     "verify": (["verify", "{native}"], "not a PyTorch checkpoint"),
     "random": (["random-torch", "{tmp}"], "already exists"),
 }

@@ -89,7 +89,7 @@ def test_native_source(tiny, tmp_path, case):
 
 
 def test_torch_source(tiny, tmp_path):
-    words = ["no config.json here", "python -m convert from-torch"]
+    words = ["no config.json here", "acestep-jax convert from-torch"]
     assert_refused(to_torch, tiny[0], tmp_path / "made", words, **DIFFUSERS)
 
 

@@ -7,9 +7,10 @@ import pytest
 
 from acestep_jax.diffusion.guidance import GUIDANCE, Guided, adg, apg, cfg
 from acestep_jax.diffusion.schedule import custom_schedule, late_start, schedule
-from acestep_jax.diffusion.solvers import SOLVERS, integrate, reached
+from acestep_jax.diffusion.solvers import SOLVERS, reached
 from acestep_jax.errors import InputError
 from tests.parity import assert_close, normal, relative_error
+from tests.solving import integrate
 
 pytestmark = pytest.mark.unit
 

@@ -96,11 +96,11 @@ def songs(pipe, count=4):
 
 
 def adherence(made):
-    """Return how well songs keep to the requests of SEEDS: mean share of the energy that lies in the seven notes of
+    """Return how well songs keep to the requests of SEEDS: mean fraction of the energy that lies in the seven notes of
     the requested key (chance: 0.58), and for how many songs the tempo and the presence of drums are as requested."""
     listen = pytest.importorskip("benchmarks.music_analysis", reason="listening needs librosa").listen
     judged = [(listen(song, SAMPLE_RATE), request(seed)) for song, seed in zip(made, SEEDS, strict=False)]
-    key = np.mean([heard.share(parse_key(asked.keyscale).pitch_classes) for heard, asked in judged])
+    key = np.mean([heard.in_key_fraction(parse_key(asked.keyscale).pitch_classes) for heard, asked in judged])
     tempo = sum(heard.has_tempo(asked.bpm) for heard, asked in judged)
     drums = sum(heard.has_drums == asked.has_drums for heard, asked in judged)
     return float(key), tempo, drums

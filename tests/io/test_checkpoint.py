@@ -230,7 +230,7 @@ def largest_file(folder):
 
 BROKEN = {
     "absent": (shutil.rmtree, ["made: no such folder"]),
-    "no config": (lambda f: (f / "config.json").unlink(), ["no config.json here", "python -m convert from-torch"]),
+    "no config": (lambda f: (f / "config.json").unlink(), ["no config.json here", "acestep-jax convert from-torch"]),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json: not valid JSON"]),
     "foreign config": (
         lambda f: (f / "config.json").write_text("{}"),
@@ -320,7 +320,7 @@ def test_broken_checkpoint(tiny, tmp_path, capfd, case):
 
 
 def test_wrong_arguments(tiny):
-    with pytest.raises(InputError, match="no config.json here.*python -m convert from-torch"):
+    with pytest.raises(InputError, match="no config.json here.*acestep-jax convert from-torch"):
         checkpoint.load(tiny[0])
     with pytest.raises(InputError, match="dtype: 'int8' is not a dtype"):
         checkpoint.load(tiny[1], dtype="int8")
@@ -342,7 +342,7 @@ def test_broken_tokenizer(tmp_path, content, message):
 @pytest.mark.unit
 def test_large_arrays_are_batches_of_their_own():
     arrays = [("a", np.zeros(4)), ("b", np.zeros(100)), ("c", np.zeros(4))]
-    assert [list(batch) for batch in checkpoint.batches(arrays, alone=800)] == [["b"], ["a", "c"]]
+    assert [list(batch) for batch in checkpoint.batches(arrays, separate_from=800)] == [["b"], ["a", "c"]]
     assert [list(batch) for batch in checkpoint.batches(arrays)] == [["a", "b", "c"]]
 
 

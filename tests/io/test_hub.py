@@ -321,7 +321,7 @@ def test_half_deleted_cache_is_repaired(official):
     assert (found.vae / "diffusion_pytorch_model.safetensors").stat().st_size > 5
     blob.unlink()
     official.close()
-    with pytest.raises(InputError, match="not whole in the cache"):
+    with pytest.raises(InputError, match="incomplete in the cache"):
         locate("base")
 
 
@@ -397,8 +397,22 @@ def test_small_files_that_comfyui_lacks(official):
     official.broken = True
     assert fetch_companion(path).name == "tokenizer.json" and official.downloads == [(path, 0)]
     assert fetch_companion(path, local_files_only=True).is_file()
-    with pytest.raises(InputError, match=f"{UNIFIED}: not whole in the cache, and .* cannot be reached"):
+    with pytest.raises(InputError, match=f"{UNIFIED}: incomplete in the cache, and .* cannot be reached"):
         fetch_companion(f"{MODEL_PREFIX}turbo/silence_latent.pt")
     official.broken = False
     with pytest.raises(InputError, match=f"^{UNIFIED}: has no absent.json"):
         fetch_companion("absent.json")
+
+
+@unit
+def test_an_error_names_the_repository_that_it_is_of(official, tmp_path):
+    """The networks that a fine-tuned model lacks come from ACE-Step's repository."""
+    official.add("someone/tuned", write(tmp_path / "tuned", *MODEL))
+    official.repositories[UNIFIED].gated = True
+    with pytest.raises(InputError, match=f"^{UNIFIED}: a gated repository"):
+        locate("someone/tuned")
+    official.repositories[UNIFIED].gated = False
+    official.repositories["someone/tuned"].gated = True
+    shutil.rmtree(official.cache, ignore_errors=True)
+    with pytest.raises(InputError, match="^someone/tuned: a gated repository"):
+        locate("someone/tuned")

@@ -310,8 +310,8 @@ EMBEDDING = "model.embed_tokens.weight"
 FOREIGN = {
     "gguf": (lambda at: gguf(at / "x.gguf"), "x.gguf: a GGUF file, quantised"),
     "folder of gguf": (lambda at: gguf(at / "x.gguf").parent, "a GGUF file, quantised"),
-    "ckpt": (lambda at: pickled(at / "x.ckpt"), "x.ckpt: a pickle of torch, which can hold code and is not read"),
-    "bin": (lambda at: pickled(at / "pytorch_model.bin").parent, "holds pytorch_model.bin, a pickle of torch"),
+    "ckpt": (lambda at: pickled(at / "x.ckpt"), "x.ckpt: a PyTorch pickle, which can hold code and is not read"),
+    "bin": (lambda at: pickled(at / "pytorch_model.bin").parent, "holds pytorch_model.bin, a PyTorch pickle"),
     "text": (lambda at: gguf(at / "x.gguf").with_name("n.txt").write_text("x") and at / "n.txt", "of an unknown kind"),
     "adapter": (
         lambda at: tensors_of(at / "x.safetensors", **{"a.lora_A.weight": np.zeros(1)}),

@@ -52,7 +52,8 @@ def three():
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# LoRA on its own is compared with PEFT's in `tests/convert/test_convert_lora.py` and `tests/io/test_adapter_reader.py`.
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "dora"])
 def test_matches_peft(kind):
     theirs = peft_model(**KINDS[kind])
     network = pair()[1]

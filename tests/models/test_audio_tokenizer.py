@@ -53,7 +53,13 @@ def assert_same_codes(ours, theirs):
     assert_close(quantized, expected)
 
 
-@pytest.mark.parametrize("case", CASES)
+# Windows are in the test of the pooler below, several quantizers in those of the quantizer.
+SLOW_CASES = ("wide_window", "two_quantizers")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW_CASES)) for case in CASES]
+)
 def test_tokenizer_matches_torch(case):
     """53 frames: the last window is filled up with silence."""
     theirs, ours = pair(**CASES[case])
@@ -130,18 +136,21 @@ def test_bfloat16_keeps_the_quantizer_in_float32(param_dtype):
     with torch.no_grad():
         expected = theirs.quantizer(as_torch(x))[1].numpy()
     ours = convert("audio_tokenizer", theirs.float(), ours.config, dtype="bfloat16", param_dtype=param_dtype)
-    ours = jax.tree.map(lambda leaf: leaf.astype(param_dtype), ours)
-    quantized, found = apply(ours.quantizer, x)
+    quantizer = jax.tree.map(lambda leaf: leaf.astype(param_dtype), ours.quantizer)
+    quantized, found = apply(quantizer, x)
     np.testing.assert_array_equal(found, expected)
-    assert quantized.dtype == from_indices(ours.quantizer, found).dtype == jnp.bfloat16
+    assert quantized.dtype == from_indices(quantizer, found).dtype == jnp.bfloat16
     low = x.astype(jnp.bfloat16).astype(np.float32)
-    assert np.any(np.asarray(apply(ours.quantizer, low)[1]) != expected)  # bfloat16 before it would show
+    assert np.any(np.asarray(apply(quantizer, low)[1]) != expected)  # bfloat16 before it would show
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, dict(sliding_window=128), dict(attention_bias=True, layer_types=[FULL], pool_window_size=3)],
-    ids=["default", "wide_window", "others"],
+    [
+        pytest.param({}, id="default"),
+        pytest.param(dict(sliding_window=128), id="wide_window", marks=pytest.mark.slow),
+        pytest.param(dict(attention_bias=True, layer_types=[FULL], pool_window_size=3), id="others"),
+    ],
 )
 def test_detokenizer_matches_torch(changes):
     if "layer_types" in changes:

@@ -104,7 +104,7 @@ def test_timbre_encoder_in_another_order():
 @pytest.mark.parametrize(
     ("owners", "most", "kept"),
     [
-        ((0, 0, 1), 2, [0, 1, 2]),
+        pytest.param((0, 0, 1), 2, [0, 1, 2], marks=pytest.mark.slow),
         ((1, 0, 1, 2, 1), 3, [0, 1, 2, 3, 4]),
         ((2,), 1, [0]),
         ((0, 1, 2), 3, [0, 1, 2]),

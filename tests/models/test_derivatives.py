@@ -8,14 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from acestep_jax.models.attention import attention
 from acestep_jax.models.config import TransformerConfig
 from acestep_jax.models.kernels import blockwise
 from acestep_jax.models.runtime import Runtime
-from acestep_jax.models.transformer import AceStepTransformer1DModel
-from tests.parity import assert_close, normal
+from tests.parity import assert_close, normal, random_network
 
 CONFIG = TransformerConfig(
     hidden_size=32,
@@ -48,7 +46,7 @@ def like(tree, seed):
 @functools.cache
 def case(remat="none", lengths=True):
     """A function of the network, x, t and r, and where to derive it."""
-    network = jax.jit(lambda: AceStepTransformer1DModel(CONFIG, runtime=Runtime(remat=remat), rngs=nnx.Rngs(0)))()
+    network = random_network("transformer", CONFIG, Runtime(remat=remat))
     condition, context = normal(2, TOKENS, 32, seed=1), normal(2, FRAMES, 16, seed=2)
     keywords = dict(lengths=np.array([FRAMES, 22]), encoder_lengths=np.array([TOKENS, 3])) if lengths else {}
 
@@ -156,7 +154,10 @@ def heads(t=21, s=21):
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_attention(window, dropout, monkeypatch):
-    """With lengths, one of them zero, and of each argument on its own; the others then stay out of the derivative."""
+    """With lengths, one of them zero, and of each argument on its own; the others then stay out of the derivative.
+
+    With dropout, which is the same mask in every derivative, of all arguments at once.
+    """
     monkeypatch.setattr(blockwise, "QUERY_BLOCK", 8)
     arrays = heads()
     keywords = dict(window=window, key_lengths=np.array([17, 0]), dropout=dropout, dropout_key=jax.random.key(0))
@@ -166,13 +167,17 @@ def test_attention(window, dropout, monkeypatch):
     def both(arrays, tangents, cotangent):
         run = lambda *x: attention(*x, **keywords)  # noqa: E731
         pairs = []
-        for n in range(3):
+        for n in range(0 if dropout else 3):
             one = lambda x, n=n: run(*(x if m == n else y for m, y in enumerate(arrays)))  # noqa: E731
             pairs.append((jax.jvp(one, (arrays[n],), (tangents[n],))[1], jax.vjp(one, arrays[n])[1](cotangent)[0]))
         return pairs, jax.jvp(run, arrays, tangents)[1], jax.vjp(run, *arrays)[1](cotangent)
 
     pairs, whole, gradients = both(arrays, tangents, cotangent)
-    assert_close(sum(np.asarray(slope, np.float64) for slope, _ in pairs), whole, 1e-5)
+    scale = np.linalg.norm(cotangent) * np.linalg.norm(whole)
+    assert abs(dot(cotangent, whole) - dot(gradients, tangents)) <= 1e-5 * scale
+    assert not np.asarray(whole)[1].any()  # of the item that sees nothing
+    if not dropout:
+        assert_close(sum(np.asarray(slope, np.float64) for slope, _ in pairs), whole, 1e-5)
     for n, (slope, gradient) in enumerate(pairs):
         assert_close(gradient, gradients[n], 1e-6)
         scale = np.linalg.norm(cotangent) * np.linalg.norm(slope)

@@ -53,7 +53,7 @@ def test_matches_peft_beside_and_within_the_weights(kind):
     assert_close(velocity(merge_adapters(network, [adapter], [1.0])), reference)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "dora"])
 def test_new_adapters_change_nothing(kind):
     network = pair()[1]
     config = LoRAConfig(rank=4, alpha=8, dropout=0.0, targets=(*ATTENTION, *MLP, *OTHERS), **KINDS[kind])

@@ -109,7 +109,8 @@ def test_mixed_is_right_where_float16_is_not(name):
 
 def test_products_take_float16_operands():
     """So the fast products of such a card are used: each linear layer and both products of attention."""
-    network, inputs = network_of("transformer", "mixed_float16"), NETWORKS["transformer"][3]
+    _, config, _, inputs, _ = NETWORKS["transformer"]
+    network = checkpoint.abstract("transformer", config, Runtime.of("mixed_float16"))
     program = jax.make_jaxpr(lambda network, inputs: network(*inputs))(network, inputs)
     kinds = [equation for equation in _equations(program.jaxpr) if equation.primitive.name == "dot_general"]
     assert kinds

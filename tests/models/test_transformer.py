@@ -38,18 +38,19 @@ CASES = {
     "all_sliding": dict(layer_types=[SLIDING] * 4),
     "all_full": dict(layer_types=[FULL] * 4),
     "odd_layers": dict(num_hidden_layers=3),
-    "patch_size_1": dict(patch_size=1),
+    "patch_size_1": dict(patch_size=1, layer_types=[SLIDING] * 4),
     "patch_size_4": dict(patch_size=4),
     "multi_head": dict(num_key_value_heads=4),
     "latents": dict(in_channels=24, audio_acoustic_hidden_dim=8),
-    "everything": dict(num_attention_heads=8, encoder_hidden_size=24, attention_bias=True, patch_size=4),
+    "everything": dict(num_attention_heads=8, encoder_hidden_size=24, attention_bias=True, patch_size=4)
+    | dict(rope_theta=100.0, rms_norm_eps=0.1, sliding_window=5),
     "theta_eps": dict(rope_theta=100.0, rms_norm_eps=0.1, sliding_window=5),
 }
 
 
-# Each of these is also a part of "everything", or one kind of layer of "aperiodic"; heads that share no keys are in
-# `test_attention.py`, other channels in every comparison of songs.
-SLOW_CASES = ("xl", "attention_bias", "all_full", "patch_size_4", "multi_head", "latents")
+# Each of these is also a part of "everything" or of "patch_size_1", or one kind of layer of "aperiodic"; heads that
+# share no keys are in `test_attention.py`, other channels in every comparison of songs.
+SLOW_CASES = "xl attention_bias all_sliding all_full patch_size_4 multi_head latents theta_eps".split()
 
 
 def pair(**changes):
@@ -128,7 +129,8 @@ def test_masked_condition_tokens_have_no_effect():
     ("case", "frames"),
     [
         pytest.param("everything", 90, marks=pytest.mark.slow),
-        ("default", 91),
+        ("default", 101),  # whose program `test_matches_torch` has
+        pytest.param("default", 91, marks=pytest.mark.slow),
         pytest.param("default", 90, marks=pytest.mark.slow),
         pytest.param("everything", 91, marks=pytest.mark.slow),
     ],
@@ -250,3 +252,11 @@ def test_2b_width():
     theirs, ours = make_pair("transformer", TorchTransformer(**arguments), TransformerConfig(**arguments))
     arrays = inputs(ours.config, batch=1, frames=3001, tokens=97)
     assert_close(run_jax(ours, *arrays), torch_velocity(theirs, *arrays), 2e-5)
+
+
+def test_a_missing_timestep_is_an_error():
+    config = TransformerConfig(**SMALL)
+    model = checkpoint.abstract("transformer", config)
+    x, t, _, condition, context = inputs(config)
+    with pytest.raises(ValueError, match="timestep_r: expected an array"):
+        model(x, t, None, condition, context)
