@@ -63,7 +63,7 @@ default_role = "py:obj"
 # Types of other libraries are not looked up, so that a build needs no network.
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!acestep_jax|train)\S.*"),
-    (r"py:class", r".*\.(Network|Config|Layer|R|A|P)"),
+    (r"py:class", r".*\.(Network|Config|Layer|Carry|R|A|P)"),
 ]  # type variables
 
 
