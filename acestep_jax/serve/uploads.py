@@ -110,7 +110,8 @@ def parse_json(text: str | bytes) -> Any:
 
 
 async def load_json(text: str | bytes) -> Any:
-    """Return parsed JSON, see `parse_json`; long texts are parsed in a thread, because the event loop would wait."""
+    """Return parsed JSON, see `parse_json`. Long texts are parsed in a thread; `json.loads` keeps Python's lock to its
+    end, so the event loop still waits for it."""
     return await run_in_threadpool(parse_json, text) if len(text) > PARSED_AT_ONCE else parse_json(text)
 
 
