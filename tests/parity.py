@@ -52,7 +52,8 @@ def as_torch(value):
 
 
 def run_jax(network, *inputs, method="__call__", **static):
-    """Call a method of one of our networks, compiled as a program of weights and inputs, once for all tests."""
+    """Call a method of one of our networks, compiled as a program of weights and inputs, once for all tests: not
+    for code that a test has patched."""
     return _compiled(method, tuple(static.items()))(network, inputs)
 
 

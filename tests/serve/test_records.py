@@ -13,6 +13,10 @@ from tests.serve.test_service import ended, submit
 pytestmark = pytest.mark.unit
 
 
+def disk_is_full(*args):
+    raise OSError(28, "No space left on device")
+
+
 def test_favourites_come_on_top_of_what_is_kept(service, caplog):
     """Else the newest songs would go, as soon as the next one ends, or at a restart."""
     made = service()
@@ -64,10 +68,7 @@ def test_a_favourite_that_cannot_be_written_is_none(service, monkeypatch):
     record = submit(made, seed=0)
     ended(record)
 
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(made.store, "keep_favourite", full)
+    monkeypatch.setattr(made.store, "keep_favourite", disk_is_full)
     before = record.version
     with pytest.raises(OSError, match="No space left"):
         made.kept.set_favourite(record, 0, True)
@@ -122,9 +123,6 @@ def test_a_conversion_that_fails_otherwise_is_an_error(service, monkeypatch):
     record = submit(made, seed=0)
     ended(record)
 
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(sounds, "convert", full)
+    monkeypatch.setattr(sounds, "convert", disk_is_full)
     with pytest.raises(OSError, match="No space left"):
         made.sound(record, 0, "wav")
