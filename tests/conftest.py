@@ -14,8 +14,9 @@ import warnings
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
 
-# LLVM's optimisation takes more time than it saves on programs as small as these.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # LLVM's optimisation takes more time than it saves on programs as small as these.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
 
 import jax
 import pytest

@@ -198,6 +198,12 @@ class Attention(nnx.Module):
         keys = self._normalised(self.to_k(context), self.norm_k, time, rope)
         return KeysValues(keys, self._heads(self.to_v(context), time))
 
+    def queries_keys_values(self, x: jax.Array) -> jax.Array:
+        """Project x [B, T, D] to queries, keys and values side by side, [B, T, (N + 2 K) * H], not normalised."""
+        if isinstance(self.to_q, FusedLinear):
+            return self.to_q.linear(x)
+        return jnp.concatenate([linear(x) for linear in (self.to_q, self.to_k, self.to_v)], -1)
+
     def projections(
         self, x: jax.Array, rope: Rope | None, *, time: str | None = "sequence"
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -208,7 +214,9 @@ class Attention(nnx.Module):
                 q, k = self._normalised(q, self.norm_q, time, None), self._normalised(k, self.norm_k, time, None)
                 return q, k, self._heads(v, time)
             scales, ends, eps = (self.norm_q.scale[...], self.norm_k.scale[...]), self.to_q.ends, self.norm_q.eps
-            return heads_gpu.split(self.to_q.linear(x), *scales, rope, ends=ends, eps=eps, plain=self.kernel == "xla")
+            return heads_gpu.split(
+                self.queries_keys_values(x), *scales, rope, ends=ends, eps=eps, plain=self.kernel == "xla"
+            )
         k, v = self.keys_values(x, time=time, rope=rope)
         return self.queries(x, time=time, rope=rope), k, v
 

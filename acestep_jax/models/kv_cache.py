@@ -1,7 +1,7 @@
 """The KV cache: keys and values of earlier tokens, which a causal model reads instead of recomputing them.
 
     carried = cache.carried()                                    what the loop over layers carries
-    y, carried = cache.attend(carried, q, new, layer, first, position, window)      in each layer
+    y, carried = cache.attend(carried, part, x, rope, layer, first, position, window)      in each layer
     cache = cache.settled(carried, position)
 
 Axis letters: L layers, B songs, S slots, K key heads, G query heads of a key head, H head dim.
@@ -14,9 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from acestep_jax.distributed import shard
-from acestep_jax.models.attention import KeysValues
+from acestep_jax.models.attention import Attention, KeysValues, Rope
 from acestep_jax.models.config import AttentionConfig
+from acestep_jax.models.kernels import token_gpu
 from acestep_jax.models.kernels.stack import read_dtype, restored, row_major, storage_dtype, stored
+from acestep_jax.models.layers import apply_rotary
+
+AXES = "layers", "batch", "heads", None, None  # of keys and of values of all layers, on a mesh
 
 
 class KVCache(NamedTuple):
@@ -35,7 +39,7 @@ class KVCache(NamedTuple):
         keys, values = stored(new.keys).transpose(0, 2, 3, 1)[None], stored(new.values).transpose(0, 2, 1, 3)[None]
         return KVCache(
             _place(jax.lax.dynamic_update_slice(self.keys, keys, (layer, 0, 0, 0, slot))),
-            _place(row_major(jax.lax.dynamic_update_slice(self.values, values, (layer, 0, 0, slot, 0)))),
+            _place(row_major(jax.lax.dynamic_update_slice(self.values, values, (layer, 0, 0, slot, 0)), AXES)),
         )
 
     def read(self, layer: jax.Array, window: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -53,24 +57,27 @@ class KVCache(NamedTuple):
     def attend(
         self,
         carried: Any,
-        q: jax.Array,
-        new: KeysValues,
+        part: Attention,
+        x: jax.Array,
+        rope: Rope,
         layer: jax.Array,
         first: jax.Array,
         position: jax.Array,
         window: int,
     ) -> tuple[jax.Array, "KVCache"]:
-        """Attend to the slots `first` to `position`, of which the last is that of the new keys and values.
+        """Compute the attention of a token to the slots `first` to `position`, of which the last is its own.
 
         Args:
             carried: of the layer before.
-            q: [B, N, H], see `attend_to_cache`.
-            new: [B, 1, K, H] each.
+            part: the layer's attention, of which the last product is left to the caller.
+            x: [B, 1, D], its input.
+            rope: cos and sin of the token's position in each song, [B, 1, H / 2] each.
             window: static; the slots that are read.
 
         Returns:
-            [B, N, H] in q's dtype, and what the next layer is given.
+            [B, N, H] in x's dtype, and what the next layer is given.
         """
+        q, new = token_heads(part, x, rope)
         carried = carried.write(new, layer, position)
         keys, values = carried.read(layer, window, q.dtype)
         return attend_to_cache(q, keys, values, first, position), carried
@@ -83,10 +90,16 @@ class KVCache(NamedTuple):
         """Return the cache, which has all slots from the start."""
         return self
 
-    def split(self, dtype: jnp.dtype) -> "SplitCache":
-        """Return the cache with separate arrays for each layer. dtype: of the values."""
+    def split(self, dtype: jnp.dtype, *, plain: bool = False) -> "SplitCache | KernelCache":
+        """Return the cache with separate arrays for each layer.
+
+        Args:
+            dtype: of the values.
+            plain: whether to do without the kernel that a GPU has.
+        """
         parts = ((restored(x[i], dtype).astype(read_dtype(dtype)) for i in range(x.shape[0])) for x in self)
-        return SplitCache(*(tuple(part) for part in parts))
+        kind = KernelCache if not plain and token_gpu.suits(*self.keys.shape[-2:]) else SplitCache
+        return kind(*(tuple(part) for part in parts))
 
 
 class SplitCache(NamedTuple):
@@ -111,17 +124,17 @@ class SplitCache(NamedTuple):
     def attend(
         self,
         carried: Any,
-        q: jax.Array,
-        new: KeysValues,
+        part: Attention,
+        x: jax.Array,
+        rope: Rope,
         layer: jax.Array,
         first: jax.Array,
         position: jax.Array,
         window: int,
     ) -> tuple[jax.Array, KeysValues]:
         """Compute what `KVCache.attend` does. window: all slots."""
-        (b, n, h), size, kind = q.shape, self.keys[0].shape[-1], self.keys[0].dtype
-        if window != size:
-            raise ValueError(f"a split cache of {size} slots is read as a whole, not {window} of them")
+        q, new = token_heads(part, x, rope)
+        (b, n, h), size, kind = q.shape, _slots(self, window), self.keys[0].dtype
         key, value = (x[:, 0].astype(kind) for x in new)  # [B, K, H]
         carried = KeysValues(*(_put(whole, x, layer) for whole, x in zip(carried, (key, value), strict=True)))
         slots = jnp.arange(size)
@@ -151,11 +164,81 @@ class SplitCache(NamedTuple):
 
     def grown(self, slots: int) -> "SplitCache":
         """Return the cache with so many slots, of which what is added is zeros."""
-        more = slots - self.keys[0].shape[-1]
-        if not more:
-            return self
-        add = lambda x, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
-        return SplitCache(tuple(add(x, 3) for x in self.keys), tuple(add(x, 2) for x in self.values))
+        return SplitCache(*_padded(self, slots))
+
+
+class KernelCache(NamedTuple):
+    """A `SplitCache` on a GPU that has a kernel for the attention of a token, `kernels.token_gpu`. It reads only the
+    blocks of slots that are filled, and writes the new key and value of its layer in place."""
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+
+    def carried(self) -> "KernelCache":
+        """Return what a loop over layers carries: the cache."""
+        return self
+
+    def attend(
+        self,
+        carried: Any,
+        part: Attention,
+        x: jax.Array,
+        rope: Rope,
+        layer: int,
+        first: jax.Array,
+        position: jax.Array,
+        window: int,
+    ) -> tuple[jax.Array, "KernelCache"]:
+        """Compute what `KVCache.attend` does. window: all slots; layer: static."""
+        _slots(self, window)
+        y, *new = token_gpu.attend(
+            part.queries_keys_values(x)[:, 0],
+            (part.norm_q.scale[...], part.norm_k.scale[...]),
+            (rope[0][:, 0], rope[1][:, 0]),
+            carried.keys[layer],
+            carried.values[layer],
+            first,
+            position,
+            eps=part.norm_q.eps,
+        )
+        made = ((*old[:layer], x, *old[layer + 1 :]) for old, x in zip(carried, new, strict=True))
+        return y, KernelCache(*made)
+
+    def settled(self, carried: Any, position: jax.Array) -> "KernelCache":
+        """Return the cache after a token: what the loop over layers carried."""
+        return carried
+
+    def grown(self, slots: int) -> "KernelCache":
+        """Return the cache with so many slots, of which what is added is zeros."""
+        return KernelCache(*_padded(self, slots))
+
+
+Cache = KVCache | SplitCache | KernelCache
+
+
+def _slots(cache: SplitCache | KernelCache, window: int) -> int:
+    """Return the number of slots of a cache; raise ValueError if the window is another."""
+    if window != (size := cache.keys[0].shape[-1]):
+        raise ValueError(f"a split cache of {size} slots is read as a whole, not {window} of them")
+    return size
+
+
+def _padded(cache: SplitCache | KernelCache, slots: int) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """Return the keys and the values with zeros up to `slots` slots."""
+    if not (more := slots - cache.keys[0].shape[-1]):
+        return cache
+    add = lambda x, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
+    return tuple(add(x, 3) for x in cache.keys), tuple(add(x, 2) for x in cache.values)
+
+
+def token_heads(part: Attention, x: jax.Array, rope: Rope) -> tuple[jax.Array, KeysValues]:
+    """Return the queries [B, N, H] of one token of each song, x [B, 1, D], and its keys and values [B, 1, K, H].
+
+    rope: cos and sin of the token's position in each song, [B, 1, H / 2] each.
+    """
+    q, k, v = part.projections(x, None, time=None)
+    turned = lambda x: jax.vmap(apply_rotary)(x[:, None], rope)[:, 0]  # noqa: E731
+    return turned(q)[:, 0], KeysValues(turned(k), v)
 
 
 def empty_cache(config: AttentionConfig, layers: int, batch: int, slots: int, dtype) -> KVCache:
@@ -188,7 +271,7 @@ def attend_to_cache(q: jax.Array, keys: jax.Array, values: jax.Array, first: jax
 
 
 def _place(x: jax.Array) -> jax.Array:
-    return shard(x, "layers", "batch", "heads", None, None)
+    return shard(x, *AXES)
 
 
 def _put(stack: jax.Array, x: jax.Array, layer: jax.Array) -> jax.Array:

@@ -17,8 +17,8 @@ from acestep_jax.models.config import PlannerConfig, TextEncoderConfig
 from acestep_jax.models.encoder import Encoder, EncoderLayer
 from acestep_jax.models.kernels.stack import is_split, loop, multiply_rows, pick, restored, split, stored
 from acestep_jax.models.kernels.unstacked import SHARED_INPUT
-from acestep_jax.models.kv_cache import KVCache, SplitCache, empty_cache
-from acestep_jax.models.layers import apply_rotary, rotary_embedding, rotary_frequencies
+from acestep_jax.models.kv_cache import Cache, KVCache, empty_cache
+from acestep_jax.models.layers import rotary_embedding, rotary_frequencies
 from acestep_jax.models.quantization import QuantizedEmbed
 from acestep_jax.models.runtime import DEFAULT_RUNTIME, Runtime
 
@@ -99,11 +99,11 @@ class Qwen3ForCausalLM(Qwen3Model):
             slots = window
         return empty_cache(config, config.num_hidden_layers, batch, slots, jnp.dtype(self.runtime.dtype))
 
-    def grow(self, cache: KVCache | SplitCache, window: int) -> KVCache | SplitCache:
+    def grow(self, cache: Cache, window: int) -> Cache:
         """Return the cache that `decode` is given for a wider window. Most have all slots from the start."""
         return cache.grown(window)
 
-    def prefill(self, tokens: jax.Array, start: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache | SplitCache]:
+    def prefill(self, tokens: jax.Array, start: jax.Array, cache: KVCache) -> tuple[jax.Array, Cache]:
         """Read prompts into slots 0 to P - 1 of a cache.
 
         Args:
@@ -128,11 +128,12 @@ class Qwen3ForCausalLM(Qwen3Model):
         x = self.embed(_roll(tokens, -start))
         x, cache = self._loop(block, x, cache)
         last = jnp.take_along_axis(x, (length - 1 - start)[:, None, None], axis=1)[:, 0]
-        return self.norm(last), cache.split(x.dtype) if is_split(self.layers) else cache
+        plain = self.runtime.attention == "xla"
+        return self.norm(last), cache.split(x.dtype, plain=plain) if is_split(self.layers) else cache
 
     def decode(
-        self, token: jax.Array, position: jax.Array, start: jax.Array, cache: KVCache | SplitCache, *, window: int
-    ) -> tuple[jax.Array, KVCache | SplitCache]:
+        self, token: jax.Array, position: jax.Array, start: jax.Array, cache: Cache, *, window: int
+    ) -> tuple[jax.Array, Cache]:
         """Process the next token of each song.
 
         Args:
@@ -149,10 +150,8 @@ class Qwen3ForCausalLM(Qwen3Model):
         rope = jnp.cos(phase)[:, None], jnp.sin(phase)[:, None]  # [B, 1, H / 2]
 
         def block(x, layer: EncoderLayer, carried, index):
-            part = layer.self_attn
-            q, k, v = part.projections(layer.input_layernorm(x), None, time=None)
-            new = KeysValues(_rotate(k, rope), v)
-            y, carried = cache.attend(carried, _rotate(q, rope)[:, 0], new, index, start, position, window)
+            part, normed = layer.self_attn, layer.input_layernorm(x)
+            y, carried = cache.attend(carried, part, normed, rope, index, start, position, window)
             return x + part.to_out(y.reshape(*x.shape[:2], -1)), carried
 
         x, carried = self._loop(block, self.embed(token[:, None]), cache.carried())
@@ -228,7 +227,7 @@ class Qwen3ForCausalLM(Qwen3Model):
         if head.scale is not None:
             # Without this, XLA would convert all rows before a loop, and read twice the bytes or more in it.
             rows, hidden = jax.lax.optimization_barrier((rows, hidden))
-        logits = multiply_rows(hidden, rows.astype(hidden.dtype))
+        logits = multiply_rows(hidden, rows)
         return logits if head.scale is None else logits * head.scale
 
     def _loop(self, block, x: jax.Array, cache: Carried) -> tuple[jax.Array, Carried]:
@@ -242,11 +241,6 @@ class Qwen3ForCausalLM(Qwen3Model):
             return x + layer.mlp(layer.post_attention_layernorm(x)), cache
 
         return loop(self.planner.num_hidden_layers, body, (x, cache), self.layers)
-
-
-def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate one token of each song, [B, 1, N, H], by the song's own tables, [B, 1, H / 2] each."""
-    return jax.vmap(apply_rotary)(x[:, None], rope)[:, 0]
 
 
 def _roll(x: jax.Array, by: jax.Array) -> jax.Array:

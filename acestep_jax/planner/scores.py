@@ -32,7 +32,7 @@ RANKS = 10  # number of likeliest tokens that count
 WEIGHTS = {"caption": 0.5, "lyrics": 0.3, "metadata": 0.2}
 METADATA = ("bpm", "duration", "genres", "keyscale", "language", "timesignature")
 TOKENS_BUCKET, TARGETS_BUCKET = 256, 64  # rows and their targets are padded to multiples of these
-POSITIONS = 64  # number of positions whose logits, over the whole vocabulary, are held at once
+POSITIONS = 64  # number of positions whose logits, over the whole vocabulary, are held at once; divides the latter
 
 
 def pmi_score(planner: Planner, plan: Plan) -> float:
@@ -138,13 +138,13 @@ def _score(model: Qwen3ForCausalLM, tokens: jax.Array, start: jax.Array, *, last
     """Return log-probability, float32, and rank of the last tokens, [R, last] each, in chunks of positions."""
     hidden = model.hidden_states(tokens, start)[:, -last - 1 : -1]
 
-    def of_one(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        state, token = row
-        logits = model.logits(state)  # [V]
-        own = logits[token]
-        return own - jax.nn.logsumexp(logits), 1 + (logits > own).sum(dtype=jnp.int32)
+    def of_chunk(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        states, ids = chunk
+        logits = model.logits(states)  # [POSITIONS, V]
+        own = jnp.take_along_axis(logits, ids[:, None], -1)
+        return own[:, 0] - jax.nn.logsumexp(logits, -1), 1 + (logits > own).sum(-1, dtype=jnp.int32)
 
-    flat = hidden.reshape(-1, hidden.shape[-1]), tokens[:, -last:].reshape(-1)
-    found = jax.lax.map(of_one, flat, batch_size=POSITIONS)
+    chunks = hidden.reshape(-1, POSITIONS, hidden.shape[-1]), tokens[:, -last:].reshape(-1, POSITIONS)
+    found = jax.lax.map(of_chunk, chunks)
     log_p, ranks = (x.reshape(tokens.shape[0], last) for x in found)
     return log_p, ranks

@@ -167,6 +167,7 @@ def backend(monkeypatch):
     def pretend(name, capability=0.0):
         monkeypatch.setattr(kernels, "platform", lambda: name)
         monkeypatch.setattr(kernels, "compute_capability", lambda: capability)
+        monkeypatch.setattr(kernels, "runs_triton", lambda: name == "gpu" and capability >= 8)
 
     return pretend
 

@@ -1,5 +1,6 @@
 """The planner against transformers' Qwen3ForCausalLM; its cache against full forward passes."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -13,14 +14,17 @@ from flax import nnx
 from transformers import Qwen3Config
 from transformers import Qwen3ForCausalLM as TorchQwen3
 
-from acestep_jax.distributed import make_mesh, variable_sharding
+from acestep_jax.distributed import make_mesh, partition_spec, variable_sharding
 from acestep_jax.errors import InputError
 from acestep_jax.io import checkpoint
 from acestep_jax.models.config import PlannerConfig
-from acestep_jax.models.kernels import stack
+from acestep_jax.models.kernels import rows_gpu, stack, token_gpu
 from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS
+from acestep_jax.models.kv_cache import AXES, KernelCache, SplitCache
+from acestep_jax.models.quantization import quantize
 from acestep_jax.models.runtime import Runtime
-from tests.parity import assert_close, make_pair
+from tests.jaxprs import equations
+from tests.parity import assert_close, make_pair, random_network
 
 VOCABULARY = dict(first_code=31, num_codes=130, eos_token_id=5)
 SHARED = dict(vocab_size=171, num_hidden_layers=2, tie_word_embeddings=True)
@@ -136,6 +140,41 @@ def test_separate_layers_compute_the_same(dtype, monkeypatch):
         cache = jax.eval_shape(lambda model: model.init_cache(2, SLOTS), model)
         _, cache = jax.eval_shape(lambda *args: args[0].prefill(*args[1:]), model, TOKENS, START, cache)
         assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize("layers", ["plain", "biased", "quantised"])
+def test_kernels_of_a_gpu_compute_the_same(layers, monkeypatch):
+    """As a GPU has them, in interpret mode, with blocks of four slots and windows that grow."""
+    ours = pair("4B")[1]
+    if layers == "quantised":
+        ours = jax.jit(lambda model: quantize(model, "int8"))(ours)
+    elif layers == "biased":
+        ours = random_network("planner", dataclasses.replace(ours.planner, attention_bias=True))
+    expected = steps(ours, smallest)
+    model = nnx.clone(ours)
+    monkeypatch.setattr(stack, "platform", lambda: "gpu")
+    monkeypatch.setattr(token_gpu, "SLOTS", 4)
+    monkeypatch.setattr(token_gpu, "suits", lambda *shape: True)
+    monkeypatch.setattr(token_gpu, "attend", functools.partial(token_gpu.attend, interpret=True))
+    monkeypatch.setattr(rows_gpu, "TILE", 8)
+    monkeypatch.setattr(rows_gpu, "suits", lambda x, rows: x.shape[:-1] in ((2, 1), (2,)) and x.dtype == rows.dtype)
+    monkeypatch.setattr(rows_gpu, "multiply", functools.partial(rows_gpu.multiply, interpret=True))
+    model.split()
+    begin = jax.jit(lambda model, *args: model.prefill(*args))
+    step = jax.jit(lambda model, *args, window: model.decode(*args, window=window), static_argnames="window")
+    hidden, cache = begin(model, TOKENS[:, :PROMPT], START, model.init_cache(2, SLOTS, smallest(PROMPT)))
+    assert isinstance(cache, KernelCache)
+    found = [hidden]
+    for position in range(PROMPT, SLOTS):
+        cache = model.grow(cache, smallest(position))
+        given = model, TOKENS[:, position], np.int32(position), START, cache
+        hidden, cache = step(*given, window=smallest(position))
+        found.append(hidden)
+    assert_close(np.stack(found, axis=1), expected, 1e-5)
+    kernels = equations(lambda *args: model.decode(*args, window=SLOTS), *given[1:], name="pallas_call")
+    layer = 1 if layers == "quantised" else 5  # attention, and four products
+    assert len(kernels) == layer * model.planner.num_hidden_layers
+    assert isinstance(model.init_cache(2, SLOTS).split(jnp.dtype("float32"), plain=True), SplitCache)
 
 
 @pytest.mark.parametrize("model", [pair, split])
@@ -286,3 +325,15 @@ def test_the_cache_is_updated_in_place(dtype, is_split):
     for body in bodies if is_split else []:
         made = [line for line in re.findall(rf"= \w+\[{shape}.*", body) if "get-tuple-element(" not in line]
         assert len(made) in (0, 4) and all("dynamic-update-slice_fusion" in line or "calls=" in line for line in made)
+
+
+def test_a_layout_on_a_mesh_gathers_nothing(monkeypatch):
+    """Of a whole array with a constraint of its layout, XLA would gather all parts on each device."""
+    monkeypatch.setattr(stack, "platform", lambda: "tpu")
+    x = np.arange(2 * 2 * 4 * 3 * 5, dtype=np.float32).reshape(2, 2, 4, 3, 5)
+    mesh = make_mesh(data=2, tensor=4)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, jax.NamedSharding(mesh, partition_spec(AXES, x.shape, mesh)))
+        program = jax.jit(lambda x: stack.row_major(2 * x, AXES)).lower(placed).compile()
+        assert "all-gather" not in program.as_text()
+        np.testing.assert_array_equal(program(placed), 2 * x)

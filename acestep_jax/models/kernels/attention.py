@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from acestep_jax.errors import InputError
 from acestep_jax.models.kernels import blockwise, fused
-from acestep_jax.models.kernels.platform import compute_capability, platform
+from acestep_jax.models.kernels.platform import compute_capability, platform, runs_triton
 from acestep_jax.models.kernels.windowed import HEAD_DIMS, windowed
 from acestep_jax.models.runtime import ATTENTION_KERNELS
 
@@ -64,7 +64,7 @@ def attend(
     if window is not None:
         if key_lengths is None:
             key_lengths = jnp.full((k.shape[0],), k.shape[1])
-        if not dropout and (kernel == "splash" or kernel == "cudnn" and q.shape[-1] in HEAD_DIMS):
+        if not dropout and (kernel == "splash" or kernel == "cudnn" and q.shape[-1] in HEAD_DIMS and runs_triton()):
             if halo is not None:
                 k, v = halo(k), halo(v)
             if kernel == "splash":

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from acestep_jax.models.kernels.platform import compute_capability, platform
+from acestep_jax.models.kernels.platform import runs_triton
 from acestep_jax.models.layers import apply_rotary, rms_norm
 
 ROWS = 32  # tokens of a tile
@@ -40,7 +40,7 @@ def split(
         plain: whether to compute it without the kernel.
     """
     h = q_scale.shape[0]
-    suits = platform() == "gpu" and compute_capability() >= 8 and x.shape[1] >= ROWS and h in (32, 64, 128)
+    suits = x.shape[1] >= ROWS and h in (32, 64, 128) and runs_triton()
     return (_fused if suits and not plain else _plain)(x, q_scale, k_scale, rope, ends, eps)
 
 

@@ -1,6 +1,7 @@
 """The platform that a program is compiled for, and the precision that suits a device."""
 
 import functools
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,17 @@ def compute_capability() -> float:
     if device is None:
         return capability_of(jax.devices()[0])
     return _capability_of_kind(device.device_kind) if device.platform == "gpu" else 0.0
+
+
+def runs_triton() -> bool:
+    """Return whether the current backend runs Pallas kernels with the Triton backend: an NVIDIA GPU of compute
+    capability 8.0 or higher, and a JAX that has this backend, which jax 0.11.2 calls deprecated."""
+    return platform() == "gpu" and compute_capability() >= 8 and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 @functools.cache

@@ -5,10 +5,11 @@ which takes at least twice the time. `split` turns stacks into what the platform
 layer from either form: on a GPU separate layers, over which the loop is unrolled; on a CPU, where that would take long
 to compile, each matrix is a separate array, a *row*, and a `switch` over the layers uses it.
 
-A row is the transposed matrix, and products with few vectors are computed in float32: on two cores of an Intel Xeon,
-[2, 1024] x [1024, 3072] in bfloat16 takes 0.55 ms, against 0.9 ms not transposed and 1.3 ms with a bfloat16 result. In
-float32 it is read at 16 to 19 GB/s as the left operand, see `multiply_rows`, at 11 to 12 as the right one, and at 9 to
-11 not transposed. For many vectors, none of this helps.
+A row is the transposed matrix, as the matrices of separate layers on a GPU are, see `rows_gpu`. On a CPU, products with
+few vectors are computed in float32: on two cores of an Intel Xeon, [2, 1024] x [1024, 3072] in bfloat16 takes 0.55 ms,
+against 0.9 ms not transposed and 1.3 ms with a bfloat16 result. In float32 it is read at 16 to 19 GB/s as the left
+operand, see `multiply_rows`, at 11 to 12 as the right one, and at 9 to 11 not transposed. For many vectors, none of
+this helps.
 """
 
 import functools
@@ -20,7 +21,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from acestep_jax.models.kernels import products
+from acestep_jax.distributed import partition_spec
+from acestep_jax.models.kernels import products, rows_gpu
 from acestep_jax.models.kernels.platform import platform
 from acestep_jax.models.kernels.unstacked import fuse, unstack
 
@@ -29,8 +31,8 @@ Carry = TypeVar("Carry")
 
 
 def split(layers: Layer, groups: Sequence[tuple[str, ...]] = ()) -> Layer | nnx.List:
-    """Return stacked layers as a list of layers on a GPU, with the matrices of their linear layers as rows on a CPU,
-    and unchanged on a TPU.
+    """Return stacked layers as a list of layers on a GPU, where matrices are transposed, with the matrices of their
+    linear layers as rows on a CPU, and unchanged on a TPU.
 
     Stacks are replaced one after another, so that at most one group of them is in memory twice; on a GPU one stack, and
     then one layer.
@@ -39,7 +41,12 @@ def split(layers: Layer, groups: Sequence[tuple[str, ...]] = ()) -> Layer | nnx.
         groups: dotted names of linear layers with the same input, which become one: fewer, larger products.
     """
     if platform() == "gpu":
-        return unstack(layers, groups, consume=True)
+        separate = unstack(layers, groups, consume=True)
+        for linear in _linears(separate):
+            if linear.dot_general is products.dot_general and _is_float(linear.kernel.dtype):
+                linear.kernel = nnx.Param(linear.kernel[...].T)
+                linear.dot_general = rows_gpu.dot_general
+        return separate
     if platform() == "cpu":
         for names in groups:
             fuse(layers, names)
@@ -103,11 +110,15 @@ def _product(rows: list[jax.Array], index: jax.Array, dot_general, x: jax.Array,
 
 
 def multiply_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
-    """Return the products of a few vectors [..., D] with rows [N, D], as [..., N] float32.
+    """Return the products of a few vectors [..., D] with rows [N, D] of any dtype, as [..., N] float32.
 
-    XLA for CPUs reads float32 rows fastest as the left operand, which it splits over cores and does not pack. With 2-D
-    rows, XLA would make them the right operand again, to save a transpose of the small result.
+    A GPU has a kernel for it, see `rows_gpu`. XLA for CPUs reads float32 rows fastest as the left operand, which it
+    splits over cores and does not pack. With 2-D rows, XLA would make them the right operand again, to save a transpose
+    of the small result.
     """
+    if rows_gpu.suits(x, rows):
+        return rows_gpu.multiply(x, rows, dtype=jnp.float32)
+    rows = rows.astype(x.dtype)
     is_few = x.size // x.shape[-1] <= products.FEW and jax.sharding.get_abstract_mesh().empty
     if rows.dtype == jnp.float32 and platform() == "cpu" and is_few and len(rows) % 2 == 0:
         halves, vectors = rows.reshape(2, -1, rows.shape[1]), x.reshape(-1, x.shape[-1])
@@ -147,10 +158,21 @@ def pick_row(stack: jax.Array, index: jax.Array) -> jax.Array:
     )
 
 
-def row_major(x: jax.Array) -> jax.Array:
+def row_major(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """Return x, an array that a loop updates, in the layout of its shape on a TPU. There, XLA would give it the layout
-    of the product that the update comes from, and copy what each iteration reads of it."""
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if platform() == "tpu" else x
+    of the product that the update comes from, and copy what each iteration reads of it.
+
+    axes: logical names of its axes on a mesh, where each device has a part: of a whole array with a constraint, XLA
+        would gather all parts on each device.
+    """
+    if platform() != "tpu":
+        return x
+    mesh = jax.sharding.get_abstract_mesh()
+    constrain = lambda part: with_layout_constraint(part, Layout(tuple(range(part.ndim))))  # noqa: E731
+    if mesh.empty:
+        return constrain(x)
+    spec = partition_spec(axes, x.shape, mesh)
+    return jax.shard_map(constrain, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 
 def read_dtype(dtype: jnp.dtype) -> jnp.dtype:
