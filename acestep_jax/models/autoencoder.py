@@ -6,7 +6,7 @@ Source: diffusers `AutoencoderOobleck`. Weight norm is folded into the kernels w
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from acestep_jax.models.kernels.sine import sine
 from acestep_jax.models.layers import lecun_normal, parameter
 from acestep_jax.models.runtime import DEFAULT_RUNTIME, Runtime
 
+Network = TypeVar("Network", bound=nnx.Module)
+
 
 class Snake(nnx.Module):
     """y = x + sin^2(a x) / (b + 1e-9) with a = exp(alpha), b = exp(beta) for each channel."""
@@ -28,10 +30,24 @@ class Snake(nnx.Module):
         self.alpha = parameter(jnp.zeros((channels,), runtime.param_dtype), "channels")
         self.beta = parameter(jnp.zeros((channels,), runtime.param_dtype), "channels")
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def prepared(self) -> "PreparedSnake":
+        """Return the same activation with its factors computed."""
         a, b = (jnp.exp(p[...].astype(jnp.float32)) for p in (self.alpha, self.beta))
+        return PreparedSnake(a, 1 / (b + 1e-9))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.prepared()(x)
+
+
+class PreparedSnake(nnx.Module):
+    """y = x + factor sin^2(a x), with `a` and `factor` [C] float32 for each channel."""
+
+    def __init__(self, a: jax.Array, factor: jax.Array):
+        self.a, self.factor = nnx.Variable(a), nnx.Variable(factor)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
         f = x.astype(jnp.float32)
-        return (f + jnp.square(sine(a * f)) / (b + 1e-9)).astype(x.dtype)
+        return (f + jnp.square(sine(self.a[...] * f)) * self.factor[...]).astype(x.dtype)
 
 
 class Conv(nnx.Module):
@@ -232,6 +248,7 @@ class AutoencoderOobleck(nnx.Module):
         # The last window includes the samples beyond the last frame, so every window has room for them.
         extra = audio.shape[-1] - frames * hop
         windows = _Windows.of(frames, most, overlap)
+        encoder = _prepared(self.encoder)
         if lengths is not None:
             lengths = lengths.astype(jnp.int32)
 
@@ -240,7 +257,7 @@ class AutoencoderOobleck(nnx.Module):
             window = jax.lax.dynamic_slice(
                 x, (item, begin * hop, 0), (1, windows.size * hop + extra, self.config.audio_channels)
             )
-            y = self.encoder(window, None if lengths is None else lengths[item] - begin * hop)
+            y = encoder(window, None if lengths is None else lengths[item] - begin * hop)
             return windows.keep(y[0, : windows.size], start - begin)
 
         y = jax.lax.map(run, jnp.arange(x.shape[0] * windows.count))
@@ -269,6 +286,7 @@ class AutoencoderOobleck(nnx.Module):
         mesh = jax.sharding.get_abstract_mesh()
         devices = 1 if mesh.empty else mesh.size
         windows = _Windows.of(frames, most, _decoder_field(self.config), devices // math.gcd(batch, devices))
+        decoder = _prepared(self.decoder)
 
         def window(decoder, x, lengths, i, fitted=False):
             item, begin, start = windows.at(i, fitted)
@@ -280,7 +298,7 @@ class AutoencoderOobleck(nnx.Module):
         if devices == 1:
             # Written where they belong: joining them afterwards would take the memory of the song twice more.
             def write(audio, i):
-                item, start, y = window(self.decoder, x, lengths, i, fitted=True)
+                item, start, y = window(decoder, x, lengths, i, fitted=True)
                 return jax.lax.dynamic_update_slice(audio, y[None], (item, 0, start * self.hop_length)), None
 
             empty = jnp.zeros((batch, self.config.audio_channels, frames * self.hop_length), jnp.float32)
@@ -291,7 +309,7 @@ class AutoencoderOobleck(nnx.Module):
 
         items = P(mesh.axis_names)
         run = jax.shard_map(run, in_specs=(P(), P(), P(), items), out_specs=items, check_vma=False)
-        y = run(self.decoder, x, lengths, jnp.arange(batch * windows.count))
+        y = run(decoder, x, lengths, jnp.arange(batch * windows.count))
         y = y.reshape(batch, windows.count, *y.shape[1:]).swapaxes(1, 2)
         return y.reshape(batch, y.shape[1], -1)[:, :, : frames * self.hop_length]
 
@@ -336,6 +354,16 @@ class _Windows:
         """Cut [size * rate, C] to [step * rate, C], with zeros past the end of the item."""
         y = jnp.pad(y, ((0, self.step * rate), (0, 0))) if self.count > 1 else y
         return jax.lax.dynamic_slice_in_dim(y, first * rate, self.step * rate)
+
+
+def _prepared(network: Network) -> Network:
+    """Return the network with the factors of its activations, which XLA would compute again for each window."""
+    network = nnx.merge(*nnx.split(network))
+    for _, module in list(nnx.iter_modules(network)):
+        for name, part in list(vars(module).items()):
+            if isinstance(part, Snake):
+                setattr(module, name, part.prepared())
+    return network
 
 
 def _kernel(shape: tuple[int, int, int], runtime: Runtime, rngs: nnx.Rngs) -> nnx.Param:

@@ -48,8 +48,13 @@ def _multiply(x: jax.Array, w: jax.Array, dimensions, **options) -> jax.Array:
 def operand(x: jax.Array) -> jax.Array:
     """Return x; on a CPU that multiplies bfloat16 no faster than float32, convert bfloat16 to float32. The product is
     the same except for the order of its sums, and avoids the packing in pairs that the bfloat16 instruction needs."""
-    widens = x.dtype == jnp.bfloat16 and platform() == "cpu" and not cpu_favours_bfloat16()
+    widens = x.dtype == jnp.bfloat16 and platform() == "cpu" and not is_fast(x.dtype)
     return x.astype(jnp.float32) if widens else x
+
+
+def is_fast(dtype: jnp.dtype) -> bool:
+    """Return whether a CPU multiplies this dtype faster than float32."""
+    return dtype == jnp.bfloat16 and cpu_favours_bfloat16()
 
 
 def to_float16(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

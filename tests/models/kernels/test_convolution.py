@@ -1,11 +1,12 @@
-"""The forms of a convolution that a TPU gets, against the plain one."""
+"""The forms of a convolution that a TPU and a CPU get, against the plain one."""
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from acestep_jax.models.kernels import convolution
+from acestep_jax.models.kernels import convolution, products
 from acestep_jax.models.kernels.convolution import convolve, convolve_transposed
 from tests.jaxprs import equations
 from tests.parity import assert_close, normal
@@ -41,6 +42,22 @@ def test_rows_give_what_one_row_gives(on_tpu, length, size, dilation):
             assert rows >= 8 and length % rows == 0 and length // rows <= 200
         else:
             assert rows == 1
+
+
+@pytest.mark.parametrize("padding", [0, 9])
+@pytest.mark.parametrize("length", [30, 64, 150])
+def test_taps_in_bfloat16(monkeypatch, length, padding):
+    """With many channels, where bfloat16 is multiplied fast: one block, and several, of which the last is padded."""
+    monkeypatch.setattr(convolution, "TAPS_FROM", 5)
+    monkeypatch.setattr(convolution, "BLOCK", 64)
+    monkeypatch.setattr(products, "cpu_favours_bfloat16", lambda: True)
+    x, kernel = (jnp.asarray(value, jnp.bfloat16) for value in (normal(2, length, 5), normal(7, 5, 6)))
+    run = functools.partial(convolve, dilation=3, padding=padding)
+    expected = convolution._convolve(x.astype(jnp.float32), kernel.astype(jnp.float32), 1, 3, padding)
+    y = run(x, kernel)
+    assert y.dtype == jnp.bfloat16
+    assert_close(np.asarray(y, np.float32), expected, 2**-8)
+    assert not equations(run, x, kernel, name="conv_general_dilated")
 
 
 @pytest.mark.parametrize("length", [40, 320])
