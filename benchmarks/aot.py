@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser, stages: Sequence[str] = STAGES)
     add("--accumulation", type=int, default=1, help="number of parts of a training batch [1]")
     add("--layers", type=int, help="layers of the transformer [all]")
     add("--condition-tokens", type=int, default=512, help="number of tokens to attend to [512]")
-    add("--quantization", choices=QUANTIZATIONS, help="8-bit weights of layers in denoising [none]")
+    add("--quantization", choices=QUANTIZATIONS, help="8-bit weights of layers in denoising and the planner [none]")
     add("--xla", nargs="+", default=[], metavar="NAME=VALUE", help="further options of XLA's compiler")
     add("--hlo", type=Path, metavar="DIR", help="folder for the compiled programs")
 
@@ -107,7 +107,7 @@ def print_programs(options: argparse.Namespace, device_sets: Iterable[tuple[str,
 def _cells(program, mesh, target, row, options: argparse.Namespace, columns, describe) -> list[str]:
     folder: Path | None = options.hlo
     try:
-        compiled = compile_program(program, mesh, target, dict(map(_xla_option, options.xla)))
+        compiled = compile_program(program, mesh, target, dict(map(xla_option, options.xla)))
     except jax.errors.JaxRuntimeError as error:
         if not (used := re.search(r"Used ([\d.]+)G of", str(error))):
             raise
@@ -127,7 +127,7 @@ def _cells(program, mesh, target, row, options: argparse.Namespace, columns, des
     ]
 
 
-def _xla_option(text: str) -> tuple[str, str | bool]:
+def xla_option(text: str) -> tuple[str, str | bool]:
     name, _, value = text.partition("=")
     return name, {"true": True, "false": False}.get(value, value)
 

@@ -104,14 +104,19 @@ def planner_step_flops(config: PlannerConfig, rows: int, slots: int) -> float:
     return 2.0 * rows * (layers + (config.num_codes + 1) * config.hidden_size)
 
 
-def planner_step_bytes(config: PlannerConfig, rows: int, slots: int, width: int) -> int:
-    """Return the bytes that such a step must read: weights, head of codes, and the cache. `width`: bytes per value."""
+def planner_step_bytes(config: PlannerConfig, rows: int, slots: int, width: int, cache_width: int | None = None) -> int:
+    """Return the bytes that such a step must read: weights, head of codes, and the cache.
+
+    Args:
+        width: bytes per weight.
+        cache_width: bytes per value of the cache; None: the same.
+    """
     hidden, head_dim, mlp = config.hidden_size, config.head_dim, config.intermediate_size
     query, key = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     layer = 2 * hidden * query + 2 * hidden * key + 3 * hidden * mlp + 2 * hidden + 2 * head_dim
     weights = config.num_hidden_layers * layer + hidden
-    cache = 2 * config.num_hidden_layers * rows * slots * key
-    return (weights + (config.num_codes + 1) * hidden + cache) * width
+    cache = 2 * config.num_hidden_layers * rows * slots * key * (cache_width or width)
+    return (weights + (config.num_codes + 1) * hidden) * width + cache
 
 
 def _layers(config: AttentionConfig, windows: tuple[int | None, ...], tokens: int) -> int:

@@ -224,7 +224,12 @@ class Module:
         updates = [fused[i.operands[1]].bytes for i in fused.values() if i.opcode == "dynamic-update-slice"]
         if updates and not any(i.root and i.opcode == "tuple" for i in fused.values()):
             return sum(updates)
-        return instruction.bytes
+        # What a kernel of Pallas updates in place, it hardly writes; other custom calls write all of it.
+        aliases = "triton" in instruction.target and re.search(
+            r"output_to_operand_aliasing=\{(.*?\))\}", instruction.rest
+        )
+        updated = re.findall(r"\{(\d*)\}: \(\d+", aliases[1]) if aliases else ()
+        return instruction.bytes - sum(instruction.shapes[int(i or 0)].bytes for i in updated)
 
     def dot_flops(self, computation: Computation, instruction: Instruction) -> float:
         """Return the FLOPs of `dot` and `convolution` in an instruction, including its fusion."""

@@ -145,7 +145,7 @@ def kernel_flops(module: Module, computation: Computation, instruction: Instruct
         products = 5 if "Backward" in instruction.target else 2
         # [B, T, N, H] and [B, S, K, H]
         return 2.0 * products * math.prod(q) * k[1]
-    if kind == "Pallas" and (cost := re.search(r'"flops"\s*:\s*"?(\d+)', instruction.rest.replace("\\", ""))):
+    if kind == "Pallas" and (cost := re.search(r'flops(?:\\?"|\\22)\s*:\s*(?:\\?"|\\22)?(\d+)', instruction.rest)):
         return float(cost[1])
     return 0.0
 

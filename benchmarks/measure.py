@@ -26,7 +26,7 @@ class Timing(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.median:.3f} ({self.low:.3f} - {self.high:.3f})"
+        return f"{self.median:.4g} ({self.low:.4g} - {self.high:.4g})"
 
 
 def alternate(sides: dict[str, Callable[[], object]], runs: int) -> dict[str, Timing]:

@@ -9,6 +9,7 @@ import copy
 import functools
 from collections.abc import Callable
 
+import jax
 import torch
 from tokenizers import Tokenizer
 
@@ -16,6 +17,7 @@ from acestep_jax import AceStepPipeline
 from acestep_jax.convert.from_torch import from_module
 from acestep_jax.convert.random_checkpoint import SIZES, random_pipeline
 from acestep_jax.models.registry import FAMILY
+from acestep_jax.placement import choose
 from benchmarks import measure
 from benchmarks.floor import TRANSFORMER_SIZES
 from benchmarks.transformer import cast
@@ -63,7 +65,9 @@ def pair(size: str, layers: int, dtype: str):
     tokenizer = Tokenizer.from_str(theirs.tokenizer.backend_tokenizer.to_str())
     theirs.set_progress_bar_config(disable=True)
     theirs.to(measure.torch_device(), getattr(torch, dtype))
-    return AceStepPipeline(**networks, tokenizer=tokenizer), theirs
+    weights = {name: sum(x.nbytes for x in jax.tree.leaves(network)) for name, network in networks.items()}
+    placement = choose(sum(weights.values()), None, None, weights["transformer"])  # as `from_pretrained` does
+    return AceStepPipeline(**networks, tokenizer=tokenizer, placement=placement), theirs
 
 
 def shrunk(size: str, layers: int) -> dict[str, dict]:

@@ -18,7 +18,7 @@ from transformers import Qwen3ForCausalLM as TorchQwen3
 from acestep_jax.convert.from_torch import from_module
 from acestep_jax.models.config import PlannerConfig
 from acestep_jax.models.kernels.compiler import COMPILER_OPTIONS
-from acestep_jax.models.kv_cache import KVCache, SplitCache
+from acestep_jax.models.kv_cache import Cache
 from acestep_jax.models.qwen3 import Qwen3ForCausalLM
 from benchmarks import measure
 from benchmarks.floor import PLANNER_SIZES, planner_step_bytes
@@ -99,7 +99,7 @@ def sides(config: PlannerConfig, options: argparse.Namespace) -> tuple[dict, dic
     start = np.zeros(options.batch, np.int32)
     tokens = jnp.asarray(prompts, jnp.int32)
 
-    def read() -> tuple[jax.Array, KVCache | SplitCache]:
+    def read() -> tuple[jax.Array, Cache]:
         return prefill(ours, tokens, start, slots=options.window)
 
     kept = read()
@@ -110,36 +110,43 @@ def sides(config: PlannerConfig, options: argparse.Namespace) -> tuple[dict, dic
             decode(ours, head, *kept, start, options.prompt, steps=options.steps, window=options.window)
         )
     }
-    theirs = theirs.to(getattr(torch, options.dtype))
+    theirs = theirs.to(measure.torch_device(), getattr(torch, options.dtype))
     for form in options.torch:
         prefills[f"torch {form}"], decodes[f"torch {form}"] = _torch_calls(theirs, form, prompts, slots, options.steps)
     return prefills, decodes
 
 
 def _torch_calls(theirs: TorchQwen3, form: str, prompts: np.ndarray, slots: int, steps: int):
-    ids = torch.from_numpy(prompts)
+    device = measure.torch_device()
+    ids = torch.from_numpy(prompts).to(device)
     first, count = 151669, 64000
     model = theirs.model
-    step = torch.compile(model) if form == "compile" else model
+    step = model
+    if form == "compile":  # as transformers' `generate` does; the mode means CUDA graphs
+        step = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
 
     @torch.inference_mode()
     def read():
         cache = StaticCache(config=theirs.config, max_cache_len=slots) if form != "eager" else None
         out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        return out.last_hidden_state[:, -1], out.past_key_values
+        return finished(out.last_hidden_state[:, -1]), out.past_key_values
+
+    def finished(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_cuda:
+            torch.cuda.synchronize()
+        return tensor
 
     @torch.inference_mode()
     def write():
         hidden, cache = read_once()
         for _ in range(steps):
             token = (hidden @ theirs.lm_head.weight[first : first + count].T).argmax(-1) + first
-            at = cache.get_seq_length()
-            out = step(
-                input_ids=token[:, None], past_key_values=cache, use_cache=True, cache_position=torch.tensor([at])
-            )
-            hidden = out.last_hidden_state[:, -1]
+            at = torch.tensor([cache.get_seq_length()], device=device)
+            out = step(input_ids=token[:, None], past_key_values=cache, use_cache=True, cache_position=at)
+            hidden = out.last_hidden_state[:, -1].clone()  # the next step of a CUDA graph reuses its memory
         if form == "eager":
             cache.crop(-steps)
+        finished(hidden)
 
     @functools.cache
     def read_once():
@@ -149,9 +156,7 @@ def _torch_calls(theirs: TorchQwen3, form: str, prompts: np.ndarray, slots: int,
 
 
 @functools.partial(jax.jit, static_argnames="slots", compiler_options=COMPILER_OPTIONS)
-def prefill(
-    model: Qwen3ForCausalLM, tokens: jax.Array, start: jax.Array, *, slots: int
-) -> tuple[jax.Array, KVCache | SplitCache]:
+def prefill(model: Qwen3ForCausalLM, tokens: jax.Array, start: jax.Array, *, slots: int) -> tuple[jax.Array, Cache]:
     return model.prefill(tokens, start, model.init_cache(tokens.shape[0], slots))
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -59,6 +59,7 @@ from benchmarks.floor import (
 )
 
 STEPS = 8
+PLAN_STEPS = 64  # that a run of the planner makes
 PROMPT_TOKENS = 128  # prompt tokens in training; the other condition tokens are lyrics
 BFLOAT16 = Runtime.of("bfloat16")
 
@@ -71,6 +72,8 @@ class Program:
     bytes: bytes of the weights that it must read once per step, on all chips together; 0 if it is bound by FLOPs.
     steps: number of steps that it makes.
     layer_trips: trip count of the loop over layers; None if there is no such loop, or none that represents the program.
+    values: to run it, the values of integers and flags by the end of their path in the arguments; others are zeros.
+    passes: how often a run makes what `flops`, `bytes` and `steps` count.
     """
 
     name: str
@@ -81,6 +84,8 @@ class Program:
     bytes: float = 0.0
     steps: int = 1
     layer_trips: int | None = None
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    passes: int = 1
 
 
 def programs(
@@ -115,8 +120,9 @@ def programs(
     if "decode" in options.stage:
         yield decode_program(mesh, BUCKETS.frames_of(frames), batch, runtime)
     if "plan" in options.stage:
+        quantized = dataclasses.replace(runtime, quantization=options.quantization)
         for size in options.planner:
-            yield plan_program(mesh, size, seconds, batch, runtime)
+            yield from plan_programs(mesh, size, seconds, batch, quantized)
 
 
 def encode_program(options: argparse.Namespace, mesh: Mesh, batch: int, runtime: Runtime = BFLOAT16) -> Program:
@@ -136,11 +142,12 @@ def encode_program(options: argparse.Namespace, mesh: Mesh, batch: int, runtime:
     )
     flops = lyric_encoder_flops(config, lyrics, batch) + text_encoder_flops(text_config, PROMPT_TOKENS, batch)
     trips = text_config.num_hidden_layers
-    return Program("encode", stages.encode, arguments, {}, flops, layer_trips=trips)
+    return Program("encode", stages.encode, arguments, {}, flops, layer_trips=trips, values={".mask": True})
 
 
-def plan_program(mesh: Mesh, size: str, seconds: float, batch: int, runtime: Runtime = BFLOAT16) -> Program:
-    """Return a step of the planner that writes audio codes with guidance: two rows per song, and a cache half full.
+def plan_programs(mesh: Mesh, size: str, seconds: float, batch: int, runtime: Runtime = BFLOAT16) -> Iterator[Program]:
+    """Yield the programs of the planner that read a prompt and write audio codes with guidance: two rows per song, and
+    in a step a cache half full.
 
     The loop over steps ends depending on data, so it counts once, and figures are per step.
     """
@@ -171,13 +178,32 @@ def plan_program(mesh: Mesh, size: str, seconds: float, batch: int, runtime: Run
         axes = "layers", "batch", "heads", None, None
         state = state._replace(cache=jax.tree.map(lambda x: sharded(x.shape, x.dtype, axes, mesh), state.cache))
     until = jax.ShapeDtypeStruct((), jnp.int32)
-    width = jnp.dtype(runtime.param_dtype).itemsize
-    read = planner_step_bytes(config, rows, prompt + written // 2, width)
+    width = 1 if runtime.quantization else jnp.dtype(runtime.param_dtype).itemsize
+    read = planner_step_bytes(config, rows, prompt + written // 2, width, jnp.dtype(runtime.dtype).itemsize)
     flops = planner_step_flops(config, rows, prompt + written // 2)
     arguments = model, inputs, state, until
     trips = config.num_hidden_layers
-    return Program(
-        f"plan {size}, a step", planner.advance_program, arguments, dict(window=slots), flops, read, 1, trips
+    prompt_flops = text_encoder_flops(config, prompt, rows)
+    yield Program(
+        f"plan {size}, a prompt",
+        planner.begin_program,
+        (model, inputs),
+        dict(slots=slots),
+        prompt_flops,
+        layer_trips=trips,
+        values={".targets": written},
+    )
+    values = {".targets": written, ".step": written // 2, "[3]": written // 2 + PLAN_STEPS}
+    yield Program(
+        f"plan {size}, a step",
+        planner.advance_program,
+        arguments,
+        dict(window=slots),
+        flops,
+        read,
+        layer_trips=trips,
+        values=values,
+        passes=PLAN_STEPS,
     )
 
 
@@ -185,7 +211,8 @@ def decode_program(mesh: Mesh, frames: int, batch: int, runtime: Runtime = BFLOA
     config, scaled = AutoencoderConfig(), jax.ShapeDtypeStruct((batch,), jnp.bool_)
     vae = abstract("vae", config, mesh, runtime=runtime)
     arguments = vae, _latents(batch, frames, mesh), _counts(batch), scaled
-    return Program("decode", stages.decode, arguments, {}, decoder_flops(config, frames, batch))
+    flops = decoder_flops(config, frames, batch)
+    return Program("decode", stages.decode, arguments, {}, flops, values={"[2]": frames})
 
 
 def denoise_program(
@@ -222,7 +249,8 @@ def denoise_program(
     weights = STEPS * leaf_bytes("transformer", config, runtime)
     method = dict(method=denoise.Method())
     trips = None if unstacked else config.num_hidden_layers // period(config.windows(config.num_hidden_layers))
-    return Program(f"denoise {size}", denoise.denoise, arguments, method, flops, weights, STEPS, trips)
+    values = {".condition.lengths": tokens, ".lengths": frames, ".mask": True}
+    return Program(f"denoise {size}", denoise.denoise, arguments, method, flops, weights, STEPS, trips, values)
 
 
 def train_program(options: argparse.Namespace, mesh: Mesh, size: str, method: str, frames: int, batch: int) -> Program:
@@ -287,7 +315,13 @@ def train_program(options: argparse.Namespace, mesh: Mesh, size: str, method: st
     flops += tokenizer_flops(tokenizer_config, detokenizer_config, frames, covers)
     name = f"train {method} {size}, remat {options.remat}"
     trips = config.num_hidden_layers // period(config.windows(config.num_hidden_layers))
-    return Program(name, step, (state, model.frozen, frozen, examples), {}, flops, layer_trips=trips)
+    values = {
+        ".text_lengths": PROMPT_TOKENS,
+        ".lyric_lengths": lyrics,
+        ".lengths": frames,
+        ".windows": (0, frames),
+    }
+    return Program(name, step, (state, model.frozen, frozen, examples), {}, flops, layer_trips=trips, values=values)
 
 
 def transformer_config(options: argparse.Namespace, size: str) -> TransformerConfig:

@@ -62,6 +62,8 @@ def sides(
     made = {}
     if "JAX" in names:
         ours = cast(from_module("transformer", config, theirs), dtype)
+        if jax.default_backend() == "gpu":  # as the pipeline does
+            ours = jax.jit(AceStepTransformer1DModel.unstacked)(ours)
         arrays = [jnp.asarray(x) for x in inputs]
         made["JAX"] = measure.jax_side(lambda: forward(ours, *arrays))
     if names != ["JAX"]:
