@@ -94,7 +94,7 @@ WEB = {"fastapi", "starlette", "uvicorn", "multipart", "python_multipart", "prom
 HTTP = {
     f"acestep_jax.serve.{name}"
     for name in (
-        "app native page plans polls http security uploads waiting metrics "
+        "app native page plans polls http security uploads files waiting metrics "
         "authors authors_lora chat cpp cpp_latents cpp_planner"
     ).split()
 }

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote
 
 from fastapi import APIRouter, HTTPException, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from acestep_jax.errors import InputError
@@ -18,6 +18,7 @@ from acestep_jax.serve import authors_analysis as analysis
 from acestep_jax.serve import authors_lora, authors_request, planner_fields, sounds, uploads
 from acestep_jax.serve.authors_analysis import CODES
 from acestep_jax.serve.envelope import envelope
+from acestep_jax.serve.files import StoredFile
 from acestep_jax.serve.lenient import Fields
 from acestep_jax.serve.native import ID, SONG, client_of, link_song
 from acestep_jax.serve.operations import Operation
@@ -26,7 +27,7 @@ from acestep_jax.serve.plans import finished
 from acestep_jax.serve.security import Keys
 from acestep_jax.serve.service import Service
 from acestep_jax.serve.store import Record
-from acestep_jax.serve.submission import naming
+from acestep_jax.serve.submission import Submission, naming
 
 LATE_KEYS = (
     "/release_task",
@@ -39,6 +40,7 @@ LATE_KEYS = (
 FILE = re.compile(r"(?P<id>[0-9a-f-]{36})/(?P<index>\d{1,4})(?P<suffix>\.[a-z0-9.]{2,8})")
 SUFFIXES = {form.suffix: name for name, form in sounds.FORMATS.items()}
 MOST_IDS = 1000  # in one poll
+MISSING = "Audio file not found"
 
 
 class Authors:
@@ -105,7 +107,7 @@ class Authors:
             if found and ID.fullmatch(found["id"]) and found["suffix"] in SUFFIXES:
                 record = self.service.records.get(found["id"])
                 if record is None:
-                    raise HTTPException(404, "Audio file not found")
+                    raise HTTPException(404, MISSING)
                 return record, int(found["index"]), SUFFIXES[found["suffix"]]
         return None
 
@@ -127,10 +129,31 @@ class Authors:
         with naming(body.names):
             link_song(self.service, body, field, path)
 
+    def submission(self, body: uploads.Body, client: str) -> tuple[Submission, list[str]]:
+        """Return the submission for a request for songs, and the names of ignored fields.
+
+        Raises:
+            InputError: see `authors_request.submission`.
+            HTTPException: 501 if it needs the planner.
+        """
+        models, strict = self.service.engine.models, self.service.strict
+        try:
+            found, paths, ignored = authors_request.submission(
+                body.values, models=models, default_model=self.model, strict=strict
+            )
+        except authors_request.Refused as error:
+            raise HTTPException(501, str(error)) from None
+        found.notes += body.ignored(strict=strict)
+        for field, (name, path) in paths.items():
+            self.link_path(body, field, name, path)
+        found.uploads, found.files, found.names, found.client = body.uploads, body.files, body.names, client
+        found.adapters = dict(self.scales) if self.use_lora else {}
+        _leave_out_uploads(found, body)
+        return found, ignored
+
     def submit_analysis(self, mode: str, body: uploads.Body, client: str) -> Operation:
         """Start an analysis, see `authors_analysis`."""
         try:
-            body.ignored(strict=self.service.strict)
             fields = Fields(body.values)
             for field, aliases in authors_request.PATHS.items():
                 names = ("audio_path", *aliases) if mode == "transcribe" else aliases
@@ -153,12 +176,17 @@ class Authors:
             raise HTTPException(401, "Invalid ai_token")
 
     async def body(self, request: Request, files: Mapping[str, str] | None = None) -> uploads.Body:
-        """Read a body and check its key. `files`: the sound files that it may contain, by the names of their parts."""
+        """Read a body; check its key and, with --strict, that it has no other files.
+
+        Args:
+            files: the sound files that it may contain, by the names of their parts.
+        """
         body = await uploads.read(request, self.service.store, files or {})
         try:
             if not isinstance(body.raw, dict):
                 raise HTTPException(400, "Request body must be a JSON object")
             self.check_token(request, body.values)
+            body.ignored(strict=self.service.strict)
         except BaseException:
             body.discard()
             raise
@@ -173,31 +201,19 @@ def router(service: Service, keys: Keys) -> APIRouter:
     async def release_task(request: Request) -> Response:
         service.check_room(client_of(request))
         body = await api.body(request, authors_request.UPLOADS)
-        if mode := analysis.mode_of(Fields(body.values)):
-            try:
-                operation = await run_in_threadpool(api.submit_analysis, mode, body, client_of(request))
-            except HTTPException as error:
-                detail = str(error.detail)
-                return JSONResponse(envelope(None, error.status_code, detail) | dict(detail=detail), error.status_code)
-            place = max(1, service.position(operation))
-            return JSONResponse(envelope(dict(task_id=operation.id, status="queued", queue_position=place)))
         try:
-            found, paths, ignored = authors_request.submission(
-                body.values, models=service.engine.models, default_model=api.model, strict=service.strict
-            )
-            found.notes += body.ignored(strict=service.strict)
-            for field, (name, path) in paths.items():
-                await run_in_threadpool(api.link_path, body, field, name, path)
-        except authors_request.Refused as error:
+            if mode := analysis.mode_of(Fields(body.values)):
+                operation = await run_in_threadpool(api.submit_analysis, mode, body, client_of(request))
+                place = max(1, service.position(operation))
+                return JSONResponse(envelope(dict(task_id=operation.id, status="queued", queue_position=place)))
+            found, ignored = await run_in_threadpool(api.submission, body, client_of(request))
+        except HTTPException as error:
             body.discard()
-            return JSONResponse(envelope(None, 501, str(error)) | dict(detail=str(error)), 501)
+            detail = str(error.detail)
+            return JSONResponse(envelope(None, error.status_code, detail) | dict(detail=detail), error.status_code)
         except BaseException:
             body.discard()
             raise
-        found.uploads, found.files, found.client = body.uploads, body.files, client_of(request)
-        found.names = body.names
-        found.adapters = dict(api.scales) if api.use_lora else {}
-        _leave_out_uploads(found, body)
         record = await run_in_threadpool(service.accept, found)
         data = dict(task_id=record.id, status="queued", queue_position=max(1, service.position(record)))
         headers = {"x-acestep-ignored": ", ".join(ignored)} if ignored else {}
@@ -208,7 +224,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
         values = (await api.body(request)).values
         ids = values.get("task_id_list", [])
         if isinstance(ids, str):
-            ids = await uploads.load_json(ids) if ids.strip().startswith("[") else [ids]
+            ids = uploads.parse_json(ids) if ids.strip().startswith("[") else [ids]
         if not isinstance(ids, list) or len(ids) > MOST_IDS:
             raise InputError(f"task_id_list: expected an array of at most {MOST_IDS} ids")
         return JSONResponse(envelope([_task(api, str(task_id)) for task_id in ids]))
@@ -234,8 +250,8 @@ def router(service: Service, keys: Keys) -> APIRouter:
         record, index, name = found
         file = await run_in_threadpool(service.sound, record, index, name)
         if file is None:
-            raise HTTPException(404, "Audio file not found")
-        return FileResponse(file, media_type=sounds.FORMATS[name].media_type)
+            raise HTTPException(404, MISSING)
+        return StoredFile(file, missing=MISSING, media_type=sounds.FORMATS[name].media_type)
 
     @routes.get("/v1/stats", summary="Counts")
     async def stats() -> dict[str, Any]:
@@ -341,7 +357,7 @@ def _task(api: Authors, task_id: str) -> dict[str, Any]:
     return api.task(record)
 
 
-def _leave_out_uploads(found: Any, body: uploads.Body) -> None:
+def _leave_out_uploads(found: Submission, body: uploads.Body) -> None:
     """Drop a source that the task does not take, because clients of this API always send it."""
     name = found.songs[0].get("task_type", DEFAULT)
     task = TASKS.get(name)

@@ -8,23 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from acestep_jax.errors import InputError
 from acestep_jax.planner.plan import Plan
 from acestep_jax.serve import chat_request, sounds, uploads
 from acestep_jax.serve.authors_request import Refused
+from acestep_jax.serve.files import found_or_404
 from acestep_jax.serve.lenient import INSTRUMENTAL, Fields
 from acestep_jax.serve.native import client_of
 from acestep_jax.serve.security import Keys
 from acestep_jax.serve.service import Service
 from acestep_jax.serve.store import Record, SongRecord
 from acestep_jax.serve.submission import Submission, values_of_plan, variations
-from acestep_jax.serve.waiting import BEAT, await_end, cancel_soon, changes
+from acestep_jax.serve.waiting import BEAT, EventStream, await_end, changes
 
 PIECE = 64 * 2**10 // 4 * 3  # bytes of audio that are 64 kB in base64
 MAX_JSON = 64 * 2**20  # bytes of a body with base64 audio
+MISSING = "the song has been deleted"
 
 
 def router(service: Service, keys: Keys) -> APIRouter:
@@ -60,8 +62,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
         headers = {"x-acestep-ignored": ", ".join(ignored)} if ignored else {}
         shape = ChatResponse(service, record, openai=_wants_openai(body.values))
         if Fields(body.values).flag("stream"):
-            headers |= {"cache-control": "no-cache", "x-accel-buffering": "no"}
-            return StreamingResponse(shape.stream(), media_type="text/event-stream", headers=headers)
+            return EventStream(service, record, shape.stream(), headers)
         await _finish(service, record, request)
         return JSONResponse(await run_in_threadpool(shape.completion), headers=headers)
 
@@ -71,19 +72,11 @@ def router(service: Service, keys: Keys) -> APIRouter:
         body = await uploads.read(request, service.store, {})
         if not isinstance(body.raw, dict):
             raise InputError("expected a JSON object with a prompt")
-        fields = Fields(body.values)
-        form = fields.text("format", default="mp3")
-        response = fields.text("response_format", default="url")
-        if response in chat_request.FORMATS:  # as in OpenAI's speech API
-            form, response = response, "bytes"
-        if response not in ("url", "b64_json", "bytes"):
-            raise InputError(f"response_format: expected url, b64_json or a sound format, found {response!r:.80}")
-        found = _music(service, fields, form, client_of(request))
-        found.notes += body.ignored(strict=service.strict)
+        found, response = await run_in_threadpool(_music, service, body, client_of(request))
         record = await run_in_threadpool(service.accept, found)
         await _finish(service, record, request)
         if response == "bytes" or request.headers.get("accept", "").startswith("audio/"):
-            data = await run_in_threadpool(lambda: _first(service, record).read_bytes())
+            data = await run_in_threadpool(_first, service, record)
             return Response(data, media_type=sounds.FORMATS[record.format].media_type)
         data = []
         for i, song in enumerate(record.songs):
@@ -116,10 +109,9 @@ class ChatResponse:
         """Return the whole response."""
         message: dict[str, Any] = dict(role="assistant", content=self.content())
         if self.openai:
-            path = _first(self.service, self.record)
             message["audio"] = dict(
                 id=f"audio-{self.record.id}",
-                data=_base64(path),
+                data=base64.b64encode(_first(self.service, self.record)).decode(),
                 expires_at=int(time.time()) + 3600,
                 transcript=_made_of(self.record.songs[0]).get("lyrics", ""),
             )
@@ -130,32 +122,28 @@ class ChatResponse:
         return dict(object="chat.completion", choices=[choice], usage=usage) | self.common
 
     async def stream(self) -> AsyncIterator[str]:
-        """Yield it as server-sent events, with a heartbeat every two seconds; a disconnect cancels."""
-        try:
-            yield self._chunk(dict(role="assistant", content="Generating music"))
-            told = time.monotonic()
-            async for _ in changes(self.service, self.record, BEAT):
-                if not self.record.final and time.monotonic() - told >= BEAT:
-                    yield self._chunk(dict(content="."))
-                    told = time.monotonic()
-            if self.record.status != "done":
-                stopping = None if self.record.final else _stopping(self.record)
-                reason = stopping or self.record.error or self.record.status
-                yield self._chunk(dict(content=f"Error: {reason}"), "error")
+        """Yield it as server-sent events, with a heartbeat every two seconds."""
+        yield self._chunk(dict(role="assistant", content="Generating music"))
+        told = time.monotonic()
+        async for _ in changes(self.service, self.record, BEAT):
+            if not self.record.final and time.monotonic() - told >= BEAT:
+                yield self._chunk(dict(content="."))
+                told = time.monotonic()
+        if self.record.status != "done":
+            stopping = None if self.record.final else _stopping(self.record)
+            reason = stopping or self.record.error or self.record.status
+            yield self._chunk(dict(content=f"Error: {reason}"), "error")
+        else:
+            yield self._chunk(dict(content=self.content()))
+            if self.openai:
+                data = await run_in_threadpool(_first, self.service, self.record)
+                for start in range(0, len(data), PIECE):
+                    piece = base64.b64encode(data[start : start + PIECE]).decode()
+                    yield self._chunk(dict(audio=dict(id=f"audio-{self.record.id}", data=piece)))
             else:
-                yield self._chunk(dict(content=self.content()))
-                if self.openai:
-                    data = await run_in_threadpool(lambda: _first(self.service, self.record).read_bytes())
-                    for start in range(0, len(data), PIECE):
-                        piece = base64.b64encode(data[start : start + PIECE]).decode()
-                        yield self._chunk(dict(audio=dict(id=f"audio-{self.record.id}", data=piece)))
-                else:
-                    yield self._chunk(dict(audio=await run_in_threadpool(self._audio)))
-                yield self._chunk({}, "stop")
-            yield "data: [DONE]\n\n"
-        finally:
-            if not self.service.closing:  # when closing, the song is still made, now or after the restart
-                cancel_soon(self.service, self.record)
+                yield self._chunk(dict(audio=await run_in_threadpool(self._audio)))
+            yield self._chunk({}, "stop")
+        yield "data: [DONE]\n\n"
 
     def content(self) -> str:
         """Return the text, which describes the song."""
@@ -192,11 +180,12 @@ def _paths(service: Service, record: Record) -> Iterator[Path]:
             yield path
 
 
-def _first(service: Service, record: Record) -> Path:
+def _first(service: Service, record: Record) -> bytes:
     """Return the sound file of the first song that was made; raise HTTPException 404 if it has been deleted."""
     for path in _paths(service, record):
-        return path
-    raise HTTPException(404, "the song has been deleted")
+        with found_or_404(MISSING):
+            return path.read_bytes()
+    raise HTTPException(404, MISSING)
 
 
 def _made_of(song: SongRecord) -> dict[str, Any]:
@@ -218,8 +207,18 @@ async def _finish(service: Service, record: Record, request: Request) -> None:
         raise HTTPException(500, record.error or record.status)
 
 
-def _music(service: Service, fields: Fields, form: str, client: str) -> Submission:
-    """Return the submission for a request to the music endpoint."""
+def _music(service: Service, body: uploads.Body, client: str) -> tuple[Submission, str]:
+    """Return the submission for a request to the music endpoint, and the kind of its response: url, b64_json or bytes.
+
+    Raises:
+        InputError: if a value cannot be used.
+    """
+    fields = Fields(body.values)
+    form, response = fields.text("format", default="mp3"), fields.text("response_format", default="url")
+    if response in chat_request.FORMATS:  # as in OpenAI's speech API
+        form, response = response, "bytes"
+    if response not in ("url", "b64_json", "bytes"):
+        raise InputError(f"response_format: expected url, b64_json or a sound format, found {response!r:.80}")
     prompt = fields.text("prompt", "input")
     if not prompt:
         raise InputError("prompt: missing; describe the music in a few words")
@@ -240,14 +239,15 @@ def _music(service: Service, fields: Fields, form: str, client: str) -> Submissi
     )
     count = min(chat_request.MAX_SONGS, max(1, fields.whole("n") or 1))
     values = {name: value for name, value in values.items() if value is not None}
-    return Submission(
+    found = Submission(
         songs=variations(values, count),
         api="music",
         model=model,
         format=sounds.check_format(form),
-        notes=notes,
+        notes=notes + body.ignored(strict=service.strict),
         client=client,
     )
+    return found, response
 
 
 def _wants_openai(values: dict[str, Any]) -> bool:
@@ -275,4 +275,5 @@ def _models(service: Service) -> dict[str, Any]:
 
 
 def _base64(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()
+    with found_or_404(MISSING):
+        return base64.b64encode(path.read_bytes()).decode()

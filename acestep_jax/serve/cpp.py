@@ -95,6 +95,7 @@ class Cpp:
         Raises:
             InputError: if a value cannot be used.
         """
+        body.ignored(strict=self.service.strict)
         model = next(iter(self.service.engine.models))
         has_planner = self.service.planner_of(model) is not None
         found: list[dict[str, Any]] = []
@@ -162,7 +163,7 @@ class Cpp:
         for name in ("vae", "lm_model"):
             if (text := first.text(name)) and text not in (*self.service.engine.models, self.service.planner_of()):
                 notes.append(f"{name}: {text[:80]} is unknown here; ignored")
-        model = self.service.model_named(first.text("synth_model") or None, "synth_model")
+        model = self.service.model_named(first.text("synth_model"), "synth_model")
         made: list[dict[str, Any]] = []
         for one in found:
             fields = Fields(one)
@@ -261,7 +262,7 @@ def router(service: Service, version: str) -> APIRouter:
         if record is None and (operation := service.operations.find_short(id)) is not None:
             return await run_in_threadpool(cpp_planner.answer, service.operations, operation, wants_result)
         if record is None:
-            raise HTTPException(404, "Job not found")
+            raise HTTPException(404, cpp_latents.MISSING)
         if not wants_result:
             return JSONResponse(state(record))
         if record.status == "failed":
@@ -280,7 +281,7 @@ def router(service: Service, version: str) -> APIRouter:
                 await run_in_threadpool(service.operations.cancel, operation)
             return dict(status=STATES[operation.status])
         if record is None:
-            raise HTTPException(404, "Job not found")
+            raise HTTPException(404, cpp_latents.MISSING)
         if wanted:
             await run_in_threadpool(service.cancel, record)
         return state(record)

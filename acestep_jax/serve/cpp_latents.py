@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException, Response
-from fastapi.responses import FileResponse
 
 from acestep_jax.errors import InputError
 from acestep_jax.request import Request, Sampling
 from acestep_jax.serve import sounds, uploads
 from acestep_jax.serve.engine import Work
+from acestep_jax.serve.files import StoredFile, found_or_404
 from acestep_jax.serve.lenient import Fields
 from acestep_jax.serve.operations import LATENTS_FILE, Operation, Operations
 from acestep_jax.serve.planner_task import PlannerTask
@@ -28,6 +28,7 @@ FORMATS = {"mp3": "mp3", "wav16": "wav", "wav24": "wav24", "wav32": "wav32", "wa
 WINS = {"src_latents": "src_audio", "reference_latents": "reference_audio"}  # over what, where both are sent
 SOURCES = ("src_latents", "src_audio")
 MAX_FRAMES = 15_000
+MISSING = "Job not found"
 
 
 def prefer_latents(service: Service, body: uploads.Body) -> None:
@@ -107,18 +108,22 @@ def converted(operations: Operations, operation: Operation) -> Response:
     assert operation.files is not None
     latents = operation.files / LATENTS_FILE
     if latents.exists():
-        return FileResponse(latents, media_type="application/octet-stream")
+        return StoredFile(latents, missing=MISSING, media_type="application/octet-stream")
     form = sounds.FORMATS[operation.extra["form"]]
-    try:
-        return FileResponse(operations.sound(operation, form), media_type=form.media_type)
-    except FileNotFoundError:
-        raise HTTPException(404, "Job not found") from None
+    with found_or_404(MISSING):
+        return StoredFile(operations.sound(operation, form), missing=MISSING, media_type=form.media_type)
 
 
 def part(operation: Operation, boundary: str) -> bytes:
     """Return the part of a body of several that holds the latents of a song that was described; empty if there are
-    none."""
+    none.
+
+    Raises:
+        HTTPException: 404 if newer results have taken its place meanwhile.
+    """
     if operation.files is None:
         return b""
     head = 'Content-Type: application/octet-stream\r\nContent-Disposition: form-data; name="latent"'
-    return f"--{boundary}\r\n{head}\r\n\r\n".encode() + (operation.files / LATENTS_FILE).read_bytes() + b"\r\n"
+    with found_or_404(MISSING):
+        data = (operation.files / LATENTS_FILE).read_bytes()
+    return f"--{boundary}\r\n{head}\r\n\r\n".encode() + data + b"\r\n"

@@ -1,7 +1,6 @@
 """Lenient parsing, as in the authors' server and related ones: several names per value, anything as text, and the
 default for values that do not parse. `inputs.fields` parses the values for the model."""
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from acestep_jax.errors import InputError
 from acestep_jax.inputs import tasks
 from acestep_jax.inputs.tasks import TRACKS
 from acestep_jax.planner.metadata import INSTRUMENTAL
+from acestep_jax.serve.uploads import parse_json
 
 TRUE = ("1", "true", "yes", "y", "on")
 NESTED = ("metas", "meta", "metadata", "user_metadata", "userMetadata")
@@ -18,7 +18,11 @@ MAX_INT = 2**63
 
 
 class Fields:
-    """The values of a request, by any of their names, at the top level or in the objects that clients nest them in."""
+    """The values of a request, by any of their names, at the top level or in the objects that clients nest them in.
+
+    Raises:
+        HTTPException: 413, see `uploads.parse_json`.
+    """
 
     def __init__(self, values: Mapping[str, Any]):
         self.values = values
@@ -122,8 +126,8 @@ def put_tracks(values: dict[str, Any], found: list[str]) -> None:
 def _object(value: Any) -> Mapping[str, Any]:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = parse_json(value)
+        except InputError:
             return {}
     return value if isinstance(value, dict) else {}
 

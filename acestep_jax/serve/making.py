@@ -13,7 +13,7 @@ from acestep_jax.serve.engine import BatchReport, Engine, Work, message_of
 from acestep_jax.serve.operations import Operations
 from acestep_jax.serve.records import Records
 from acestep_jax.serve.store import LRC, Record, now
-from acestep_jax.serve.submission import renamed, with_fields
+from acestep_jax.serve.submission import message_for_client
 from acestep_jax.song import Song
 
 logger = logging.getLogger(__name__)
@@ -229,8 +229,7 @@ class EngineListener:
                 song = record.songs[i]
                 if message is not None:
                     paths = {field: self.store.upload_path(record, field) for field in record.files}
-                    message = renamed(with_fields(message, paths), record.extra.get("names", {}))
-                    song.error = message.replace(str(self.store.folder), "the server's folder")
+                    song.error = message_for_client(message, paths, record.extra.get("names", {}), self.store.folder)
                 song.status, song.seconds, song.lrc = status, seconds, lrc
                 self._works[record.id] = left = [one for one in self._works[record.id] if one is not work]
                 if not left:

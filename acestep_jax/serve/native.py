@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Query, Request, Response
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from acestep_jax.errors import InputError
 from acestep_jax.request import FILES
 from acestep_jax.serve import schema, sounds, uploads
+from acestep_jax.serve.files import StoredFile
 from acestep_jax.serve.planner_task import PlannerTask
 from acestep_jax.serve.security import Keys
 from acestep_jax.serve.service import Service
@@ -37,6 +38,7 @@ FILE = re.compile(r"(?P<index>\d{1,4})\.(?P<suffix>[a-z0-9]{2,8})")
 COMMENT_SECONDS = 15.0  # between heartbeats of a stream
 REFRESH_SECONDS = 2.0  # between updates of a place in the queue
 UPLOADS = {name: name for name in FILES}
+MISSING = "there is no song of that id"
 PROCESS = f"{time.time_ns() // 10**6:x}"  # part of event ids, which are valid only within one process
 
 
@@ -44,7 +46,7 @@ def find(service: Service, record_id: str) -> Record:
     """Return a record; raise HTTPException 404 if there is none. The id is only looked up, and never used in a path."""
     record = service.records.get(record_id) if ID.fullmatch(record_id) else None
     if record is None:
-        raise HTTPException(404, "there is no song of that id")
+        raise HTTPException(404, MISSING)
     return record
 
 
@@ -301,7 +303,7 @@ def router(service: Service, keys: Keys) -> APIRouter:
         if found_path is None:
             raise HTTPException(404, "this song is not finished")
         options: dict[str, Any] = dict(filename=f"{record.id}-{found_path.name}") if download else {}
-        return FileResponse(found_path, media_type=media, **options)
+        return StoredFile(found_path, missing=MISSING, media_type=media, **options)
 
     @routes.get("/v1/server", summary="Models, adapters and limits")
     async def about() -> dict[str, Any]:

@@ -1,15 +1,16 @@
 """Requests to the engine other than songs: plans, descriptions, audio codes, latents. They and their results are
 dropped when the server ends."""
 
-import contextlib
 import dataclasses
 import shutil
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import soundfile
 
 from acestep_jax.io import audio
 from acestep_jax.planner.plan import Plan
@@ -18,7 +19,7 @@ from acestep_jax.serve.analysis import AnalysisResult
 from acestep_jax.serve.engine import Engine, Work, message_of
 from acestep_jax.serve.records import Records, short_id
 from acestep_jax.serve.store import FINAL, now
-from acestep_jax.serve.submission import renamed, with_fields
+from acestep_jax.serve.submission import message_for_client
 
 KEPT = 100  # finished operations that are kept
 KEPT_BYTES = 2**30  # maximum size of their files; the newest operation is always kept
@@ -40,6 +41,7 @@ class Operation:
         extra: data specific to its protocol.
         is_refused: see `Work`; for a failed operation.
         converting: is held while its sound is converted.
+        ending: is held while it ends, which removes files; it is acquired before the lock of `Operations`.
     """
 
     works: list[Work]
@@ -58,6 +60,7 @@ class Operation:
     is_refused: bool = False
     version: int = 0
     converting: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    ending: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.plans, self.analyses = [None] * len(self.works), [None] * len(self.works)
@@ -90,7 +93,7 @@ class Operations:
         self.all: OrderedDict[str, Operation] = OrderedDict()  # the newest result last
         self._short: dict[str, str] = {}
         self._owners: dict[int, Operation] = {}  # by id(work)
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # the event loop acquires it too, so no files are removed while it is held
 
     def reserve(self, operation: Operation) -> None:
         """Count the works of an operation as waiting before they are in the queue."""
@@ -117,7 +120,7 @@ class Operations:
 
     def cancel(self, operation: Operation) -> None:
         """Stop its unfinished works; do nothing if it has ended."""
-        with self._lock:
+        with operation.ending:
             if operation.final:
                 return
             self._end(operation, "cancelled")
@@ -138,30 +141,33 @@ class Operations:
         except Exception as error:  # a full disk fails the operation, not the server
             self.failed(work, f"cannot be stored: {message_of(error)}")
             return
-        with self._lock:
-            if (operation := self._owners.get(id(work))) is None:  # cancelled meanwhile
-                if files is not None:
-                    shutil.rmtree(files, ignore_errors=True)
+        if (operation := self._owner(work)) is None:  # cancelled meanwhile
+            _remove([files])
+            return
+        with operation.ending:
+            if self._owner(work) is None:
+                _remove([files])
                 return
             place = operation.works.index(work)
-            operation.plans[place] = plan
             if files is not None:
                 assert operation.files is None, "only one work of an operation has files"
                 operation.files, operation.size = files, size
             if found is not None:
                 operation.analyses[place] = dataclasses.replace(found, latents=None, audio=None)
+            operation.plans[place] = plan
             if None not in operation.plans:
                 self._end(operation, "done")
 
     def failed(self, work: Work, message: str) -> None:
         """See `engine.Listener`. A failed work ends the operation."""
-        with self._lock:
-            if (operation := self._owners.get(id(work))) is None:
+        if (operation := self._owner(work)) is None:
+            return
+        sources = {"src_audio": work.request.src_audio, "src_latents": work.request.src_latents}
+        paths = {name: Path(str(path)) for name, path in sources.items() if path is not None}
+        with operation.ending:
+            if self._owner(work) is None:
                 return
-            sources = {"src_audio": work.request.src_audio, "src_latents": work.request.src_latents}
-            paths = {name: Path(str(path)) for name, path in sources.items() if path is not None}
-            message = renamed(with_fields(message, paths), operation.names)
-            operation.error = message.replace(str(self.watching.store.folder), "the server's folder")
+            operation.error = message_for_client(message, paths, operation.names, self.watching.store.folder)
             operation.is_refused = work.is_refused
             self._end(operation, "failed")
         self.engine.cancel(operation.works)
@@ -180,10 +186,23 @@ class Operations:
             if not path.exists():
                 if not source.exists():
                     raise FileNotFoundError(source)
-                sounds.convert(source, path, form)
-                with self._lock, contextlib.suppress(KeyError):  # removed meanwhile
-                    self._trim(self.all[operation.id], path.stat().st_size)
+                try:
+                    sounds.convert(source, path, form)
+                except (OSError, soundfile.SoundFileError):
+                    if source.exists():
+                        raise
+                    raise FileNotFoundError(source) from None
+                size = path.stat().st_size
+                with self._lock:
+                    is_kept = operation.id in self.all
+                    forgotten = self._trim(operation, size) if is_kept else []
+                _remove(forgotten)
         return path
+
+    def _owner(self, work: Work) -> Operation | None:
+        """Return the operation of a work; None if it has ended, or is about to."""
+        with self._lock:
+            return self._owners.get(id(work))
 
     def _written(self, found: AnalysisResult | None) -> tuple[Path | None, int]:
         """Write latents or sound into a new folder; return it and its bytes, None if there is nothing to write."""
@@ -200,27 +219,36 @@ class Operations:
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
-    def _trim(self, newest: Operation, more: int = 0) -> None:
+    def _trim(self, newest: Operation, more: int = 0) -> list[Path | None]:
         """Make one the newest, whose files have grown by `more` bytes, and forget the oldest that have ended, beyond
-        what is kept. Called with the lock."""
+        what is kept; return their folders. Called with the lock held."""
         newest.size += more
         self.all.move_to_end(newest.id)  # others look it up meanwhile
         ended = [one for one in self.all.values() if one.final]
-        size = 0
+        size, forgotten = 0, []
         for i, one in enumerate(reversed(ended)):
             size += one.size
             if i >= KEPT or i and one.size and size > KEPT_BYTES:
                 size -= one.size
                 del self.all[one.id], self._short[short_id(one.id)]
-                if one.files is not None:
-                    shutil.rmtree(one.files, ignore_errors=True)
+                forgotten.append(one.files)
+        return forgotten
 
     def _end(self, operation: Operation, status: str) -> None:
-        """End an operation. Called with the lock held."""
-        for work in operation.works:
-            self._owners.pop(id(work), None)
-        if operation.uploads is not None:
-            shutil.rmtree(operation.uploads, ignore_errors=True)
-        operation.status = status  # from here on, a client may be answered
-        self._trim(operation)
-        self.watching.touch(operation)
+        """End an operation. Called with its `ending` held."""
+        with self._lock:
+            for work in operation.works:
+                self._owners.pop(id(work), None)
+        _remove([operation.uploads])
+        with self._lock:
+            operation.status = status  # from here on, a client may be answered
+            forgotten = self._trim(operation)
+            self.watching.touch(operation)
+        _remove(forgotten)
+
+
+def _remove(folders: Iterable[Path | None]) -> None:
+    """Remove folders, which takes time. Called without the lock."""
+    for folder in folders:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -20,6 +20,7 @@ from acestep_jax.inputs import fields, tasks
 from acestep_jax.inputs.prompt import lyric_text
 from acestep_jax.request import FILES, LATENTS, MAX_LYRIC_TOKENS, MAX_PROMPT_TOKENS, Arguments, Planning, Sampling
 from acestep_jax.serve import native, schema, sounds, uploads
+from acestep_jax.serve.files import StoredFile, found_or_404
 from acestep_jax.serve.service import Service
 from acestep_jax.serve.submission import FIELDS, PLANNING, check_text_length
 
@@ -142,7 +143,7 @@ def count_tokens(service: Service, values: Any) -> dict[str, int]:
     """
     if not isinstance(values, dict):
         raise InputError('expected a JSON object such as {"prompt": "lofi piano", "lyrics": ""}')
-    name = service.model_named(values.get("model") or None)
+    name = service.model_named(values.get("model"))
     texts = {}
     for field in ("prompt", "lyrics"):
         text = values.get(field) or ""
@@ -176,7 +177,7 @@ def router(service: Service, folder: Path | None = FOLDER) -> APIRouter:
     async def tokens(request: Request) -> dict[str, Any]:
         """Take prompt, lyrics, vocal_language and model; return the token counts of both, and the model's limits."""
         body = await uploads.read_bytes(request, uploads.MAX_TEXT)
-        counted = await run_in_threadpool(count_tokens, service, await uploads.load_json(body))
+        counted = await run_in_threadpool(count_tokens, service, uploads.parse_json(body))
         limits = dict(prompt=MAX_PROMPT_TOKENS, lyrics=MAX_LYRIC_TOKENS)
         return {name: dict(tokens=count, limit=limits[name]) for name, count in counted.items()}
 
@@ -192,7 +193,8 @@ def router(service: Service, folder: Path | None = FOLDER) -> APIRouter:
         if path is None:
             raise HTTPException(404, "this song is not finished")
         response.headers["cache-control"] = "private, max-age=86400"  # a song never changes
-        return peaks(path, count)
+        with found_or_404(native.MISSING):
+            return peaks(path, count)
 
     @routes.get("/v1/songs/{record_id}/uploads/{field}", summary="The source or reference of a song")
     def upload(record_id: str, field: str) -> Response:
@@ -202,10 +204,11 @@ def router(service: Service, folder: Path | None = FOLDER) -> APIRouter:
             raise HTTPException(404, "there is no such file")
         path = service.store.upload_path(record, field)
         if field in LATENTS:
-            return FileResponse(path, media_type="application/octet-stream", headers=UPLOAD_HEADERS)
-        with path.open("rb") as file, soundfile.SoundFile(file) as sound:
+            kind = "application/octet-stream"
+            return StoredFile(path, missing=native.MISSING, media_type=kind, headers=UPLOAD_HEADERS)
+        with found_or_404(native.MISSING), path.open("rb") as file, soundfile.SoundFile(file) as sound:
             kind = UPLOAD_TYPES.get(sound.format, "application/octet-stream")
-        return FileResponse(path, media_type=kind, headers=UPLOAD_HEADERS)
+        return StoredFile(path, missing=native.MISSING, media_type=kind, headers=UPLOAD_HEADERS)
 
     if folder is not None:
         _add_files(routes, folder)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from acestep_jax import request as requests
@@ -29,7 +29,7 @@ from acestep_jax.serve.submission import (
     split_planning,
     values_of_plan,
 )
-from acestep_jax.serve.waiting import BEAT, await_end, cancel_soon, changes
+from acestep_jax.serve.waiting import BEAT, EventStream, await_end, changes
 
 OTHERS = (*FILES, "variations", "format", "adapters")  # fields of a song request that do not affect a plan
 FLAGS = ("instrumental", "codes", "rewrite")
@@ -102,11 +102,10 @@ def router(service: Service) -> APIRouter:
         body.check_known(())
         if not isinstance(body.raw, dict):
             raise InputError('expected a JSON object such as {"wish": "a sad song about the sea"}')
-        work, kept = work_of(service, body.values)
+        work, kept = await run_in_threadpool(work_of, service, body.values)
         operation = await run_in_threadpool(service.submit, Operation([work], client_of(request), extra=kept))
         if "text/event-stream" in request.headers.get("accept", ""):
-            headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-            return StreamingResponse(_events(service, operation), media_type="text/event-stream", headers=headers)
+            return EventStream(service, operation, _events(service, operation))
         await finished(service, operation, request)
         return JSONResponse(_plan(operation))
 
@@ -119,8 +118,8 @@ def router(service: Service) -> APIRouter:
             body.check_known(("audio", "model"))
             if "audio" not in body.files or (body.uploads is None):
                 raise InputError("audio: missing; upload a sound file as multipart/form-data")
-            model = body.values.get("model") or None
-            found = analysis_work(service, model, "codes", src_audio=str(body.uploads / "audio"))
+            source = str(body.uploads / "audio")
+            found = analysis_work(service, body.values.get("model"), "codes", src_audio=source)
         except BaseException:
             body.discard()
             raise
@@ -166,21 +165,17 @@ def _plan(operation: Operation) -> dict[str, Any]:
 
 
 async def _events(service: Service, operation: Operation) -> AsyncIterator[str]:
-    try:
-        async for changed in changes(service, operation, BEAT):
-            stage, step, steps = operation.progress()
-            values: dict[str, Any] = dict(status=operation.status, stage=stage, step=step, steps=steps)
-            if operation.status == "done":
-                values["plan"] = _plan(operation)
-            if operation.error is not None:
-                values["error"] = operation.error
-            text = json.dumps(values, ensure_ascii=False)
-            yield f"event: {operation.status}\ndata: {text}\n\n" if changed else ": waiting\n\n"
-        if not operation.final:
-            yield ": closing\n\n"
-    finally:
-        if not operation.final:
-            cancel_soon(service, operation)
+    async for changed in changes(service, operation, BEAT):
+        stage, step, steps = operation.progress()
+        values: dict[str, Any] = dict(status=operation.status, stage=stage, step=step, steps=steps)
+        if operation.status == "done":
+            values["plan"] = _plan(operation)
+        if operation.error is not None:
+            values["error"] = operation.error
+        text = json.dumps(values, ensure_ascii=False)
+        yield f"event: {operation.status}\ndata: {text}\n\n" if changed else ": waiting\n\n"
+    if not operation.final:
+        yield ": closing\n\n"
 
 
 async def finished(service: Service, operation: Operation, request: Request) -> None:

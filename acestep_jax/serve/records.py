@@ -197,10 +197,13 @@ class Records:
         path, _ = self.sound(record, index, "flac")
         if path is not None and field in LATENTS:
             path = self.store.song_path(record, index, ".latents")
-        if path is None or not path.exists():
-            raise InputError(f"{field}: song {index} of {record.id} is not finished")
+        refused = InputError(f"{field}: song {index} of {record.id} is not finished")
+        if path is None:
+            raise refused
         try:
             os.link(path, uploads / field)
+        except FileNotFoundError:  # removed meanwhile
+            raise refused from None
         except OSError:
             shutil.copyfile(path, uploads / field)
 

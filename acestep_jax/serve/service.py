@@ -26,10 +26,10 @@ from acestep_jax.serve.submission import (
     Limits,
     Submission,
     check_values,
+    message_for_client,
     model_named,
     naming,
     request_and_sampling,
-    with_fields,
 )
 
 logger = logging.getLogger(__name__)
@@ -302,7 +302,9 @@ class Service:
                     record.notes.append(note)
                 self.engine.check(work)
             except Exception as error:  # one bad record must not keep the server from starting
-                song.status, song.error = "failed", with_fields(message_of(error), files)
+                names = record.extra.get("names", {})
+                message = message_for_client(message_of(error), files, names, self.store.folder)
+                song.status, song.error = "failed", message
                 continue
             works.append(work)
             places.append(i)

@@ -90,7 +90,7 @@ class Submission:
 
 
 def model_named(models: Mapping[str, Any], name: object, field: str = "model") -> str:
-    """Return the name of a model; None: the first.
+    """Return the name of a model; None or "": the first.
 
     Args:
         field: the client's name of this value.
@@ -98,7 +98,7 @@ def model_named(models: Mapping[str, Any], name: object, field: str = "model") -
     Raises:
         InputError: if there is no such model.
     """
-    if name is None:
+    if name is None or name == "":
         return next(iter(models))
     if not isinstance(name, str) or name not in models:
         raise InputError(f"{field}: expected one of {', '.join(models)}, found {shown(name)}")
@@ -235,6 +235,17 @@ def renamed(message: str, names: Mapping[str, str]) -> str:
         return message
     ours = "|".join(map(re.escape, names))
     return re.sub(rf"(?<![\w/])({ours})(?![\w/])", lambda found: names[found[0]], message)
+
+
+def message_for_client(message: str, files: Mapping[str, Path], names: Mapping[str, str], folder: Path) -> str:
+    """Return an error with the client's names of its uploads, and without paths of the server.
+
+    Args:
+        files: the uploads, by field.
+        names: see `uploads.Body`.
+        folder: the server's folder.
+    """
+    return renamed(with_fields(message, files), names).replace(str(folder), "the server's folder")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,10 @@ from acestep_jax.serve.store import Store
 MAX_FILES, MAX_FIELDS, MAX_TEXT = 4, 100, 2**20
 MAX_JSON = 4 * 2**20  # bytes; a JSON body contains only texts and audio codes
 MAX_NAME = 80  # characters of a name in messages
-PARSED_AT_ONCE = 2**16  # bytes of JSON, at most, that are parsed on the event loop
+# Commas and opening brackets in JSON, at most: `json.loads` keeps Python's lock to its end, even in a thread, so the
+# event loop waits for it. As many values take up to 0.1 s; a megabyte of text takes 3 to 5 ms.
+MARKS = b",[{"
+MAX_MARKS = 2**17
 BLOCK = 2**20
 
 
@@ -77,7 +80,7 @@ async def read(
 
     Raises:
         InputError: if it is not JSON, or its form is damaged.
-        HTTPException: 413 for too many or too large fields, 415 for another kind.
+        HTTPException: 413 for too many or too large fields, or see `parse_json`; 415 for another kind.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
@@ -85,34 +88,36 @@ async def read(
     data = await read_bytes(request, max_json)
     start = data.lstrip()[:1]
     if kind == "application/json" or kind.endswith("+json"):
-        return await _json(data)
+        return _json(data)
     if kind == "application/x-www-form-urlencoded":
         if start == b"{":  # JSON, as sent by curl -d
-            return await _json(data)
+            return _json(data)
         return _form(data)
     if start in (b"{", b"["):
-        return await _json(data)
+        return _json(data)
     if kind in ("", "text/plain", "application/octet-stream") and b"=" in data:
         return _form(data)
     raise HTTPException(415, "Unsupported Content-Type; use application/json or multipart/form-data")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return parsed JSON; raise InputError if it is invalid, or has lone surrogates, which UTF-8 cannot encode."""
+    """Return parsed JSON.
+
+    Raises:
+        InputError: if it is invalid, or has lone surrogates, which UTF-8 cannot encode.
+        HTTPException: 413 for more than `MAX_MARKS`.
+    """
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    if len(data) > MAX_MARKS and len(data) - len(data.translate(None, MARKS)) > MAX_MARKS:
+        raise HTTPException(413, f"JSON with more than {MAX_MARKS} commas and opening brackets")
     try:
-        found = json.loads(text)
-        if "\\ud" in (text if isinstance(text, str) else text.decode("utf-8", "replace")).lower():
+        found = json.loads(data)
+        if b"\\ud" in data.lower():
             json.dumps(found, ensure_ascii=False).encode()
         return found
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
         raise InputError(f"not JSON ({reason})") from None
-
-
-async def load_json(text: str | bytes) -> Any:
-    """Return parsed JSON, see `parse_json`. Long texts are parsed in a thread; `json.loads` keeps Python's lock to its
-    end, so the event loop still waits for it."""
-    return await run_in_threadpool(parse_json, text) if len(text) > PARSED_AT_ONCE else parse_json(text)
 
 
 async def read_bytes(request: Request, most: int) -> bytes:
@@ -126,8 +131,8 @@ async def read_bytes(request: Request, most: int) -> bytes:
     return b"".join(parts)
 
 
-async def _json(data: bytes) -> Body:
-    raw = await load_json(data)
+def _json(data: bytes) -> Body:
+    raw = parse_json(data)
     return Body(raw if isinstance(raw, dict) else {}, raw)
 
 

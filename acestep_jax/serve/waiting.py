@@ -1,11 +1,13 @@
-"""Coroutines that wait for records, for protocols that respond when a song is finished, or stream its progress."""
+"""Waiting for records, for protocols that respond when a song is finished, or stream its progress."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 from fastapi import HTTPException, Request
+from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
 from acestep_jax.serve.operations import Operation
 from acestep_jax.serve.service import Service
@@ -85,6 +87,33 @@ async def await_end(
     if is_over:
         raise HTTPException(503, stopping, {"retry-after": str(RETRY_SECONDS)})
     raise HTTPException(504, late)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events about a record. It is cancelled if the response ends before it, because the client has
+    disconnected or, if the record would not survive that, the server is stopping.
+
+    `events` cannot do this itself: a client may leave before its first event, and then none of its code runs.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        record: Record | Operation,
+        events: AsyncIterator[str],
+        headers: Mapping[str, str] | None = None,
+    ):
+        own = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=own | dict(headers or {}))
+        self.service, self.record = service, record
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            is_kept = isinstance(self.record, Record) and self.service.closing
+            if not (self.record.final or is_kept):
+                cancel_soon(self.service, self.record)
 
 
 def cancel_soon(service: Service, record: Record | Operation) -> None:

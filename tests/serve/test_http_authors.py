@@ -203,7 +203,13 @@ def test_models_and_adapters(http):
     assert [model["id"] for model in listed["data"]] == ["acestep/small", "acestep/other"]
 
 
-@pytest.mark.parametrize("path", ["/release_task", "/v1/audio/music/generations", "/synth", "/vae", "/v1/transcribe"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/release_task", "/query_result", "/cancel_task", "/format_input", "/v1/init", "/v1/lora/load"),
+        *("/v1/audio/music/generations", "/lm", "/synth", "/vae", "/v1/transcribe"),
+    ],
+)
 def test_an_unknown_upload_is_noted_or_with_strict_an_error(http, path, tmp_path):
     body = dict(prompt="a", audio_duration="10", request='{"caption": "a", "duration": 10}')
     client = http(started=False)

@@ -68,6 +68,27 @@ def test_every_format_can_be_read(http, finished, form):
     assert rate == 48_000 and abs(len(audio) - 480_000) < 5000 and np.abs(audio[:48_000]).max() > 0.2
 
 
+@pytest.mark.parametrize("name", ["", None])
+def test_no_name_of_a_model_means_the_default(http, name):
+    from acestep_jax.serve.plans import work_of
+
+    client = http(started=False, planner="acestep-5Hz-lm-tiny")
+    record = client.post("/v1/songs", json=SONG | dict(model=name))
+    assert record.status_code == 202 and record.json()["model"] == "small", record.text
+    assert client.post("/v1/tokens", json=dict(prompt="a", model=name)).status_code == 200
+    assert client.post("/synth", json=dict(caption="a", synth_model=name)).status_code == 200
+    work, _ = work_of(client.service, dict(wish="a", model=name))
+    assert work.model == "small"
+
+
+@pytest.mark.parametrize("name", [0, False, [], {}])
+def test_only_text_is_the_name_of_a_model(http, name):
+    client = http(started=False)
+    for path in ("/v1/songs", "/v1/tokens"):
+        answer = client.post(path, json=SONG | dict(model=name))
+        assert answer.status_code == 400 and "model: expected one of small, other" in answer.text, (path, answer.text)
+
+
 def test_events_tell_each_step_and_end(http):
     client = http(pipe=FakePipeline(delay=0.005))
     record = client.post("/v1/songs", json=SONG | dict(num_inference_steps=20)).json()

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import pkgutil
+import socket
 import threading
 
 import numpy as np
@@ -122,36 +124,139 @@ def test_a_client_that_goes_cancels_its_plan(http):
     wait_until(lambda: not client.service.engine._running)
 
 
-def test_the_event_loop_neither_cancels_nor_parses_much(http, monkeypatch):
-    """Both take long: cancelling waits for a lock and removes files."""
-    import httpx
+def in_event_loop():
+    try:
+        return asyncio.get_running_loop() is not None
+    except RuntimeError:
+        return False
 
-    from acestep_jax.serve import uploads
 
-    def in_event_loop():
-        try:
-            return asyncio.get_running_loop() is not None
-        except RuntimeError:
-            return False
+def leave(client, accept):
+    """Request a plan, and disconnect once it is in the queue and, if events are accepted, the first one has come."""
+    known, body = len(client.service.operations.all), b'{"wish": "rain"}'
+    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=10) as connection:
+        head = f"POST /v1/plans HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nAccept: {accept}\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_until(lambda: len(client.service.operations.all) > known)
+        answer = b""
+        while accept == "text/event-stream" and b"event: queued" not in answer:
+            answer += connection.recv(4096)
 
+
+def test_the_event_loop_does_not_cancel(http, monkeypatch):
+    """Cancelling waits for a lock and removes files."""
     client = http(started=False, planner=PLANNER)
-    operations, cancelled, parsed = client.service.operations, [], []
-    cancel, parse = operations.cancel, uploads.parse_json
-    monkeypatch.setattr(operations, "cancel", lambda operation: (cancelled.append(in_event_loop()), cancel(operation)))
-    monkeypatch.setattr(uploads, "parse_json", lambda text: (parsed.append(in_event_loop()), parse(text))[1])
+    operations, cancelled = client.service.operations, []
+    cancel = operations.cancel
+    monkeypatch.setattr(operations, "cancel", lambda operation: (cancel(operation), cancelled.append(in_event_loop())))
     task = post(client, "/release_task", prompt="a", analysis_only=True)["data"]["task_id"]
     assert post(client, "/cancel_task", task_id=task)["data"]["status"] == "cancelled"
-    for headers in ({}, {"accept": "text/event-stream"}):
-        with (
-            pytest.raises(httpx.ReadTimeout),
-            client.stream("POST", "/v1/plans", json=dict(wish="rain"), headers=headers, timeout=0.3) as response,
-        ):
-            response.read()
+    for accept in ("*/*", "text/event-stream"):
+        leave(client, accept)
     wait_until(lambda: len(cancelled) == 3)
-    assert not any(cancelled) and all(parsed)
-    parsed.clear()
-    assert client.post("/v1/chat/completions", json=dict(messages=3, text="a" * 10**6)).status_code == 400
-    assert parsed == [False]
+    assert not any(cancelled) and {one.status for one in operations.all.values()} == {"cancelled"}
+
+
+@pytest.mark.parametrize(
+    ("place", "path", "body"),
+    [
+        ("native.submission_of", "/v1/songs", WORDS),
+        ("plans.work_of", "/v1/plans", dict(wish="rain")),
+        ("authors_request.submission", "/release_task", dict(prompt="rain")),
+        ("authors_analysis.work", "/release_task", dict(prompt="rain", analysis_only=True)),
+        ("authors_analysis.rewriting", "/format_input", dict(prompt="rain")),
+        ("chat_request.submission", "/v1/chat/completions", dict(messages=[dict(role="user", content="rain")])),
+        ("chat._music", "/v1/audio/music/generations", dict(prompt="rain")),
+        ("cpp.Cpp.submission", "/synth", dict(caption="rain")),
+        ("cpp.Cpp.complete", "/lm", dict(caption="rain")),
+        ("page.count_tokens", "/v1/tokens", dict(prompt="rain")),
+    ],
+)
+def test_the_event_loop_does_not_build_requests(http, monkeypatch, place, path, body):
+    """Long texts take long to check."""
+    client, built = http(planner=PLANNER), []
+    place = f"acestep_jax.serve.{place}"
+    build = pkgutil.resolve_name(place)
+    monkeypatch.setattr(place, lambda *args, **options: (built.append(in_event_loop()), build(*args, **options))[1])
+    post(client, path, **body)
+    assert built == [False]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/plans", dict(wish="rain")),
+        ("/v1/chat/completions", dict(messages=[dict(role="user", content="rain")], stream=True)),
+    ],
+)
+def test_a_client_that_leaves_before_the_first_event_cancels(http, path, body):
+    """Its buffer is full, from an earlier response, so the head of this one waits until it disconnects."""
+    client = http(started=False, planner=PLANNER)
+    messages = iter([dict(type="http.request", body=json.dumps(body).encode(), more_body=False)])
+
+    async def receive():
+        return next(messages, dict(type="http.disconnect"))
+
+    async def send(message):
+        await asyncio.Event().wait()
+
+    headers = dict(host="localhost", accept="text/event-stream") | {"content-type": "application/json"}
+    scope = dict(
+        type="http",
+        asgi=dict(version="3.0", spec_version="2.3"),
+        http_version="1.1",
+        method="POST",
+        scheme="http",
+        path=path,
+        raw_path=path.encode(),
+        root_path="",
+        query_string=b"",
+        headers=[(name.encode(), value.encode()) for name, value in headers.items()],
+        client=("127.0.0.1", 1),
+        server=("127.0.0.1", 80),
+    )
+    asyncio.run(asyncio.wait_for(client.app(scope, receive, send), 30))  # it ends after all threads of its executor
+    found = [*client.service.operations.all.values(), *client.service.records.values()]
+    assert [one.status for one in found] == ["cancelled"]
+
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/songs", "/v1/plans", "/release_task", "/v1/chat/completions", "/lm", "/v1/tokens"]
+)
+def test_json_is_limited_by_what_takes_long_to_parse(http, path):
+    from acestep_jax.serve import uploads
+
+    client = http(started=False)
+    limit = f"JSON with more than {uploads.MAX_MARKS} commas and opening brackets"
+    for mark in ",[{":
+        answer = client.post(path, content="[" + mark * uploads.MAX_MARKS, headers=JSON)
+        assert answer.status_code == 413 and limit in answer.text, (mark, answer.text)
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), [("/v1/songs", "request"), ("/synth", "request"), ("/release_task", "param_obj")]
+)
+@pytest.mark.parametrize("files", [{}, dict(src_audio=("a.wav", b"x"))])
+def test_json_in_a_form_is_limited_as_well(http, path, field, files):
+    from acestep_jax.serve import uploads
+
+    client = http(started=False)
+    answer = client.post(path, data={field: "[" + "," * uploads.MAX_MARKS}, files=files)
+    assert answer.status_code == 413 and "commas" in answer.text
+    assert not list(client.service.store.incoming.iterdir())
+
+
+def test_the_longest_requests_are_within_the_limits_of_json(http):
+    """Of all protocols, acestep.cpp's has the longest ones."""
+    client, limits = http(started=False), Limits()
+    song = dict(
+        caption="\U0001d11e" * limits.prompt, lyrics="\U0001d11e, " * (limits.lyrics // 3), audio_codes="1," * 3000
+    )
+    job = client.post("/lm", content=json.dumps([song] * 9), headers=JSON)
+    assert job.status_code == 200, job.text
 
 
 def test_a_planner_that_fails(http, finished):
