@@ -7,7 +7,8 @@ import pytest
 
 from acestep_jax.models.attention import attention
 from acestep_jax.models.kernels import products
-from acestep_jax.models.kernels.stack import pick_row
+from acestep_jax.models.kernels.stack import multiply_rows, pick_row
+from tests.jaxprs import equations
 from tests.parity import normal
 
 pytestmark = pytest.mark.unit
@@ -31,6 +32,23 @@ def test_a_product_is_that_of_its_rounded_operands(favours, rows):
     assert np.abs(np.asarray(found, np.float64) - exact).max() <= 2.0**-8 * np.abs(exact).max()
     widened = "f32[96,40]" in str(jax.make_jaxpr(multiply)(x, w))
     assert widened == (not favours and rows > products.FEW)
+
+
+@pytest.mark.parametrize("shape", [(1, 96), (1, 1, 96), (96,)])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_single_vector_in_bfloat16_is_not_alone(shape, transposed):
+    """Otherwise XLA would widen the whole matrix."""
+    x, w = jnp.asarray(normal(*shape), jnp.bfloat16), jnp.asarray(normal(96, 40), jnp.bfloat16)
+    if transposed:
+        multiply, given = multiply_rows, w.T
+    else:
+        multiply, given = lambda x, w: products.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ()))), w
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    found = np.asarray(multiply(x, given), np.float64)
+    assert found.shape == exact.shape and np.abs(found - exact).max() <= 2.0**-8 * np.abs(exact).max()
+    if transposed or x.ndim > 1:
+        (product,) = equations(multiply, x, given, name="dot_general")
+        assert max(v.aval.shape[0] for v in product.invars if v.aval.shape[-1] == 96 and v.aval.size < 300) == 2
 
 
 def test_the_gradient_of_a_matrix_needs_no_transposed_copy():
