@@ -60,9 +60,30 @@ class Compiled:
     flops_counted: float  # the compiler's count: a loop's body counts once, and custom calls are left out
     seconds: float  # compile time
 
+    @classmethod
+    def of(cls, compiled: Any, seconds: float) -> "Compiled":
+        """Return the figures of a program that took so long to compile."""
+        memory = compiled.memory_analysis()
+        output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes, output
+        flops = (compiled.cost_analysis() or {}).get("flops", 0)
+        return cls(compiled.as_text(), *sizes, flops, seconds)
+
     @property
     def total(self) -> int:
         return self.arguments + self.temporary + self.output
+
+    @property
+    def cells(self) -> list[str]:
+        """Return the cells of `MEMORY`, without the last."""
+        return [f"{size / 1e9:.2f}" for size in (self.arguments, self.temporary, self.output, self.total)]
+
+    def write(self, folder: Path | None, row: Iterable[str]) -> None:
+        """Write the text into a folder, if there is one, with the cells of a row as its name."""
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            name = re.sub(r"[^\w.]+", "-", " ".join(row))
+            (folder / f"{name}.txt").write_text(self.text, encoding="utf-8")
 
 
 def compile_program(
@@ -77,11 +98,7 @@ def compile_program(
         start = time.perf_counter()
         compiled: Any = lowered.compile(compiler_options=options)
         seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes, output
-    flops = (compiled.cost_analysis() or {}).get("flops", 0)
-    return Compiled(compiled.as_text(), *sizes, flops, seconds)
+    return Compiled.of(compiled, seconds)
 
 
 def print_programs(options: argparse.Namespace, device_sets: Iterable[tuple[str, int]], columns, describe) -> None:
@@ -105,7 +122,6 @@ def print_programs(options: argparse.Namespace, device_sets: Iterable[tuple[str,
 
 
 def _cells(program, mesh, target, row, options: argparse.Namespace, columns, describe) -> list[str]:
-    folder: Path | None = options.hlo
     try:
         compiled = compile_program(program, mesh, target, dict(map(xla_option, options.xla)))
     except jax.errors.JaxRuntimeError as error:
@@ -113,14 +129,10 @@ def _cells(program, mesh, target, row, options: argparse.Namespace, columns, des
             raise
         total = float(used[1]) * 2**30
         return ["", "", "", f"{total / 1e9:.2f}", "**no**", *[""] * (len(columns) + 1)]
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        name = re.sub(r"[^\w.]+", "-", " ".join(row))
-        (folder / f"{name}.txt").write_text(compiled.text, encoding="utf-8")
-    sizes = compiled.arguments, compiled.temporary, compiled.output, compiled.total
+    compiled.write(options.hlo, row)
     fits = "yes" if compiled.total <= target.usable else "**no**"
     return [
-        *(f"{size / 1e9:.2f}" for size in sizes),
+        *compiled.cells,
         fits,
         *describe(program, compiled, target, mesh),
         f"{compiled.seconds:.0f}",

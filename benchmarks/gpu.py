@@ -10,12 +10,13 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cuda")
 
-from benchmarks import aot, hlo_gpu  # isort: skip
+from benchmarks import aot, gpu_aot, hlo_gpu  # isort: skip
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,6 @@ def main() -> None:
     aot.add_options(parser)
     parser.add_argument("--runs", type=int, default=5, help="passes after the first [5]")
     parser.add_argument("--kernels", type=int, default=0, help="kernels to list for each program [0]")
-    parser.add_argument("--stacked", action="store_true", help="denoise with a loop over stacked layers")
     options = parser.parse_args()
     device = jax.devices()[0]
     if options.mesh:
@@ -50,15 +50,15 @@ def main() -> None:
     print(f"{device.device_kind}, jax {jax.__version__}\n")
     aot.print_row(("program", "audio", "batch", *aot.MEMORY[:4], *COLUMNS))
     aot.print_row(["---"] * (7 + len(COLUMNS)))
-    usable = None if options.stacked else memory_limit(device)
     lists = []
     for batch in options.batch:
         mesh = make_mesh([device], None, batch)
         for seconds in options.seconds:
-            for program in programs(options, mesh, seconds, batch, card.precision, usable):
-                cells, kernels = measure(program, card, options)
-                aot.print_row((program.name, f"{seconds:g} s", batch, *cells))
-                lists.append((f"{program.name}, {seconds:g} s, batch {batch}", kernels))
+            for program in programs(options, mesh, seconds, batch, card.precision, memory_limit(device)):
+                row = program.name, f"{seconds:g} s", str(batch)
+                cells, kernels = measure(program, card, options, row)
+                aot.print_row((*row, *cells))
+                lists.append((f"{row[0]}, {row[1]}, batch {row[2]}", kernels))
     print(NOTES)
     for name, kernels in lists if options.kernels else []:
         print(f"\n{name}\n")
@@ -69,27 +69,23 @@ def main() -> None:
             aot.print_row((f"{ms:.3f}", f"{ms / whole:.1%}", count, kernel))
 
 
-def measure(program: Program, card: Card, options: argparse.Namespace) -> tuple[list[str], dict]:
-    """Return the cells of a row after its batch size, and ms and launches of each kernel in a pass."""
+def measure(
+    program: Program, card: Card, options: argparse.Namespace, row: tuple[str, str, str]
+) -> tuple[list[str], dict[str, tuple[float, float]]]:
+    """Return the cells after the first ones of a row, and ms and launches of each kernel in a pass."""
     arguments = random_arguments(program)
     lowered = program.function.trace(*arguments, **program.static).lower()
     start = time.perf_counter()
-    compiled: Any = lowered.compile(compiler_options=dict(map(aot.xla_option, options.xla)))
-    compile_seconds = time.perf_counter() - start
-    text, memory = compiled.as_text(), compiled.memory_analysis()
-    if options.hlo:
-        options.hlo.mkdir(parents=True, exist_ok=True)
-        (options.hlo / f"{program.name.replace(' ', '-')}.txt").write_text(text, encoding="utf-8")
-    call = _repeatable(program, arguments, compiled)
+    executable: Any = lowered.compile(compiler_options=dict(map(aot.xla_option, options.xla)))
+    compiled = aot.Compiled.of(executable, time.perf_counter() - start)
+    compiled.write(options.hlo, row)
+    call = _repeatable(arguments, executable)
     times = [call() / program.passes * 1e3 for _ in range(options.runs)]
     kernels = profile(call, program.passes)
-    found = hlo_gpu.read(text, card, 1, program.layer_trips)
-    floor = max(program.flops / card.peak, program.bytes / card.bandwidth) * 1e3
-    median = statistics.median(times)
-    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes, output
+    found = hlo_gpu.read(compiled.text, card, 1, program.layer_trips)
+    floor, median = gpu_aot.floor_seconds(program, card) * 1e3, statistics.median(times)
     cells = [
-        *(f"{size / 1e9:.2f}" for size in (*sizes, sum(sizes))),
+        *compiled.cells,
         f"{median:.4g}",
         f"{min(times):.4g} - {max(times):.4g}",
         f"{floor:.4g}",
@@ -97,7 +93,7 @@ def measure(program: Program, card: Card, options: argparse.Namespace) -> tuple[
         f"{found.bound * 1e3:.4g}",
         f"{sum(found.kernels.values())}",
         f"{sum(ms for ms, _ in kernels.values()):.4g}",
-        f"{compile_seconds:.0f}",
+        f"{compiled.seconds:.0f}",
     ]
     return cells, kernels
 
@@ -130,26 +126,25 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
     return (jax.random.normal(key, shape, jnp.float32) * shape[-2] ** -0.5).astype(dtype)
 
 
-def _repeatable(program: Program, arguments: tuple, compiled: Any):
+def _repeatable(arguments: tuple, executable: Any) -> Callable[[], float]:
     """Return a function that runs the program and returns its seconds; run it once. Arguments that the program consumes
     are copied before each run."""
-    kept = list(arguments)
     copies = jax.tree.map(jnp.copy, arguments)
-    jax.block_until_ready(compiled(*copies))
-    donated = [any(x.is_deleted() for x in jax.tree.leaves(copy) if isinstance(x, jax.Array)) for copy in copies]
+    jax.block_until_ready(executable(*copies))
+    consumed = [any(x.is_deleted() for x in jax.tree.leaves(copy) if isinstance(x, jax.Array)) for copy in copies]
     del copies
 
     def call() -> float:
-        given = [jax.tree.map(jnp.copy, x) if gone else x for x, gone in zip(kept, donated, strict=True)]
+        given = [jax.tree.map(jnp.copy, x) if gone else x for x, gone in zip(arguments, consumed, strict=True)]
         jax.block_until_ready(given)
         start = time.perf_counter()
-        jax.block_until_ready(compiled(*given))
+        jax.block_until_ready(executable(*given))
         return time.perf_counter() - start
 
     return call
 
 
-def profile(call, passes: int) -> dict[str, tuple[float, float]]:
+def profile(call: Callable[[], float], passes: int) -> dict[str, tuple[float, float]]:
     """Return ms and launches of each kernel in one pass of `call`, by name."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):

@@ -55,11 +55,9 @@ def main() -> None:
 def describe(program: Program, compiled: aot.Compiled, card: Card, mesh: Mesh) -> list[str]:
     """Return the columns that follow from the program's text."""
     found = hlo_gpu.read(compiled.text, card, mesh.size, program.layer_trips)
-    needed = program.flops / mesh.size
-    floor = max(needed / card.peak, program.bytes / mesh.size / card.bandwidth)
-    layer = found.layer
+    floor, layer = floor_seconds(program, card, mesh.size), found.layer
     return [
-        f"{needed / 1e12:.2f}",
+        f"{program.flops / mesh.size / 1e12:.2f}",
         f"{found.flops / 1e12:.2f}",
         f"{sum(found.kernels.values())}: {hlo_gpu.text_of(found.kernels)}",
         f"{sum(found.kernels.values()) / program.steps:.0f}",
@@ -70,6 +68,11 @@ def describe(program: Program, compiled: aot.Compiled, card: Card, mesh: Mesh) -
         f"{found.bound:.4g}",
         f"{floor / found.bound:.0%}",
     ]
+
+
+def floor_seconds(program: Program, card: Card, count: int = 1) -> float:
+    """Return the floor on each of `count` cards, s."""
+    return max(program.flops / card.peak, program.bytes / card.bandwidth) / count
 
 
 if __name__ == "__main__":

@@ -134,6 +134,12 @@ def torch_device() -> torch.device:
     return torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
 
 
+def wait_for_torch() -> None:
+    """Return when PyTorch's work on the device is done."""
+    if torch_device().type == "cuda":
+        torch.cuda.synchronize()
+
+
 def jax_side(function: Callable[[], jax.Array]) -> Side:
     return Side(lambda: function().block_until_ready(), lambda: np.asarray(function(), np.float32))
 
@@ -144,8 +150,7 @@ def torch_side(function: Callable[[], torch.Tensor]) -> Side:
     def call() -> torch.Tensor:
         with torch.inference_mode():
             result = function()
-        if result.is_cuda:
-            torch.cuda.synchronize()
+        wait_for_torch()
         return result
 
     return Side(call, lambda: call().float().cpu().numpy())

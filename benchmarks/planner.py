@@ -129,12 +129,8 @@ def _torch_calls(theirs: TorchQwen3, form: str, prompts: np.ndarray, slots: int,
     def read():
         cache = StaticCache(config=theirs.config, max_cache_len=slots) if form != "eager" else None
         out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        return finished(out.last_hidden_state[:, -1]), out.past_key_values
-
-    def finished(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_cuda:
-            torch.cuda.synchronize()
-        return tensor
+        measure.wait_for_torch()
+        return out.last_hidden_state[:, -1], out.past_key_values
 
     @torch.inference_mode()
     def write():
@@ -146,7 +142,7 @@ def _torch_calls(theirs: TorchQwen3, form: str, prompts: np.ndarray, slots: int,
             hidden = out.last_hidden_state[:, -1].clone()  # the next step of a CUDA graph reuses its memory
         if form == "eager":
             cache.crop(-steps)
-        finished(hidden)
+        measure.wait_for_torch()
 
     @functools.cache
     def read_once():

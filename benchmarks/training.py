@@ -263,8 +263,7 @@ def torch_side(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        measure.wait_for_torch()
 
     return measure.Side(call, lambda: np.array(losses, np.float32))
 

@@ -1,7 +1,7 @@
 """The KV cache: keys and values of earlier tokens, which a causal model reads instead of recomputing them.
 
     carried = cache.carried()                                    what the loop over layers carries
-    y, carried = cache.attend(carried, part, x, rope, layer, first, position, window)      in each layer
+    y, carried = cache.attend(carried, part, x, layer, step)     in each layer
     cache = cache.settled(carried, position)
 
 Axis letters: L layers, B songs, S slots, K key heads, G query heads of a key head, H head dim.
@@ -21,6 +21,21 @@ from acestep_jax.models.kernels.stack import read_dtype, restored, row_major, st
 from acestep_jax.models.layers import apply_rotary
 
 AXES = "layers", "batch", "heads", None, None  # of keys and of values of all layers, on a mesh
+
+
+class Step(NamedTuple):
+    """What all layers share when they process one token of each song.
+
+    rope: cos and sin of its position, [B, 1, H / 2] each.
+    first: [B] int32, the first slot that it attends to.
+    position: scalar int32, its own slot, the last that it attends to.
+    window: static, the number of slots that are read.
+    """
+
+    rope: Rope
+    first: jax.Array
+    position: jax.Array
+    window: int
 
 
 class KVCache(NamedTuple):
@@ -55,32 +70,23 @@ class KVCache(NamedTuple):
         return self
 
     def attend(
-        self,
-        carried: Any,
-        part: Attention,
-        x: jax.Array,
-        rope: Rope,
-        layer: jax.Array,
-        first: jax.Array,
-        position: jax.Array,
-        window: int,
+        self, carried: Any, part: Attention, x: jax.Array, layer: jax.Array, step: Step
     ) -> tuple[jax.Array, "KVCache"]:
-        """Compute the attention of a token to the slots `first` to `position`, of which the last is its own.
+        """Compute the attention of a token to the slots up to its own.
 
         Args:
             carried: of the layer before.
             part: the layer's attention, of which the last product is left to the caller.
             x: [B, 1, D], its input.
-            rope: cos and sin of the token's position in each song, [B, 1, H / 2] each.
-            window: static; the slots that are read.
+            step: what all layers share.
 
         Returns:
             [B, N, H] in x's dtype, and what the next layer is given.
         """
-        q, new = token_heads(part, x, rope)
-        carried = carried.write(new, layer, position)
-        keys, values = carried.read(layer, window, q.dtype)
-        return attend_to_cache(q, keys, values, first, position), carried
+        q, new = token_heads(part, x, step.rope)
+        carried = carried.write(new, layer, step.position)
+        keys, values = carried.read(layer, step.window, q.dtype)
+        return attend_to_cache(q, keys, values, step.first, step.position), carried
 
     def settled(self, carried: Any, position: jax.Array) -> "KVCache":
         """Return the cache after a token, with what the loop over layers carried in the slot `position`."""
@@ -122,24 +128,16 @@ class SplitCache(NamedTuple):
         return KeysValues(empty, empty)
 
     def attend(
-        self,
-        carried: Any,
-        part: Attention,
-        x: jax.Array,
-        rope: Rope,
-        layer: jax.Array,
-        first: jax.Array,
-        position: jax.Array,
-        window: int,
+        self, carried: Any, part: Attention, x: jax.Array, layer: jax.Array, step: Step
     ) -> tuple[jax.Array, KeysValues]:
-        """Compute what `KVCache.attend` does. window: all slots."""
-        q, new = token_heads(part, x, rope)
-        (b, n, h), size, kind = q.shape, _slots(self, window), self.keys[0].dtype
+        """Compute what `KVCache.attend` does, with a window of all slots."""
+        q, new = token_heads(part, x, step.rope)
+        (b, n, h), size, kind = q.shape, _slots(self, step.window), self.keys[0].dtype
         key, value = (x[:, 0].astype(kind) for x in new)  # [B, K, H]
         carried = KeysValues(*(_put(whole, x, layer) for whole, x in zip(carried, (key, value), strict=True)))
         slots = jnp.arange(size)
-        is_new = slots == position
-        hidden = (slots < first[:, None]) | (slots > position)  # [B, S]
+        is_new = slots == step.position
+        hidden = (slots < step.first[:, None]) | (slots > step.position)  # [B, S]
         heads = q.astype(kind).reshape(b, key.shape[1], -1, h)
         scores = _by_layer("bkgh,bkhs->bkgs", heads, self.keys, layer)
         own = (heads.astype(jnp.float32) * key[:, :, None]).sum(-1, keepdims=True)
@@ -179,26 +177,18 @@ class KernelCache(NamedTuple):
         return self
 
     def attend(
-        self,
-        carried: Any,
-        part: Attention,
-        x: jax.Array,
-        rope: Rope,
-        layer: int,
-        first: jax.Array,
-        position: jax.Array,
-        window: int,
+        self, carried: Any, part: Attention, x: jax.Array, layer: int, step: Step
     ) -> tuple[jax.Array, "KernelCache"]:
-        """Compute what `KVCache.attend` does. window: all slots; layer: static."""
-        _slots(self, window)
+        """Compute what `KVCache.attend` does, with a window of all slots; layer: static."""
+        _slots(self, step.window)
         y, *new = token_gpu.attend(
             part.queries_keys_values(x)[:, 0],
             (part.norm_q.scale[...], part.norm_k.scale[...]),
-            (rope[0][:, 0], rope[1][:, 0]),
+            (step.rope[0][:, 0], step.rope[1][:, 0]),
             carried.keys[layer],
             carried.values[layer],
-            first,
-            position,
+            step.first,
+            step.position,
             eps=part.norm_q.eps,
         )
         made = ((*old[:layer], x, *old[layer + 1 :]) for old, x in zip(carried, new, strict=True))

@@ -17,7 +17,7 @@ from acestep_jax.models.config import PlannerConfig, TextEncoderConfig
 from acestep_jax.models.encoder import Encoder, EncoderLayer
 from acestep_jax.models.kernels.stack import is_split, loop, multiply_rows, pick, restored, split, stored
 from acestep_jax.models.kernels.unstacked import SHARED_INPUT
-from acestep_jax.models.kv_cache import Cache, KVCache, empty_cache
+from acestep_jax.models.kv_cache import Cache, KVCache, Step, empty_cache
 from acestep_jax.models.layers import rotary_embedding, rotary_frequencies
 from acestep_jax.models.quantization import QuantizedEmbed
 from acestep_jax.models.runtime import DEFAULT_RUNTIME, Runtime
@@ -148,10 +148,11 @@ class Qwen3ForCausalLM(Qwen3Model):
         config = self.planner
         phase = (position - start).astype(jnp.float32)[:, None] * rotary_frequencies(config.head_dim, config.rope_theta)
         rope = jnp.cos(phase)[:, None], jnp.sin(phase)[:, None]  # [B, 1, H / 2]
+        step = Step(rope, start, position, window)
 
         def block(x, layer: EncoderLayer, carried, index):
             part, normed = layer.self_attn, layer.input_layernorm(x)
-            y, carried = cache.attend(carried, part, normed, rope, index, start, position, window)
+            y, carried = cache.attend(carried, part, normed, index, step)
             return x + part.to_out(y.reshape(*x.shape[:2], -1)), carried
 
         x, carried = self._loop(block, self.embed(token[:, None]), cache.carried())

@@ -44,6 +44,6 @@ def test_random_arguments_have_the_values_that_a_program_needs():
 
 def test_a_program_that_consumes_an_argument_runs_again():
     options = argparse.Namespace(runs=3, hlo=None, xla=[])
-    cells, _ = gpu.measure(program(passes=2), CARDS["h100"], options)
+    cells, _ = gpu.measure(program(passes=2), CARDS["h100"], options, ("small", "1 s", "1"))
     row = dict(zip((*gpu.aot.MEMORY[:4], *gpu.COLUMNS), cells, strict=True))
     assert float(row["ms"]) > 0 and float(row["floor ms"]) == float(f"{1e12 / CARDS['h100'].peak:.4g}")

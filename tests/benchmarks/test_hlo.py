@@ -119,3 +119,15 @@ def test_over_how_many_devices_a_collective_goes(groups, sent):
 def test_what_each_collective_sends(line):
     text = TEXT.replace(GATHER, line).replace("\nENTRY", SUM_AND_SLICE)
     assert hlo.Module(text).collective_seconds(link=1.0, devices=4) == OTHERS[line]
+
+
+@pytest.mark.parametrize(("target", "written"), [("__gpu$xla.gpu.triton", 4 * 8 * 2), ("__cublas$gemm", 64 * 8 * 2)])
+def test_what_a_kernel_updates_in_place(target, written):
+    """A kernel of Pallas writes hardly any of it; a product that is added to its result, all."""
+    shapes = "(bf16[4,8]{1,0}, bf16[64,8]{1,0})" if "triton" in target else "bf16[64,8]{1,0}"
+    aliases = "{1}: (0, {})" if "triton" in target else "{}: (0, {})"
+    call = f'custom-call(%cache), custom_call_target="{target}", output_to_operand_aliasing={{{aliases}}}'
+    text = "HloModule m\n\nENTRY %main (cache: bf16[64,8]) -> bf16[64,8] {\n"
+    text += f"  %cache = bf16[64,8]{{1,0}} parameter(0)\n  ROOT %call = {shapes} {call}\n}}\n"
+    module = hlo.Module(text)
+    assert module.written_bytes(module.computations["main"]["call"]) == written

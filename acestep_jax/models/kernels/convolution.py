@@ -9,6 +9,10 @@ from acestep_jax.models.kernels.platform import platform
 # On a TPU, time axes of this length or more are cut into rows of at most this many samples.
 ROW = 1024
 
+# On a CPU with fast products in half precision, which XLA's convolutions do not use, a convolution of so many channels
+# is a product for each tap, in blocks of so many samples.
+TAPS_FROM, BLOCK = 256, 1024
+
 # Latent frames that the autoencoder processes at once, which bounds its memory: at most 1.1 GB for any song in bfloat16
 # on a CPU, else less than 1 GB. On a CPU, 30 s are three windows. A T4's activations are float32, as a CPU's; a TPU's
 # compile time grows with the frames.
@@ -18,11 +22,6 @@ TILE_FRAMES = {"cpu": 276, "gpu": 192, "tpu": 128}
 def default_tile_frames() -> int:
     """Return how many latent frames the autoencoder processes at once unless told otherwise."""
     return TILE_FRAMES.get(platform(), TILE_FRAMES["cpu"])
-
-
-# On a CPU with fast products in half precision, which XLA's convolutions do not use, a convolution of so many channels
-# is a product for each tap, in blocks of so many samples.
-TAPS_FROM, BLOCK = 256, 1024
 
 
 def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1, padding: int = 0) -> jax.Array:

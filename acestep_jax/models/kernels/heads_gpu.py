@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from acestep_jax.models.kernels.platform import runs_triton
+from acestep_jax.models.kernels.platform import runs_triton, triton_options
 from acestep_jax.models.layers import apply_rotary, rms_norm
 
 ROWS = 32  # tokens of a tile
@@ -67,19 +67,11 @@ def _fused(x, q_scale, k_scale, rope, ends, eps, interpret=False) -> Parts:
         ],
         out_specs=[out(0, n), out(n, groups), out(n + groups, groups)],
         out_shape=[jax.ShapeDtypeStruct((b, t, count * h), x.dtype) for count in (n, groups, groups)],
-        interpret=interpret,
         name="split_heads",
-        **({} if interpret else _options()),
+        **triton_options(interpret, num_warps=4),
     )(x, q_scale.astype(x.dtype)[None], k_scale.astype(x.dtype)[None], *rope)
     q, k, v = (part.reshape(b, t, -1, h) for part in parts)
     return q, k, v
-
-
-def _options() -> dict:
-    # The import takes time that only GPU users should pay.
-    from jax.experimental.pallas import triton
-
-    return dict(compiler_params=triton.CompilerParams(num_warps=4, num_stages=1))
 
 
 def _kernel(x_ref, q_scale_ref, k_scale_ref, cos_ref, sin_ref, q_ref, k_ref, v_ref, *, eps: float, n: int, groups: int):

@@ -66,6 +66,17 @@ def runs_triton() -> bool:
     return platform() == "gpu" and compute_capability() >= 8 and _has_triton()
 
 
+def triton_options(interpret: bool, *, num_warps: int, num_stages: int = 1) -> dict[str, Any]:
+    """Return the arguments of `pallas_call` for a kernel with the Triton backend; interpret: run it step by step in
+    JAX, on any backend."""
+    if interpret:
+        return dict(interpret=True)
+    # The import takes time that only GPU users should pay.
+    from jax.experimental.pallas import triton
+
+    return dict(compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages))
+
+
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("jax.experimental.pallas.triton") is not None

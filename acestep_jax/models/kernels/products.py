@@ -20,7 +20,7 @@ def dot_general(x: jax.Array, w: jax.Array, dimensions, **options) -> jax.Array:
     float32 products, see `operand`, the weights are widened as they are used.
     """
     if x.dtype == jnp.float32 or platform() != "cpu":
-        return _multiply(x, w, dimensions, **options)
+        return multiply(x, w, dimensions, **options)
     return accumulated(x, w, dimensions, **options).astype(x.dtype)
 
 
@@ -29,10 +29,10 @@ def accumulated(x: jax.Array, w: jax.Array, dimensions, **options) -> jax.Array:
     options["preferred_element_type"] = jnp.float32
     if x.size > FEW * x.shape[-1]:  # fewer vectors are multiplied faster than a matrix is widened
         x, w = operand(x), operand(w)
-    return _multiply(x, w, dimensions, **options)
+    return multiply(x, w, dimensions, **options)
 
 
-def _multiply(x: jax.Array, w: jax.Array, dimensions, **options) -> jax.Array:
+def multiply(x: jax.Array, w: jax.Array, dimensions, **options) -> jax.Array:
     """Compute `jax.lax.dot_general`, on a CPU with vectors [..., D] as one matrix [rows, D].
 
     It is the same product. But for the gradient of w, a sum over several axes, XLA for CPUs would first write the
@@ -40,15 +40,15 @@ def _multiply(x: jax.Array, w: jax.Array, dimensions, **options) -> jax.Array:
     over devices and stay apart.
     """
     (summed, of_w), batch = dimensions
-    joins = not any(map(len, batch)) and w.ndim == 2 and x.ndim > 1 and tuple(summed) == (x.ndim - 1,)
+    joins = not any(map(len, batch)) and w.ndim == 2 and tuple(summed) == (x.ndim - 1,)
     if not joins or platform() != "cpu" or not jax.sharding.get_abstract_mesh().empty:
         return jax.lax.dot_general(x, w, dimensions, **options)
     product = lambda vectors: jax.lax.dot_general(vectors, w, (((1,), of_w), batch), **options)  # noqa: E731
-    y = not_alone(product, x.reshape(-1, x.shape[-1]))
+    y = _not_alone(product, x.reshape(-1, x.shape[-1]))
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def not_alone(product: Callable[[jax.Array], jax.Array], vectors: jax.Array) -> jax.Array:
+def _not_alone(product: Callable[[jax.Array], jax.Array], vectors: jax.Array) -> jax.Array:
     """Return product(vectors), of [n, D] with a matrix. On a CPU, a single vector in bfloat16 is multiplied twice, and
     one result is used: for a product with one vector, XLA widens the whole matrix, which takes two to seven times as
     long."""

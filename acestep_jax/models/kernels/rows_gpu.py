@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from acestep_jax.models.kernels.platform import runs_triton
+from acestep_jax.models.kernels.platform import runs_triton, triton_options
 
 FEW = 2  # vectors: a song with guidance; more were not timed
 TILE = 1024  # values of a row that are read at once
@@ -40,9 +40,8 @@ def multiply(x: jax.Array, rows: jax.Array, *, dtype=None, interpret: bool = Fal
         in_specs=[pl.BlockSpec((count, size), lambda i: (0, 0)), pl.BlockSpec((None, size), lambda i: (i, 0))],
         out_specs=pl.BlockSpec((count, None), lambda i: (0, i)),
         out_shape=jax.ShapeDtypeStruct((count, len(rows)), dtype or x.dtype),
-        interpret=interpret,
         name="few_vectors",
-        **({} if interpret else _options(count)),
+        **triton_options(interpret, num_warps=count),
     )(vectors, rows)
     return y.reshape(*x.shape[:-1], len(rows))
 
@@ -53,13 +52,6 @@ def dot_general(x: jax.Array, rows: jax.Array, dimensions, **options) -> jax.Arr
         return multiply(x, rows)
     ((summed, _), batch) = dimensions
     return jax.lax.dot_general(x, rows, ((summed, (1,)), batch), **options)
-
-
-def _options(count: int) -> dict:
-    # The import takes time that only GPU users should pay.
-    from jax.experimental.pallas import triton
-
-    return dict(compiler_params=triton.CompilerParams(num_warps=count, num_stages=1))
 
 
 def _kernel(x_ref, row_ref, out_ref):

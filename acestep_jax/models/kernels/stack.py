@@ -124,10 +124,7 @@ def multiply_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
         halves, vectors = rows.reshape(2, -1, rows.shape[1]), x.reshape(-1, x.shape[-1])
         made = jnp.einsum("bd,snd->sbn", vectors, halves, preferred_element_type=jnp.float32)
         return made.transpose(1, 0, 2).reshape(*x.shape[:-1], len(rows))
-    product = lambda x: jnp.einsum("...d,vd->...v", x, rows, preferred_element_type=jnp.float32)  # noqa: E731
-    if x.size > x.shape[-1] or not jax.sharding.get_abstract_mesh().empty:
-        return product(x)
-    return products.not_alone(product, x.reshape(1, -1)).reshape(*x.shape[:-1], len(rows))
+    return products.multiply(x, rows, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def storage_dtype(dtype: jnp.dtype) -> jnp.dtype:

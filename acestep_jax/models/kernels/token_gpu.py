@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from acestep_jax.models.kernels.platform import runs_triton
+from acestep_jax.models.kernels.platform import runs_triton, triton_options
 
 SLOTS = 64  # of a block
 HEAD_DIMS = (32, 64, 128)  # supported
@@ -90,20 +90,12 @@ def attend(
             jax.ShapeDtypeStruct(values.shape, values.dtype),
         ],
         input_output_aliases={7: 3, 8: 4},
-        interpret=interpret,
         name="token_attention",
-        **({} if interpret else _options()),
+        **triton_options(interpret, num_warps=4),
     )(qkv, *(scale.astype(qkv.dtype) for scale in scales), *rope, first, position[None], keys, values)
     weights = jnp.exp2(highest - highest.max(-1, keepdims=True))  # [B, N, blocks]
     weights /= (totals * weights).sum(-1, keepdims=True)
     return (sums * weights[..., None]).sum(2).astype(qkv.dtype), keys, values
-
-
-def _options() -> dict:
-    # The import takes time that only GPU users should pay.
-    from jax.experimental.pallas import triton
-
-    return dict(compiler_params=triton.CompilerParams(num_warps=4, num_stages=1))
 
 
 def _kernel(

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 
 from acestep_jax.models.kernels import blockwise
 from acestep_jax.models.kernels.blockwise import pad_time
+from acestep_jax.models.kernels.platform import triton_options
 
 QUERIES, KEYS = 128, 64  # tile sizes
 HEAD_DIMS = (32, 64, 128)  # supported
@@ -62,19 +63,11 @@ def windowed(
         ],
         out_specs=pl.BlockSpec((None, QUERIES, None, h), rows),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        interpret=interpret,
         name="windowed_attention",
         metadata={"flops": str(4 * b * n * q.shape[1] * span * h)},  # for analyses of the compiled program
-        **({} if interpret else _options()),
+        **triton_options(interpret, num_warps=4, num_stages=2),
     )(q, k, v, begin, end)
     return y[:, :t]
-
-
-def _options() -> dict:
-    # The import takes time that only GPU users should pay.
-    from jax.experimental.pallas import triton
-
-    return dict(compiler_params=triton.CompilerParams(num_warps=4, num_stages=2))
 
 
 def _kernel(q_ref, k_ref, v_ref, begin_ref, end_ref, out_ref, *, window: int, halo: int, span: int, keys: int):

@@ -46,9 +46,8 @@ def test_a_single_vector_in_bfloat16_is_not_alone(shape, transposed):
     exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
     found = np.asarray(multiply(x, given), np.float64)
     assert found.shape == exact.shape and np.abs(found - exact).max() <= 2.0**-8 * np.abs(exact).max()
-    if transposed or x.ndim > 1:
-        (product,) = equations(multiply, x, given, name="dot_general")
-        assert max(v.aval.shape[0] for v in product.invars if v.aval.shape[-1] == 96 and v.aval.size < 300) == 2
+    (product,) = equations(multiply, x, given, name="dot_general")
+    assert (2, 96) in [v.aval.shape for v in product.invars]
 
 
 def test_the_gradient_of_a_matrix_needs_no_transposed_copy():

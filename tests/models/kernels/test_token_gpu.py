@@ -11,7 +11,7 @@ from flax import nnx
 from acestep_jax.models.attention import Attention
 from acestep_jax.models.config import AttentionConfig
 from acestep_jax.models.kernels import token_gpu
-from acestep_jax.models.kv_cache import KernelCache, SplitCache
+from acestep_jax.models.kv_cache import KernelCache, SplitCache, Step
 from acestep_jax.models.runtime import Runtime
 from tests.parity import assert_close, normal
 
@@ -39,7 +39,7 @@ def case(request):
 @functools.partial(jax.jit, static_argnums=0)
 def attend(kind, part, x, rope, arrays, position):
     cache = kind(*arrays)
-    y, carried = cache.attend(cache.carried(), part, x, rope, 0, FIRST, position, SLOTS)
+    y, carried = cache.attend(cache.carried(), part, x, 0, Step(rope, FIRST, position, SLOTS))
     return y, cache.settled(carried, position)
 
 
@@ -66,7 +66,7 @@ def test_grows_with_zeros_and_is_read_as_a_whole(case):
     assert isinstance(cache, KernelCache) and cache.keys[0].shape == (B, K, H, 256)
     assert not np.asarray(cache.values[0][:, :, SLOTS:], np.float32).any()
     with pytest.raises(ValueError, match="of 256 slots is read as a whole, not 192"):
-        cache.attend(cache, *case[:-1], 0, FIRST, np.int32(0), SLOTS)
+        cache.attend(cache, *case[:2], 0, Step(case[2], FIRST, np.int32(0), SLOTS))
     with pytest.raises(ValueError, match="blocks of 64 slots, found a cache of 200"):
         cache = KernelCache(*case[-1]).grown(200)
-        cache.attend(cache, *case[:-1], 0, FIRST, np.int32(0), 200)
+        cache.attend(cache, *case[:2], 0, Step(case[2], FIRST, np.int32(0), 200))
