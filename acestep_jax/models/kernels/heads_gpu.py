@@ -6,6 +6,7 @@ XLA generates four kernels for this, and copies their results, because attention
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -77,23 +78,15 @@ def _fused(x, q_scale, k_scale, rope, ends, eps, interpret=False) -> Parts:
 def _kernel(x_ref, q_scale_ref, k_scale_ref, cos_ref, sin_ref, q_ref, k_ref, v_ref, *, eps: float, n: int, groups: int):
     head = pl.program_id(2)
     t, h = x_ref.shape
-    dtype = x_ref.dtype
     # The last tile ends with the last token; tokens that it shares with the tile before are computed by both.
     rows = pl.ds(jnp.minimum(pl.program_id(0) * ROWS, t - ROWS), ROWS)
     halves = pl.ds(0, h // 2), pl.ds(h // 2, h // 2)
 
     def rotate(scale_ref, out_ref):
-        low, high = (x_ref[rows, half].astype(jnp.float32) for half in halves)
-        mean = ((low * low).sum(-1) + (high * high).sum(-1)) / h
-        factor = jax.lax.rsqrt(mean + eps)[:, None]
-        # Rounded where `rms_norm` rounds.
-        low, high = (
-            ((part * factor).astype(dtype) * scale_ref[0, half][None]).astype(jnp.float32)
-            for part, half in zip((low, high), halves, strict=True)
-        )
-        cos, sin = cos_ref[rows, :], sin_ref[rows, :]
-        out_ref[rows, halves[0]] = (low * cos - high * sin).astype(dtype)
-        out_ref[rows, halves[1]] = (high * cos + low * sin).astype(dtype)
+        parts = [x_ref[rows, half] for half in halves]
+        scales = [scale_ref[0, half][None] for half in halves]
+        for half, part in zip(halves, turned(parts, scales, (cos_ref[rows, :], sin_ref[rows, :]), eps), strict=True):
+            out_ref[rows, half] = part
 
     pl.when(head < n)(lambda: rotate(q_scale_ref, q_ref))
     pl.when((head >= n) & (head < n + groups))(lambda: rotate(k_scale_ref, k_ref))
@@ -101,6 +94,22 @@ def _kernel(x_ref, q_scale_ref, k_scale_ref, cos_ref, sin_ref, q_ref, k_ref, v_r
     @pl.when(head >= n + groups)
     def _():
         v_ref[rows, :] = x_ref[rows, :]
+
+
+def turned(
+    parts: Sequence[jax.Array], scales: Sequence[jax.Array], rope: tuple[jax.Array, jax.Array], eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """Return both halves of heads, [..., H / 2] each, normalised and rotated, within a kernel. Rounded where `rms_norm`
+    and `apply_rotary` round."""
+    dtype, (cos, sin) = parts[0].dtype, rope
+    low, high = (part.astype(jnp.float32) for part in parts)
+    mean = ((low * low).sum(-1) + (high * high).sum(-1)) / (2 * low.shape[-1])
+    factor = jax.lax.rsqrt(mean + eps)[..., None]
+    low, high = (
+        ((part * factor).astype(dtype) * scale).astype(jnp.float32)
+        for part, scale in zip((low, high), scales, strict=True)
+    )
+    return (low * cos - high * sin).astype(dtype), (high * cos + low * sin).astype(dtype)
 
 
 @_fused.defjvp

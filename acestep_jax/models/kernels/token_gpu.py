@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from acestep_jax.models.kernels.heads_gpu import turned
 from acestep_jax.models.kernels.platform import runs_triton, triton_options
 
 SLOTS = 64  # of a block
@@ -106,20 +107,13 @@ def _kernel(
     heads, begin = pl.num_programs(1), pl.program_id(2) * SLOTS
     own_head, position, first = pl.program_id(1), position_ref[0], first_ref[0]
     groups, h = sums_ref.shape
-    dtype = qkv_ref.dtype
     halves = pl.ds(0, h // 2), pl.ds(h // 2, h // 2)
     lowest = jnp.finfo(jnp.float32).min
 
-    def turned(head, scale_ref):
-        """Return both halves of a head, normalised and rotated, rounded where `rms_norm` and `apply_rotary` round."""
-        low, high = (qkv_ref[pl.ds(head * h + i * (h // 2), h // 2)].astype(jnp.float32) for i in range(2))
-        factor = jax.lax.rsqrt(((low * low).sum() + (high * high).sum()) / h + eps)
-        low, high = (
-            ((part * factor).astype(dtype) * scale_ref[half]).astype(jnp.float32)
-            for part, half in zip((low, high), halves, strict=True)
-        )
-        cos, sin = cos_ref[...], sin_ref[...]
-        return tuple(x.astype(dtype).astype(jnp.float32) for x in (low * cos - high * sin, high * cos + low * sin))
+    def rotated(head, scale_ref):
+        parts = [qkv_ref[pl.ds(head * h + i * (h // 2), h // 2)] for i in range(2)]
+        found = turned(parts, [scale_ref[half] for half in halves], (cos_ref[...], sin_ref[...]), eps)
+        return [part.astype(jnp.float32) for part in found]
 
     is_read = (begin <= position) & (begin + SLOTS > first)
 
@@ -128,13 +122,13 @@ def _kernel(
         slots = begin + jax.lax.broadcasted_iota(jnp.int32, (SLOTS,), 0)
         is_new = slots == position
         visible = (slots >= first) & (slots <= position)
-        key = turned(n + own_head, k_scale_ref)
+        key = rotated(n + own_head, k_scale_ref)
         value = qkv_ref[pl.ds((n + heads + own_head) * h, h)]
         block = pl.ds(begin, SLOTS)
         old = [keys_ref[half, block].astype(jnp.float32) for half in halves]  # [H / 2, SLOTS] each
         old_values = values_ref[block, :].astype(jnp.float32)
         for i in range(groups):
-            q = turned(own_head * groups + i, q_scale_ref)
+            q = rotated(own_head * groups + i, q_scale_ref)
             scores = sum((x[:, None] * k).sum(0) for x, k in zip(q, old, strict=True))
             own = sum((x * k).sum() for x, k in zip(q, key, strict=True))
             scores = jnp.where(visible, jnp.where(is_new, own, scores) * (h**-0.5 * _LOG2_E), lowest)
